@@ -1,0 +1,184 @@
+"""From a command line to a checked configuration object: what every entry script shares.
+
+    @entry("train_unet", UNetRun)
+    def main(cfg: UNetRun) -> None: ...
+
+A misspelt option, a wrong type or an impossible combination ends the command with one line and exit code 2, before
+torch is imported. So does every `UserError` and every operating-system error later on.
+"""
+
+import difflib
+import errno
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.errors import UserError
+
+CONF = Path(__file__).parent
+Run = TypeVar("Run")
+LONGEST_NAME = 200  # bytes; file systems allow 255, of which temporary names need some
+
+
+def entry(config_name: str, schema: type[Run]) -> Callable[[Callable[[Run], Any]], Callable[[], None]]:
+    """Wrap `main(cfg)` into a Hydra command whose primary configuration is `conf/{config_name}.yaml`."""
+    register(config_name, schema)
+
+    def wrap(main: Callable[[Run], Any]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def task(composed: DictConfig) -> Any:
+            try:
+                if HydraConfig.get().mode is RunMode.MULTIRUN:  # members of a sweep share all but their results
+                    composed.output_dir = HydraConfig.get().runtime.output_dir
+                return main(to_object(composed))
+            except (UserError, OSError) as error:
+                fail(error)
+
+        @functools.wraps(main)
+        def command() -> None:
+            overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+            try:
+                if len(overrides) == len(sys.argv) - 1:  # no flag such as --help or --multirun
+                    compose(config_name, schema, overrides)
+            except UserError as error:
+                fail(error)
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
+            if "RANK" in os.environ:
+                leave(0)
+
+        return command
+
+    return wrap
+
+
+def register(config_name: str, schema: type) -> None:
+    """Let `conf/{config_name}.yaml` start from its dataclass and name the members of a sweep."""
+    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema, provider="schema.py")
+
+
+def folder_name(overrides: str) -> str:
+    """One folder for a member of a sweep, not one per slash in its paths, and no longer than a file system allows."""
+    name = overrides.replace("/", "_")
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(overrides.encode()).hexdigest()[:12]
+    return f"{name.encode()[: LONGEST_NAME - 13].decode(errors='ignore')}-{digest}"
+
+
+def compose(config_name: str, schema: type[Run], overrides: list[str]) -> Run:
+    """The checked configuration that a command line gives; raises UserError."""
+    register(config_name, schema)
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return to_object(hydra.compose(config_name, overrides))
+    except HydraException as error:
+        raise UserError(explain(error, schema)) from error
+
+
+def to_object(composed: DictConfig) -> Any:
+    """Dataclasses of a composed configuration; their own checks run here."""
+    try:
+        return OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(first_line(error)) from error
+    except AttributeError as error:  # +name=value adds what no schema declares
+        known = options(OmegaConf.structured(OmegaConf.get_type(composed)))
+        added = [name for name in options(composed) if name not in known]
+        raise UserError(no_option(added[0], known) if added else first_line(error)) from error
+
+
+def to_plain(cfg: Any) -> dict[str, Any]:
+    """The configuration as plain values, for records."""
+    return OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True, enum_to_str=True)  # type: ignore[return-value]
+
+
+def explain(error: Exception, schema: type) -> str:
+    """One line of a Hydra error; a misspelt option gets its nearest neighbours."""
+    line = first_line(error)
+    if isinstance(error, OverrideParseException):
+        name = error.override.partition("=")[0]
+        quoted = f"'{name}=\"VALUE\"' where it has special characters"
+        return f"cannot read '{error.override}': write {name}=VALUE, and {quoted}"
+    cause = "" if error.__cause__ is None else first_line(error.__cause__)
+    if line.startswith("Could not override") and " not in " in cause:
+        return no_option(line.split("'")[1], options(OmegaConf.structured(schema)))
+    if "Available options in" in str(error):
+        listed = str(error).split("Available options in")[1].split("Config search path")[0]
+        return f"{line.split(': ', 1)[-1]}: choose one of {', '.join(listed.split()[1:])}"
+    return f"{line}: {cause}" if cause not in line else line
+
+
+def no_option(name: str, known: list[str]) -> str:
+    """What to say of a name that no schema declares."""
+    near = [o for o in known if o.endswith(f".{name}")] or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the options"
+    return f"no option '{name}': {hint}"
+
+
+def options(node: DictConfig, prefix: str = "") -> list[str]:
+    """Dotted names of all options below a schema."""
+    names = []
+    for key in map(str, node):
+        names.append(prefix + key)
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            names += options(child, prefix + key + ".")
+    return names
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def fail(error: Exception) -> NoReturn:
+    """End the command with one line that a person can act on."""
+    if os.environ.get("LATENTLINE_TRACEBACK"):
+        raise error
+    message = first_line(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f" '{error.filename}'" if error.filename else ""
+        message = f"{error.strerror}{where}: {remedy(error)}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if "RANK" in os.environ:
+        leave(2)
+    sys.exit(2)
+
+
+def leave(status: int) -> NoReturn:
+    """End one of several processes at once.
+
+    No process group that still waits for this rank keeps it alive, and no thread of torch meets an interpreter that is
+    being torn down, which aborts the process now and then after all work is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def remedy(error: OSError) -> str:
+    remedies = {
+        errno.ENOSPC: "free some space or set run_dir= to another disk; what was complete is kept",
+        errno.EDQUOT: "your quota is used up: free some space or set run_dir= to another disk",
+        errno.EFBIG: "larger than the largest file allowed here (ulimit -f, or the disk's own limit): raise it",
+        errno.EACCES: "no permission: set run_dir= (or output_dir=) to a folder that you may write",
+        errno.EPERM: "no permission: set run_dir= (or output_dir=) to a folder that you may write",
+        errno.EROFS: "a read-only disk: set run_dir= (or output_dir=) to a folder that you may write",
+        errno.ENOENT: "check the path in the options",
+        errno.ENOTDIR: "a file stands where a folder is needed: set run_dir= (or output_dir=) to another path",
+    }
+    return remedies.get(error.errno or 0, "check the disk and the paths in the options")

@@ -1,0 +1,172 @@
+"""A wrong command line ends in one line that a person can act on, before anything heavy is imported."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conf import entry
+from conf.entry import compose
+from conf.errors import UserError
+from conf.schema import AutoencoderRun, BuildRun, SampleRun, UNetRun
+
+ROOT = Path(__file__).parents[2]
+
+# Runs a script as its own command would and tells what heavy it had imported when it ended.
+PROBE = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("imported:", *sorted({"torch", "numpy", "accelerate", "deepspeed", "wandb"} & set(sys.modules)))
+"""
+
+
+def command(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PROBE, str(ROOT / script), *arguments],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "LATENTLINE_TRACEBACK"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "message"),
+    [
+        ("train/train_unet.py", "optim.lrr=1e-4", "no option 'optim.lrr': did you mean optim.lr"),
+        ("train/train_autoencoder.py", "optim.lr=fast", r".*optim\.lr=fast.*could not be converted to Float"),
+        ("train/train_autoencoder.py", "images.resolution=31", r"images\.resolution=31: must be a multiple of 8"),
+        (
+            "data/precompute_latents.py",
+            "experiment=smokee",
+            "Could not find 'experiment/smokee': choose one of ",
+        ),
+        ("train/train_clip.py", "+foo=1", "no option 'foo'"),
+    ],
+    ids=["misspelt", "wrong type", "impossible combination", "unknown experiment", "added option"],
+)
+def test_a_wrong_option_is_one_line_and_exit_code_2_before_torch(
+    tmp_path: Path, script: str, argument: str, message: str
+) -> None:
+    ended = command(script, f"run_dir={tmp_path}/run", argument)
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert re.match(f"error: {message}", ended.stderr), ended.stderr
+    assert ended.stdout.strip() == "imported:"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("lr=1e-4", r"no option 'lr': did you mean optim\.lr\?"),
+        ("loop.sampels=10", r"no option 'loop.sampels': did you mean loop\.samples"),
+        ("zzzzzz=1", "no option 'zzzzzz': --help lists the options"),
+        ("+optim.foo=1", "no option 'optim.foo'"),
+        ("++optim.lrr=1", r"no option 'optim.lrr': did you mean optim\.lr"),
+        ("~optim.lr", "optim.lr"),
+        ("optim.lr", r"cannot read 'optim\.lr': write optim\.lr=VALUE"),
+        ("output_dir=a=b", r"cannot read 'output_dir=a=b': .*'output_dir=\"VALUE\"' where it has special characters"),
+        ("caption_drop=[1", r"cannot read 'caption_drop=\[1'"),
+        ("loop.samples=many", r"loop\.samples=many"),
+        ("batch.global_batch_size=0.5", r"batch\.global_batch_size=0\.5"),
+        ("process.prediction=x0", r"process\.prediction=x0"),
+        ("model.block_out_channels=wide", r"model\.block_out_channels=wide"),
+        ("runtime=tpu", "choose one of auto, cpu, gpu"),
+        ("runtime.zero_stage=4", r"runtime\.zero_stage=4: must be"),
+        ("caption_drop=1.0", r"caption_drop=1\.0"),
+        ("process={prediction: flow, min_snr_gamma: 5}", "process.min_snr_gamma: not defined for"),
+        ("model.attention_head_dim=[1,2,3]", r"model\.attention_head_dim: needs 1 or 4"),
+        ("model.norm_num_groups=7", r"model\.block_out_channels: 320 is not divisible by norm_num_groups=7"),
+        ("model.down_block_types=[DownBlock2D]", r"model\.down_block_types: needs one entry for each of the 4"),
+    ],
+)
+def test_the_line_names_the_option(argument: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        compose("train_unet", UNetRun, [argument])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "schema", "argument", "message"),
+    [
+        ("build_shards", BuildRun, "source=folder", "source=folder needs path="),
+        ("build_shards", BuildRun, "source=demo", "source=demo needs samples="),
+        ("sample", SampleRun, "steps=5", "no prompts: set prompts="),
+    ],
+)
+def test_an_option_that_another_one_needs_is_asked_for(config: str, schema: type, argument: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        compose(config, schema, [argument])
+
+
+def test_what_the_command_line_says_beats_the_experiment() -> None:
+    cfg = compose("train_autoencoder", AutoencoderRun, ["experiment=smoke", "loop.samples=7", "run_dir=elsewhere"])
+    assert (cfg.loop.samples, cfg.images.resolution) == (7, 32)
+    assert (cfg.output_dir, cfg.shards) == ("elsewhere/autoencoder", "elsewhere/shards")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EFBIG, "largest file"),
+        (errno.EACCES, "no permission"),
+        (errno.EPERM, "no permission"),
+        (errno.EROFS, "read-only"),
+        (errno.ENOTDIR, "a file stands where a folder is needed"),
+        (errno.EIO, "check the disk"),
+    ],
+)
+def test_an_error_of_the_system_names_the_file_and_a_remedy(
+    number: int, remedy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LATENTLINE_TRACEBACK", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        entry.fail(OSError(number, os.strerror(number), "/data/run"))
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert len(told.splitlines()) == 1
+    assert told.startswith(f"error: {os.strerror(number)} '/data/run': ") and remedy in told
+
+
+def test_an_error_of_several_lines_is_told_in_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LATENTLINE_TRACEBACK", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit):
+        entry.fail(UserError("the first line\nand a second"))
+    assert capsys.readouterr().err == "error: the first line\n"
+
+
+def test_a_developer_gets_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTLINE_TRACEBACK", "1")
+    with pytest.raises(UserError, match="why"):
+        entry.fail(UserError("why"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ("optim.lr=1e-4,seed=1", "optim.lr=1e-4,seed=1"),
+        ("latents=runs/a/latents", "latents=runs_a_latents"),
+    ],
+)
+def test_a_member_of_a_sweep_is_one_folder(overrides: str, name: str) -> None:
+    assert entry.folder_name(overrides) == name
+
+
+def test_a_long_name_stays_unique_and_within_the_limit() -> None:
+    names = {entry.folder_name(f"latents=/{'ä' * 200}/{member}") for member in range(3)}
+    assert len(names) == 3 and all(len(name.encode()) <= entry.LONGEST_NAME for name in names)

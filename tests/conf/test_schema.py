@@ -1,0 +1,95 @@
+"""Every option is explained, and every shipped configuration composes, fits together and says what it costs."""
+
+import ast
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.entry import compose
+from conf.schema import PipelineRun
+from train.stages.plan import STAGES, StageCommand, plan, separate
+
+CONF = Path(__file__).parents[2] / "conf"
+COMMANDS = {stage.name: stage for stage in STAGES}
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "none")
+STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
+
+
+def options_of(file: str) -> Iterator[tuple[str, str, str, str]]:
+    """(class, option, type, source lines) of each field of each dataclass."""
+    source = (CONF / file).read_text()
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        for field in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                text = "\n".join(lines[field.lineno - 1 : field.end_lineno])
+                yield node.name, field.target.id, ast.unparse(field.annotation), text  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("file", ["schema.py", "networks.py"])
+def test_every_option_has_a_comment(file: str) -> None:
+    """Beside it or beside the same option of an earlier command; a section is explained by its own options."""
+    explained: set[tuple[str, str]] = set()
+    missing = []
+    for owner, option, kind, text in options_of(file):
+        if "  # " in text:
+            explained.add((option, kind))
+        elif not kind.endswith("Config") and (option, kind) not in explained:
+            missing.append(f"{owner}.{option}")
+    assert missing == []
+    assert len(explained) > 10
+
+
+@pytest.mark.parametrize("path", STAGE_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_stage_file_composes_for_its_command(path: Path) -> None:
+    assert path.stem in EXPERIMENTS, f"no conf/experiment/{path.stem}.yaml selects it"
+    assert path.parent.name in [*COMMANDS, "pipeline"], "no command reads this folder"
+    if path.parent.name == "pipeline":
+        compose("pipeline", PipelineRun, [f"experiment={path.stem}"])
+    else:
+        composed(COMMANDS[path.parent.name], path.stem)
+
+
+def command_of(experiment: str) -> list[str]:
+    """Arguments of the command that the experiment's header gives."""
+    header = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    line = next((line for line in header.splitlines() if line.startswith("# Command: ")), "")
+    return [argument for argument in shlex.split(line) if "=" in argument] or [f"experiment={experiment}"]
+
+
+def composed(stage: StageCommand, experiment: str) -> Any:
+    return compose(stage.script.stem, stage.schema, separate(command_of(experiment))[1][stage.name])
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_for_the_whole_pipeline(experiment: str) -> None:
+    own, overrides = separate(command_of(experiment))
+    tasks = plan(compose("pipeline", PipelineRun, own), overrides)
+    assert len(tasks) >= 5
+    assert all(task.cfg.name == experiment and task.cfg.run_dir == f"runs/{experiment}" for task in tasks)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_stages_of_an_experiment_fit_together(experiment: str) -> None:
+    autoencoder, clip, latents, unet, evaluate = (
+        composed(COMMANDS[name], experiment) for name in ("autoencoder", "clip", "latents", "unet", "evaluate")
+    )
+    assert latents.images.resolution == autoencoder.images.resolution
+    assert evaluate.images.resolution == autoencoder.images.resolution
+    assert unet.model.in_channels == unet.model.out_channels == autoencoder.model.latent_channels
+    assert unet.model.sample_size * autoencoder.model.downscale == latents.images.resolution
+    assert unet.model.sample_size % unet.model.downscale == 0
+    if clip.model.pretrained is None:
+        assert unet.model.cross_attention_dim == clip.model.text_width
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_says_its_purpose_command_cost_and_result(experiment: str) -> None:
+    lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    header = "\n".join(line for line in lines if line.startswith("# "))
+    for heading in ("Purpose:", "Command:", "Cost:", "Result:"):
+        assert f"\n# {heading} " in header, heading
+    assert f"experiment={experiment}" in header

@@ -1,0 +1,56 @@
+"""What tests of several folders share."""
+
+import json
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BLOCK = 32768  # bytes of a block in LevelDB's log format
+
+
+def records(path: Path) -> Iterator[Any]:
+    """Protobuf records of a .wandb file: 7 bytes of header, then LevelDB's log format."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, position, parts = path.read_bytes(), 7, b""
+    assert content[:4] == b":W&B"
+    while position + 7 <= len(content):
+        if BLOCK - position % BLOCK < 7:  # no header fits into the rest of the block
+            position += BLOCK - position % BLOCK
+            continue
+        _, size, kind = struct.unpack("<IHB", content[position : position + 7])
+        chunk = content[position + 7 : position + 7 + size]
+        position += 7 + size
+        if position > len(content):
+            return  # cut off, or still being written
+        parts = chunk if kind in (1, 2) else parts + chunk  # 1: whole, 2: first, 3: middle, 4: last part
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+
+
+def history(output_dir: Path) -> list[dict[str, Any]]:
+    """Rows of the newest offline W&B run of a stage folder, nested keys joined by '/'."""
+    newest = next((output_dir / "wandb" / "latest-run").resolve().glob("*.wandb"))
+    deadline = time.monotonic() + 30
+    written = list(records(newest))
+    while written == [] or written[-1].WhichOneof("record_type") != "exit":  # its service writes on after finish()
+        assert time.monotonic() < deadline, f"{newest} has no end"
+        time.sleep(0.05)
+        written = list(records(newest))
+    return [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in written
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+@pytest.fixture
+def wandb_history() -> Any:
+    """`wandb_history(output_dir)`: what an offline W&B run that ended really wrote."""
+    return history
