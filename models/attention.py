@@ -1,0 +1,142 @@
+"""Attention over the pixels of a feature map and over the text; attribute names are those of diffusers' state dicts.
+
+Shapes: B samples, N = H·W tokens of the picture, M tokens attended to (N, or the L of the text), C channels, D width of
+the text states.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# (probabilities [B, heads, N, M], name of the layer, whether it attends to the text) -> probabilities to use instead
+AttentionControl = Callable[[Tensor, str, bool], Tensor]
+
+
+class Attention(nn.Module):
+    """Multi-head attention; self-attention unless it is given a context.
+
+    Args:
+        channels: C, divisible by `heads`.
+        context_channels: D, or None for self-attention.
+        bias: whether queries, keys and values have one.
+    """
+
+    name = ""  # the module's path in its network, for attention control
+
+    def __init__(self, channels: int, heads: int, context_channels: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.is_cross = context_channels is not None
+        source = channels if context_channels is None else context_channels
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(source, channels, bias=bias)
+        self.to_v = nn.Linear(source, channels, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None, attn_control: AttentionControl | None = None) -> Tensor:
+        """`x` [B, N, C], `context` [B, M, D] -> [B, N, C]."""
+        source = x if context is None else context
+        q = self._split(self.to_q(x))  # [B, heads, N, C/heads]
+        k, v = self._split(self.to_k(source)), self._split(self.to_v(source))  # [B, heads, M, C/heads]
+        if attn_control is None:
+            h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, C/heads]
+        else:
+            probs = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)  # [B, heads, N, M]
+            h = attn_control(probs, self.name, self.is_cross) @ v
+        return self.to_out[0](h.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, N, C] -> [B, heads, N, C/heads]
+
+
+class ImageSelfAttention(Attention):
+    """The autoencoder's: one head over all pixels, with its own norm and residual connection."""
+
+    def __init__(self, channels: int, groups: int, eps: float) -> None:
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """[B, C, H, W] -> [B, C, H, W]."""
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
+        return x + super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class GEGLU(nn.Module):
+    """Linear layer whose second half gates its first (Shazeer 2020)."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two layers, four times as wide between them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The identity stands where diffusers has a dropout, so that the last layer keeps its number.
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward; each after a LayerNorm and added to its input."""
+
+    def __init__(self, channels: int, heads: int, context_channels: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.attn1 = Attention(channels, heads)
+        self.attn2 = Attention(channels, heads, context_channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor, attn_control: AttentionControl | None) -> Tensor:
+        """`x` [B, N, C], `context` [B, L, D] -> [B, N, C]."""
+        x = x + self.attn1(self.norm1(x), None, attn_control)
+        x = x + self.attn2(self.norm2(x), context, attn_control)
+        return x + self.ff(self.norm3(x))
+
+
+class PixelLinear(nn.Conv2d):
+    """A 1x1 convolution applied to tokens [B, N, C]: SD 1.x stores its projections so."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map.
+
+    Args:
+        depth: number of blocks.
+        linear_projection: the weights before and after the blocks are linear layers (SD 2.x), not 1x1 convolutions.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, context_channels: int, depth: int, groups: int, linear_projection: bool
+    ) -> None:
+        super().__init__()
+        project = nn.Linear if linear_projection else PixelLinear
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = project(channels, channels)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_channels) for _ in range(depth)
+        )
+        self.proj_out = project(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor, attn_control: AttentionControl | None) -> Tensor:
+        """`x` [B, C, H, W], `context` [B, L, D] -> [B, C, H, W]."""
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B, N, C]
+        for block in self.transformer_blocks:
+            h = block(h, context, attn_control)
+        return x + self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[2:])

@@ -1,0 +1,232 @@
+"""CLIP behind a small interface: open_clip's model, tokenizer and loss. Nothing else imports open_clip.
+
+Radford et al. 2021 (arXiv:2103.00020). The text tower's token states condition the U-Net.
+"""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from conf.errors import UserError
+from conf.networks import ClipConfig
+from models.weights import CONFIG_NAME, check_names, read_json, save_folder
+
+WEIGHTS_NAME = "open_clip_model.safetensors"
+MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
+
+
+class Clip(nn.Module):
+    """Image and text tower with one embedding space; random weights unless built by a `from_` method.
+
+    Args:
+        config: sizes; with `pretrained="NAME/TAG"` the architecture of that open_clip model instead.
+
+    Raises:
+        UserError: sizes that do not fit each other, or a model that is not CLIP with the BPE tokenizer.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        if config.pretrained is None:
+            architecture, tag = _from_sizes(config), dict[str, Any]()
+        else:
+            architecture, tag = _from_registry(config.pretrained)
+        self.config = _sizes(config.pretrained, architecture)
+        self.network = open_clip.CLIP(**architecture)
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.config.context_length)
+        for name, default in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD)):
+            value = torch.tensor(tag.get(name, default)).view(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    @classmethod
+    def from_config(cls, config: ClipConfig) -> "Clip":
+        """Pretrained weights when `config.pretrained` asks for them, else random ones of the given sizes."""
+        return cls(config) if config.pretrained is None else cls.from_pretrained(config.pretrained)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "Clip":
+        """Load a folder that `save_pretrained` wrote, or an open_clip model "NAME/TAG" from its hub or cache.
+
+        Raises:
+            UserError: neither of the two, weights that cannot be had, or weights that do not fit.
+        """
+        if Path(source).is_dir():
+            clip = cls(_read_config(Path(source) / CONFIG_NAME))
+            weights = _read_weights(Path(source) / WEIGHTS_NAME)
+            check_names(str(Path(source) / WEIGHTS_NAME), clip.network.state_dict(), weights)
+            clip.network.load_state_dict(weights, strict=True)
+            return clip
+        clip = cls(ClipConfig(pretrained=str(source)))
+        open_clip.load_checkpoint(clip.network, _download(str(source)), strict=True, weights_only=True)
+        return clip
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` (a ClipConfig) and `open_clip_model.safetensors` (open_clip's parameter names)."""
+        config = {"_class_name": "Clip", **asdict(self.config)}
+        save_folder(folder, config, self.network.state_dict(), weights_name=WEIGHTS_NAME)
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """[B, L] int64: start token, byte pairs, end token, zeros; a longer text is cut and keeps its end token."""
+        return self.tokenizer(texts)
+
+    def text_states(self, tokens: Tensor) -> Tensor:
+        """Token states [B, L, D] of the last layer after the final layer norm, for tokens [B, L]."""
+        text = self.network
+        x = text.token_embedding(tokens) + text.positional_embedding  # [B, L, D]
+        x = text.transformer(x, attn_mask=text.attn_mask)  # [B, L, D]
+        return text.ln_final(x)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Embeddings [B, E] of length 1 for tokens [B, L]."""
+        return self.network.encode_text(tokens, normalize=True)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Embeddings [B, E] of length 1 for square images [B, 3, H, H] in [-1, 1] of any size."""
+        side = self.config.image_size
+        if images.shape[-2:] != (side, side):
+            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+        return self.network.encode_image(((images + 1) / 2 - self.mean) / self.std, normalize=True)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image embeddings [B, E], text embeddings [B, E] and the factor of their cosine (a scalar, at most 100)."""
+        scale = self.network.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+        return self.encode_image(images), self.encode_text(tokens), scale
+
+
+def contrastive_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, rank: int = 0, world: int = 1
+) -> Tensor:
+    """Symmetric cross entropy of this rank's pairs against the negatives of all ranks; a scalar.
+
+    Its mean over ranks, and so the gradient that DDP averages, equals that of one process with the whole batch.
+    Ranks must hold equally many pairs.
+
+    Args:
+        image_features: [B, E] of length 1.
+        text_features: [B, E] of length 1, row i belongs to image i.
+        logit_scale: scalar factor of the cosines.
+        rank: of this process.
+        world: number of processes.
+    """
+    loss = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+    return loss(image_features, text_features, logit_scale)
+
+
+@torch.no_grad()
+def top1_accuracy(image_features: Tensor, text_features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of images whose nearest text is theirs, and of texts whose nearest image is; two scalars.
+
+    Among pairs [N, E], [N, E] with tokens [N, L]; a caption that occurs twice may find either of its images.
+    """
+    cosines = image_features @ text_features.T  # [N images, N texts]
+    same = (tokens[:, None] == tokens[None]).all(dim=-1)  # [N, N]
+    rows = torch.arange(len(tokens), device=tokens.device)
+    image_to_text = same[rows, cosines.argmax(dim=1)].float().mean()
+    text_to_image = same[rows, cosines.argmax(dim=0)].float().mean()
+    return image_to_text, text_to_image
+
+
+def _from_sizes(config: ClipConfig) -> dict[str, Any]:
+    """open_clip's description of a CLIP with a ViT of our sizes; heads of the ViT are 64 wide, in small ones 32."""
+    head_width = 64 if config.vision_width % 64 == 0 else 32
+    if config.vision_width % head_width:
+        raise UserError(f"model.vision_width={config.vision_width}: must be a multiple of 32, the width of a head")
+    if config.text_width % config.text_heads:
+        raise UserError(f"model.text_width={config.text_width}: must be a multiple of text_heads={config.text_heads}")
+    if config.image_size % config.patch_size:
+        raise UserError(f"model.image_size={config.image_size}: must be a multiple of patch_size={config.patch_size}")
+    return {
+        "embed_dim": config.embed_dim,
+        "vision_cfg": {
+            "image_size": config.image_size,
+            "layers": config.vision_layers,
+            "width": config.vision_width,
+            "head_width": head_width,
+            "patch_size": config.patch_size,
+        },
+        "text_cfg": {
+            "context_length": config.context_length,
+            "width": config.text_width,
+            "heads": config.text_heads,
+            "layers": config.text_layers,
+        },
+    }
+
+
+def _from_registry(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """open_clip's description of the model NAME, and what it knows of the weights TAG, for source "NAME/TAG"."""
+    name, _, tag = source.partition("/")
+    architecture, weights = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, tag)
+    if not architecture or not weights:
+        raise UserError(
+            f"clip '{source}' is neither a folder written by train_clip nor an open_clip model NAME/TAG "
+            "such as ViT-B-32/laion2b_s34b_b79k"
+        )
+    text = architecture["text_cfg"]
+    if architecture.get("custom_text") or text.get("hf_model_name") or text.get("hf_tokenizer_name"):
+        raise UserError(f"clip '{source}': only CLIP models with the BPE tokenizer are supported, such as ViT-B-32")
+    quick_gelu = bool(weights.get("quick_gelu", architecture.get("quick_gelu", False)))
+    return {**architecture, "quick_gelu": quick_gelu}, weights
+
+
+def _sizes(pretrained: str | None, architecture: dict[str, Any]) -> ClipConfig:
+    """The configuration that an architecture amounts to; fields of a ViT keep their defaults where there is none."""
+    vision, text = architecture["vision_cfg"], architecture["text_cfg"]
+    found = {
+        "embed_dim": architecture["embed_dim"],
+        "image_size": vision["image_size"],
+        "vision_layers": vision.get("layers"),
+        "vision_width": vision.get("width"),
+        "patch_size": vision.get("patch_size"),
+        "text_layers": text["layers"],
+        "text_width": text["width"],
+        "text_heads": text["heads"],
+        "context_length": text["context_length"],
+    }
+    return ClipConfig(pretrained=pretrained, **{name: size for name, size in found.items() if isinstance(size, int)})
+
+
+def _download(source: str) -> str:
+    """Path of the weights "NAME/TAG" in the hub's cache, downloaded if need be."""
+    name, _, tag = source.partition("/")
+    try:
+        return str(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"clip '{source}': its weights are neither in the Hugging Face cache nor to be downloaded "
+            f"({type(error).__name__}): fetch them once where there is a network and copy the cache (HF_HOME), "
+            "or give the folder of a CLIP trained with train/train_clip.py"
+        ) from error
+
+
+def _read_config(path: Path) -> ClipConfig:
+    """`config.json` as save_pretrained wrote it."""
+    found = read_json(path, WEIGHTS_NAME)
+    if found.pop("_class_name", None) != "Clip":
+        raise UserError(f"{path}: not the configuration of a CLIP that train/train_clip.py made")
+    sizes = {item.name for item in fields(ClipConfig)} - {"pretrained"}
+    wrong = sorted(name for name in found.keys() ^ (sizes | {"pretrained"}))
+    wrong += [name for name in sizes & found.keys() if type(found[name]) is not int or found[name] <= 0]
+    if wrong or not isinstance(found["pretrained"], str | None):
+        raise UserError(f"{path}: unknown, missing or unusable: {', '.join(wrong or ['pretrained'])}")
+    return ClipConfig(**found)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give a folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None

@@ -1,0 +1,154 @@
+"""A network's folder in diffusers' format: `config.json` and `diffusion_pytorch_model.safetensors`."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_origin
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from conf.errors import UserError
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+C = TypeVar("C")
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How a class of diffusers and one of our dataclasses describe the same network."""
+
+    class_name: str  # of diffusers
+    fixed: Mapping[str, Any]  # fields of that class which the network knows in one value only (per level too)
+    absent: Mapping[str, Any] = field(default_factory=dict)  # that class's defaults where the dataclass has others
+    ignored: tuple[str, ...] = ()  # fields that say nothing about the network's output
+
+    def to_json(self, config: Any, **more: Any) -> dict[str, Any]:
+        """All that diffusers needs to build the same network; `more` replaces fields."""
+        return {"_class_name": self.class_name, **self.fixed, **asdict(config), **more}
+
+
+def save_folder(
+    folder: str | Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], weights_name: str = WEIGHTS_NAME
+) -> None:
+    """Write both files, each whole or not at all; the configuration last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    _atomic(folder / weights_name, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    _atomic(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _atomic(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, weights_name: str) -> dict[str, Any]:
+    """The object in a `config.json` that stands beside `weights_name`; raises UserError when there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give a folder that holds {CONFIG_NAME} and {weights_name}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def read_config(folder: str | Path, kind: type[C], form: Format) -> C:
+    """`config.json` as the dataclass `kind`.
+
+    Raises:
+        UserError: no such file, another class, or a field or value that the network does not have.
+    """
+    path = Path(folder) / CONFIG_NAME
+    found = read_json(path, WEIGHTS_NAME)
+    if found.get("_class_name") != form.class_name:
+        raise UserError(f"{path}: not the configuration of a {form.class_name}")
+    known = {item.name: item.type for item in fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for name, value in {**form.absent, **found}.items():
+        if name in known and value is not None:  # a null stands for the default
+            values[name] = _checked(path, name, value, known[name])
+        elif name in form.fixed:
+            levels = value if isinstance(value, list) else [value]
+            if any(level != form.fixed[name] for level in levels):
+                raise UserError(f"{path}: {name}={value!r} is not supported, only {form.fixed[name]!r}")
+        # An unknown field that is null or false names a feature that the checkpoint does not use either.
+        elif not name.startswith("_") and name not in form.ignored and value is not None and value is not False:
+            raise UserError(f"{path}: {name}={value!r} is not supported")
+    return kind(**values)
+
+
+def _checked(path: Path, name: str, value: Any, kind: Any) -> Any:
+    """A JSON value as the field's type; diffusers writes one number where all levels share it."""
+    if get_origin(kind) is list:
+        element = kind.__args__[0]
+        items = value if isinstance(value, list) else [value]
+        if all(type(item) is element for item in items):
+            return items
+    elif type(value) is kind:
+        return value
+    raise UserError(f"{path}: {name}={value!r} is not supported, it must be {getattr(kind, '__name__', kind)}")
+
+
+def load_folder(folder: str | Path, build: Callable[[], M], renamed: Mapping[str, str] | None = None) -> M:
+    """The network of `build()` in fp32 with the weights of the folder, every one of them used.
+
+    Args:
+        build: called with the meta device as default, so that no weight is drawn and thrown away.
+        renamed: old parts of parameter names -> those of today.
+
+    Raises:
+        UserError: a missing or broken file; missing, surplus or misshapen parameters, by name.
+    """
+    path = Path(folder) / WEIGHTS_NAME
+    try:
+        weights = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give a folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None
+    for old, new in (renamed or {}).items():
+        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+    with torch.device("meta"):
+        network = build()
+    expected = network.state_dict()
+    check_names(str(path), expected, weights)
+    # A copy: the file stays free to be replaced, and no half-precision file decides the precision of training.
+    network.load_state_dict({name: weights[name].to(torch.float32, copy=True) for name in expected}, assign=True)
+    return network
+
+
+def check_names(where: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise a UserError that names missing, surplus and misshapen parameters, if there are any."""
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "surplus": [name for name in found if name not in expected],
+        "misshapen": [
+            f"{name} {list(found[name].shape)} instead of {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in found and found[name].shape != tensor.shape
+        ],
+    }
+    parts = []
+    for kind, names in problems.items():
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{kind}: {', '.join(names[:3])}{more}")
+    if parts:
+        raise UserError(f"{where} does not fit the network ({'; '.join(parts)})")

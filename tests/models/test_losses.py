@@ -1,0 +1,120 @@
+"""Perceptual distances, PSNR and SSIM against lpips and scikit-image."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conf.errors import UserError
+from conf.schema import Perceptual
+from models.losses import VGG_FILE, EfficientNetDistance, LpipsDistance, perceptual_distance, psnr, ssim
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Tensor, Tensor]:
+    """Smooth pictures and a disturbed copy."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(3, 3, 8, 8, generator=generator) * 2 - 1
+    references = F.interpolate(coarse, (48, 64), mode="bicubic").clamp(-1, 1)
+    noise = 0.1 * torch.randn(references.shape, generator=generator)
+    return (references + noise).clamp(-1, 1), references
+
+
+def test_psnr_equals_scikit_image_per_image(pair: tuple[Tensor, Tensor]) -> None:
+    from skimage.metrics import peak_signal_noise_ratio
+
+    expected = [peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=2) for a, b in zip(*pair, strict=True)]
+    torch.testing.assert_close(psnr(*pair).double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-4)
+
+
+def test_psnr_ignores_what_a_saved_picture_cannot_hold() -> None:
+    white = torch.ones(1, 3, 4, 4)
+    assert torch.isfinite(psnr(white, white)).all()
+    assert torch.equal(psnr(1.5 * white, white), psnr(white, white))
+
+
+def test_ssim_equals_scikit_image(pair: tuple[Tensor, Tensor]) -> None:
+    from skimage.metrics import structural_similarity
+
+    for value, a, b in zip(ssim(*pair), *pair, strict=True):
+        expected = structural_similarity(
+            a.numpy().astype("float64"),
+            b.numpy().astype("float64"),
+            data_range=2,
+            channel_axis=0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        assert float(value) == pytest.approx(expected, abs=1e-5)
+
+
+def test_ssim_refuses_images_smaller_than_its_window() -> None:
+    with pytest.raises(UserError, match="11 pixels"):
+        ssim(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+
+
+def test_lpips_equals_the_package_with_the_same_backbone(
+    pair: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lpips calls torchvision with arguments of an older release
+        reference = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    weights = {f"features.{name.split('.', 1)[1]}": value for name, value in reference.net.state_dict().items()}
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(weights, tmp_path / "hub" / "checkpoints" / VGG_FILE)
+    distance = LpipsDistance().train()
+    assert not any(module.training for module in distance.modules())
+    with torch.no_grad():
+        expected = reference(*pair).flatten()
+        torch.testing.assert_close(distance(*pair), expected, rtol=1e-5, atol=1e-7)
+    assert not any(parameter.requires_grad for parameter in distance.parameters())
+
+
+def test_missing_or_damaged_vgg_is_one_line_with_file_place_and_alternative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError) as missing:
+        perceptual_distance(Perceptual.lpips)
+    for part in (VGG_FILE, str(tmp_path / "hub" / "checkpoints"), "loss.perceptual=efficientnet"):
+        assert part in str(missing.value)
+    assert "\n" not in str(missing.value)
+    for content in (b"", b"not a state dict", b"PK\x03\x04 cut off"):
+        (tmp_path / "broken.pth").write_bytes(content)
+        with pytest.raises(UserError, match=r"broken\.pth"):
+            perceptual_distance(Perceptual.lpips, str(tmp_path / "broken.pth"))
+
+
+def test_efficientnet_distance_orders_what_people_see() -> None:
+    """Of disturbances with the same mean squared error, blur and noise count far more than a shift of brightness."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = (torch.rand(8, 3, 16, 16, generator=generator) * 1.6 - 0.8).round(decimals=0)
+    references = F.interpolate(coarse, 64, mode="nearest")
+    blurred = F.avg_pool2d(F.pad(references, (2, 2, 2, 2), mode="reflect"), 5, stride=1)
+    size = (blurred - references).square().mean().sqrt()
+    noisy = references + size * torch.randn(references.shape, generator=generator)
+    distance = EfficientNetDistance()
+    with torch.no_grad():
+        blur, noise, brightness = (distance(x, references).mean() for x in (blurred, noisy, references + size))
+        assert distance(references, references).abs().max() < 1e-6
+    assert blur > 3 * brightness
+    assert noise > 3 * brightness
+
+
+def test_efficientnet_distance_leads_back_to_the_reference(pair: tuple[Tensor, Tensor]) -> None:
+    distance = EfficientNetDistance()
+    pictures, references = pair[0].clone().requires_grad_(), pair[1]
+    value = distance(pictures, references)
+    assert value.shape == (3,)
+    (gradient,) = torch.autograd.grad(value.sum(), pictures)
+    with torch.no_grad():
+        after = distance(pictures - 0.5 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1), references)
+    assert (after < value).all()
+    assert perceptual_distance(Perceptual.none) is None
