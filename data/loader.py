@@ -1,0 +1,94 @@
+"""From a data set to batches, in the order of `data.order`.
+
+The only state is the number of samples seen; loader processes change the speed and nothing else.
+"""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count, takewhile
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+from conf.errors import UserError
+from data.datasets import Batch, ImageDataset, LatentDataset
+from data.order import step_positions
+
+
+class Dataset(Protocol):
+    """What `batches` needs."""
+
+    samples: int
+    digest: str  # identity of all that it holds
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """The samples at these positions of the training stream."""
+
+
+def batches(
+    dataset: Dataset,
+    global_batch: int,  # samples per optimiser step over all ranks
+    micro_batch: int,  # samples per rank and forward pass
+    rank: int,
+    world: int,
+    start: int,  # samples seen so far: the position of the first sample
+    workers: int,  # loader processes; 0: load in this process
+    stop: int | None = None,  # samples seen at which no further step begins; None: never ends
+) -> Iterator[Batch]:
+    """Yield this rank's micro-batches in order; `UserError` when the data set has less than one global batch."""
+    if dataset.samples < global_batch:
+        raise UserError(
+            f"the data set has {dataset.samples} samples, fewer than batch.global_batch_size={global_batch}: "
+            "lower batch.global_batch_size or add samples"
+        )
+    steps = takewhile(lambda step: stop is None or step < stop, count(start, global_batch))
+    parts = (part for step in steps for part in step_positions(step, global_batch, rank, world, micro_batch))
+    return _load(_Fetch(dataset.batch), parts, workers)
+
+
+def sequential(
+    dataset: ImageDataset | LatentDataset, indices: Sequence[int], batch_size: int, workers: int = 0
+) -> Iterator[Batch]:
+    """Yield these samples of the manifest in the given order, without augmentation; the last batch may be smaller."""
+    parts = (list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size))
+    return _load(_Fetch(dataset.batch_at), parts, workers)
+
+
+class _Fetch:
+    """The part of a dataset that a DataLoader sees: a list of numbers in, a whole batch (or the user's error) out."""
+
+    def __init__(self, get: Callable[[list[int]], Batch]) -> None:
+        self.get = get  # a method of the data set
+
+    def __getitems__(self, numbers: list[int]) -> Batch | UserError:
+        try:
+            return self.get(numbers)
+        except UserError as error:  # raised in the training process: a DataLoader would bury it in a traceback
+            return error
+
+
+def _load(fetch: _Fetch, parts: Iterable[list[int]], workers: int) -> Iterator[Batch]:
+    loader: DataLoader = DataLoader(
+        fetch,  # type: ignore[arg-type]
+        batch_sampler=parts,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_training,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each iterator draws a number from the global stream
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _leave_signals_to_training(worker: int) -> None:
+    """A scheduler signals all processes of a job; the training decides when to stop, and then ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

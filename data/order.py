@@ -1,0 +1,149 @@
+"""The order in which training sees the samples: pure functions of (seed, position in the stream).
+
+Position p belongs to epoch p // samples. Each epoch is its own permutation, computed and not stored, so that a resume
+needs one integer and no number of ranks, workers or micro-batches changes the stream.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from math import isqrt
+
+import numpy as np
+
+ROUNDS = 6
+MASK = (1 << 64) - 1
+MIX_BLOCK = 4096  # positions over which a mix keeps its shares exactly
+
+
+def sample_at(seed: int, position: int, samples: int) -> int:
+    """Return the index, in [0, samples), of the sample at a position of the endless stream: a permutation an epoch."""
+    epoch, index = divmod(position, samples)
+    return _permuted(_round_keys(f"order/{seed}/{epoch}"), index, samples)
+
+
+class WindowedOrder:
+    """A shuffle for data that is far away: shards in a new order each epoch, the samples of a few of them mixed.
+
+    What is read at a time are the shards of one window; each epoch is still a permutation of all samples.
+
+    Args:
+        sizes: samples of each shard.
+        window: shards mixed at a time; as many as there are give a full permutation.
+    """
+
+    def __init__(self, seed: int, sizes: Sequence[int], window: int) -> None:
+        self.seed, self.window = seed, window
+        self.sizes = np.asarray(sizes, np.int64)
+        self.starts = np.cumsum(self.sizes) - self.sizes  # of each shard in the manifest's order
+        self.samples = int(self.sizes.sum())
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+
+    def __getstate__(self) -> tuple[int, np.ndarray, int]:
+        return self.seed, self.sizes, self.window
+
+    def __setstate__(self, state: tuple[int, np.ndarray, int]) -> None:
+        seed, sizes, window = state
+        self.__init__(seed, sizes, window)  # type: ignore[misc]
+
+    def __call__(self, position: int) -> int:
+        """Return the index, in the manifest's order, of the sample at a position of the endless stream."""
+        epoch, index = divmod(position, self.samples)
+        shards, ends = self.epoch(epoch)
+        first = int(np.searchsorted(ends, index, "right")) // self.window * self.window
+        begin = int(ends[first - 1]) if first else 0
+        end = int(ends[min(first + self.window, len(ends)) - 1])
+        keys = _round_keys(f"window/{self.seed}/{epoch}/{first}")
+        index = begin + _permuted(keys, index - begin, end - begin)
+        place = int(np.searchsorted(ends, index, "right"))
+        return int(self.starts[shards[place]] + index - (ends[place] - self.sizes[shards[place]]))
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in the order of this epoch, and where each ends in it."""
+        (key, *_) = _round_keys(f"shards/{self.seed}/{epoch}")
+        shards = np.argsort(_mixed(np.arange(len(self.sizes), dtype=np.uint64) ^ np.uint64(key)), kind="stable")
+        return shards, np.cumsum(self.sizes[shards])
+
+
+class Mix:
+    """Several streams as one, each with its share of every block of positions.
+
+    Args:
+        weights: of the streams; only their ratios count.
+    """
+
+    def __init__(self, seed: int, weights: Sequence[float]) -> None:
+        self.seed = seed
+        shares = np.asarray(weights, float) / sum(weights) * MIX_BLOCK
+        self.counts = np.floor(shares).astype(int)
+        rest = MIX_BLOCK - int(self.counts.sum())
+        self.counts[np.argsort(self.counts - shares, kind="stable")[:rest]] += 1  # largest remainders
+        self.streams = np.repeat(np.arange(len(weights)), self.counts)
+        self.first = np.cumsum(self.counts) - self.counts
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        """Return the stream that a position belongs to, and the position in that stream."""
+        block, index = divmod(position, MIX_BLOCK)
+        place = _permuted(_round_keys(f"mix/{self.seed}/{block}"), index, MIX_BLOCK)
+        stream = int(self.streams[place])
+        return stream, block * int(self.counts[stream]) + place - int(self.first[stream])
+
+
+def rng(seed: int, position: int, purpose: str) -> np.random.Generator:
+    """Return the random stream of one sample for one purpose ("crop", "noise" …), independent of all others."""
+    return np.random.Generator(np.random.Philox(key=_stream_key(seed, purpose), counter=[0, 0, 0, position]))
+
+
+def step_positions(step_start: int, global_batch: int, rank: int, world: int, micro: int) -> list[list[int]]:
+    """Return the positions of one rank in the step that begins at `step_start` samples seen, one list per micro-batch.
+
+    The global batch is cut into `world` contiguous parts; `ValueError` when world x micro does not divide it.
+    """
+    share, rest = divmod(global_batch, world)
+    if rest or micro < 1 or share % micro:
+        raise ValueError(f"{world} ranks with micro-batches of {micro} do not divide a global batch of {global_batch}")
+    first = step_start + rank * share
+    return [list(range(start, start + micro)) for start in range(first, first + share, micro)]
+
+
+def _mix(x: int) -> int:
+    """Finaliser of SplitMix64 (Steele et al. 2014): spreads each input bit over the word."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """`_mix` of each element of a uint64 array; its products wrap by themselves."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _permuted(keys: tuple[int, ...], index: int, samples: int) -> int:
+    """Image of `index` under a permutation of [0, samples).
+
+    A Feistel network with modular addition on (left, right) in Z_a x Z_b, a·b >= samples, restricted to [0, samples)
+    by cycle walking (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    a = isqrt(samples - 1) + 1
+    b = -(-samples // a)
+    while True:
+        right, left = divmod(index, a)
+        for step in range(0, ROUNDS, 2):
+            left = (left + _mix(right ^ keys[step])) % a
+            right = (right + _mix(left ^ keys[step + 1])) % b
+        index = right * a + left
+        if index < samples:
+            return index
+
+
+@lru_cache(maxsize=64)
+def _round_keys(name: str) -> tuple[int, ...]:
+    digest = hashlib.blake2b(name.encode(), digest_size=8 * ROUNDS).digest()
+    return tuple(int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS))
+
+
+@lru_cache(maxsize=64)
+def _stream_key(seed: int, purpose: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{purpose}/{seed}".encode(), digest_size=16).digest(), "little")

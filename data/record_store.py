@@ -1,0 +1,105 @@
+"""All samples of a folder of shards by index; what is read is opened, checked and mapped when it is first needed."""
+
+import threading
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from data.manifest import REMEDY, Manifest
+from data.shards import ShardReader
+
+OPEN_SHARDS = 512  # memory-mapped at a time in one process: each holds a file descriptor
+
+
+class RecordStore:
+    """Random access to the samples of a manifest, with a reader per shard that was used, in each process for itself.
+
+    Args:
+        required: one extension of each tuple must be there, in every sample.
+    """
+
+    def __init__(self, folder: str | Path, manifest: Manifest, required: Sequence[tuple[str, ...]]) -> None:
+        self.folder, self.manifest, self.required = Path(folder), manifest, required
+        self.ends = list(accumulate(shard.samples for shard in manifest.shards))
+        self._forget()
+        self[0]  # a data set of another form is found before the training starts
+
+    def _forget(self) -> None:
+        self.readers: dict[int, ShardReader] = {}
+        self.opened: deque[int] = deque()
+        self.broken: dict[int, UserError] = {}  # shards that cannot be read, found out once
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.folder, self.manifest, self.required, self.ends  # readers stay behind
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.folder, self.manifest, self.required, self.ends = state
+        self._forget()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        shard, row = self.place(index)
+        return self._open(shard)[row]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Shard and row of a sample."""
+        shard = bisect_right(self.ends, index)
+        return shard, index - self.ends[shard] + self.manifest.shards[shard].samples
+
+    def find(self, shard: int, key: str) -> int:
+        """Index of the sample with a key in a shard."""
+        reader = self._open(shard)
+        row = next(i for i in range(len(reader)) if reader.key(i) == key)
+        return self.ends[shard] - self.manifest.shards[shard].samples + row
+
+    def name(self, index: int) -> str:
+        """Shard and key of a sample, for messages."""
+        shard, row = self.place(index)
+        return f"shard {self._path(shard)}: sample '{self._open(shard).key(row)}'"
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / self.manifest.shards[shard].name
+
+    def _open(self, shard: int) -> ShardReader:
+        reader = self.readers.get(shard)
+        if reader is not None and reader.is_open:
+            return reader
+        with self.lock:
+            return self._opened(shard)
+
+    def _opened(self, shard: int) -> ShardReader:
+        reader = self.readers.get(shard)
+        if reader is not None and reader.is_open:  # another thread was first
+            return reader
+        if shard in self.broken:
+            raise self.broken[shard]
+        if len(self.opened) == OPEN_SHARDS:
+            self.readers[self.opened.popleft()].release()
+        try:
+            reader = reader or self._checked(shard)
+            reader.open()
+        except UserError as error:
+            self.broken[shard] = error
+            raise
+        self.readers[shard] = reader
+        self.opened.append(shard)
+        return reader
+
+    def _checked(self, shard: int) -> ShardReader:
+        """A new reader; every sample must have what is required."""
+        reader, info, remedy = ShardReader(self._path(shard)), self.manifest.shards[shard], REMEDY[self.manifest.kind]
+        if len(reader) != info.samples:
+            raise UserError(
+                f"shard {reader.path} has {len(reader)} samples, not {info.samples} as its manifest says: {remedy}"
+            )
+        for i in range(len(reader)):
+            present = reader.extensions(i)
+            for choices in self.required:
+                if present.isdisjoint(choices):
+                    missing = f"no .{'/.'.join(choices)}"
+                    raise UserError(f"shard {reader.path}: sample '{reader.key(i)}' has {missing}: {remedy}")
+        return reader

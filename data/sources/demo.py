@@ -1,0 +1,228 @@
+"""The built-in demo set: captioned scenes drawn from four CC0 styles of DiceBear in a palette of our own.
+
+Every scene names its kind, main colour and background (for a landscape: the sky), each readable at 64 pixels; the other
+attributes (shape, mood, eyes, ring …) are those that a person sees at that size too. A scene is a pure function of
+(seed, index).
+"""
+
+import functools
+import io
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from conf.errors import UserError
+from conf.schema import BuildRun
+from data.order import rng
+from data.sources import Sample
+
+if TYPE_CHECKING:
+    from dicebear import Style
+
+KINDS = ("monster", "plant", "planet", "landscape")
+STYLES = {"monster": "critters", "plant": "sprouts", "planet": "planets", "landscape": "landscape"}
+SHARES = (0.35, 0.25, 0.2, 0.2)  # of the kinds: more scenes for those with more attributes
+
+LAYOUTS = 12  # arrangements per kind of what no caption names
+COLORS = {
+    "red": "#dc2626",
+    "orange": "#fb8b1e",
+    "yellow": "#fde035",
+    "green": "#3fb950",
+    "blue": "#2f6df0",
+    "purple": "#8b3fd0",
+    "pink": "#ff8fc7",
+    "white": "#f5f5f5",
+}
+BACKGROUNDS = {
+    "black": "#101014",
+    "navy": "#1c2a80",
+    "maroon": "#6f1226",
+    "teal": "#0d7a70",
+    "gray": "#8c9098",
+    "cream": "#ffe9b0",
+    "cyan": "#9be3fa",
+}
+
+# Word in the caption → DiceBear's variant; "" stands for the absence of the part.
+BODIES = {"round": "dome", "square": "block", "tall": "tower", "bell-shaped": "bell"}
+TOPS = {"": None, "horns": "horns", "round ears": "earsRound", "an antenna": "bobble"}
+MONSTER_EYES = {"one eye": "mono", "two eyes": "round", "three eyes": "trio"}
+MOODS = {"laughing": "grin", "sad": "frown", "surprised": "open"}
+PLANTS = {"cactus": "cactus", "flower": "flower", "palm": "palm", "bush": "bush", "sprout": "sprout"}
+POTS = {"tapered": "taper", "square": "cylinder", "round": "round"}
+SURFACES = {"smooth": None, "banded": "banded", "cratered": "cratered"}
+RINGS = {"": None, "a ring": "bold"}
+MOONS = {"": None, "a moon": "one"}
+HILLS = {"plains": "gentle", "mountains": "ridge"}
+SUNS = {"": None, "with a sun": "sun"}
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What to draw, and what to say about it."""
+
+    attributes: dict[str, str]  # kind, color, background and the words of the caption
+    caption: str
+    options: dict[str, Any]  # of DiceBear
+
+
+class DemoSource:
+    """`cfg.samples` scenes of `cfg.resolution` pixels."""
+
+    def __init__(self, cfg: BuildRun) -> None:
+        self.samples, self.resolution, self.seed = cfg.samples, cfg.resolution, cfg.seed
+        try:
+            _style("critters")
+            import resvg_py  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                f"source=demo: the package {error.name} is missing; install the extra: pip install -e '.[demo]'"
+            ) from error
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def name(self, index: int) -> str:
+        """What a list of rejects calls it."""
+        return f"scene {index}"
+
+    def sample(self, index: int) -> Sample:
+        """Scene `index`, drawn."""
+        drawn = scene(self.seed, index)
+        return Sample(image=render(drawn, self.resolution), caption=drawn.caption, meta=dict(drawn.attributes))
+
+    def identity(self) -> dict[str, Any]:
+        """The options that the pictures depend on."""
+        return {"samples": self.samples, "seed": self.seed}
+
+    def describe(self) -> dict[str, Any]:
+        """Provenance: styles, their licence, the packages that drew them."""
+        packages = ("dicebear-core", "dicebear-styles", "resvg-py")
+        return {
+            "name": "DiceBear scenes",
+            "license": "CC0 1.0",
+            "attribution": "\n".join(_style_json(name)["meta"]["license"]["text"] for name in STYLES.values()),
+            "packages": {package: version(package) for package in packages},
+        }
+
+
+def scene(seed: int, index: int) -> Scene:
+    """Scene `index` of the set `seed`: attributes and the remaining chance drawn from the two alone."""
+    random = rng(seed, index, "demo scene")
+    kind = KINDS[int(random.choice(len(KINDS), p=SHARES))]
+    color, background = _pick(random, COLORS), _pick(random, BACKGROUNDS)
+    words, rest, options = _DRAW[kind](random, color, background)
+    attributes = {"kind": kind, "color": color, "background": background, **rest}
+    layout = f"layout {random.integers(LAYOUTS)}"  # the rest of chance: stars, tilt of a ring, course of hills
+    fixed = {"seed": layout, "animationVariant": ["none"], "backgroundColor": [BACKGROUNDS[background]]}
+    return Scene(attributes, words, {**fixed, **options})
+
+
+def render(drawn: Scene, resolution: int) -> Image.Image:
+    """RGB picture of a scene, `resolution` pixels square."""
+    import resvg_py
+    from dicebear import Avatar
+
+    svg = Avatar(_style(STYLES[drawn.attributes["kind"]]), drawn.options).to_string()
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=resolution, height=resolution, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(png))).convert("RGB")
+
+
+def _monster(random: np.random.Generator, color: str, background: str) -> tuple[str, dict[str, str], dict[str, Any]]:
+    body, top = _pick(random, BODIES), _pick(random, TOPS)
+    eyes, mood = _pick(random, MONSTER_EYES), _pick(random, MOODS)
+    caption = f"a {mood} {body} {color} monster with {_join(eyes, top)} on a {background} background"
+    options = {
+        "bodyColor": [COLORS[color]],
+        "accentColor": [_mix(COLORS[color], "#ffffff", 0.45)],
+        **_part("body", BODIES[body]),
+        **_part("top", TOPS[top]),
+        **_part("eyes", MONSTER_EYES[eyes]),
+        **_part("mouth", MOODS[mood]),
+        **_part("pattern", None),
+        **_part("cheeks", None),
+    }
+    return caption, {"body": body, "top": top, "eyes": eyes, "mood": mood}, options
+
+
+def _plant(random: np.random.Generator, color: str, background: str) -> tuple[str, dict[str, str], dict[str, Any]]:
+    plant, pot, mood = _pick(random, PLANTS), _pick(random, POTS), _pick(random, MOODS)
+    caption = f"a {mood} {plant} in a {pot} {color} pot on a {background} background"
+    options = {
+        "potColor": [COLORS[color]],
+        "plantColor": ["#22c55e"],
+        "bloomColor": ["#fb7185"],
+        **_part("plant", PLANTS[plant]),
+        **_part("pot", POTS[pot]),
+        **_part("eyes", "round"),
+        **_part("mouth", MOODS[mood]),
+        **_part("pattern", None),
+        **_part("cheeks", None),
+    }
+    return caption, {"plant": plant, "pot": pot, "mood": mood}, options
+
+
+def _planet(random: np.random.Generator, color: str, background: str) -> tuple[str, dict[str, str], dict[str, Any]]:
+    surface, ring, moon = _pick(random, SURFACES), _pick(random, RINGS), _pick(random, MOONS)
+    extras = _join(ring, moon)
+    caption = f"a {surface} {color} planet{' with ' + extras if extras else ''} on a {background} background"
+    options = {
+        "planetColor": [COLORS[color]],
+        "moonColor": ["#d3d7e2"],
+        **_part("shade", "soft"),
+        **_part("surface", SURFACES[surface]),
+        **_part("ring", RINGS[ring]),
+        **_part("moons", MOONS[moon]),
+    }
+    return caption, {"surface": surface, "ring": ring, "moon": moon}, options
+
+
+def _landscape(random: np.random.Generator, color: str, background: str) -> tuple[str, dict[str, str], dict[str, Any]]:
+    hills, sun = _pick(random, HILLS), _pick(random, SUNS)
+    caption = f"{color} {hills} under a {background} sky{' ' + sun if sun else ''}"
+    options: dict[str, Any] = {"orbColor": ["#ffb020"], **_part("orb", SUNS[sun])}
+    for layer, shade in enumerate((0.0, 0.14, 0.28, 0.42), start=1):  # far to near
+        options[f"hill{layer}Color"] = [_mix(COLORS[color], "#000000", shade)]
+        options |= _part(f"hill{layer}", HILLS[hills])
+    return caption, {"hills": hills, "sun": sun}, options
+
+
+_DRAW = {"monster": _monster, "plant": _plant, "planet": _planet, "landscape": _landscape}
+
+
+def _pick(random: np.random.Generator, table: dict[str, Any]) -> str:
+    return list(table)[int(random.integers(len(table)))]
+
+
+def _part(name: str, variant: str | None) -> dict[str, Any]:
+    return {f"{name}Probability": 0} if variant is None else {f"{name}Probability": 100, f"{name}Variant": [variant]}
+
+
+def _join(*words: str) -> str:
+    return " and ".join(word for word in words if word)
+
+
+def _mix(color: str, other: str, share: float) -> str:
+    """`color` with `share` of `other` blended in."""
+    pairs = [(int(color[i : i + 2], 16), int(other[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
+
+
+@functools.cache
+def _style_json(name: str) -> dict[str, Any]:
+    from importlib.resources import files
+
+    definition: dict[str, Any] = json.loads(files("dicebear_styles").joinpath(f"{name}.json").read_text("utf-8"))
+    return definition
+
+
+@functools.cache
+def _style(name: str) -> "Style":
+    from dicebear import Style
+
+    return Style(_style_json(name))

@@ -1,0 +1,209 @@
+"""Pictures of the user's own: a folder with captions beside the images, or a CSV or parquet table of both.
+
+What is wrong with one file never stops a build: it is a reject with a reason.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from conf.errors import UserError
+from conf.schema import BuildRun
+from data.images import SUFFIXES
+from data.sources import Rejected, Sample
+
+CAPTION_BYTES = 65536  # a longer caption file is taken for a mistake
+_NO_CAPTION = 'no caption: neither a .txt nor a .json with "caption" lies beside it'
+
+
+class Entry(NamedTuple):
+    """One picture that was found or that a table names; paths are relative to the source's folder."""
+
+    path: str
+    caption: str | None  # from a table
+    caption_path: str | None = None  # beside the picture
+    problem: str | None = None  # found while listing
+
+
+class FolderSource:
+    """`cfg.path`: a folder, searched to its depths, or a .csv or .parquet file."""
+
+    def __init__(self, cfg: BuildRun) -> None:
+        path = Path(cfg.path or "").expanduser()
+        if not path.exists():
+            raise UserError(f"path={cfg.path}: no such file or folder")
+        self.max_pixels = cfg.max_pixels
+        self.other_files: dict[str, int] = {}
+        if path.is_dir():
+            self.root = path
+            self.entries, self.other_files = _list_folder(path)
+        else:
+            self.root = path.parent
+            rows = _read_table(path, cfg.image_column, cfg.caption_column)
+            self.entries = [_table_entry(self.root, *row) for row in rows]
+        self.listing = _listing_digest(self.root, self.entries)
+        self.table = None if path.is_dir() else [cfg.image_column, cfg.caption_column]
+        self.entries = self.entries[: cfg.samples or None]
+        if not self.entries:
+            what = f"images ({', '.join(SUFFIXES)})" if path.is_dir() else "rows"
+            raise UserError(f"path={cfg.path}: no {what} in it")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def name(self, index: int) -> str:
+        """Path of picture `index`, relative to the source's folder."""
+        return self.entries[index].path
+
+    def sample(self, index: int) -> Sample:
+        """Contents and caption of picture `index`; raises Rejected."""
+        entry = self.entries[index]
+        if entry.problem:
+            raise Rejected(entry.problem)
+        if entry.caption_path is None:
+            caption = entry.caption or ""
+        else:
+            try:
+                caption = _parse_caption(entry.caption_path, self._read(entry.caption_path, CAPTION_BYTES))
+            except Rejected as error:
+                raise Rejected(f"caption file: {error}") from error
+        content = self._read(entry.path, 8 * self.max_pixels + 2**20)  # 16 bits per channel, uncompressed
+        return Sample(image=content, caption=caption, meta={"path": entry.path})
+
+    def identity(self) -> dict[str, Any]:
+        """The options that the samples depend on, and the files found: their names and sizes."""
+        return {"path": self.listing, "samples": len(self.entries)} | ({"columns": self.table} if self.table else {})
+
+    def describe(self) -> dict[str, Any]:
+        """Provenance; `other_files` counts what was not taken for a picture, by suffix."""
+        return {"name": str(self.root.resolve()), "other_files": self.other_files}
+
+    def _read(self, path: str, limit: int) -> bytes:
+        """Contents of a plain file (never a pipe or a device, which could block) of at most `limit` bytes."""
+        try:
+            status = os.stat(self.root / path)
+            if not stat.S_ISREG(status.st_mode):
+                raise Rejected("not a plain file")
+            if status.st_size > limit:
+                raise Rejected(f"more than {limit} bytes")
+            return (self.root / path).read_bytes()
+        except OSError as error:
+            raise Rejected(f"cannot be read: {error.strerror or error}") from error
+
+
+def _list_folder(root: Path) -> tuple[list[Entry], dict[str, int]]:
+    """Pictures below `root` in the order of their paths, and how many other files there are by suffix."""
+    entries, others = [], Counter[str]()
+    for folder, names, problem in _walk(root):
+        prefix = "" if folder == "." else f"{folder}/"
+        if problem:
+            entries.append(Entry(folder, None, problem=f"unreadable folder: {problem}"))
+        beside = {f"{Path(n).stem}{Path(n).suffix.lower()}": n for n in names if n.lower().endswith((".txt", ".json"))}
+        for name in names:
+            stem, suffix = Path(name).stem, Path(name).suffix.lower()
+            if suffix in SUFFIXES:
+                caption = beside.get(f"{stem}.txt") or beside.get(f"{stem}.json")
+                problem = None if caption else _NO_CAPTION
+                entries.append(Entry(f"{prefix}{name}", None, f"{prefix}{caption}" if caption else None, problem))
+            elif name not in beside.values():
+                others[suffix or "none"] += 1
+    return sorted(entries, key=lambda entry: entry.path), dict(sorted(others.items()))
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str], str | None]]:
+    """(folder relative to root, file names, problem) of each folder."""
+    problems: list[OSError] = []
+    for folder, _, names in os.walk(root, onerror=problems.append):
+        yield Path(folder).relative_to(root).as_posix(), names, None
+    for problem in problems:
+        yield Path(problem.filename).relative_to(root).as_posix(), [], problem.strerror
+
+
+def _read_table(path: Path, image_column: str, caption_column: str) -> Iterator[tuple[Any, Any]]:
+    """The two columns of a table, row by row."""
+    if path.suffix.lower() == ".csv":
+        return _read_csv(path, image_column, caption_column)
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path, image_column, caption_column)
+    raise UserError(f"path={path}: not a folder, .csv or .parquet file")
+
+
+def _check_columns(path: Path, columns: list[str], image_column: str, caption_column: str) -> None:
+    for option, column in (("image_column", image_column), ("caption_column", caption_column)):
+        if column not in columns:
+            raise UserError(f"{option}={column}: {path} has the columns {', '.join(columns) or '(none)'}")
+
+
+def _read_csv(path: Path, image_column: str, caption_column: str) -> Iterator[tuple[Any, Any]]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            _check_columns(path, list(reader.fieldnames or []), image_column, caption_column)
+            for row in reader:
+                yield row[image_column], row[caption_column]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"path={path}: not a CSV file in UTF-8 ({error})") from error
+
+
+def _read_parquet(path: Path, image_column: str, caption_column: str) -> Iterator[tuple[Any, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(f"path={path}: reading parquet needs the package pyarrow: pip install pyarrow") from error
+    try:
+        file = parquet.ParquetFile(path)
+        _check_columns(path, file.schema_arrow.names, image_column, caption_column)
+        for batch in file.iter_batches(columns=[image_column, caption_column]):
+            yield from zip(batch[image_column].to_pylist(), batch[caption_column].to_pylist(), strict=True)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"path={path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _table_entry(root: Path, path: Any, caption: Any) -> Entry:
+    """A row as an entry; a path may not leave the table's folder."""
+    if not isinstance(path, str) or not path or "\0" in path:
+        return Entry(repr(path), None, problem="the image column holds no path")
+    if "://" in path:
+        return Entry(path, None, problem="an address: download the images first, for example with img2dataset")
+    relative = os.path.relpath(root / path, root)  # compares names only: symbolic links are the user's own
+    if relative.split(os.sep)[0] == os.pardir:
+        return Entry(path, None, problem="the path leaves the table's folder")
+    if not isinstance(caption, str):
+        return Entry(path, None, problem="the caption column holds no text")
+    return Entry(relative, caption)
+
+
+def _parse_caption(path: str, content: bytes) -> str:
+    try:
+        text = content.decode("utf-8-sig")
+        caption = json.loads(text)["caption"] if path.lower().endswith(".json") else text
+    except UnicodeDecodeError as error:
+        raise Rejected("not UTF-8") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Rejected('no JSON object with "caption"') from error
+    if not isinstance(caption, str):
+        raise Rejected('"caption" is not text')
+    return caption
+
+
+def _listing_digest(root: Path, entries: list[Entry]) -> str:
+    """Identity of the source: names, captions of a table, and file sizes, so that a changed folder is noticed."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        sizes = [_size(root / path) for path in (entry.path, entry.caption_path) if path]
+        digest.update(json.dumps([entry.path, entry.caption, *sizes]).encode())
+    return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return -1

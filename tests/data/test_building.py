@@ -1,0 +1,228 @@
+"""The build: the same shards from any number of processes, rejects that are never fatal, and nothing written half."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from conf.errors import UserError
+from conf.schema import BuildRun, ImageFormat, Source
+from data import records
+from data.building import REJECTS, STAGING, Built, Split, build
+from data.captions import caption_rank
+from data.manifest import find_shards
+from data.records import Record
+from data.shards import ShardWriter
+
+ROOT = Path(__file__).parents[2]
+
+
+def photos(folder: Path, count: int = 12) -> None:
+    """Pictures of odd sizes, every fourth with alpha."""
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for i in range(count):
+        size = (int(random.integers(3, 90)), int(random.integers(3, 90)))
+        mode = "RGBA" if i % 4 == 0 else "RGB"
+        pixels = random.integers(256, size=(size[1], size[0], len(mode)), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(f"noise number {i}")
+
+
+def config(tmp_path: Path, **options: Any) -> BuildRun:
+    settings: dict[str, Any] = {"source": Source.folder, "path": str(tmp_path / "photos"), "workers": 1, **options}
+    return BuildRun(run_dir=str(tmp_path), **{"output_dir": str(tmp_path / "shards"), **settings})
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(output)): p.read_bytes() for p in sorted(output.rglob("*")) if p.is_file()}
+
+
+def samples(output: Path) -> dict[str, list[dict[str, Any]]]:
+    """Read back with plain webdataset."""
+    sides: dict[str, list[dict[str, Any]]] = {}
+    for side in ("train", "heldout"):
+        sides[side] = []
+        for path in sorted((output / side).glob("*.tar")):
+            with open(path, "rb") as file:  # WebDataset(path) would leave the file open
+                sides[side] += group_by_keys(tar_file_expander([{"url": str(path), "stream": file}]))
+    return sides
+
+
+def test_plain_webdataset_reads_what_was_built(tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    built = build(config(tmp_path, shard_samples=5, resolution=16, format=ImageFormat.webp))
+    sides = samples(tmp_path / "shards")
+    assert (len(sides["train"]), len(sides["heldout"])) == (built.train.samples, built.heldout.samples)
+    assert built.train.samples + built.heldout.samples == 12 and built.rejected == 0
+    for sample in sides["train"] + sides["heldout"]:
+        meta = json.loads(sample["json"])
+        assert sample["txt"].decode() == meta["caption"] and sample["__key__"] == meta["key"]
+        assert min(meta["width"], meta["height"]) == min(16, meta["original_width"], meta["original_height"])
+        assert sample["webp"][8:12] == b"WEBP"
+    assert find_shards(tmp_path / "shards" / "train").samples == built.train.samples
+
+
+def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "CHUNK", 3)
+    photos(tmp_path / "photos", 20)
+    (tmp_path / "photos" / "004.png").write_bytes(b"broken")
+    for workers in (1, 2):
+        build(config(tmp_path, workers=workers, shard_samples=4, output_dir=str(tmp_path / f"by{workers}")))
+    assert contents(tmp_path / "by1") == contents(tmp_path / "by2")
+
+
+def test_rejects_are_listed_with_their_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos(tmp_path / "photos")
+    (tmp_path / "photos" / "001.png").write_bytes(b"broken")
+    (tmp_path / "photos" / "002.txt").unlink()
+    (tmp_path / "photos" / "003.txt").write_text(" \n")
+    Image.new("1", (5000, 5000)).save(tmp_path / "photos" / "005.png")
+    built = build(config(tmp_path, max_pixels=1_000_000))
+    rejects = [json.loads(line) for line in (tmp_path / "shards" / REJECTS).read_text().splitlines()]
+    assert built.rejected == 4 and built.train.samples + built.heldout.samples == 8
+    assert [(r["key"], r["path"]) for r in rejects] == [(f"{i:09d}", f"{i:03d}.png") for i in (1, 2, 3, 5)]
+    reasons = ("not a readable picture", "no caption", "empty caption", "5000 x 5000 pixels are more than")
+    assert all(r["reason"].startswith(reason) for r, reason in zip(rejects, reasons, strict=True))
+    assert "4 rejected" in capsys.readouterr().out
+
+
+def test_a_source_without_a_usable_sample_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "x.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="none of 1 samples can be used, most often because: no caption"):
+        build(config(tmp_path))
+    assert sorted(contents(tmp_path / "shards")) == [REJECTS]
+
+
+def test_held_out_captions_are_never_trained_on(tmp_path: Path) -> None:
+    build(config(tmp_path, source=Source.demo, samples=60, resolution=16, heldout_fraction=0.3))
+    captions = {side: {s["txt"].decode() for s in found} for side, found in samples(tmp_path / "shards").items()}
+    assert all(caption_rank(c) < 0.3 for c in captions["heldout"]) and len(captions["heldout"]) > 8
+    assert all(caption_rank(c) >= 0.3 for c in captions["train"])
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("captions", [["one"], ["one", "one"], ["one", "two"], ["one", "two", "three", "one"]])
+def test_no_side_of_a_small_set_stays_empty(tmp_path: Path, fraction: float, captions: list[str]) -> None:
+    train, heldout = ShardWriter(tmp_path / "train", 10), ShardWriter(tmp_path / "heldout", 10)
+    split = Split(train, heldout, fraction)
+    for i, caption in enumerate(captions):
+        split.add(Record(f"{i:09d}", caption, {"txt": caption.encode()}))
+    split.settle()
+    sides = [sum(shard.samples for shard in writer.close()) for writer in (train, heldout)]
+    assert sum(sides) == len(captions) and sides[0] > 0
+    assert (sides[1] > 0) == (fraction > 0 and len(set(captions)) > 1)
+    texts = [set(s["txt"].decode() for s in found) for found in samples(tmp_path).values()]
+    assert not texts[0] & texts[1]
+
+
+def test_the_same_build_again_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos(tmp_path / "photos")
+    first = build(config(tmp_path))
+    before = contents(tmp_path / "shards")
+    again = build(config(tmp_path, workers=2))
+    assert not first.skipped and again.skipped and again.train.digest() == first.train.digest()
+    assert contents(tmp_path / "shards") == before
+    assert "already built" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change", [{"resolution": 8}, {"format": ImageFormat.jpg}, {"samples": 5}, {"background": "red"}]
+)
+def test_other_options_are_refused_and_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    photos(tmp_path / "photos")
+    build(config(tmp_path))
+    before = contents(tmp_path / "shards")
+    with pytest.raises(UserError, match=f"output_dir=.*{next(iter(change))} differs.*another output_dir or delete"):
+        build(config(tmp_path, **change))
+    assert contents(tmp_path / "shards") == before
+
+
+def test_changed_photos_are_noticed(tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    build(config(tmp_path))
+    (tmp_path / "photos" / "000.txt").write_text("a caption of another length")
+    with pytest.raises(UserError, match="the files at path have changed"):
+        build(config(tmp_path))
+
+
+def test_files_of_others_are_never_deleted(tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    precious = tmp_path / "shards" / "train" / "00000.tar"
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"downloaded for a week")
+    with pytest.raises(UserError, match="not a finished build; choose another output_dir"):
+        build(config(tmp_path))
+    assert precious.read_bytes() == b"downloaded for a week"
+
+
+def test_an_unknown_background_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="background=octarine"):
+        build(config(tmp_path, background="octarine"))
+
+
+def test_a_failing_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos(tmp_path / "photos")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "add", full)
+    with pytest.raises(OSError, match="No space left"):
+        build(config(tmp_path))
+    assert contents(tmp_path / "shards") == {} and list((tmp_path / "shards").iterdir()) == []
+
+
+KILLED = """
+import sys
+from conf.schema import BuildRun, Source
+from data import building, records
+records.CHUNK = 1
+if __name__ == "__main__":
+    settings = dict(source=Source.demo, samples=100_000, resolution=16, shard_samples=4, workers=2)
+    building.build(BuildRun(run_dir=".", output_dir=sys.argv[1], **settings))
+"""
+
+
+def test_a_killed_build_starts_again_and_leaves_no_process(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    output = tmp_path / "shards"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, str(script), str(output)], env=environment, start_new_session=True)
+    wait_for(lambda: any((output / STAGING / "train").glob("*.tar")))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not alive(process.pid))
+    assert not (output / "train").exists()
+    built: Built = build(config(tmp_path, source=Source.demo, samples=10, resolution=16))
+    assert not built.skipped and built.train.samples + built.heldout.samples == 10
+    assert sorted(path.name for path in output.iterdir()) == ["ATTRIBUTION", "heldout", REJECTS, "train"]
+    with tarfile.open(output / "train" / "00000.tar") as tar:
+        assert len(tar.getnames()) == 3 * built.train.samples
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)

@@ -1,0 +1,259 @@
+"""The loader: one stream for every number of ranks, workers and micro-batches, resumable at any position."""
+
+import io
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from conf.errors import UserError
+from conf.schema import CacheDtype, Crop, ImageConfig
+from data import record_store
+from data.datasets import ImageDataset, LatentDataset
+from data.latents import LatentWriter
+from data.loader import batches, sequential
+from data.manifest import Manifest
+from data.order import sample_at
+from data.shards import ShardWriter
+
+SAMPLES = 22
+IMAGES = ImageConfig(resolution=8, crop=Crop.random, flip=True)
+RANDOM = np.random.default_rng(0)
+MOMENTS = RANDOM.normal(size=(SAMPLES, 3, 4, 2, 2)).astype(np.float16).astype(np.float32)
+TEXT = RANDOM.normal(size=(SAMPLES, 5, 6)).astype(np.float16).astype(np.float32)
+
+
+def picture(i: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(i).integers(256, size=(8, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_images(folder: Path) -> Path:
+    with ShardWriter(folder, 5) as writer:
+        for i in range(SAMPLES):
+            writer.add(f"{i:09d}", {"png": picture(i), "txt": f"caption {i}".encode(), "json": b'{"kind": "noise"}'})
+    Manifest(kind="images", shards=writer.finished).save(folder)
+    return folder
+
+
+def write_latents(folder: Path, dtype: CacheDtype = CacheDtype.fp16, text: bool = True, variants: int = 3) -> Path:
+    with LatentWriter(folder, 5, dtype) as writer:
+        for i in range(SAMPLES):
+            tokens = np.full(5, i)
+            writer.add(f"{i:09d}", MOMENTS[i, :variants], tokens, f"caption {i}", {}, TEXT[i] if text else None)
+    Manifest(kind="latents", shards=writer.close()).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["images", "latents"])
+def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "images":
+        return ImageDataset(write_images(folder), IMAGES, seed=3)
+    return LatentDataset(write_latents(folder), seed=3)
+
+
+def contents(batch: dict[str, Any]) -> Iterator[tuple]:
+    """Each sample of a batch as a comparable value."""
+    for i in range(len(batch["key"])):
+        yield tuple((n, v[i].numpy().tobytes() if torch.is_tensor(v) else str(v[i])) for n, v in sorted(batch.items()))
+
+
+def stream(dataset: Any, start: int, stop: int, world: int = 1, micro: int = 4, workers: int = 0) -> list[tuple]:
+    """The samples of all ranks, step by step, in the order of their positions."""
+    share = 4 // world
+    micro = min(micro, share)
+    ranks = [batches(dataset, 4, micro, rank, world, start, workers, stop) for rank in range(world)]
+    samples = []
+    while True:
+        step = [batch for rank in ranks for batch in itertools.islice(rank, share // micro)]
+        if not step:
+            return samples
+        samples += [sample for batch in step for sample in contents(batch)]
+
+
+@pytest.mark.parametrize("world, micro, workers", [(1, 1, 0), (1, 2, 2), (2, 2, 0), (2, 1, 1), (4, 1, 0)])
+def test_same_stream_for_any_world_workers_and_micro_batch(dataset: Any, world: int, micro: int, workers: int) -> None:
+    expected = stream(dataset, 0, 24)
+    assert len(expected) == 24
+    assert stream(dataset, 0, 24, world, micro, workers) == expected
+
+
+@pytest.mark.parametrize("start", [0, 4, 20, 44, 101])
+def test_resume_at_any_position_equals_uninterrupted(dataset: Any, start: int) -> None:
+    one_by_one = [sample for position in range(start, start + 8) for sample in contents(dataset.batch([position]))]
+    assert stream(dataset, start, start + 8) == one_by_one
+    assert stream(dataset, start - start % 4, start + 8)[start % 4 :][:8] == one_by_one
+
+
+def test_every_sample_once_per_epoch(dataset: Any) -> None:
+    keys = [key for batch in batches(dataset, 2, 2, 0, 1, 0, 0, stop=3 * SAMPLES) for key in batch["key"]]
+    for epoch in range(3):
+        assert len(set(keys[epoch * SAMPLES : (epoch + 1) * SAMPLES])) == SAMPLES
+    assert set(Counter(keys).values()) == {3}
+
+
+def test_items_batches_and_pickles_agree(dataset: Any) -> None:
+    items = [dataset.item(position) for position in (5, 6)]
+    assert [item["position"] for item in items] == [5, 6]
+    assert list(contents(dataset.collate(items))) == list(contents(dataset.batch([5, 6])))
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert list(contents(copy.batch([5, 6]))) == list(contents(dataset.batch([5, 6])))
+    assert items[0]["key"] == f"{sample_at(3, 5, SAMPLES):09d}"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sequential_gives_each_sample_in_order(dataset: Any, workers: int) -> None:
+    found = list(sequential(dataset, range(SAMPLES), 4, workers))
+    assert [len(batch["key"]) for batch in found] == [4, 4, 4, 4, 4, 2]
+    assert [key for batch in found for key in batch["key"]] == [f"{i:09d}" for i in range(SAMPLES)]
+    assert [caption for batch in found for caption in batch["caption"]] == [f"caption {i}" for i in range(SAMPLES)]
+    assert dataset.at(7)["key"] == "000000007"
+
+
+def test_few_open_shards_change_nothing(dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = stream(dataset, 0, 24)
+    monkeypatch.setattr(record_store, "OPEN_SHARDS", 2)
+    limited = pickle.loads(pickle.dumps(dataset))
+    assert stream(limited, 0, 24) == expected
+    assert sum(reader.is_open for reader in limited.records.readers.values()) == 2
+
+
+def test_loading_draws_nothing_from_the_global_stream(dataset: Any) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    next(batches(dataset, 4, 4, 0, 1, 0, 0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_images_are_cropped_and_mirrored_by_position_and_plain_for_evaluation(tmp_path: Path) -> None:
+    dataset = ImageDataset(write_images(tmp_path), IMAGES, seed=0)
+    batch = dataset.batch(range(4 * SAMPLES))
+    assert batch["image"].shape == (4 * SAMPLES, 3, 8, 8) and batch["image"].dtype == torch.float32
+    assert -1 <= batch["image"].min() < -0.9 and 0.9 < batch["image"].max() <= 1
+    assert batch["meta"][0] == {"kind": "noise"}
+    views = {batch["image"][i].numpy().tobytes() for i in range(4 * SAMPLES) if batch["key"][i] == "000000000"}
+    assert len(views) > 1
+    whole = np.asarray(Image.open(io.BytesIO(picture(3))))  # [8, 12, 3]: the centre has columns 2 to 9
+    np.testing.assert_allclose(
+        dataset.at(3)["image"].permute(1, 2, 0).numpy() * 127.5 + 127.5, whole[:, 2:10], atol=1e-4
+    )
+
+
+def test_latents_are_what_was_written_and_variants_are_all_drawn(tmp_path: Path) -> None:
+    dataset = LatentDataset(write_latents(tmp_path), seed=0)
+    batch = dataset.batch(range(10 * SAMPLES))
+    assert batch["tokens"].dtype == batch["position"].dtype == torch.int64
+    drawn = Counter()
+    for row, key in enumerate(batch["key"]):
+        i = int(key)
+        matches = [v for v in range(3) if np.array_equal(batch["moments"][row], MOMENTS[i, v])]
+        assert len(matches) == 1 and batch["tokens"][row].tolist() == [i] * 5
+        np.testing.assert_array_equal(batch["text"][row], TEXT[i])
+        drawn[matches[0]] += 1
+    assert min(drawn[v] for v in range(3)) > 50
+    np.testing.assert_array_equal(dataset.at(4)["moments"], MOMENTS[4, 0])
+
+
+@pytest.mark.parametrize("dtype", [CacheDtype.fp32, CacheDtype.bf16])
+def test_other_cache_dtypes_without_text(tmp_path: Path, dtype: CacheDtype) -> None:
+    item = LatentDataset(write_latents(tmp_path, dtype, text=False, variants=1), seed=0).at(2)
+    assert "text" not in item and item["moments"].dtype == torch.float32
+    expected = torch.from_numpy(MOMENTS[2, 0])
+    assert torch.equal(item["moments"], expected if dtype is CacheDtype.fp32 else expected.bfloat16().float())
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_foreign_shards_work_as_they_are(tmp_path: Path) -> None:
+    """As img2dataset writes them: jpg, txt, json, a stats file beside, no manifest."""
+    for shard in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"{shard:05d}.tar"), encoder=False) as sink:
+            for i in range(3):
+                buffer = io.BytesIO()
+                Image.new("RGB", (20, 10), (250, 0, 0)).save(buffer, ("JPEG", "WEBP", "PNG")[i])
+                name = ("jpg", "webp", "png")[i]
+                sink.write({"__key__": f"{shard:05d}{i:04d}", name: buffer.getvalue(), "txt": b"red\n", "json": b"{}"})
+        (tmp_path / f"{shard:05d}_stats.json").write_text("{}")
+    dataset = ImageDataset(tmp_path, IMAGES, seed=0)
+    batch = next(batches(dataset, 6, 6, 0, 1, 0, 0))
+    assert sorted(batch["key"]) == [f"{s:05d}{i:04d}" for s in range(2) for i in range(3)]
+    assert batch["caption"] == ["red"] * 6
+    assert torch.allclose(batch["image"].mean(dim=(0, 2, 3)), torch.tensor([0.96, -1.0, -1.0]), atol=0.03)
+
+
+def bad(folder: Path, files: dict[str, bytes], position: int = 1) -> Path:
+    """Three good samples, of which one has other files."""
+    with ShardWriter(folder, 5) as writer:
+        for i in range(3):
+            writer.add(f"{i:09d}", files if i == position else {"png": picture(i), "txt": b"x"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "files, missing", [({"png": b""}, r"no \.txt"), ({"txt": b""}, r"no \.png/\.jpg/\.jpeg/\.webp")]
+)
+def test_a_shard_without_captions_or_images_is_refused_at_the_start(
+    tmp_path: Path, files: dict[str, bytes], missing: str
+) -> None:
+    with pytest.raises(UserError, match=rf"00000\.tar: sample '000000001' has {missing}: .*shards=FOLDER"):
+        ImageDataset(bad(tmp_path, files), IMAGES, seed=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_sample_is_one_line_from_any_process(tmp_path: Path, workers: int) -> None:
+    for name, files in {"image": {"png": b"no"}, "json": {"png": picture(1), "json": b"{"}}.items():
+        dataset = ImageDataset(bad(tmp_path / name, {**files, "txt": b"x"}), IMAGES, seed=0)
+        with pytest.raises(UserError, match=r"00000\.tar: sample '000000001': .*build_shards") as error:
+            list(sequential(dataset, range(3), 2, workers))
+        assert "\n" not in str(error.value)
+
+
+def test_a_data_set_smaller_than_a_global_batch_is_refused(dataset: Any) -> None:
+    with pytest.raises(UserError, match=r"has 22 samples, fewer than batch\.global_batch_size=23"):
+        batches(dataset, 23, 23, 0, 1, 0, 0)
+    assert len(next(batches(dataset, 22, 22, 0, 1, 0, 0))["key"]) == 22
+
+
+def test_a_manifest_that_counts_otherwise_is_refused(tmp_path: Path) -> None:
+    manifest = Manifest.load(write_images(tmp_path))
+    manifest.shards[0].samples = 4
+    manifest.save(tmp_path)
+    with pytest.raises(UserError, match=r"00000\.tar has 5 samples, not 4"):
+        ImageDataset(tmp_path, IMAGES, seed=0)
+
+
+@pytest.mark.parametrize("change", ["shape", "text"])
+def test_a_latent_record_unlike_the_first_is_named(tmp_path: Path, change: str) -> None:
+    with LatentWriter(tmp_path, 5, CacheDtype.fp16) as writer:
+        for i in range(2):
+            odd = i == 1
+            moments = MOMENTS[i, :, :, :1] if odd and change == "shape" else MOMENTS[i]
+            text = None if odd and change == "text" else TEXT[i]
+            writer.add(str(i), moments, np.arange(5), "", {}, text)
+    Manifest(kind="latents", shards=writer.close()).save(tmp_path)
+    with pytest.raises(UserError, match=r"00000\.tar: sample '1': (moments|text)\.npy is .* not float16 \["):
+        LatentDataset(tmp_path, seed=0).at(1)
+
+
+def test_a_signal_to_the_whole_job_does_not_end_loader_processes(tmp_path: Path) -> None:
+    dataset = LatentDataset(write_latents(tmp_path), seed=0)
+    stream = batches(dataset, 4, 4, 0, 1, 0, workers=2)
+    first = [next(stream)["key"]]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid or 0, signal.SIGTERM)
+        os.kill(worker.pid or 0, signal.SIGUSR1)
+    expected = batches(dataset, 4, 4, 0, 1, 0, workers=0)
+    assert first + [next(stream)["key"] for _ in range(20)] == [next(expected)["key"] for _ in range(21)]

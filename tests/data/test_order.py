@@ -1,0 +1,113 @@
+"""The order: a permutation per epoch, a pure function of (seed, position), fair, and cut alike for any world."""
+
+import time
+
+import numpy as np
+import pytest
+
+from data.order import MIX_BLOCK, Mix, WindowedOrder, rng, sample_at, step_positions
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 7, 16, 17, 1000, 4009])
+def test_each_epoch_is_a_permutation(samples: int) -> None:
+    epochs = [[sample_at(5, e * samples + i, samples) for i in range(samples)] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(samples))
+    if samples > 16:
+        assert epochs[0] != epochs[1] != epochs[2]
+        assert epochs[0] != [sample_at(6, i, samples) for i in range(samples)]
+
+
+def test_order_is_frozen() -> None:
+    """A run resumes with a later version only if the order never changes."""
+    assert [sample_at(0, p, 10) for p in range(12)] == [6, 1, 4, 2, 5, 3, 7, 9, 8, 0, 2, 3]
+    assert rng(3, 14, "crop").integers(1 << 30, size=3).tolist() == [1049440828, 991431388, 421548455]
+
+
+def test_billions_of_samples() -> None:
+    samples = 5_000_000_000
+    seen = {sample_at(0, samples * 3 + p, samples) for p in range(2000)}
+    assert len(seen) == 2000 and 0 <= min(seen) < samples // 100 and samples * 99 // 100 < max(seen) < samples
+
+
+@pytest.mark.parametrize("samples", [5, 12])
+def test_every_sample_is_as_likely_at_every_position(samples: int) -> None:
+    seeds = 2000
+    counts = np.zeros((samples, samples))
+    for seed in range(seeds):
+        for position in range(samples):
+            counts[position, sample_at(seed, position, samples)] += 1
+    expected = seeds / samples
+    chi_square = ((counts - expected) ** 2 / expected).sum() * (samples - 1) / samples
+    freedom = (samples - 1) ** 2
+    assert abs(chi_square - freedom) < 4 * np.sqrt(2 * freedom)
+
+
+def test_neighbours_do_not_stay_neighbours() -> None:
+    order = np.array([sample_at(1, p, 4000) for p in range(4000)])
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.06
+    assert abs(np.corrcoef(order, np.arange(4000))[0, 1]) < 0.06
+    assert (np.abs(np.diff(order)) == 1).sum() < 12  # 2 expected by chance
+
+
+def test_random_streams_are_pure_and_independent() -> None:
+    def draw(seed: int, position: int, purpose: str) -> np.ndarray:
+        return rng(seed, position, purpose).standard_normal(2000)
+
+    np.testing.assert_array_equal(draw(0, 7, "noise"), draw(0, 7, "noise"))
+    for other in (draw(1, 7, "noise"), draw(0, 8, "noise"), draw(0, 7, "crop")):
+        assert abs(np.corrcoef(draw(0, 7, "noise"), other)[0, 1]) < 0.1
+    firsts = np.array([rng(0, p, "flip").random() for p in range(4000)])
+    assert abs(firsts.mean() - 0.5) < 0.02 and abs(firsts.var() - 1 / 12) < 0.005
+
+
+@pytest.mark.parametrize("world, micro", [(1, 12), (1, 4), (2, 3), (4, 1), (12, 1)])
+def test_a_step_is_the_same_positions_for_any_world_and_micro_batch(world: int, micro: int) -> None:
+    parts = [part for rank in range(world) for part in step_positions(24, 12, rank, world, micro)]
+    assert {len(part) for part in parts} == {micro}
+    assert [position for part in parts for position in part] == list(range(24, 36))
+
+
+@pytest.mark.parametrize("world, micro", [(5, 1), (2, 4), (1, 0)])
+def test_a_world_that_does_not_divide_is_refused(world: int, micro: int) -> None:
+    with pytest.raises(ValueError, match="do not divide"):
+        step_positions(0, 12, 0, world, micro)
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_windowed_epochs_are_permutations_and_read_few_shards_at_a_time(window: int) -> None:
+    sizes = [50, 7, 1, 90, 33, 20]
+    order, total = WindowedOrder(3, sizes, window), sum(sizes)
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    epochs = [[order(epoch * total + i) for i in range(total)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(total)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    for epoch in epochs:
+        shards = shard_of[epoch]
+        spans = {s: (np.flatnonzero(shards == s).min(), np.flatnonzero(shards == s).max()) for s in range(len(sizes))}
+        assert max(sum(a <= i <= b for a, b in spans.values()) for i in range(total)) <= window
+    assert any(np.any(np.diff(epoch) < 0) for epoch in epochs)
+
+
+def test_windowed_order_is_frozen() -> None:
+    assert [WindowedOrder(3, [5, 7, 1, 9, 4], 2)(p) for p in (0, 1, 2, 25, 26, 51)] == [1, 12, 2, 6, 24, 12]
+
+
+def test_a_position_deep_in_a_huge_set_is_found_at_once() -> None:
+    began = time.monotonic()
+    order = WindowedOrder(0, [10_000] * 100_000, 64)
+    assert len({order(10**8 + i) for i in range(1000)}) == 1000
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("weights", [[1, 1], [3, 1], [0.7, 0.2, 0.1]])
+def test_a_mix_keeps_its_shares_and_the_order_of_each_stream(weights: list[float]) -> None:
+    blocks = 3
+    places = [Mix(5, weights)(p) for p in range(blocks * MIX_BLOCK)]
+    for stream, weight in enumerate(weights):
+        positions = [p for s, p in places if s == stream]
+        assert sorted(positions) == list(range(len(positions)))
+        assert len(positions) == pytest.approx(blocks * MIX_BLOCK * weight / sum(weights), abs=blocks)
+    for start in range(0, len(places), 512):  # no stretch is of one stream alone
+        share = sum(s == 0 for s, _ in places[start : start + 512]) / 512
+        assert share == pytest.approx(weights[0] / sum(weights), abs=0.1)

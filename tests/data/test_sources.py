@@ -1,0 +1,219 @@
+"""Each source: what it says, what it shows, and what it refuses."""
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conf.errors import UserError
+from conf.schema import BuildRun, Source
+from data.captions import caption_rank, clean_caption
+from data.images import parse_color
+from data.sources import Rejected, Sample, open_source
+from data.sources.demo import BACKGROUNDS, COLORS, KINDS, render, scene
+
+
+def config(source: Source, **options: Any) -> BuildRun:
+    return BuildRun(run_dir="unused", output_dir="unused", source=source, **options)
+
+
+def picture(path: Path, size: tuple[int, int] = (8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(path, path.suffix[1:].replace("JPG", "jpeg").replace("jpg", "jpeg"))
+
+
+def outcome(source: Any, index: int) -> str:
+    try:
+        return str(source.sample(index).caption)
+    except Rejected as error:
+        return f"rejected: {error}"
+
+
+# --- demo
+
+
+def test_a_scene_is_a_function_of_seed_and_index() -> None:
+    assert scene(3, 5) == scene(3, 5)
+    assert len({scene(seed, index).caption for seed in range(2) for index in range(20)}) > 35
+
+
+def test_captions_name_kind_color_and_background() -> None:
+    drawn = [scene(0, index) for index in range(2000)]
+    assert len({s.caption for s in drawn}) > 1400
+    assert {s.attributes["kind"] for s in drawn} == set(KINDS)
+    for s in drawn:
+        kind, color, background = (s.attributes[name] for name in ("kind", "color", "background"))
+        place = "sky" if kind == "landscape" else "background"
+        noun = {"plant": "pot", "landscape": s.attributes.get("hills")}.get(kind, kind)
+        assert f"{color} {noun} " in s.caption, s.caption
+        assert f"{background} {place}" in s.caption, s.caption
+        assert not (set(s.caption.split()) & set(BACKGROUNDS)) - {background}
+        assert not (set(s.caption.split()) & set(COLORS)) - {color}
+
+
+def test_palettes_are_far_apart() -> None:
+    for palette in (COLORS, BACKGROUNDS):
+        for a, b in itertools.combinations(palette.values(), 2):
+            assert np.linalg.norm(np.subtract(parse_color(a), parse_color(b))) > 80, (a, b)
+
+
+def nearest(pixels: np.ndarray, palette: dict[str, str]) -> str:
+    """The palette's colour that most pixels `[N, 3]` are nearest to."""
+    table = np.array([parse_color(color) for color in palette.values()])  # [colors, 3]
+    distances = np.linalg.norm(pixels[:, None, :].astype(float) - table, axis=-1)  # [N, colors]
+    return list(palette)[int(np.bincount(distances.argmin(1)).argmax())]
+
+
+def test_color_and_background_can_be_read_off_the_pixels() -> None:
+    parts = {"monster": (58, 64, 28, 36), "plant": (42, 63, 26, 38), "planet": (20, 44, 20, 44)}
+    for index in range(60):
+        drawn = scene(1, index)
+        pixels = np.asarray(render(drawn, 64))
+        assert pixels.shape == (64, 64, 3)
+        assert nearest(pixels[:3, :3].reshape(-1, 3), BACKGROUNDS) == drawn.attributes["background"]
+        top, bottom, left, right = parts.get(drawn.attributes["kind"], (24, 34, 0, 64))
+        palette = {**COLORS, "ink": "#1e293b"} if drawn.attributes["kind"] == "plant" else COLORS
+        seen = nearest(pixels[top:bottom, left:right].reshape(-1, 3), palette)
+        assert seen == drawn.attributes["color"], drawn.caption
+
+
+# --- twemoji
+
+
+def test_twemoji_has_names_attribution_and_few_rejects() -> None:
+    source = open_source(config(Source.twemoji))
+    assert len(source) == 4009
+    captions = [outcome(source, index) for index in range(len(source))]
+    named = [caption for caption in captions if not caption.startswith("rejected")]
+    assert "fire engine emoji" in named and "flag of Japan emoji" in named
+    assert len(named) == len(set(named)) > 3950
+    assert "CC BY 4.0" in source.describe()["attribution"]
+
+
+# --- folder
+
+
+def test_folder_finds_pictures_and_captions_of_any_case(tmp_path: Path) -> None:
+    picture(tmp_path / "b" / "IMG_1.JPG")
+    (tmp_path / "b" / "IMG_1.TXT").write_text("a  red\nsquare ")
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text('{"caption": "another", "score": 1}')
+    picture(tmp_path / "none.png")
+    (tmp_path / "notes.md").write_text("not a picture")
+    source = open_source(config(Source.folder, path=str(tmp_path)))
+    assert [source.name(i) for i in range(len(source))] == ["a.png", "b/IMG_1.JPG", "none.png"]
+    assert [outcome(source, 0), clean_caption(outcome(source, 1))] == ["another", "a red square"]
+    assert outcome(source, 2).startswith("rejected: no caption")
+    assert source.describe()["other_files"] == {".md": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("x.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("x.json", b"[1]", "no JSON object"),
+        ("x.json", b"{", "no JSON object"),
+        ("x.json", b'{"caption": 3}', "not text"),
+        ("x.txt", b"a" * 70_000, "more than"),
+    ],
+)
+def test_a_bad_caption_file_is_a_reject(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    picture(tmp_path / "x.png")
+    (tmp_path / name).write_bytes(content)
+    source = open_source(config(Source.folder, path=str(tmp_path)))
+    assert reason in outcome(source, 0)
+
+
+def test_pipes_folders_and_dangling_links_are_rejects(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("caption")
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "nowhere.png")
+    source = open_source(config(Source.folder, path=str(tmp_path)))
+    assert [outcome(source, i) for i in range(len(source))] == [
+        "rejected: not a plain file",
+        "rejected: cannot be read: No such file or directory",
+    ]
+
+
+ROWS = [
+    ("inside/x.png", "a caption", "a caption"),
+    ("../secret.png", "a caption", "rejected: the path leaves the table's folder"),
+    ("/etc/hostname", "a caption", "rejected: the path leaves the table's folder"),
+    ("https://example.org/x.png", "a caption", "rejected: an address"),
+    ("gone.png", "a caption", "rejected: cannot be read: No such file"),
+    ("a\0b.png", "a caption", "rejected: the image column holds no path"),
+    ("$(touch pwned).png", "a caption", "rejected: cannot be read: No such file"),
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_names_pictures_below_its_folder_only(tmp_path: Path, kind: str) -> None:
+    picture(tmp_path / "data" / "inside" / "x.png")
+    picture(tmp_path / "secret.png")
+    table = tmp_path / "data" / f"table.{kind}"
+    paths, captions = [row[0] for row in ROWS], [row[1] for row in ROWS]
+    if kind == "csv":
+        import csv
+
+        with open(table, "w", newline="") as file:
+            csv.writer(file).writerows([("file", "words"), *zip(paths, captions, strict=True)])
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"file": paths, "words": captions}), table)
+    source = open_source(config(Source.folder, path=str(table), image_column="file", caption_column="words"))
+    for index, row in enumerate(ROWS):
+        assert outcome(source, index).startswith(row[2]), row
+    assert isinstance(source.sample(0), Sample)
+
+
+def test_a_row_without_caption_is_a_reject(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,caption\nx.png\n")
+    source = open_source(config(Source.folder, path=str(tmp_path / "t.csv")))
+    assert outcome(source, 0) == "rejected: the caption column holds no text"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (None, b"", "path=.*: no such file or folder"),
+        ("empty/notes.md", b"x", "no images"),
+        ("t.csv", b"a,b\n1,2\n", "image_column=path: .* has the columns a, b"),
+        ("t.csv", b"path,text\n1,2\n", "caption_column=caption: "),
+        ("t.csv", b"path,caption\n\xff,2\n", "not a CSV file in UTF-8"),
+        ("t.csv", b"path,caption\n", "no rows"),
+        ("t.parquet", b"PAR1 broken", "not a readable parquet file"),
+        ("t.xls", b"x", "not a folder, .csv or .parquet"),
+    ],
+)
+def test_nothing_to_take_is_one_line(tmp_path: Path, name: str | None, content: bytes, message: str) -> None:
+    path = tmp_path / (name or "missing")
+    if name:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        open_source(config(Source.folder, path=str(path.parent if name and "/" in name else path)))
+    assert "\n" not in str(error.value)
+
+
+# --- captions
+
+
+def test_captions_have_one_spelling() -> None:
+    assert clean_caption(" a\tcafe\u0301\x00 \u2028 on\nthe \u00a0moon ") == "a café on the moon"
+    assert clean_caption(json.loads('"lone \\ud800"')) == "lone ?"
+    assert clean_caption(" \n ") == ""
+
+
+def test_caption_ranks_are_uniform_and_fixed() -> None:
+    ranks = np.array([caption_rank(f"caption {i}") for i in range(5000)])
+    assert abs((ranks < 0.1).mean() - 0.1) < 0.02
+    assert caption_rank("A Red Fox") == caption_rank("a red fox")
+    assert caption_rank("a red planet") == pytest.approx(0.9704764286620247)
