@@ -1,0 +1,287 @@
+"""One loop for all trainings: whatever interrupts it, the run that goes on is the run that was never interrupted."""
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conf.errors import UserError
+from conf.schema import (
+    BatchConfig,
+    ClipRun,
+    Device,
+    EmaConfig,
+    LoopConfig,
+    OptimConfig,
+    RuntimeConfig,
+    WandbConfig,
+    WandbMode,
+)
+from train.engine import loop
+from train.engine.journal import Journal
+from train.engine.runtime import Runtime, start, stop
+from train.engine.trainable import Trainable
+
+SIZE, SAMPLES = 8, 96  # 12 steps
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    yield start(RuntimeConfig(device=Device.cpu))
+    stop()
+
+
+class Killed(BaseException):
+    """Ends the loop where a SIGKILL would; nothing in the product catches it."""
+
+
+class Interruption:
+    """Calls `act` when the stage gets to `moment` for the n-th time, once."""
+
+    def __init__(self, moment: str, count: int, act: Any) -> None:
+        self.moment, self.count, self.act = moment, count, act
+
+    def reach(self, moment: str) -> None:
+        if moment == self.moment:
+            self.count -= 1
+            if self.count == 0:
+                self.act()
+
+
+def kill() -> None:
+    raise Killed
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Points:
+    """Points of a line; a sample is a function of its position."""
+
+    samples = 40
+
+    def __init__(self, content: str = "points") -> None:
+        self.digest = hashlib.sha256(content.encode()).hexdigest()
+
+    def batch(self, positions: Sequence[int]) -> dict[str, Any]:
+        x = torch.stack([torch.from_numpy(np.random.default_rng(p % 40).standard_normal(3)) for p in positions]).float()
+        return {"x": x, "position": torch.tensor(positions)}
+
+
+class LineStage:
+    """A linear network, real optimiser and average included."""
+
+    name = "line"
+
+    def __init__(self, cfg: ClipRun, runtime: Runtime, interruption: Interruption | None = None) -> None:
+        self.runtime, self.interruption, self.dataset = runtime, interruption, Points()
+        torch.manual_seed(cfg.seed)
+        ema = EmaConfig(half_life_samples=32)
+        self.net = Trainable(runtime, nn.Linear(3, 1), cfg.optim, cfg.batch, SAMPLES, ema=ema, name="net")
+        self.trainables = {"net": self.net}
+        self.evaluations: list[int] = []
+        self.saved = self.net.save
+        self.net.save = self.save  # type: ignore[method-assign]
+
+    def reach(self, moment: str) -> None:
+        if self.interruption is not None:
+            self.interruption.reach(moment)
+
+    def save(self, folder: Path) -> None:
+        self.saved(folder)
+        self.reach("save")
+
+    def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
+        self.reach("step")
+        x = batch["x"]  # [B, 3]
+        loss = (self.net(x)[:, 0] - x.sum(1)).square().mean()
+        if samples_seen == getattr(self, "poison", -1):
+            loss = loss * float("nan")
+        self.net.backward(loss, last)
+        return {"train/loss": loss.detach()}
+
+    def finish_step(self, samples_seen: int) -> dict[str, float]:
+        norm = self.net.step(samples_seen)
+        return {"train/lr": self.net.lr, "train/grad_norm": norm}
+
+    def evaluate(self, samples_seen: int, journal: Journal) -> dict[str, float]:
+        self.evaluations.append(samples_seen)
+        journal.image("dot", np.zeros((2, 2, 3), np.uint8), samples_seen)
+        self.reach("evaluate")
+        weights = self.net.weights(ema=True)
+        return {"eval/sum": float(sum(w.sum() for w in weights.values()))}
+
+    def export(self, folder: Path) -> None:
+        torch.save(self.net.weights(ema=True), folder / "ema.pt")
+        torch.save(self.net.weights(), folder / "weights.pt")
+        self.reach("export")
+
+
+def config(folder: Path, micro: int = 0, **loop_options: int) -> ClipRun:
+    options = {"samples": SAMPLES, "log_every": 20, "evaluate_every": 32, "checkpoint_every": 24, **loop_options}
+    return ClipRun(
+        run_dir=str(folder),
+        output_dir=str(folder / "line"),
+        shards="none",
+        optim=OptimConfig(lr=0.05, warmup_samples=16),
+        batch=BatchConfig(global_batch_size=SIZE, micro_batch_size=micro),
+        loop=LoopConfig(**options),
+        wandb=WandbConfig(mode=WandbMode.disabled),
+    )
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / "line" / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k != "time" and not k.startswith("perf/")} for row in lines]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    export = folder / "line" / "export"
+    return {f"{name}/{k}": v for name in ("ema", "weights") for k, v in torch.load(export / f"{name}.pt").items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    cfg = config(folder)
+    assert loop.run(LineStage(cfg, runtime), cfg, runtime).finished
+    return folder
+
+
+def test_lines_stand_where_the_options_say(undisturbed: Path) -> None:
+    written = rows(undisturbed)
+    assert [r["samples_seen"] for r in written if "train/loss" in r] == [24, 40, 64, 80, 96]
+    assert [r["samples_seen"] for r in written if "eval/sum" in r] == [32, 64, 96]
+    assert {p.name for p in (undisturbed / "line" / "checkpoints").iterdir()} == {"000000000072", "000000000096"}
+    assert len(list((undisturbed / "line" / "samples").iterdir())) == 3
+    full = json.loads((undisturbed / "line" / "metrics.jsonl").read_text().splitlines()[0])
+    expected = {"images_per_s", "step_ms", "data_wait_share", "memory_gib", "eta_s"}
+    assert {k.removeprefix("perf/") for k in full if k.startswith("perf/")} == expected
+    done = json.loads((undisturbed / "line" / "DONE").read_text())
+    assert (done["samples_seen"], done["metrics"]) == (96, {"eval/sum": written[-1]["eval/sum"]})
+
+
+@pytest.mark.parametrize(
+    ("act", "moment", "count"),
+    [
+        (kill, "step", 1),
+        (kill, "step", 5),
+        (kill, "save", 1),
+        (kill, "save", 4),
+        (kill, "evaluate", 1),
+        (kill, "evaluate", 3),
+        (kill, "export", 1),
+        (terminate, "step", 5),
+        (terminate, "step", 12),
+        (terminate, "evaluate", 1),
+        (terminate, "evaluate", 3),
+    ],
+)
+def test_interrupted_run_equals_the_uninterrupted_one(
+    tmp_path: Path, undisturbed: Path, runtime: Runtime, act: Any, moment: str, count: int
+) -> None:
+    cfg = config(tmp_path)
+    try:
+        first = loop.run(LineStage(cfg, runtime, Interruption(moment, count, act)), cfg, runtime).finished
+    except Killed:
+        first = False
+    assert first == (act is terminate and (moment, count) == ("evaluate", 3))  # all steps were done
+    assert loop.run(LineStage(cfg, runtime), cfg, runtime).finished
+    assert rows(tmp_path) == rows(undisturbed)
+    expected, found = weights(undisturbed), weights(tmp_path)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert not list((tmp_path / "line").rglob(".*"))
+
+
+def test_signal_ends_after_the_step_with_a_checkpoint_and_asks_for_a_requeue(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUEUE_FILE", str(tmp_path / "requeue"))
+    before = signal.getsignal(signal.SIGTERM)
+    cfg = config(tmp_path)
+    outcome = loop.run(LineStage(cfg, runtime, Interruption("step", 4, terminate)), cfg, runtime)
+    assert (outcome.finished, outcome.samples_seen) == (False, 32)
+    assert (tmp_path / "line" / "checkpoints" / "000000000032" / "COMPLETE").exists()
+    assert (tmp_path / "requeue").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+    stage = LineStage(cfg, runtime)
+    loop.run(stage, cfg, runtime)
+    assert stage.evaluations == [32, 64, 96]  # what the signal left out is made up for
+
+
+def test_finished_stage_returns_at_once_unless_the_run_grew(
+    tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(tmp_path, samples=32)
+    first = loop.run(LineStage(cfg, runtime), cfg, runtime)
+    again = LineStage(cfg, runtime)
+    capsys.readouterr()
+    assert loop.run(again, cfg, runtime) == first
+    assert "already done at 32 samples" in capsys.readouterr().out
+    assert again.evaluations == []
+    longer = config(tmp_path, samples=64)
+    assert loop.run(LineStage(longer, runtime), longer, runtime).samples_seen == 64
+    assert [r["samples_seen"] for r in rows(tmp_path) if "eval/sum" in r] == [32, 64]
+
+
+def test_other_network_or_data_in_the_folder_is_refused(tmp_path: Path, runtime: Runtime) -> None:
+    cfg = config(tmp_path, samples=16)
+    loop.run(LineStage(cfg, runtime), cfg, runtime)
+    for samples in (16, 32):  # finished, and about to grow
+        cfg = config(tmp_path, samples=samples)
+        cfg.model.embed_dim += 1
+        with pytest.raises(UserError, match=r"output_dir=.*model\.embed_dim was"):
+            loop.run(LineStage(cfg, runtime), cfg, runtime)
+        cfg.model.embed_dim -= 1
+        stage = LineStage(cfg, runtime)
+        stage.dataset = Points("other")
+        with pytest.raises(UserError, match="the data set was"):
+            loop.run(stage, cfg, runtime)
+
+
+def test_loss_that_is_not_finite_ends_the_run_before_it_harms_the_weights(tmp_path: Path, runtime: Runtime) -> None:
+    cfg = config(tmp_path)
+    stage = LineStage(cfg, runtime)
+    stage.poison = 40  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="not finite at samples_seen=40"):
+        loop.run(stage, cfg, runtime)
+    assert all(bool(w.isfinite().all()) for w in stage.net.weights().values())
+    assert not (tmp_path / "line" / "DONE").exists()
+
+
+def test_micro_batches_change_no_metric(tmp_path: Path, undisturbed: Path, runtime: Runtime) -> None:
+    cfg = config(tmp_path, micro=2)
+    loop.run(LineStage(cfg, runtime), cfg, runtime)
+    for ours, whole in zip(rows(tmp_path), rows(undisturbed), strict=True):
+        assert ours.keys() == whole.keys()
+        assert all(ours[name] == pytest.approx(whole[name], rel=1e-4) for name in whole)
+
+
+def test_data_set_smaller_than_a_batch_is_refused(tmp_path: Path, runtime: Runtime) -> None:
+    cfg = config(tmp_path)
+    cfg.batch.global_batch_size = 48
+    with pytest.raises(UserError, match=r"batch\.global_batch_size"):
+        loop.run(LineStage(cfg, runtime), cfg, runtime)
+
+
+def test_metrics_reach_wandb_against_samples_seen(tmp_path: Path, runtime: Runtime, wandb_history: Any) -> None:
+    cfg = config(tmp_path)
+    cfg.wandb.mode = WandbMode.offline
+    loop.run(LineStage(cfg, runtime), cfg, runtime)
+    merged: dict[int, dict[str, Any]] = {}
+    for row in rows(tmp_path):
+        merged.setdefault(row["samples_seen"], {}).update(row)
+    dashboard = wandb_history(tmp_path / "line")
+    assert [row["samples_seen"] for row in dashboard] == list(merged)
+    assert all(row[k] == pytest.approx(v) for row in dashboard for k, v in merged[row["samples_seen"]].items())
+    assert all("perf/images_per_s" in row for row in dashboard if "train/loss" in row)

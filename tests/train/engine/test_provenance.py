@@ -1,0 +1,92 @@
+"""What was not made together is not used together, and the message says which part is the stranger."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conf.errors import UserError
+from conf.networks import AutoencoderConfig
+from conf.schema import Prediction, ProcessConfig
+from data.manifest import Manifest
+from models.autoencoder import Autoencoder
+from models.clip import Clip
+from train.engine.provenance import UNetInfo, check_latents, require_same, weights_digest
+
+
+def check(project: Any, *overrides: str) -> UNetInfo:
+    return check_latents(project.config("unet", *overrides), Manifest.load(project.folder / "latents" / "train"))
+
+
+def test_info_of_a_fitting_cache(latents: Any) -> None:
+    info = check(latents)
+    stats = Manifest.load(latents.folder / "latents" / "train").stats
+    assert (info.latent_mean, info.latent_std) == (stats["mean"], stats["std"])
+    assert info.autoencoder == weights_digest(str(latents.folder / "autoencoder" / "export"))
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("model.in_channels=8", r"model\.in_channels is 8, the cache was made with 4"),
+        ("model.sample_size=16", r"model\.sample_size is 16, the cache was made with 8"),
+        ("model.cross_attention_dim=32", r"model\.cross_attention_dim is 32, the cache was made with 16"),
+    ],
+)
+def test_network_that_does_not_fit_the_cache_is_refused_by_its_field(latents: Any, override: str, field: str) -> None:
+    with pytest.raises(UserError, match=rf"^latents=.* does not fit this run: {field}"):
+        check(latents, override)
+
+
+@pytest.mark.parametrize("option", ["autoencoder", "clip"])
+def test_other_weights_than_those_that_made_the_cache_are_refused(latents: Any, tmp_path: Path, option: str) -> None:
+    torch.manual_seed(1)
+    network: Any = Autoencoder if option == "autoencoder" else Clip.from_config
+    network(latents.config(option).model).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"does not fit this run: {option} \(weights\) is [0-9a-f]{{12}}\.\.\."):
+        check(latents, f"{option}={tmp_path}")
+    with pytest.raises(UserError, match=r"no weights in '.*nowhere'"):
+        check(latents, f"{option}={tmp_path}/nowhere")
+
+
+def test_images_are_not_taken_for_latents(latents: Any) -> None:
+    manifest = Manifest.load(latents.folder / "shards" / "train")
+    with pytest.raises(UserError, match=r"^latents=.*: holds images, not latents"):
+        check_latents(latents.config("unet"), manifest)
+
+
+def test_copied_export_is_the_same_network(latents: Any, tmp_path: Path) -> None:
+    shutil.copytree(latents.folder / "autoencoder" / "export", tmp_path / "copy")
+    check(latents, f"autoencoder={tmp_path}/copy")
+
+
+def test_info_survives_its_file(tmp_path: Path) -> None:
+    process = {"prediction": "v", "min_snr_gamma": 5.0, "train_timesteps": 500}
+    info = UNetInfo(process=process, latent_mean=[0.5], latent_std=[2.0], autoencoder="a", clip="c", weights="ema")
+    info.save(tmp_path)
+    assert UNetInfo.load(str(tmp_path)) == info
+    expected = ProcessConfig(prediction=Prediction.v, min_snr_gamma=5.0, train_timesteps=500)
+    assert info.process_config() == expected
+    with pytest.raises(UserError, match=r"no latentline\.json in .*: train the U-Net first"):
+        UNetInfo.load(str(tmp_path / "nowhere"))
+
+
+def test_missing_null_text_is_asked_for(latents: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no null_text\.safetensors in .*: run data/precompute_latents\.py again"):
+        check(latents).null_text(str(tmp_path))
+
+
+def test_first_difference_of_two_architectures_is_named() -> None:
+    ours, theirs = AutoencoderConfig(layers_per_block=1), AutoencoderConfig()
+    with pytest.raises(UserError, match=r"init_from: its layers_per_block is 2, model\.layers_per_block is 1"):
+        require_same("init_from", ours, theirs)
+    require_same("init_from", ours, AutoencoderConfig(layers_per_block=1))
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"clip": "c", "colour": 1}'])
+def test_facts_of_another_version_are_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "latentline.json").write_text(content)
+    with pytest.raises(UserError, match=r"latentline\.json' is not of this version"):
+        UNetInfo.load(str(tmp_path))

@@ -1,0 +1,153 @@
+"""What holds of one trainable on one process, under DDP and ZeRO; equality with plain torch: test_zero_equality.py."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from conf.errors import UserError
+from conf.schema import BatchConfig, Device, EmaConfig, OptimConfig, RuntimeConfig
+from train.engine import trainable as module_under_test
+from train.engine.runtime import Runtime, start
+from train.engine.trainable import Trainable
+
+LAYOUTS = [None, 2]
+
+
+@pytest.fixture
+def runtime() -> Runtime:
+    return start(RuntimeConfig(device=Device.cpu))
+
+
+def network(seed: int = 0, width: int = 5) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
+
+
+def make(runtime: Runtime, module: nn.Module, stage: int | None = None, micro: int = 0, **rest: Any) -> Trainable:
+    batch = BatchConfig(global_batch_size=4, micro_batch_size=micro)
+    return Trainable(runtime, module, OptimConfig(lr=0.01), batch, 100, stage, **rest)
+
+
+def train(t: Trainable, steps: int = 2) -> None:
+    for index in range(steps):
+        x: Tensor = torch.randn(4, 3, generator=torch.Generator().manual_seed(index))
+        t.backward(t(x).square().mean(), last=True)
+        t.step(4 * (index + 1))
+
+
+@pytest.mark.parametrize("stage", LAYOUTS)
+def test_checkpoint_carries_weights_moments_and_buffers(runtime: Runtime, tmp_path: Path, stage: int | None) -> None:
+    first = make(runtime, network(), stage, ema=EmaConfig(half_life_samples=10.0))
+    train(first)
+    first.save(tmp_path)
+    files = {path.name for path in (tmp_path / "model").iterdir()}
+    moments = {"exp_avg.safetensors", "exp_avg_sq.safetensors"}
+    assert files == moments | {"weights.safetensors", "ema.safetensors", "optimizer.json"}
+    assert load_file(tmp_path / "model" / "weights.safetensors").keys() == network().state_dict().keys()
+    second = make(runtime, network(1), stage, ema=EmaConfig(half_life_samples=10.0))
+    second.load(tmp_path)
+    for t in (first, second):
+        train(t)
+    for ema in (False, True):
+        assert all(torch.equal(tensor, second.weights(ema)[name]) for name, tensor in first.weights(ema).items())
+    assert first.module[1].num_batches_tracked == second.module[1].num_batches_tracked == 4
+
+
+def test_channels_last_network_resumes(runtime: Runtime, tmp_path: Path) -> None:
+    first, second = (make(runtime, nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)) for _ in range(2))
+    for t in (first, first, second):
+        t.backward(t(torch.ones(4, 3, 5, 5)).square().mean(), last=True)
+        t.step(4)
+    first.save(tmp_path)
+    second.load(tmp_path)
+    assert all(torch.equal(tensor, second.weights()[name]) for name, tensor in first.weights().items())
+
+
+def test_frozen_parameters_stay_and_are_saved(runtime: Runtime, tmp_path: Path) -> None:
+    module = network()
+    module[0].requires_grad_(False)
+    before = module[0].weight.clone()
+    t = make(runtime, module)
+    train(t)
+    t.save(tmp_path)
+    other = network(1)
+    other[0].requires_grad_(False)
+    second = make(runtime, other)
+    second.load(tmp_path)
+    assert torch.equal(module[0].weight, before) and torch.equal(other[0].weight, before)
+    with pytest.raises(ValueError, match=r"'0.weight' is frozen"):
+        make(runtime, other, stage=1)
+
+
+def test_two_networks_train_side_by_side(runtime: Runtime) -> None:
+    generator, critic = make(runtime, network(), name="generator"), make(runtime, nn.Linear(2, 1), name="critic")
+    before = critic.weights()
+    critic.module.requires_grad_(False)
+    generator.backward(critic.module(generator(torch.randn(4, 3))).mean(), last=True)
+    critic.module.requires_grad_(True)
+    assert generator.step(4) > 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in critic.weights().items())
+
+
+@pytest.mark.parametrize("stage", LAYOUTS)
+def test_misplaced_last_is_refused(runtime: Runtime, stage: int | None) -> None:
+    t = make(runtime, nn.Linear(3, 1), stage, micro=2)
+    with pytest.raises(ValueError, match="last"):
+        t.backward(t(torch.ones(2, 3)).mean(), last=True)
+
+
+def test_average_that_is_not_kept_is_refused(runtime: Runtime) -> None:
+    with pytest.raises(ValueError, match="keeps no average"):
+        make(runtime, nn.Linear(3, 1), ema=EmaConfig(half_life_samples=0.0)).weights(ema=True)
+
+
+def damaged(folder: Path, change: str) -> None:
+    path = folder / "model" / "exp_avg.safetensors"
+    tensors = load_file(path)
+    if change == "missing":
+        del tensors["2.bias"]
+    elif change == "shape":
+        tensors["2.bias"] = torch.zeros(7)
+    elif change == "extra":
+        tensors["3.bias"] = torch.zeros(2)
+    if change == "file":
+        path.unlink()
+    else:
+        save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"exp_avg.safetensors: has no tensor '2.bias'"),
+        ("shape", r"exp_avg.safetensors: '2.bias' is \[7\] there but \[2\]"),
+        ("extra", r"exp_avg.safetensors: has a tensor '3.bias' that"),
+        ("file", r"exp_avg.safetensors: not there"),
+    ],
+)
+def test_foreign_checkpoint_is_refused_by_name(runtime: Runtime, tmp_path: Path, change: str, message: str) -> None:
+    t = make(runtime, network())
+    train(t)
+    t.save(tmp_path)
+    damaged(tmp_path, change)
+    with pytest.raises(UserError, match=message):
+        t.load(tmp_path)
+
+
+def test_failed_write_is_reported_and_leaves_no_half_file(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(tensors: dict[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    t = make(runtime, network())
+    monkeypatch.setattr(module_under_test, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        t.save(tmp_path)
+    assert not list((tmp_path / "model").iterdir())

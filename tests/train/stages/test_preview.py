@@ -1,0 +1,84 @@
+"""The preview: a page, a sheet and statistics that say what the data set is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conf.entry import compose
+from conf.errors import UserError
+from conf.schema import PreviewRun
+from data.datasets import ImageDataset, LatentDataset
+from data.manifest import Manifest
+from data.shards import ShardReader, ShardWriter
+from train.engine.runtime import Runtime
+from train.stages import preview
+
+
+def preview_of(project: Any, runtime: Runtime, data: Path, output: Path, *overrides: str) -> str:
+    """The page that the command writes."""
+    options = [f"run_dir={project.folder}", f"data={data}", f"output_dir={output}", "runtime=cpu", *overrides]
+    preview.run(compose("preview", PreviewRun, options), runtime)
+    return (output / "preview.html").read_text()
+
+
+def test_images_are_shown_and_measured(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
+    data = scenes.folder / "shards" / "train"
+    page = preview_of(scenes, runtime, data, tmp_path, "pictures=10")
+    manifest = Manifest.load(data)
+    assert f"<td>samples<td>{manifest.samples}" in page and page.count("data:image/png;base64,") == 2
+    assert "<td>width<td>32<td>32<td>32<td>32<td>32" in page and "<td>aspect<td>1<td>1" in page
+    assert "&quot;made_by&quot;: &quot;data/build_shards.py&quot;" in page
+    with Image.open(tmp_path / "contact_sheet.png") as sheet, Image.open(tmp_path / "statistics.png") as figure:
+        assert sheet.width > 8 * 128 and figure.width > 900
+        assert np.asarray(sheet).std() > 20
+
+
+def test_caption_lengths_are_those_of_all_samples(scenes: Any) -> None:
+    dataset = ImageDataset(scenes.folder / "shards" / "train", scenes.config("clip").images, 0)
+    survey = preview.survey_images(dataset, range(dataset.samples))
+    lengths = [len(dataset.at(i)["caption"]) for i in range(dataset.samples)]
+    assert survey.numbers["caption length"] == lengths and not survey.broken
+
+
+def test_latents_are_decoded_and_measured_per_channel(latents: Any, runtime: Runtime, tmp_path: Path) -> None:
+    data = latents.folder / "latents" / "train"
+    page = preview_of(latents, runtime, data, tmp_path, "pictures=8")
+    assert all(f"<td>channel {channel}<td>" in page for channel in range(4)) and "<td>tokens<td>" in page
+    dataset = LatentDataset(data, 0)
+    numbers = preview.survey_latents(dataset, range(dataset.samples)).numbers
+    for channel in range(4):
+        assert np.mean(numbers[f"channel {channel}"]) == pytest.approx(
+            dataset.manifest.stats["mean"][channel], abs=2e-3
+        )
+    shown = preview.decoded(compose("preview", PreviewRun, [f"run_dir={latents.folder}"]), dataset, runtime)[0]
+    images = ImageDataset(latents.folder / "shards" / "train", latents.config("latents").images, 0)
+    original = (images.at(0)["image"].permute(1, 2, 0).numpy() + 1) * 127.5
+    assert np.abs(shown[0] - original).mean() < 60  # 14 dB: a picture of the same scene
+
+
+def test_rejects_and_broken_pictures_are_counted_by_reason(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
+    data = tmp_path / "shards" / "train"
+    reader = ShardReader(scenes.folder / "shards" / "train" / "00000.tar")
+    with ShardWriter(data, 100) as writer:
+        for i in range(5):
+            files = {n: bytes(v) for n, v in reader[i].items() if n != "__key__"}
+            writer.add(reader.key(i), files | ({"png": b"<b>no</b>"} if i == 2 else {}))
+    reject = {"key": "9", "path": "a.png", "reason": "<i>odd</i>"}
+    (tmp_path / "shards" / "rejects.jsonl").write_text(json.dumps(reject) + "\n")
+    page = preview_of(scenes, runtime, data, tmp_path / "out")
+    assert "&lt;i&gt;odd&lt;/i&gt;<td>1" in page and "<i>" not in page  # text of others is never markup
+    assert "<td>caption length<td>" in page
+
+
+def test_latents_without_their_autoencoder_name_the_option(latents: Any, runtime: Runtime, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        preview_of(latents, runtime, latents.folder / "latents" / "train", tmp_path, "autoencoder=nowhere")
+
+
+def test_a_folder_without_shards_is_refused(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no shards at"):
+        preview_of(scenes, runtime, tmp_path, tmp_path / "out")

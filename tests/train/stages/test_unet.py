@@ -1,0 +1,154 @@
+"""The U-Net's training: it learns, and every draw belongs to a sample, whatever the batch, the rank or the order."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from conf.errors import UserError
+from data.loader import batches
+from models.clip import Clip
+from models.unet import UNet
+from train.engine.provenance import UNetInfo
+from train.engine.runtime import Runtime
+from train.stages.unet import UNetStage
+
+
+def make(latents: Any, runtime: Runtime, *overrides: str) -> UNetStage:
+    return UNetStage(latents.config("unet", *overrides), runtime)
+
+
+class Seen:
+    """What the network was given in its forward passes."""
+
+    def __init__(self, stage: UNetStage) -> None:
+        self.latents: list[Tensor] = []
+        self.timesteps: list[Tensor] = []
+        self.contexts: list[Tensor] = []
+        stage.network.register_forward_pre_hook(self.note)
+
+    def note(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        for kept, tensor in zip((self.latents, self.timesteps, self.contexts), inputs, strict=True):
+            kept.append(tensor.detach().clone())
+
+
+def test_denoising_gets_better(project: Any) -> None:
+    losses = project.losses("unet")
+    assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:6])
+    metrics = json.loads((project.folder / "unet" / "DONE").read_text())["metrics"]
+    assert 0 < metrics["eval/loss"] < losses[0]
+    assert {"train/grad_norm", "train/lr"} <= project.rows("unet")[0].keys()
+    assert (project.folder / "unet" / "samples" / "prompts-000000000960.png").is_file()
+
+
+def test_export_holds_the_average_and_what_sampling_needs(project: Any) -> None:
+    folder = project.folder / "unet" / "export"
+    saved = project.folder / "unet" / "checkpoints" / "000000000960" / "unet"
+    exported = UNet.from_pretrained(folder).state_dict()
+    average, latest = load_file(saved / "ema.safetensors"), load_file(saved / "weights.safetensors")
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in average.items())
+    assert not all(torch.equal(tensor, exported[name]) for name, tensor in latest.items())
+    info = UNetInfo.load(str(folder))
+    stats = json.loads((project.folder / "latents" / "train" / "manifest.json").read_text())["stats"]
+    assert (info.latent_mean, info.latent_std) == (stats["mean"], stats["std"])
+    assert info.process_config() == project.config("unet").process
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_accumulation_takes_the_step_of_the_whole_batch(latents: Any, runtime: Runtime, zero_stage: int) -> None:
+    weights, norms = [], []
+    for micro in (16, 4):
+        stage = make(latents, runtime, f"batch.micro_batch_size={micro}", f"runtime.zero_stage={zero_stage}")
+        for start in range(0, 16, micro):
+            stage.micro_step(stage.dataset.batch(range(start, start + micro)), start == 16 - micro, 0)
+        norms.append(stage.finish_step(16)["train/grad_norm"])
+        weights.append(stage.unet.weights())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-4)  # a tenth of lr
+
+
+def test_caption_drop_is_a_function_of_seed_and_position(latents: Any, runtime: Runtime) -> None:
+    stage = make(latents, runtime, "caption_drop=0.3", "batch.global_batch_size=32", "batch.micro_batch_size=16")
+    seen = Seen(stage)
+    forward, backward = list(range(100, 132)), list(range(131, 99, -1))
+    for positions in (forward, backward):
+        for index in (0, 16):
+            stage.micro_step(stage.dataset.batch(positions[index : index + 16]), index == 16, 0)
+        stage.unet.step(32)
+    dropped = (torch.cat(seen.contexts) == stage.null_text).flatten(1).all(dim=1)  # [64]
+    assert torch.equal(dropped[:32], dropped[32:].flip(0))
+    assert 3 <= int(dropped[:32].sum()) <= 18
+    other = make(latents, runtime, "caption_drop=0.3", "batch.global_batch_size=32", "seed=1")
+    seen_by_other = Seen(other)
+    other.micro_step(other.dataset.batch(forward), True, 0)
+    dropped_by_other = (seen_by_other.contexts[0] == other.null_text).flatten(1).all(dim=1)
+    assert not torch.equal(dropped[:32], dropped_by_other)
+
+
+def test_no_caption_is_dropped_at_0(latents: Any, runtime: Runtime) -> None:
+    stage = make(latents, runtime, "caption_drop=0")
+    seen = Seen(stage)
+    batch = stage.dataset.batch(range(16))
+    stage.micro_step(batch, True, 0)
+    assert torch.equal(seen.contexts[0], batch["text"])
+
+
+def test_draws_are_the_same_on_any_number_of_ranks(latents: Any, runtime: Runtime) -> None:
+    stage = make(latents, runtime)
+    whole = stage.noisy(next(batches(stage.dataset, 16, 16, 0, 1, start=48, workers=0)), seed=0)
+    parts = [
+        stage.noisy(batch, seed=0)
+        for rank in range(2)
+        for _, batch in zip(range(2), batches(stage.dataset, 16, 4, rank, 2, start=48, workers=0), strict=False)
+    ]
+    for together, apart in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(together, torch.cat(apart))
+    assert all(
+        not torch.equal(ours, theirs)
+        for ours, theirs in zip(
+            whole, stage.noisy(next(batches(stage.dataset, 16, 16, 0, 1, start=64, workers=0)), seed=0), strict=True
+        )
+    )
+
+
+def test_network_works_on_normalised_latents(latents: Any, runtime: Runtime) -> None:
+    stage = make(latents, runtime)
+    x0 = torch.cat([stage.noisy(stage.dataset.batch_at(range(i, i + 10)), seed=0)[0] for i in range(0, 50, 10)])
+    assert x0.mean(dim=(0, 2, 3)).abs().max() < 0.1
+    assert (x0.std(dim=(0, 2, 3)) - 1).abs().max() < 0.1
+
+
+def test_without_cached_text_the_tower_gives_the_same_context(latents: Any, runtime: Runtime) -> None:
+    stage = make(latents, runtime)
+    batch = stage.dataset.batch(range(8))
+    cached = stage.context(batch)
+    stage.text_tower = stage.frozen(Clip.from_pretrained(stage.cfg.clip))
+    torch.testing.assert_close(stage.context(batch), cached, rtol=2e-3, atol=2e-3)  # the cache is fp16
+    tokens = stage.text_tower.tokenize([""])
+    torch.testing.assert_close(stage.text_tower.text_states(tokens)[0], stage.null_text)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
+def test_every_prediction_trains(latents: Any, runtime: Runtime, prediction: str) -> None:
+    options = [f"process.prediction={prediction}", "process.timestep_sampling=uniform", "optim.lr=3e-3"]
+    options += [] if prediction == "flow" else ["process.min_snr_gamma=5"]
+    stage = make(latents, runtime, *options)
+    batch = stage.dataset.batch(range(16))
+    losses = []
+    for step in range(25):  # the same samples with the same noise
+        losses.append(float(stage.micro_step(batch, True, 16 * step)["train/loss"]))
+        stage.finish_step(16 * (step + 1))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_init_from_of_another_architecture_is_refused(project: Any, runtime: Runtime) -> None:
+    export = project.folder / "unet" / "export"
+    with pytest.raises(UserError, match=r"init_from: its layers_per_block is 1, model\.layers_per_block is 2"):
+        make(project, runtime, f"init_from={export}", "model.layers_per_block=2")
+    started = make(project, runtime, f"init_from={export}").unet.weights()
+    assert all(torch.equal(tensor, started[name]) for name, tensor in UNet.from_pretrained(export).state_dict().items())

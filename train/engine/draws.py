@@ -1,0 +1,20 @@
+"""Random tensors that belong to samples: the same whatever the batch, the rank or the number of processes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.order import rng
+
+
+def normal(seed: int, positions: Sequence[int], shape: Sequence[int], purpose: str) -> Tensor:
+    """Standard normal noise [B, *shape] on the CPU; row i is a function of (seed, positions[i], purpose) alone."""
+    rows = [rng(seed, position, purpose).standard_normal(tuple(shape), dtype=np.float32) for position in positions]
+    return torch.from_numpy(np.stack(rows))
+
+
+def uniform(seed: int, positions: Sequence[int], purpose: str) -> Tensor:
+    """Uniform draws [B] in [0, 1) on the CPU, one per sample."""
+    return torch.tensor([rng(seed, position, purpose).random() for position in positions], dtype=torch.float32)

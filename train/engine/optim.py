@@ -1,0 +1,55 @@
+"""AdamW and its learning rate, a pure function of the samples seen."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import LrDecay, OptimConfig
+
+
+def lr_at(samples_seen: int, cfg: OptimConfig, total_samples: int) -> float:
+    """Learning rate of the step that brings the run to `samples_seen` samples.
+
+    Linear warm-up from 0 over `cfg.warmup_samples`, the peak held until `cfg.hold_fraction` of the run, then the decay
+    of `cfg.decay` down to `cfg.final_lr_ratio` of the peak at `total_samples`. Past the end it stays there.
+    """
+    warmup = min(1.0, samples_seen / cfg.warmup_samples) if cfg.warmup_samples > 0 else 1.0
+    if cfg.decay is LrDecay.constant:
+        return cfg.lr * warmup
+    start = min(max(float(cfg.warmup_samples), cfg.hold_fraction * total_samples), float(total_samples))
+    progress = min(1.0, max(0.0, (samples_seen - start) / max(1.0, total_samples - start)))
+    remaining = 1 - progress if cfg.decay is LrDecay.linear else 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.lr * warmup * (cfg.final_lr_ratio + (1 - cfg.final_lr_ratio) * remaining)
+
+
+def adamw(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; only matrices and kernels decay, not biases, gains and scalars.
+
+    The fused implementation exists on CPU and GPU and needs no compiler, unlike DeepSpeed's.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    kinds = [
+        ([p for p in parameters if p.ndim >= 2], cfg.weight_decay),
+        ([p for p in parameters if p.ndim < 2], 0.0),
+    ]
+    groups = [{"params": members, "weight_decay": decay} for members, decay in kinds if members]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+@torch.no_grad()
+def unscale_and_clip(parameters: Iterable[Tensor], limit: float, scale: float) -> float:
+    """Divide the gradients by the loss scale and bound their global norm; returns that norm before clipping.
+
+    Args:
+        limit: largest norm; 0 for no clipping.
+        scale: what the loss was multiplied by.
+
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = float(nn.utils.get_total_norm(gradients)) / scale
+    factor = (min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0) / scale
+    if factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
+    return norm

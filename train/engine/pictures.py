@@ -1,0 +1,76 @@
+"""Tensors to pictures that people look at: bytes, and grids with captions."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+_INK = (45, 45, 50)
+READABLE = 128  # pixels of width that a caption needs
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images [B, 3, H, W] in [-1, 1] (clamped) to uint8 [B, H, W, 3] on the CPU."""
+    scaled = (images.detach().float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None, scale: int = 1) -> Image.Image:
+    """Pictures side by side on white, each with its wrapped caption below.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        columns: pictures per row.
+        captions: one per picture, or None.
+        scale: enlargement of each picture; captions need about 128 pixels of width to read well.
+    """
+    count, height, width = len(images), images.shape[1] * scale, images.shape[2] * scale
+    columns = max(1, min(columns, count))
+    rows = -(-count // columns)
+    margin = max(4, width // 10)
+    font_size = min(20, max(11, width // 11))
+    font, line_height = ImageFont.load_default(size=font_size), round(font_size * 1.3)
+    lines = [wrap(caption, font, width) for caption in captions] if captions is not None else [[]] * count
+    tallest = [max(map(len, lines[row * columns : (row + 1) * columns])) for row in range(rows)]
+    heights = [height + (n * line_height + margin // 2 if n else 0) for n in tallest]
+    canvas = Image.new("RGB", (columns * (width + margin) + margin, sum(heights) + (rows + 1) * margin), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        left, top = margin + column * (width + margin), sum(heights[:row]) + (row + 1) * margin
+        canvas.paste(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC), (left, top))
+        for number, line in enumerate(lines[index]):
+            at = (left + width / 2, top + height + margin // 2 + number * line_height)
+            draw.text(at, line, fill=_INK, font=font, anchor="ma")
+    return canvas
+
+
+def captioned(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
+    """The grid that people look at: pictures [B, H, W, 3] enlarged until their captions can be read."""
+    return grid(images, columns, captions, scale=max(1, READABLE // images.shape[2]))
+
+
+def wrap(text: str, font: Font, width: int, lines: int = 6) -> list[str]:
+    """Break text into at most `lines` lines of at most `width` pixels; what does not fit ends in an ellipsis."""
+    wrapped: list[str] = []
+    for word in text.split():
+        joined = f"{wrapped[-1]} {word}" if wrapped else word
+        if wrapped and font.getlength(joined) <= width:
+            wrapped[-1] = joined
+        else:
+            wrapped.append(_shorten(word, font, width))
+    if len(wrapped) > lines:
+        wrapped[lines - 1 :] = [_shorten(" ".join(wrapped[lines - 1 :]), font, width)]
+    return wrapped
+
+
+def _shorten(text: str, font: Font, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"

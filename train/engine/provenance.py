@@ -1,0 +1,117 @@
+"""Who made what: the facts that join an autoencoder, a CLIP, their latents and the U-Net trained on them."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor
+
+from conf.errors import UserError
+from conf.schema import ImageConfig, ProcessConfig, UNetRun
+from data.manifest import Manifest
+from data.shards import atomic_write
+
+INFO = "latentline.json"
+NULL_TEXT = "null_text.safetensors"
+
+
+def weights_digest(folder: str) -> str:
+    """sha256 over the safetensors files of an exported network."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"no weights in '{folder}': train that stage first, or point the option at a folder with them")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def image_facts(images: ImageConfig) -> dict[str, Any]:
+    """The preprocessing that a cache was made with, in plain values."""
+    return {"resolution": images.resolution, "crop": images.crop.value, "flip": images.flip, "range": [-1.0, 1.0]}
+
+
+@dataclass(kw_only=True)
+class UNetInfo:
+    """What sampling has to know beside the U-Net's weights; kept in `latentline.json` of its export."""
+
+    process: dict[str, Any]
+    latent_mean: list[float]  # [C], over the whole training set
+    latent_std: list[float]
+    autoencoder: str  # sha256 of the weights
+    clip: str
+    weights: str  # "ema", or "last" where the run kept no average
+
+    def save(self, folder: Path) -> None:
+        atomic_write(folder / INFO, json.dumps(asdict(self), indent=2).encode())
+
+    @classmethod
+    def load(cls, folder: str) -> "UNetInfo":
+        path = Path(folder) / INFO
+        if not path.exists():
+            raise UserError(f"no {INFO} in '{folder}': train the U-Net first, or set unet=FOLDER to an export of it")
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"'{path}' is not of this version ({error}): train or export the U-Net again") from None
+
+    def process_config(self) -> ProcessConfig:
+        """The typed process configuration again."""
+        merged = OmegaConf.merge(OmegaConf.structured(ProcessConfig), self.process)
+        process = OmegaConf.to_object(merged)
+        assert isinstance(process, ProcessConfig)
+        return process
+
+    def null_text(self, latents: str) -> Tensor:
+        """Text states [L, D] of the empty caption, from the cache."""
+        path = Path(latents) / NULL_TEXT
+        if not path.exists():
+            raise UserError(f"no {NULL_TEXT} in '{latents}': run data/precompute_latents.py again")
+        return load_file(path)["text"].float()
+
+
+def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:
+    """Refuse a cache that does not fit the run, naming the field; else what the run needs of it."""
+    if manifest.kind != "latents":
+        raise UserError(f"latents={cfg.latents}: holds {manifest.kind}, not latents; run data/precompute_latents.py")
+    facts, stats = manifest.provenance, manifest.stats
+    found = {
+        "autoencoder (weights)": (weights_digest(cfg.autoencoder), facts["autoencoder"]),
+        "clip (weights)": (weights_digest(cfg.clip), facts["clip"]),
+        "model.in_channels": (cfg.model.in_channels, facts["latent_channels"]),
+        "model.sample_size": (cfg.model.sample_size, facts["latent_size"]),
+        "model.cross_attention_dim": (cfg.model.cross_attention_dim, facts["text_dim"]),
+    }
+    for field, (wanted, cached) in found.items():
+        if wanted != cached:
+            raise UserError(
+                f"latents={cfg.latents} does not fit this run: {field} is {short(wanted)}, the cache was made with "
+                f"{short(cached)}; run data/precompute_latents.py into another folder or change the option"
+            )
+    return UNetInfo(
+        process=OmegaConf.to_container(OmegaConf.structured(cfg.process), enum_to_str=True),  # type: ignore[arg-type]
+        latent_mean=stats["mean"],
+        latent_std=stats["std"],
+        autoencoder=facts["autoencoder"],
+        clip=facts["clip"],
+        weights="ema" if cfg.ema.half_life_samples > 0 else "last",
+    )
+
+
+def require_same(option: str, wanted: Any, found: Any) -> None:
+    """Refuse weights of another architecture than `model` says, naming the first field that differs."""
+    before, after = asdict(found), asdict(wanted)
+    for field, value in after.items():
+        if before[field] != value:
+            raise UserError(f"{option}: its {field} is {before[field]}, model.{field} is {value}; make them equal")
+
+
+def short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 12 else text[:12] + "..."

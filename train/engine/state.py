@@ -1,0 +1,120 @@
+"""What a stage is, where its run stands, and how it ended: the words that loop, checkpoints and stages share."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from conf.errors import UserError
+from data.loader import Dataset
+from data.shards import atomic_write
+from train.engine.journal import Journal, finite
+from train.engine.trainable import Trainable
+
+ARCHITECTURE = ("model", "discriminator", "process")  # sections of a configuration that the weights are bound to
+DONE = "DONE"
+
+
+class Stage(Protocol):
+    """What makes one training differ from another. All methods run on all processes."""
+
+    name: str
+    trainables: dict[str, Trainable]
+
+    @property
+    def dataset(self) -> Dataset:
+        """What the loop draws batches from."""
+
+    def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
+        """Forward and backward pass of a micro-batch of the step that begins at `samples_seen`; metrics, the same
+        names on all processes. One whose name ends in `loss` must be finite.
+        """
+
+    def finish_step(self, samples_seen: int) -> dict[str, float]:
+        """Optimiser steps; `samples_seen` includes this step. Returns `train/lr`, `train/grad_norm`."""
+
+    def evaluate(self, samples_seen: int, journal: Journal) -> dict[str, float]:
+        """Metrics `eval/…` over all processes, which the loop logs; pictures go to the journal."""
+
+    def export(self, folder: Path) -> None:
+        """Final weights in diffusers' format; the main process writes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """How a call of `run` ended."""
+
+    finished: bool  # False: a signal asked for a stop; the next start continues
+    samples_seen: int
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+
+
+@dataclass(kw_only=True)
+class State:
+    """Everything beside the trainables that a run needs to continue as if it had never stopped."""
+
+    samples_seen: int = 0
+    seconds: float = 0.0  # of work in this stage, over all its starts
+    architecture: dict[str, Any] = field(default_factory=dict)  # dotted option → value
+    data: str = ""  # digest of the data set's manifest
+    config: str = ""  # digest of the whole configuration
+    wandb_run_id: str = ""
+    interval: dict[str, list[float]] = field(default_factory=dict)  # metric → [sum, count] since the last log line
+
+
+def architecture_of(config: Mapping[str, Any], trainables: Mapping[str, Trainable]) -> dict[str, Any]:
+    """The part of a plain configuration that must not change between two starts of a run, flat."""
+    facts: dict[str, Any] = {"networks": sorted(trainables)}
+    for section in ARCHITECTURE:
+        if section in config:
+            facts |= _flat(config[section], section)
+    return facts
+
+
+def _flat(node: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+        return {prefix: node}
+    return {name: value for key in node for name, value in _flat(node[key], f"{prefix}.{key}").items()}
+
+
+def digest(content: Any) -> str:
+    """sha256 of the canonical JSON of `content`."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def require_same_run(saved: Mapping[str, Any], now: State, output_dir: Path) -> None:
+    """Refuse to continue what another network or other data began; raises UserError naming what differs."""
+    before, after = saved["architecture"], json.loads(json.dumps(now.architecture))
+    changed = [
+        f"{name} was {before.get(name)}, is {after.get(name)}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    if saved["data"] != now.data:
+        changed.append(f"the data set was {saved['data'][:12]}, is {now.data[:12]}")
+    if changed:
+        shown = "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        raise UserError(
+            f"output_dir='{output_dir}' holds a run that began differently ({shown}): "
+            "set another run_dir or output_dir, or delete that folder"
+        )
+
+
+def write_done(output_dir: Path, state: State, metrics: Mapping[str, float]) -> None:
+    """Mark a stage as finished: DONE says at how many samples, with which last metrics, after how many seconds."""
+    done = {"samples_seen": state.samples_seen, "seconds": round(state.seconds, 1), "metrics": finite(metrics)}
+    belongs = {"architecture": state.architecture, "data": state.data}
+    atomic_write(output_dir / DONE, json.dumps(done | belongs, indent=1).encode())
+
+
+def read_done(output_dir: Path | str, samples: int) -> dict[str, Any] | None:
+    """Content of DONE (samples_seen, seconds, metrics, architecture, data); None when less than `samples` are done."""
+    try:
+        done: dict[str, Any] = json.loads((Path(output_dir) / DONE).read_bytes())
+        return done if done["samples_seen"] >= samples else None
+    except (FileNotFoundError, ValueError):
+        return None

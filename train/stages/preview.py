@@ -1,0 +1,195 @@
+"""What a data set looks like: pictures with their captions, distributions, and what was left out."""
+
+import base64
+import html
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from conf.errors import UserError
+from conf.schema import ImageConfig, PreviewRun
+from data.datasets import IMAGE_EXTENSIONS, ImageDataset, LatentDataset
+from data.manifest import MANIFEST, Manifest
+from data.shards import atomic_path, atomic_write
+from models.autoencoder import Autoencoder
+from train.engine.journal import say
+from train.engine.pictures import captioned, to_uint8
+from train.engine.runtime import Runtime
+
+REJECTS = "rejects.jsonl"
+SIDE = 128  # pixels of a picture on the sheet
+VALUES = 64  # of a latent that go into the histogram of its channel
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>body {{ font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1200px; color: #2d2d32 }}
+table {{ border-collapse: collapse; margin: 1em 0 }} td, th {{ padding: .2em .9em; text-align: right;
+border-bottom: 1px solid #ddd }} td:first-child, th:first-child {{ text-align: left }} img {{ max-width: 100% }}
+pre {{ background: #f6f6f6; padding: 1em; overflow: auto }}</style>
+<h1>{title}</h1>{body}</html>
+"""
+
+
+@dataclass(slots=True)
+class Survey:
+    """Measurements of a data set: each name has one number per sample (or several)."""
+
+    numbers: dict[str, list[float]] = field(default_factory=dict)
+    broken: Counter[str] = field(default_factory=Counter)  # reasons why samples could not be measured
+
+    def add(self, **values: float | Sequence[float]) -> None:
+        """One more sample; underscores in the names become spaces."""
+        for name, value in values.items():
+            many = [value] if isinstance(value, int | float) else value
+            self.numbers.setdefault(name.replace("_", " "), []).extend(map(float, many))
+
+
+def run(cfg: PreviewRun, runtime: Runtime) -> None:
+    """Write `preview.html`, `contact_sheet.png` and `statistics.png`.
+
+    Raises:
+        UserError: no shards, or no autoencoder to decode latents with.
+
+    """
+    folder, output = Path(cfg.data), Path(cfg.output_dir)
+    kind = Manifest.load(folder).kind if (folder / MANIFEST).is_file() else "images"
+    dataset: ImageDataset | LatentDataset
+    if kind == "latents":
+        dataset = LatentDataset(folder, cfg.seed)
+        pictures, captions = decoded(cfg, dataset, runtime)
+        survey = survey_latents(dataset, spread(dataset.samples, cfg.samples))
+    else:
+        dataset = ImageDataset(folder, ImageConfig(resolution=SIDE), cfg.seed)
+        pictures, captions = shown(dataset, cfg.pictures)
+        survey = survey_images(dataset, spread(dataset.samples, cfg.samples))
+    sheet, figure = captioned(pictures, captions), histograms(survey.numbers)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, picture in (("contact_sheet.png", sheet), ("statistics.png", figure)):
+        with atomic_path(output / name) as path:
+            picture.save(path, "PNG")
+    page = to_page(str(folder), dataset.manifest, survey, rejects_of(folder), [sheet, figure])
+    atomic_write(output / "preview.html", page.encode())
+    say("preview", f"{dataset.samples:,} samples: {output / 'preview.html'}")
+
+
+def spread(samples: int, count: int) -> list[int]:
+    """At most `count` indices, evenly over all samples."""
+    count = min(count, samples)
+    return [samples * i // count for i in range(count)]
+
+
+def shown(dataset: ImageDataset, count: int) -> tuple[np.ndarray, list[str]]:
+    """Pictures [N, H, W, 3] of the sheet with their captions; those that cannot be read are left out."""
+    items = []
+    for index in spread(dataset.samples, count):
+        try:
+            items.append(dataset.at(index))
+        except UserError:
+            continue  # the survey counts it
+    if not items:
+        raise UserError(f"data: none of {count} samples can be read: rebuild the shards with data/build_shards.py")
+    return to_uint8(torch.stack([item["image"] for item in items])), [item["caption"] for item in items]
+
+
+@torch.no_grad()
+def decoded(cfg: PreviewRun, dataset: LatentDataset, runtime: Runtime) -> tuple[np.ndarray, list[str]]:
+    """The means of latents as the autoencoder decodes them, with their captions."""
+    autoencoder = Autoencoder.from_pretrained(cfg.autoencoder).eval().to(runtime.device)
+    batch = dataset.batch_at(spread(dataset.samples, cfg.pictures))
+    means = batch["moments"].chunk(2, dim=1)[0].to(runtime.device)  # [B, C, h, w]
+    images = torch.cat([autoencoder.decode(part).cpu() for part in means.split(16)])
+    return to_uint8(images), batch["caption"]
+
+
+def survey_images(dataset: ImageDataset, indices: Sequence[int]) -> Survey:
+    """Sizes, aspects and captions; only the headers of the pictures are read."""
+    survey = Survey()
+    for index in indices:
+        try:
+            record = dataset.records[index]
+            content = bytes(next(record[name] for name in IMAGE_EXTENSIONS if name in record))
+            width, height = Image.open(io.BytesIO(content)).size
+        except (UserError, OSError) as error:
+            survey.broken[str(error).split(":")[-1].strip()] += 1
+            continue
+        caption = bytes(record["txt"]).decode("utf-8", "replace")
+        survey.add(width=width, height=height, aspect=width / height, caption_length=len(caption))
+        survey.add(kilobytes=len(content) / 1000)
+    return survey
+
+
+def survey_latents(dataset: LatentDataset, indices: Sequence[int]) -> Survey:
+    """Means per channel, the posterior's spread, and the tokens that captions take."""
+    survey = Survey()
+    for index in indices:
+        item = dataset.at(index)
+        mean, logvar = item["moments"].chunk(2)  # [C, h, w] each
+        for channel, values in enumerate(mean.flatten(1)):
+            step = max(1, len(values) // VALUES)
+            survey.add(**{f"channel_{channel}": values[::step].tolist()})
+        survey.add(posterior_deviation=float((0.5 * logvar).exp().mean()))
+        survey.add(caption_length=len(item["caption"]), tokens=int((item["tokens"] > 0).sum()))
+    return survey
+
+
+def histograms(numbers: Mapping[str, Sequence[float]]) -> Image.Image:
+    """One histogram per measurement."""
+    columns = 3
+    rows = -(-len(numbers) // columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    for number, (name, values) in enumerate(numbers.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        axes.hist(values, bins=40, color="#4878a8")
+        axes.set_title(f"{name} (median {np.median(values):.4g})", fontsize=10)
+        axes.set_yticks([])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return Image.open(buffer)
+
+
+def rejects_of(folder: Path) -> list[dict[str, Any]]:
+    """What the makers of the data set left out: of this side, or of the build as a whole."""
+    for path in (folder / REJECTS, folder.parent / REJECTS):
+        if path.is_file():
+            return [json.loads(line) for line in path.read_text().splitlines()]
+    return []
+
+
+def to_page(
+    title: str, manifest: Manifest, survey: Survey, rejects: list[dict[str, Any]], pictures: Sequence[Image.Image]
+) -> str:
+    """One page with everything in it, pictures included."""
+    totals = [["samples", f"{manifest.samples:,}"], ["shards", f"{len(manifest.shards):,}"]]
+    totals += [["size", f"{manifest.bytes / 1e6:,.1f} MB"], ["rejected", f"{len(rejects):,}"]]
+    columns = [(name, np.quantile(values, [0, 0.05, 0.5, 0.95, 1])) for name, values in survey.numbers.items()]
+    spreads = [[name, *(f"{q:.4g}" for q in quantiles)] for name, quantiles in columns]
+    reasons = Counter(reject["reason"] for reject in rejects) + survey.broken
+    sheet, figure = map(_embedded, pictures)
+    provenance = json.dumps(manifest.provenance | {"measured": manifest.stats}, indent=1)
+    body = [
+        _table(["", ""], totals),
+        sheet,
+        f"<h2>Distributions</h2>{_table(['', 'least', '5 %', 'median', '95 %', 'most'], spreads)}{figure}",
+        f"<h2>Left out</h2>{_table(['reason', 'samples'], [[r, str(n)] for r, n in reasons.most_common()])}",
+        f"<h2>Where it comes from</h2><pre>{html.escape(provenance)}</pre>",
+    ]
+    return PAGE.format(title=html.escape(title), body="".join(body))
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    cells = [[f"<th>{html.escape(name)}" for name in head]] if any(head) else []
+    cells += [[f"<td>{html.escape(value)}" for value in row] for row in rows]
+    return f"<table>{''.join('<tr>' + ''.join(row) for row in cells)}</table>"
+
+
+def _embedded(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

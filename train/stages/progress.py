@@ -1,0 +1,154 @@
+"""How far a chain of stages is: a live table on a terminal, else a line now and then; read from what stages write."""
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+LINE_EVERY_S = 10.0  # where there is no terminal
+TAIL_BYTES = 2**16  # of a file that is looked at again and again
+BUILT = re.compile(r"build: (\d+)/(\d+) samples")  # what data/build_shards.py tells where it has no terminal
+COLORS = {"running": "bold cyan", "done": "green", "skipped": "green", "failed": "bold red", "stopped": "yellow"}
+
+
+@dataclass(slots=True)
+class Row:
+    """One stage."""
+
+    name: str
+    total: int = 0  # samples; 0: not known
+    state: str = "waiting"  # then running; at last done, skipped (was done before), failed or stopped
+    seen: int | None = None  # samples
+    images_per_s: float | None = None
+    loss: float | None = None
+    left_s: float | None = None
+    elapsed_s: float = 0.0  # of all starts
+
+    def read(self, output_dir: Path, log: str, since: float) -> None:
+        """Take in what the running stage recorded and put out; speed only from after `since` (Unix seconds)."""
+        for row in tail(output_dir / "metrics.jsonl"):
+            self.seen = row.get("samples_seen", self.seen)
+            self.loss = row.get("train/loss", self.loss)
+            if row.get("perf/eta_s") is not None and row["time"] >= since:
+                self.images_per_s = row.get("perf/images_per_s")
+                self.left_s = row["perf/eta_s"] - (time.time() - row["time"])  # below 0: slower than estimated
+        built = BUILT.findall(log)
+        if built:
+            self.seen, self.total = map(int, built[-1])
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """What is known, in words; units in the names."""
+        left = self.left_s or 0.0
+        samples = "" if self.seen is None else f"{self.seen:,}"
+        if samples and self.total:
+            samples += f"/{self.total:,}"
+        return {
+            "samples": samples,
+            "images/s": "" if self.images_per_s is None else f"{self.images_per_s:,.0f}",
+            "loss": "" if self.loss is None else f"{self.loss:.4g}",
+            "left": duration(left) if self.state == "running" and left > 0 else "",
+            "elapsed": duration(self.elapsed_s) if self.elapsed_s else "",
+        }
+
+
+class Display:
+    """Shows the rows; call `update` often, it decides what is worth a line."""
+
+    def __init__(self, rows: Sequence[Row], console: Console | None = None) -> None:
+        self.rows = rows
+        self.console = console or Console(highlight=False)
+        # No thread that draws by itself: a process with threads should not fork.
+        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self.told: dict[str, str] = {row.name: row.state for row in rows}
+        self.told_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.live is not None:
+            self.update()
+            self.live.stop()
+
+    def update(self) -> None:
+        """Show what has changed."""
+        if self.live is not None:
+            self.live.update(self.table(), refresh=True)
+            return
+        due = time.monotonic() - self.told_at > LINE_EVERY_S
+        for row in self.rows:
+            if row.state != self.told[row.name] or (due and row.state == "running"):
+                self.told[row.name], self.told_at = row.state, time.monotonic()
+                self.console.print(line(row), soft_wrap=True)
+
+    def table(self) -> Table:
+        """All stages, one a row."""
+        table = Table("stage", "state", box=None, padding=(0, 2, 0, 0))
+        for name in Row("").cells:
+            table.add_column(name, justify="right", min_width=len("elapsed"))
+        for row in self.rows:
+            color = COLORS.get(row.state, "dim")
+            table.add_row(row.name, f"[{color}]{row.state}[/]", *row.cells.values())
+        return table
+
+
+def line(row: Row) -> str:
+    """One stage as plain text."""
+    known = [f"{name} {value}" for name, value in row.cells.items() if value]
+    return f"{row.name:<12}{row.state:<9}{'  '.join(known)}".rstrip()
+
+
+def report(console: Console, paths: Mapping[str, Path], summary: Mapping[str, float]) -> None:
+    """The end of a run: metrics, times, and where things are."""
+    width = max(map(len, summary), default=0) + 2
+    console.print("\n[bold]metrics[/]")
+    for name, value in summary.items():
+        if not name.startswith("seconds/"):
+            console.print(f"  {name:<{width}}{value:.4g}", soft_wrap=True)
+    console.print("[bold]time[/]")
+    for name, value in summary.items():
+        if name.startswith("seconds/"):
+            console.print(f"  {name.removeprefix('seconds/'):<{width}}{duration(value)}", soft_wrap=True)
+    console.print("[bold]files[/]")
+    for name, path in paths.items():
+        console.print(f"  {name:<{width}}{path}", soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """`m:ss` or `h:mm:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def tail(path: Path) -> list[dict[str, Any]]:
+    """The last rows of a metrics.jsonl; a line that is still being written is left out."""
+    rows = []
+    for text in tail_text(path).splitlines():
+        try:
+            row = json.loads(text)
+        except ValueError:  # the first line of the tail or the last of the file: a part of one
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def tail_text(path: Path, start: int = 0) -> str:
+    """The end of a file, from byte `start` on at most; nothing where there is no file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(start, size - TAIL_BYTES))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""

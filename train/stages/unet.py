@@ -1,0 +1,124 @@
+"""The third training: the cross-attention U-Net learns to denoise cached latents (LDM paper, eq. 3)."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conf.schema import UNetRun
+from data.datasets import LatentDataset, latent_stream
+from models.autoencoder import Autoencoder, sample_moments
+from models.clip import Clip
+from models.pipeline import TextToImage
+from models.process import Process
+from models.unet import UNet
+from train.engine.draws import normal, uniform
+from train.engine.journal import Journal
+from train.engine.pictures import captioned, to_uint8
+from train.engine.provenance import check_latents, require_same
+from train.engine.runtime import Runtime
+from train.engine.trainable import Trainable
+
+VALIDATION = 256  # held-out latents behind the validation loss, at most
+CHUNK = 32  # of them at once
+
+
+class UNetStage:
+    """Denoising under DeepSpeed ZeRO, with an average of the weights."""
+
+    name = "unet"
+
+    def __init__(self, cfg: UNetRun, runtime: Runtime) -> None:
+        self.cfg, self.runtime = cfg, runtime
+        self.dataset, manifests = latent_stream(cfg.latents, cfg.seed, cfg.stream)
+        self.heldout = LatentDataset(f"{cfg.latents}/heldout", cfg.seed)
+        self.info, *_ = (check_latents(cfg, manifest) for manifest in manifests)
+        self.mean, self.std = (self.channels(values) for values in (self.info.latent_mean, self.info.latent_std))
+        self.null_text = self.info.null_text(cfg.latents).to(runtime.device)  # [L, D]
+        self.process = Process(cfg.process)
+        torch.manual_seed(cfg.seed)  # initial weights
+        self.network = UNet(cfg.model)
+        if cfg.init_from is not None:
+            self.network = UNet.from_pretrained(cfg.init_from)
+            require_same("init_from", cfg.model, self.network.cfg)
+        self.unet = Trainable(
+            runtime, self.network, cfg.optim, cfg.batch, cfg.loop.samples, cfg.runtime.zero_stage, cfg.ema, name="unet"
+        )
+        self.trainables = {"unet": self.unet}
+        self.text_tower = None if "text" in self.dataset.layout else self.frozen(Clip.from_pretrained(cfg.clip))
+
+    def channels(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, device=self.runtime.device).view(1, -1, 1, 1)
+
+    def frozen(self, network: Any) -> Any:
+        return network.eval().requires_grad_(False).to(self.runtime.device)
+
+    def noisy(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised latents [B, C, h, w], noise of that shape and timesteps [B]; all drawn per sample."""
+        positions, device = batch["position"], self.runtime.device
+        moments = batch["moments"].to(device)  # [B, 2C, h, w]
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        z = sample_moments(moments, normal(seed, positions, shape, "posterior").to(device))
+        noise = normal(seed, positions, shape, "noise").to(device)
+        timesteps = self.process.draw_timesteps(uniform(seed, positions, "timestep").to(device))
+        return (z - self.mean) / self.std, noise, timesteps
+
+    def context(self, batch: dict[str, Any]) -> Tensor:
+        """Text hidden states [B, L, D], from the cache or from the frozen text tower."""
+        if self.text_tower is None:
+            return batch["text"].to(self.runtime.device)
+        with torch.no_grad():
+            return self.text_tower.text_states(batch["tokens"].to(self.runtime.device))
+
+    def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
+        """Forward and backward pass of one micro-batch."""
+        seed = self.cfg.seed
+        x0, noise, timesteps = self.noisy(batch, seed)
+        dropped = uniform(seed, batch["position"], "caption_drop") < self.cfg.caption_drop  # [B]
+        context = torch.where(dropped.to(x0.device)[:, None, None], self.null_text, self.context(batch))
+        prediction = self.unet(self.process.add_noise(x0, noise, timesteps), timesteps, context)
+        loss = self.process.loss(prediction, x0, noise, timesteps).mean()
+        self.unet.backward(loss, last)
+        return {"train/loss": loss.detach()}
+
+    def finish_step(self, samples_seen: int) -> dict[str, float]:
+        """One optimiser step and one of the average."""
+        return {"train/grad_norm": self.unet.step(samples_seen), "train/lr": self.unet.lr}
+
+    @torch.no_grad()
+    def evaluate(self, samples_seen: int, journal: Journal) -> dict[str, float]:
+        """Validation loss of the averaged weights at fixed timesteps and noise; a grid of held-out captions."""
+        network = UNet(self.cfg.model)
+        network.load_state_dict(self.unet.weights(ema=self.cfg.ema.half_life_samples > 0))
+        network = self.frozen(network)
+        count = min(VALIDATION, self.heldout.samples)
+        mine = list(range(self.runtime.rank, count, self.runtime.world))
+        total = 0.0
+        for start in range(0, len(mine), CHUNK):
+            batch = self.heldout.collate([self.heldout.at(i) for i in mine[start : start + CHUNK]])
+            x0, noise, timesteps = self.noisy(batch, seed=0)
+            prediction = network(self.process.add_noise(x0, noise, timesteps), timesteps, self.context(batch))
+            total += float(self.process.loss(prediction, x0, noise, timesteps).sum())
+        if self.runtime.is_main and self.cfg.sample_prompts > 0:
+            self.draw(network, samples_seen, journal)
+        return {"eval/loss": self.runtime.sum({"loss": total})["loss"] / count}
+
+    def draw(self, network: UNet, samples_seen: int, journal: Journal) -> None:
+        """Pictures of held-out captions, each with the same noise at every evaluation."""
+        cfg = self.cfg
+        prompts = [self.heldout.at(i)["caption"] for i in range(min(cfg.sample_prompts, self.heldout.samples))]
+        autoencoder = self.frozen(Autoencoder.from_pretrained(cfg.autoencoder))
+        tower = self.text_tower or self.frozen(Clip.from_pretrained(cfg.clip))
+        model = TextToImage(network, autoencoder, tower, self.process, self.mean.flatten(), self.std.flatten())
+        images = model(prompts, [cfg.seed] * len(prompts), **asdict(cfg.sampling))
+        journal.image("prompts", np.asarray(captioned(to_uint8(images), prompts)), samples_seen, "held-out captions")
+
+    def export(self, folder: Path) -> None:
+        """Averaged weights in diffusers' format, and beside them what sampling needs to know."""
+        weights = self.unet.weights(ema=self.cfg.ema.half_life_samples > 0)
+        if self.runtime.is_main:
+            self.network.save_pretrained(folder, weights)
+            self.info.save(folder)
