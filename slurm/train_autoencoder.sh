@@ -1,0 +1,17 @@
+#!/bin/bash
+# The KL autoencoder on image shards.
+#   sbatch slurm/train_autoencoder.sh images.resolution=256
+#SBATCH --job-name=train_autoencoder
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.out
+
+source slurm/common.sh || exit 2 # not found: submit from the repository, or with --chdir=REPOSITORY
+run srun --kill-on-bad-exit=1 "${TORCHRUN[@]}" train/train_autoencoder.py runtime=gpu "$@"

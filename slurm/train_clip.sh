@@ -1,0 +1,17 @@
+#!/bin/bash
+# CLIP on image-text shards.
+#   sbatch slurm/train_clip.sh batch.global_batch_size=4096
+#SBATCH --job-name=train_clip
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.out
+
+source slurm/common.sh || exit 2 # not found: submit from the repository, or with --chdir=REPOSITORY
+run srun --kill-on-bad-exit=1 "${TORCHRUN[@]}" train/train_clip.py runtime=gpu "$@"

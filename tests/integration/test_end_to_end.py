@@ -1,0 +1,195 @@
+"""The whole pipeline from one command, a second start of it, a kill in the middle, and two processes instead of one.
+
+The pipeline runs once for all tests; the U-Net's trainings of the other tests read what it left and write elsewhere.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+STAGES = ["build", "autoencoder", "clip", "latents", "unet", "sample", "evaluate"]
+STEPS, BATCH = 50, 16
+WAIT_S = 250.0
+
+
+def environment() -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "LATENTLINE_TRACEBACK"}
+    return inherited | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+
+
+def launch(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*command: str) -> str:
+    """Output of a command that must succeed."""
+    process = launch(*command)
+    try:
+        output, _ = process.communicate(timeout=WAIT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output[-5000:]
+    return output
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k != "time" and not k.startswith("perf/")} for row in lines]
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run folder and output of the one command."""
+    run_dir = tmp_path_factory.mktemp("smoke") / "run"
+    return run_dir, finish("train/pipeline.py", "experiment=smoke", f"run_dir={run_dir}")
+
+
+def test_one_command_leaves_metrics_of_every_stage(smoke: tuple[Path, str]) -> None:
+    run_dir, output = smoke
+    summary = json.loads((run_dir / "summary.json").read_text())
+    expected = {
+        "autoencoder/psnr",
+        "autoencoder/ssim",
+        "clip/retrieval_image_to_text",
+        "unet/loss",
+        "latents/train_psnr",
+    }
+    expected |= {"eval/fd_efficientnet", *(f"seconds/{stage}" for stage in [*STAGES, "total"])}
+    for attribute in ("kind", "background", "color"):
+        expected |= {f"eval/prompt_following/{attribute}", f"probe/accuracy/{attribute}"}
+    assert expected <= summary.keys()
+    assert all(isinstance(value, float) and np.isfinite(value) for value in summary.values())
+    assert all(f"{name} " in output for name in expected if not name.startswith("seconds/"))
+    with Image.open(run_dir / "grid.png") as grid:
+        assert grid.width > 256 and len(grid.convert("RGB").getcolors(maxcolors=2**20) or []) > 100
+
+
+def test_every_stage_leaves_its_files(smoke: tuple[Path, str]) -> None:
+    run_dir, _ = smoke
+    for stage in ("autoencoder", "clip", "unet"):
+        folder = run_dir / stage
+        done = json.loads((folder / "DONE").read_text())
+        assert done["metrics"].keys() <= rows(folder)[-1].keys()
+        assert (folder / "config.yaml").is_file() and (folder / "export" / "config.json").is_file()
+        assert len(list((folder / "checkpoints").iterdir())) == 2
+    assert (run_dir / "samples" / "00001.png").is_file() and (run_dir / "samples" / "grid.png").is_file()
+    assert (run_dir / "latents" / "null_text.safetensors").is_file()
+    left = [path for path in run_dir.rglob(".*") if path.name not in (".stages", ".lock")]
+    assert [path for path in left if "wandb" not in path.parts] == []
+
+
+def test_metrics_reach_wandb_as_they_stand_in_the_file(smoke: tuple[Path, str], wandb_history: Any) -> None:
+    run_dir, _ = smoke
+    for stage in ("autoencoder", "clip", "latents", "unet"):
+        merged: dict[int, dict[str, Any]] = {}
+        for row in rows(run_dir / stage):
+            merged.setdefault(row["samples_seen"], {}).update(row)
+        dashboard = {row["samples_seen"]: row for row in wandb_history(run_dir / stage)}
+        assert dashboard.keys() == merged.keys()
+        for seen, row in merged.items():
+            assert {name: dashboard[seen][name] for name in row} == pytest.approx(row)
+    assert any(name.startswith("samples/prompts") for row in wandb_history(run_dir / "unet") for name in row)
+    ids = [(run_dir / stage / "wandb_run_id").read_text() for stage in ("unet", "evaluation", "clip")]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_second_start_skips_everything(smoke: tuple[Path, str]) -> None:
+    run_dir, _ = smoke
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file() and path.parent != run_dir}
+    summary = (run_dir / "summary.json").read_text()
+    output = finish("train/pipeline.py", "experiment=smoke", f"run_dir={run_dir}")
+    assert [line.split()[:2] for line in output.splitlines()[: len(STAGES)]] == [[stage, "skipped"] for stage in STAGES]
+    assert (run_dir / "summary.json").read_text() == summary
+    after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file() and path.parent != run_dir}
+    assert after == before
+
+
+def unet_command(smoke: tuple[Path, str], folder: Path, *overrides: str) -> list[str]:
+    """50 steps of the U-Net on the latents of the one command, each step on a line."""
+    given = smoke[0]
+    return [
+        *("train/train_unet.py", "experiment=smoke", f"run_dir={folder}", f"latents={given}/latents"),
+        *(f"autoencoder={given}/autoencoder/export", f"clip={given}/clip/export", "runtime=cpu"),
+        *(f"loop.samples={STEPS * BATCH}", f"loop.log_every={BATCH}", "loop.evaluate_every=400"),
+        *("loop.checkpoint_every=128", *overrides),
+    ]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(smoke: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Rows of a training that one process brought to its end in one go."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(*unet_command(smoke, folder, "wandb.mode=disabled"))
+    found = rows(folder / "unet")
+    assert len([row for row in found if "train/loss" in row]) == STEPS
+    return found
+
+
+def test_killed_training_ends_as_the_undisturbed_one(
+    smoke: tuple[Path, str], undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    command, unet = unet_command(smoke, tmp_path), tmp_path / "unet"
+    process, deadline = launch(*command), time.monotonic() + WAIT_S
+    seen = 0
+    try:
+        while seen < 20 * BATCH:
+            assert process.poll() is None and time.monotonic() < deadline
+            lines = (unet / "metrics.jsonl").read_text().splitlines() if (unet / "metrics.jsonl").exists() else []
+            seen = json.loads(lines[-2])["samples_seen"] if len(lines) > 1 else 0  # the last line may be a part
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not (unet / "DONE").exists() and not (unet / "export").exists()
+    run_id = (unet / "wandb_run_id").read_text()
+    output = finish(*command)
+    assert "continues from the checkpoint at" in output
+    assert rows(unet) == undisturbed
+    assert (unet / "wandb_run_id").read_text() == run_id and (unet / "DONE").exists()
+
+
+def test_two_processes_with_zero_2_have_the_loss_curve_of_one(
+    smoke: tuple[Path, str], undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+    overrides = ("runtime.zero_stage=2", "runtime.threads=1", "wandb.mode=disabled")
+    finish(*torchrun, *unet_command(smoke, tmp_path, *overrides))
+    one, two = ([row["train/loss"] for row in r if "train/loss" in row] for r in (undisturbed, rows(tmp_path / "unet")))
+    assert len(two) == STEPS and np.mean(one[-5:]) < 0.9 * np.mean(one[:5])
+    difference = np.abs(np.subtract(one, two)) / np.abs(one)
+    print(f"largest relative difference of train/loss over {STEPS} steps: {difference.max():.2e}")
+    assert difference.max() <= 1e-3
+    evaluations = [
+        [row["eval/loss"] for row in r if "eval/loss" in row] for r in (undisturbed, rows(tmp_path / "unet"))
+    ]
+    assert len(evaluations[0]) == 2 and evaluations[0] == pytest.approx(evaluations[1], rel=1e-3)
+
+
+def test_sweep_gives_each_member_its_own_folder(smoke: tuple[Path, str], tmp_path: Path) -> None:
+    run_dir, _ = smoke
+    inputs = [f"latents={run_dir}/latents", f"autoencoder={run_dir}/autoencoder/export", f"clip={run_dir}/clip/export"]
+    short = ["loop.samples=64", "loop.log_every=64", "sample_prompts=0", "wandb.mode=disabled"]
+    finish(
+        "train/train_unet.py", "-m", "experiment=smoke", f"run_dir={tmp_path}", *inputs, *short, "optim.lr=1e-4,1e-2"
+    )
+    members = (tmp_path / "sweep").glob("*/DONE")
+    rates = sorted(rows(path.parent)[0]["train/lr"] for path in members)
+    assert rates == pytest.approx([1e-4, 1e-2])
