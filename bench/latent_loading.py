@@ -1,0 +1,167 @@
+"""Loading cached latents in one process with one thread, against webdataset, mosaicml-streaming, litdata and os.read.
+
+mosaicml-streaming and litdata want other versions of our dependencies: they get a virtual environment in the cache
+folder of the user, which is made at the first run.
+"""
+
+import io
+import os
+import resource
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from _compare import Comparison, main
+
+from conf.schema import CacheDtype
+from data.datasets import LatentDataset
+from data.latents import LatentWriter
+from data.loader import batches
+from data.manifest import Manifest
+
+RECORDS, SHARD, BATCH = 2048, 256, 64
+SHAPE, LENGTH = (1, 8, 64, 64), 77  # moments of a 512-pixel picture at f8, tokens of CLIP
+PEERS = ("mosaicml-streaming", "litdata")
+ENVIRONMENT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "latentline" / "bench-latent-loading"
+
+
+def write_records(folder: Path) -> None:
+    """Equal records as our shards and, for the peers, as arrays."""
+    random = np.random.default_rng(0)
+    moments = random.standard_normal((RECORDS, *SHAPE), dtype=np.float32).astype(np.float16)
+    tokens = random.integers(49408, size=(RECORDS, LENGTH), dtype=np.int32)
+    with LatentWriter(folder / "shards", SHARD, CacheDtype.fp16) as writer:
+        for i in range(RECORDS):
+            writer.add(f"{i:09d}", moments[i].astype(np.float32), tokens[i], "a caption", {})
+    Manifest(kind="latents", shards=writer.close()).save(folder / "shards")
+    np.savez(folder / "records.npz", moments=moments, tokens=tokens)
+
+
+def ours(folder: Path) -> Callable[[], float]:
+    """Our loader: moments in the cache's dtype, cast like those of the peers."""
+    stream = batches(LatentDataset(folder / "shards", seed=0), BATCH, BATCH, 0, 1, 0, workers=0)
+
+    def epoch() -> float:
+        started = time.perf_counter()
+        for _ in range(RECORDS // BATCH):
+            batch = next(stream)
+            batch["moments"].float(), batch["tokens"].long()
+        return RECORDS / (time.perf_counter() - started)
+
+    return epoch
+
+
+def web_dataset(folder: Path) -> Callable[[], float]:
+    """Plain webdataset on the same shards."""
+    urls = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
+
+    def load(content: bytes) -> np.ndarray:
+        return np.load(io.BytesIO(content), allow_pickle=False)
+
+    def epoch() -> float:
+        pipeline = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(512)
+        pipeline = pipeline.to_tuple("moments.npy", "tokens.npy").map_tuple(load, load).batched(BATCH)
+        started, count = time.perf_counter(), 0
+        for moments, tokens in pipeline:
+            torch.from_numpy(moments).float(), torch.from_numpy(tokens).long()
+            count += len(moments)
+        assert count == RECORDS
+        return count / (time.perf_counter() - started)
+
+    return epoch
+
+
+def plain_reads(folder: Path) -> Callable[[], float]:
+    """The limit: the same bytes, from the page cache into memory."""
+
+    def epoch() -> float:
+        started = time.perf_counter()
+        for path in sorted((folder / "shards").glob("*.tar")):
+            file = os.open(path, os.O_RDONLY)
+            while os.read(file, 1 << 22):
+                pass
+            os.close(file)
+        return RECORDS / (time.perf_counter() - started)
+
+    return epoch
+
+
+def environment() -> Path:
+    """Python of the peers' environment, which sees our torch and has its own everything else."""
+    python = ENVIRONMENT / "bin" / "python"
+    if not (ENVIRONMENT / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        here = ENVIRONMENT / "lib" / version / "site-packages" / "ours.pth"
+        here.write_text(sysconfig.get_paths()["purelib"] + "\n")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS], check=True, stderr=subprocess.DEVNULL)
+        (ENVIRONMENT / "complete").touch()
+    return python
+
+
+class Peer:
+    """A library in a process of its own that answers when it is asked for an epoch."""
+
+    def __init__(self, library: str, folder: Path) -> None:
+        script, own = str(Path(__file__).with_name("_latent_peers.py")), str(folder / library)
+        python = str(environment())
+        subprocess.run([python, script, "write", library, str(folder / "records.npz"), own], check=True)
+        self.process = subprocess.Popen(
+            [python, script, library, own], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self) -> float:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("epoch\n")
+        self.process.stdin.flush()
+        count, seconds = self.process.stdout.readline().split()
+        assert int(count) == RECORDS
+        return RECORDS / float(seconds)
+
+
+def growth(folder: Path) -> float:
+    """Memory after three epochs relative to that after one."""
+    epoch = ours(folder)
+    epoch()
+    first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    epoch(), epoch()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / first
+
+
+def comparisons(folder: Path) -> Iterator[Comparison]:
+    """Ours against each."""
+    yield Comparison(
+        name="memory_of_three_epochs_against_one",
+        ours=lambda: growth(folder),
+        peer=lambda: 1.0,
+        unit="of the peak",
+        bar=1.02,
+        lower_is_better=True,
+        pairs=1,
+    )
+    fast = ours(folder)
+    rates: dict[str, Callable[[], float]] = {"webdataset": web_dataset(folder)}
+    rates |= {library: Peer(library, folder) for library in PEERS}
+    for name, peer in rates.items():
+        yield Comparison(name=f"latents_against_{name}", ours=fast, peer=peer, unit="samples/s", bar=3.0)
+    yield Comparison(name="latents_against_os_read", ours=fast, peer=plain_reads(folder), unit="samples/s", bar=0.5)
+
+
+def run() -> Any:
+    """Write, then compare."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        write_records(Path(folder))
+        main(comparisons(Path(folder)))
+
+
+if __name__ == "__main__":
+    run()
