@@ -84,7 +84,7 @@ def test_a_mix_draws_by_the_position_in_the_common_stream(tmp_path: Path) -> Non
     assert batch["position"].tolist() == list(range(16)) and len(manifests) == 2
     assert {key[0] for key in batch["key"]} == {"a", "b"}
     for key, moments in zip(batch["key"], batch["moments"], strict=True):
-        assert torch.equal(moments, torch.full((4, 2, 2), float(key[1:])))
+        assert torch.equal(moments, torch.full((4, 2, 2), float(key[1:]), dtype=torch.float16))
 
 
 def test_a_mix_is_another_data_set_to_a_resumed_run(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def decoded(cfg: PreviewRun, dataset: LatentDataset, runtime: Runtime) -> tuple[
     """The means of latents as the autoencoder decodes them, with their captions."""
     autoencoder = Autoencoder.from_pretrained(cfg.autoencoder).eval().to(runtime.device)
     batch = dataset.batch_at(spread(dataset.samples, cfg.pictures))
-    means = batch["moments"].chunk(2, dim=1)[0].to(runtime.device)  # [B, C, h, w]
+    means = batch["moments"].chunk(2, dim=1)[0].to(runtime.device).float()  # [B, C, h, w]
     images = torch.cat([autoencoder.decode(part).cpu() for part in means.split(16)])
     return to_uint8(images), batch["caption"]
 
@@ -130,7 +130,7 @@ def survey_latents(dataset: LatentDataset, indices: Sequence[int]) -> Survey:
     survey = Survey()
     for index in indices:
         item = dataset.at(index)
-        mean, logvar = item["moments"].chunk(2)  # [C, h, w] each
+        mean, logvar = item["moments"].float().chunk(2)  # [C, h, w] each
         for channel, values in enumerate(mean.flatten(1)):
             step = max(1, len(values) // VALUES)
             survey.add(**{f"channel_{channel}": values[::step].tolist()})

@@ -59,7 +59,7 @@ class UNetStage:
     def noisy(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised latents [B, C, h, w], noise of that shape and timesteps [B]; all drawn per sample."""
         positions, device = batch["position"], self.runtime.device
-        moments = batch["moments"].to(device)  # [B, 2C, h, w]
+        moments = batch["moments"].to(device).float()  # [B, 2C, h, w]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         z = sample_moments(moments, normal(seed, positions, shape, "posterior").to(device))
         noise = normal(seed, positions, shape, "noise").to(device)
@@ -69,7 +69,7 @@ class UNetStage:
     def context(self, batch: dict[str, Any]) -> Tensor:
         """Text hidden states [B, L, D], from the cache or from the frozen text tower."""
         if self.text_tower is None:
-            return batch["text"].to(self.runtime.device)
+            return batch["text"].to(self.runtime.device).float()
         with torch.no_grad():
             return self.text_tower.text_states(batch["tokens"].to(self.runtime.device))
 
