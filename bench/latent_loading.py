@@ -22,7 +22,7 @@ import webdataset
 from _compare import Comparison, main
 
 from conf.schema import CacheDtype
-from data.datasets import LatentDataset
+from data.latent_dataset import LatentDataset
 from data.latents import LatentWriter
 from data.loader import batches
 from data.manifest import Manifest

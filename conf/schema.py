@@ -187,8 +187,10 @@ class StreamConfig:
     window: int = 0  # shards whose samples are mixed at a time; 0: all, each epoch a full permutation
     skip_broken: bool = False  # leave out samples that cannot be read, and name them, instead of ending the run
     mix: dict[str, float] = field(default_factory=dict)  # further data sets: folder: weight (the first one's is 1)
+    bucket_run: int = 0  # samples of one shape in a row, in a cache with aspect buckets; 0: the global batch
 
     def __post_init__(self) -> None:
+        require(self.bucket_run >= 0, f"stream.bucket_run={self.bucket_run}: must be 0 (global batch) or positive")
         require(self.window >= 0, f"stream.window={self.window}: must be 0 (all shards) or positive")
         for folder, weight in self.mix.items():
             require(weight > 0, f"stream.mix: the weight of '{folder}' is {weight}: must be positive")
@@ -322,6 +324,18 @@ class ClipRun:
 
 
 @dataclass(kw_only=True, slots=True)
+class BucketConfig:
+    """Shapes of pictures that are not square, all of about images.resolution² pixels."""
+
+    max_aspect: float = 1.0  # longer side / shorter side, at most; 1: squares only
+    step: int = 64  # pixels of which each side is a multiple
+
+    def __post_init__(self) -> None:
+        require(self.max_aspect >= 1, f"buckets.max_aspect={self.max_aspect}: must be at least 1 (squares only)")
+        require_positive(self, "step", group="buckets.")
+
+
+@dataclass(kw_only=True, slots=True)
 class PrecomputeRun:
     """`data/precompute_latents.py`: image shards to latent shards."""
 
@@ -335,7 +349,8 @@ class PrecomputeRun:
     images: ImageConfig = field(default_factory=ImageConfig)
     dtype: CacheDtype = CacheDtype.fp16  # of moments and text states on disk
     text_states: bool = True  # cache the text tower's output too, not only the tokens
-    variants: int = 1  # squares kept of each picture: the centre, then images.crop and images.flip drawn for each
+    variants: int = 1  # cuts kept of each picture: the centre, then images.crop and images.flip drawn for each
+    buckets: BucketConfig = field(default_factory=BucketConfig)
     batch_size: int = 64  # pictures decoded and encoded together; halved by itself where memory is short
     threads: int = 2  # that decode pictures beside the encoder
     lease_s: float = 120.0  # seconds after which the claim of a process that shows no life on another machine is void

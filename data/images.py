@@ -1,4 +1,4 @@
-"""Pictures: bytes from anywhere → RGB → a square of uint8 pixels → a tensor in [-1, 1]."""
+"""Pictures: bytes from anywhere → RGB → uint8 pixels of the wanted shape → a tensor in [-1, 1]."""
 
 import io
 from dataclasses import dataclass
@@ -78,11 +78,12 @@ def shrink(image: Image.Image, shorter_side: int) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The part of a picture that a square shows, in pixels of the picture."""
+    """The part of a picture that training sees, in pixels of the picture."""
 
     left: int
     top: int
-    side: int
+    width: int
+    height: int
     flipped: bool = False  # mirrored left to right
 
 
@@ -92,26 +93,28 @@ def cut_of(
     crop: Crop = Crop.center,
     flip: bool = False,  # mirror with probability 1/2
     rng: np.random.Generator | None = None,  # needed by a random crop or a flip
+    aspect: float = 1.0,  # width / height of the cut
 ) -> Cut:
-    """One of the largest squares of a picture."""
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
+    """One of the largest parts of a picture that have this aspect."""
+    wide = min(width, max(1, round(height * aspect)))
+    high = min(height, max(1, round(width / aspect)))
+    left, top = (width - wide) // 2, (height - high) // 2
     if crop is Crop.random:
         assert rng is not None, "a random crop needs rng"
-        offset = int(rng.integers(max(width, height) - side + 1))
-        left, top = (offset, 0) if width > height else (0, offset)
+        offset = int(rng.integers(max(width - wide, height - high) + 1))
+        left, top = (offset, 0) if width - wide > height - high else (0, offset)
     if flip:
         assert rng is not None, "a flip needs rng"
-    return Cut(left, top, side, flipped=flip and rng is not None and bool(rng.random() < 0.5))
+    return Cut(left, top, wide, high, flipped=flip and rng is not None and bool(rng.random() < 0.5))
 
 
-def to_square(image: Image.Image, resolution: int, cut: Cut) -> np.ndarray:
-    """A square of an RGB picture, scaled to uint8 `[resolution, resolution, 3]`.
+def to_pixels(image: Image.Image, width: int, height: int, cut: Cut) -> np.ndarray:
+    """A part of an RGB picture, scaled to uint8 `[height, width, 3]`.
 
     It is cut out and scaled in one operation, so an extreme aspect ratio costs no memory.
     """
-    box = (cut.left, cut.top, cut.left + cut.side, cut.top + cut.side)
-    pixels = np.asarray(image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box))  # [H, W, 3]
+    box = (cut.left, cut.top, cut.left + cut.width, cut.top + cut.height)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))  # [H, W, 3]
     return np.ascontiguousarray(pixels[:, ::-1] if cut.flipped else pixels)
 
 

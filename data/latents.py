@@ -37,9 +37,11 @@ class LatentRecord:
 class LatentWriter:
     """Writes latent records into shards; close and failure as `ShardWriter`."""
 
-    def __init__(self, folder: str | Path, shard_samples: int, dtype: CacheDtype, first_shard: int = 0) -> None:
+    def __init__(
+        self, folder: str | Path, shard_samples: int, dtype: CacheDtype, first_shard: int = 0, suffix: str = ""
+    ) -> None:
         self.dtype = dtype
-        self.shards = ShardWriter(folder, shard_samples, first_shard)
+        self.shards = ShardWriter(folder, shard_samples, first_shard, suffix)
 
     def add(
         self,

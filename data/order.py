@@ -19,7 +19,7 @@ MIX_BLOCK = 4096  # positions over which a mix keeps its shares exactly
 def sample_at(seed: int, position: int, samples: int) -> int:
     """Return the index, in [0, samples), of the sample at a position of the endless stream: a permutation an epoch."""
     epoch, index = divmod(position, samples)
-    return _permuted(_round_keys(f"order/{seed}/{epoch}"), index, samples)
+    return permuted(round_keys(f"order/{seed}/{epoch}"), index, samples)
 
 
 class WindowedOrder:
@@ -53,14 +53,14 @@ class WindowedOrder:
         first = int(np.searchsorted(ends, index, "right")) // self.window * self.window
         begin = int(ends[first - 1]) if first else 0
         end = int(ends[min(first + self.window, len(ends)) - 1])
-        keys = _round_keys(f"window/{self.seed}/{epoch}/{first}")
-        index = begin + _permuted(keys, index - begin, end - begin)
+        keys = round_keys(f"window/{self.seed}/{epoch}/{first}")
+        index = begin + permuted(keys, index - begin, end - begin)
         place = int(np.searchsorted(ends, index, "right"))
         return int(self.starts[shards[place]] + index - (ends[place] - self.sizes[shards[place]]))
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in the order of this epoch, and where each ends in it."""
-        (key, *_) = _round_keys(f"shards/{self.seed}/{epoch}")
+        (key, *_) = round_keys(f"shards/{self.seed}/{epoch}")
         shards = np.argsort(_mixed(np.arange(len(self.sizes), dtype=np.uint64) ^ np.uint64(key)), kind="stable")
         return shards, np.cumsum(self.sizes[shards])
 
@@ -84,7 +84,7 @@ class Mix:
     def __call__(self, position: int) -> tuple[int, int]:
         """Return the stream that a position belongs to, and the position in that stream."""
         block, index = divmod(position, MIX_BLOCK)
-        place = _permuted(_round_keys(f"mix/{self.seed}/{block}"), index, MIX_BLOCK)
+        place = permuted(round_keys(f"mix/{self.seed}/{block}"), index, MIX_BLOCK)
         stream = int(self.streams[place])
         return stream, block * int(self.counts[stream]) + place - int(self.first[stream])
 
@@ -120,7 +120,7 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _permuted(keys: tuple[int, ...], index: int, samples: int) -> int:
+def permuted(keys: tuple[int, ...], index: int, samples: int) -> int:
     """Image of `index` under a permutation of [0, samples).
 
     A Feistel network with modular addition on (left, right) in Z_a x Z_b, a·b >= samples, restricted to [0, samples)
@@ -139,7 +139,7 @@ def _permuted(keys: tuple[int, ...], index: int, samples: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _round_keys(name: str) -> tuple[int, ...]:
+def round_keys(name: str) -> tuple[int, ...]:
     digest = hashlib.blake2b(name.encode(), digest_size=8 * ROUNDS).digest()
     return tuple(int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS))
 

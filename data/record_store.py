@@ -48,13 +48,17 @@ class RecordStore:
     def place(self, index: int) -> tuple[int, int]:
         """Shard and row of a sample."""
         shard = bisect_right(self.ends, index)
-        return shard, index - self.ends[shard] + self.manifest.shards[shard].samples
+        return shard, index - self.first(shard)
+
+    def first(self, shard: int) -> int:
+        """Index of the first sample of a shard."""
+        return self.ends[shard] - self.manifest.shards[shard].samples
 
     def find(self, shard: int, key: str) -> int:
         """Index of the sample with a key in a shard."""
         reader = self._open(shard)
         row = next(i for i in range(len(reader)) if reader.key(i) == key)
-        return self.ends[shard] - self.manifest.shards[shard].samples + row
+        return self.first(shard) + row
 
     def name(self, index: int) -> str:
         """Shard and key of a sample, for messages."""

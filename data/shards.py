@@ -81,13 +81,15 @@ def _header(name: str, size: int) -> bytes:
 class ShardWriter:
     """Writes samples into `00000.tar`, `00001.tar` … of a folder; a shard appears under its name only when complete.
 
-    Several processes may share a folder when each has its own range of shard numbers (`first_shard`). As a context
-    manager it closes on success and drops the unfinished shard on an exception.
+    Several processes may share a folder when each has its own range of shard numbers (`first_shard`), and several
+    writers when each has its own `suffix` (`00000SUFFIX.tar`). As a context manager it closes on success and drops the
+    unfinished shard on an exception.
     """
 
-    def __init__(self, folder: str | Path, shard_samples: int, first_shard: int = 0) -> None:
+    def __init__(self, folder: str | Path, shard_samples: int, first_shard: int = 0, suffix: str = "") -> None:
         self.folder = Path(folder)
         self.shard_samples = shard_samples
+        self.suffix = suffix
         self.finished: list[ShardInfo] = []
         self._number = first_shard
         self._file: IO[bytes] | None = None
@@ -100,7 +102,7 @@ class ShardWriter:
     @property
     def shard_name(self) -> str:
         """Name of the shard that the next sample goes into."""
-        return f"{self._number:05d}.tar"
+        return f"{self._number:05d}{self.suffix}.tar"
 
     def add(self, key: str, files: Mapping[str, Buffer]) -> None:
         """Append one sample; `files` maps extension (may contain dots: `moments.npy`) to content."""

@@ -13,11 +13,13 @@ from PIL import Image
 
 from conf.errors import UserError
 from conf.schema import CacheDtype, Crop, ImageConfig, StreamConfig
-from data.datasets import ImageDataset, LatentDataset, Mixed, image_stream, latent_stream
+from data.datasets import ImageDataset
+from data.latent_dataset import LatentDataset
 from data.latents import LatentWriter
 from data.loader import batches
 from data.manifest import Manifest
 from data.shards import ShardWriter
+from data.streams import Mixed, image_stream, latent_stream
 
 IMAGES = ImageConfig(resolution=8, crop=Crop.random, flip=True)
 
@@ -79,7 +81,7 @@ def test_a_mix_keeps_its_shares_for_any_world_and_from_any_position(tmp_path: Pa
 
 def test_a_mix_draws_by_the_position_in_the_common_stream(tmp_path: Path) -> None:
     first, second = write_latents(tmp_path / "a", 20), write_latents(tmp_path / "b", 10)
-    mixed, manifests = latent_stream(str(first), 0, StreamConfig(mix={str(second): 1.0}))
+    mixed, manifests = latent_stream(str(first), 0, StreamConfig(mix={str(second): 1.0}), 64)
     batch = mixed.batch(range(16))
     assert batch["position"].tolist() == list(range(16)) and len(manifests) == 2
     assert {key[0] for key in batch["key"]} == {"a", "b"}
@@ -97,7 +99,7 @@ def test_a_mix_is_another_data_set_to_a_resumed_run(tmp_path: Path) -> None:
 def test_latents_of_other_shapes_do_not_mix(tmp_path: Path) -> None:
     first, second = write_latents(tmp_path / "a", 6), write_latents(tmp_path / "b", 6, size=4)
     with pytest.raises(UserError, match=r"^stream\.mix: latents in '.*b' have other arrays .*\[1, 4, 4, 4\]"):
-        latent_stream(str(first), 0, StreamConfig(mix={str(second): 1.0}))
+        latent_stream(str(first), 0, StreamConfig(mix={str(second): 1.0}), 64)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from conf.schema import Crop, ImageFormat
-from data.images import ImageError, cut_of, encode_image, open_image, parse_color, shrink, to_square, to_tensor
+from data.images import ImageError, cut_of, encode_image, open_image, parse_color, shrink, to_pixels, to_tensor
 
 LIMIT = 1_000_000
 
@@ -141,22 +141,22 @@ def test_only_plain_colours_are_backgrounds() -> None:
 def test_center_crop_takes_the_middle() -> None:
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 200
-    square = to_square(Image.fromarray(wide), 10, cut_of(30, 10))
+    square = to_pixels(Image.fromarray(wide), 10, 10, cut_of(30, 10))
     assert square.shape == (10, 10, 3) and square.dtype == np.uint8
     assert (square == 200).all()
 
 
 def test_random_crop_and_flip_depend_on_the_generator_alone() -> None:
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (20, 1, 3)))
-    first = [to_square(ramp, 20, cut_of(200, 20, Crop.random, True, np.random.default_rng(k))) for k in range(20)]
-    again = [to_square(ramp, 20, cut_of(200, 20, Crop.random, True, np.random.default_rng(k))) for k in range(20)]
+    first = [to_pixels(ramp, 20, 20, cut_of(200, 20, Crop.random, True, np.random.default_rng(k))) for k in range(20)]
+    again = [to_pixels(ramp, 20, 20, cut_of(200, 20, Crop.random, True, np.random.default_rng(k))) for k in range(20)]
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert len({int(square.min()) for square in first}) > 10
     assert {bool(square[0, 0, 0] < square[0, -1, 0]) for square in first} == {True, False}
 
 
 def test_extreme_aspect_ratio_costs_no_memory() -> None:
-    assert to_square(Image.new("RGB", (900_000, 1)), 64, cut_of(900_000, 1)).shape == (64, 64, 3)
+    assert to_pixels(Image.new("RGB", (900_000, 1)), 64, 64, cut_of(900_000, 1)).shape == (64, 64, 3)
     assert shrink(Image.new("RGB", (3000, 7)), 7).size == (3000, 7)
 
 

@@ -20,7 +20,8 @@ from PIL import Image
 from conf.errors import UserError
 from conf.schema import CacheDtype, Crop, ImageConfig
 from data import record_store
-from data.datasets import ImageDataset, LatentDataset
+from data.datasets import ImageDataset
+from data.latent_dataset import LatentDataset
 from data.latents import LatentWriter
 from data.loader import batches, sequential
 from data.manifest import Manifest

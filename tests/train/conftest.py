@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from conf.entry import compose, to_plain
-from conf.schema import Device, RuntimeConfig
+from conf.schema import Device, ImageFormat, RuntimeConfig
+from data.images import encode_image
+from data.manifest import Manifest
+from data.shards import ShardWriter
 from train.engine.runtime import Runtime, start
 from train.stages.plan import STAGES
 
@@ -93,3 +98,19 @@ def project(latents: Project) -> Project:
     cfg = latents.config("unet", *TRAININGS["unet"], *EVERY_STEP)
     loop.run(UNetStage(cfg, runtime), cfg, runtime)
     return latents
+
+
+@pytest.fixture(scope="session")
+def framed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that precompute pictures of three shapes, 32 x 32, 40 x 24 and 24 x 40 pixels in their buckets."""
+    folder = tmp_path_factory.mktemp("framed")
+    sizes = [(64, 64), (96, 64), (60, 90)]
+    for side, count in (("train", 45), ("heldout", 6)):
+        with ShardWriter(folder / side, 20) as writer:
+            for i in range(count):
+                pixels = np.random.default_rng(i).integers(256, size=(4, 4, 3), dtype=np.uint8)
+                picture = Image.fromarray(pixels).resize(sizes[i % 3], Image.Resampling.BICUBIC)
+                png = encode_image(picture, ImageFormat.png, 0)
+                writer.add(f"{i:05d}", {"png": png, "txt": f"noise number {i}".encode()})
+        Manifest(kind="images", shards=writer.finished).save(folder / side)
+    return [f"shards={folder}", "buckets.max_aspect=2", "buckets.step=8", "min_psnr=1", "batch_size=4"]

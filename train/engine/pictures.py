@@ -19,6 +19,17 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def on_squares(images: Sequence[Tensor]) -> Tensor:
+    """Images [3, H, W] of many shapes in the middle of white squares [B, 3, S, S], as large as the longest side."""
+    side = max(max(image.shape[1:]) for image in images)
+    canvas = torch.ones(len(images), 3, side, side)
+    for square, image in zip(canvas, images, strict=True):
+        height, width = image.shape[1:]
+        top, left = (side - height) // 2, (side - width) // 2
+        square[:, top : top + height, left : left + width] = image
+    return canvas
+
+
 def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None, scale: int = 1) -> Image.Image:
     """Pictures side by side on white, each with its wrapped caption below.
 

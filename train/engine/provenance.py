@@ -94,6 +94,7 @@ def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:
                 f"latents={cfg.latents} does not fit this run: {field} is {short(wanted)}, the cache was made with "
                 f"{short(cached)}; run data/precompute_latents.py into another folder or change the option"
             )
+    check_shapes(cfg, facts)
     return UNetInfo(
         process=OmegaConf.to_container(OmegaConf.structured(cfg.process), enum_to_str=True),  # type: ignore[arg-type]
         latent_mean=stats["mean"],
@@ -102,6 +103,17 @@ def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:
         clip=facts["clip"],
         weights="ema" if cfg.ema.half_life_samples > 0 else "last",
     )
+
+
+def check_shapes(cfg: UNetRun, facts: dict[str, Any]) -> None:
+    """Refuse latents whose sides the U-Net cannot halve as often as it does."""
+    pixels = facts["images"]["resolution"] // facts["latent_size"] * 2 ** (len(cfg.model.block_out_channels) - 1)
+    for width, height in facts["shapes"]:
+        if width % pixels or height % pixels:
+            raise UserError(
+                f"latents={cfg.latents}: pictures of {width} x {height} pixels do not fit model.block_out_channels, "
+                f"which halves sides that are multiples of {pixels}: precompute them with buckets.step={pixels}"
+            )
 
 
 def require_same(option: str, wanted: Any, found: Any) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import AutoencoderRun, Reconstruction
-from data.datasets import ImageDataset, image_stream
+from data.datasets import ImageDataset
+from data.streams import image_stream
 from models.autoencoder import Autoencoder, kl
 from models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from models.losses import perceptual_distance, psnr, ssim

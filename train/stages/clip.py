@@ -8,7 +8,8 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import ClipRun
-from data.datasets import ImageDataset, image_stream
+from data.datasets import ImageDataset
+from data.streams import image_stream
 from models.clip import Clip, contrastive_loss, top1_accuracy
 from train.engine.journal import Journal
 from train.engine.runtime import Runtime

@@ -4,15 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from conf.schema import PrecomputeRun
+from data.buckets import bucket_shapes
 from data.datasets import ImageDataset
 from data.latents import as_float32, read_latent
 from data.manifest import ShardInfo
 from data.shards import ShardReader, atomic_path
 from models.autoencoder import split_moments
 from models.losses import psnr
-from train.engine.pictures import grid, to_uint8
+from train.engine.pictures import grid, on_squares, to_uint8
 from train.stages.encoding import Encoder
 
 SHARDS = 8  # that the sample is spread over, at most
@@ -23,22 +25,25 @@ COLUMNS = 8  # of the picture
 def decode_back(
     cfg: PrecomputeRun, images: ImageDataset, folder: Path, shards: list[ShardInfo], encoder: Encoder
 ) -> float:
-    """Mean PSNR in dB of cached latents against their images; draws the first ones as `decoded.png`."""
+    """Mean PSNR in dB of cached latents against their images; draws some of both as `decoded.png`."""
     chosen = [shards[i * len(shards) // SHARDS] for i in range(SHARDS)] if len(shards) > SHARDS else shards
-    readers = [ShardReader(folder / shard.name) for shard in chosen]
-    wanted = -(-cfg.check_samples // len(readers))
-    picked = [
-        (reader, len(reader) * i // count)
-        for reader in readers
-        for count in [min(wanted, len(reader))]
-        for i in range(count)
-    ]
-    stored = np.stack([as_float32(read_latent(reader[row]).moments[0]) for reader, row in picked])
-    mean, _ = split_moments(torch.from_numpy(stored).to(encoder.device))
-    sources = [images.records.find(int(reader.path.stem), reader.key(row)) for reader, row in picked]
-    pictures = images.batch_at(sources)["image"]  # [N, 3, H, W]
-    decoded = torch.cat([encoder.autoencoder.decode(z).clamp(-1, 1).cpu() for z in mean.split(cfg.batch_size)])
-    pair = torch.cat([pictures[:COLUMNS], decoded[:COLUMNS]])
+    wanted = -(-cfg.check_samples // len(chosen))
+    pairs = [both(cfg, images, folder / shard.name, wanted, encoder) for shard in chosen]
+    quality = torch.cat([psnr(decoded, pictures) for pictures, decoded in pairs])
+    each = -(-COLUMNS // len(pairs))  # of every shard, and so of many shapes
+    rows = [[image for pair in pairs for image in pair[row][:each]][:COLUMNS] for row in (0, 1)]
     with atomic_path(folder / "decoded.png") as path:
-        grid(to_uint8(pair), columns=len(pair) // 2).save(path, "PNG")
-    return float(psnr(decoded, pictures).mean())
+        grid(to_uint8(on_squares(rows[0] + rows[1])), columns=len(rows[0])).save(path, "PNG")
+    return float(quality.mean())
+
+
+def both(cfg: PrecomputeRun, images: ImageDataset, path: Path, count: int, encoder: Encoder) -> tuple[Tensor, Tensor]:
+    """Pictures [N, 3, H, W] of at most `count` samples of a latent shard, and what their latents decode to."""
+    reader, shapes = ShardReader(path), bucket_shapes(cfg.images.resolution, cfg.buckets.max_aspect, cfg.buckets.step)
+    count = min(count, len(reader))
+    rows = [len(reader) * i // count for i in range(count)]
+    stored = np.stack([as_float32(read_latent(reader[row]).moments[0]) for row in rows])
+    mean, _ = split_moments(torch.from_numpy(stored).to(encoder.device))
+    sources = [images.records.find(int(path.stem.partition("-")[0]), reader.key(row)) for row in rows]
+    pictures = torch.stack([images.variants(source, 1, shapes)["image"][0] for source in sources])
+    return pictures, torch.cat([encoder.autoencoder.decode(z).clamp(-1, 1).cpu() for z in mean.split(cfg.batch_size)])

@@ -7,10 +7,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from conf.schema import PrecomputeRun
-from data.latents import LatentWriter
 from train.engine.journal import say
 from train.stages.encoding import Encoder
-from train.stages.latent_shards import Split, decoded, part_of
+from train.stages.latent_shards import LatentWriters, Split, decoded, part_of
 
 PROCESSES = (1, 8, 64)
 
@@ -38,21 +37,20 @@ def plan(cfg: PrecomputeRun, encoder: Encoder, splits: list[Split]) -> None:
 
 
 def cost_per_sample(cfg: PrecomputeRun, encoder: Encoder, split: Split) -> tuple[float, float]:
-    """Bytes on disk and seconds of one process, of a second batch: the first one warms up."""
+    """Bytes on disk and seconds of one process, without the first batch: that one warms up."""
     indices = range(min(split.images.samples, 2 * cfg.batch_size))
-    batches = decoded(split.images, indices, cfg, [])
-    with tempfile.TemporaryDirectory() as folder, LatentWriter(folder, len(indices), cfg.dtype) as writer:
-        for batch in batches:
+    samples, seconds = list[int](), list[float]()
+    with tempfile.TemporaryDirectory() as folder, LatentWriters(cfg, Path(folder), 0, len(indices)) as write:
+        for batch in decoded(split.images, indices, cfg, []):
             began = time.perf_counter()
             encoded = encoder(batch)
-            count = len(batch["key"])
-            for row, key in enumerate(batch["key"]):
-                text = None if encoded.text is None else encoded.text[row]
-                moments, meta = encoded.moments[row], batch["meta"][row]
-                writer.add(key, moments, encoded.tokens[row], batch["caption"][row], meta, text)
-            seconds = (time.perf_counter() - began) / count
-        (info,) = writer.close()
-    return info.bytes / info.samples, seconds
+            for row in range(len(batch["key"])):
+                write(encoded, row, batch)
+            samples.append(len(batch["key"]))
+            seconds.append(time.perf_counter() - began)
+        size = sum(info.bytes for info in write.close())
+    warm = slice(1 if len(samples) > 1 else 0, None)
+    return size / sum(samples), sum(seconds[warm]) / sum(samples[warm])
 
 
 def _existing(folder: Path) -> Path:

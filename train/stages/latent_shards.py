@@ -1,18 +1,24 @@
-"""One image shard to one latent shard: decoding, encoding and writing side by side."""
+"""One image shard to its latent shard, or one for each shape: decoding, encoding and writing side by side."""
 
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
+
+import torch
 
 from conf.errors import UserError
 from conf.schema import PrecomputeRun
+from data.buckets import bucket_shapes, suffix_of
 from data.datasets import Batch, ImageDataset, collate
 from data.latents import ChannelStats, LatentWriter
-from data.manifest import Manifest
+from data.manifest import Manifest, ShardInfo
 from train.stages.encoding import Encoded, Encoder
 
 PARTS = ".parts"
@@ -44,12 +50,50 @@ def part_of(split: Split, index: int) -> dict[str, Any] | None:
     """What was recorded of a shard that is complete and of this provenance."""
     try:
         part: dict[str, Any] = json.loads((split.folder / PARTS / f"{index:05d}.json").read_text())
-        whole = part["shard"] is None or (
-            (split.folder / part["shard"]["name"]).stat().st_size == part["shard"]["bytes"]
-        )
+        whole = all((split.folder / info["name"]).stat().st_size == info["bytes"] for info in part["shards"])
     except FileNotFoundError:
         return None
     return part if whole and part["provenance"] == split.provenance else None
+
+
+class LatentWriters:
+    """Writes the records of one image shard: into one latent shard, or into one for each bucket that occurs."""
+
+    def __init__(self, cfg: PrecomputeRun, folder: Path, index: int, samples: int) -> None:
+        self.cfg, self.folder, self.index, self.samples = cfg, folder, index, samples
+        self.stack = ExitStack()
+        self.writers: dict[str, LatentWriter] = {}
+
+    def __call__(self, encoded: Encoded, row: int, batch: Batch) -> None:
+        """Append sample `row` of a batch, with what micro-conditioning needs: the picture's size and the cuts."""
+        cuts, (width, height) = batch["cuts"][row], batch["size"][row]
+        found = {"width": width, "height": height, "cuts": [asdict(cut) for cut in cuts]}
+        text = None if encoded.text is None else encoded.text[row]
+        moments, tokens = encoded.moments[row], encoded.tokens[row]
+        self._writer(batch).add(
+            batch["key"][row], moments, tokens, batch["caption"][row], batch["meta"][row] | found, text
+        )
+
+    def _writer(self, batch: Batch) -> LatentWriter:
+        height, width = batch["image"].shape[-2:]
+        suffix = suffix_of((width, height)) if self.cfg.buckets.max_aspect > 1 else ""
+        if suffix not in self.writers:
+            writer = LatentWriter(self.folder, self.samples, self.cfg.dtype, self.index, suffix)
+            self.writers[suffix] = self.stack.enter_context(writer)
+        return self.writers[suffix]
+
+    def close(self) -> list[ShardInfo]:
+        """Finish the shards, and tell of them in the order of their names."""
+        infos = [info for writer in self.writers.values() for info in writer.close()]
+        return sorted(infos, key=lambda info: info.name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stack.__exit__(kind, error, trace)
 
 
 def encode_shard(cfg: PrecomputeRun, encoder: Encoder, split: Split, index: int) -> dict[str, Any]:
@@ -60,16 +104,13 @@ def encode_shard(cfg: PrecomputeRun, encoder: Encoder, split: Split, index: int)
 
     def write(batch: Batch, encoded: Encoded) -> None:
         for row, key in enumerate(batch["key"]):
-            if not encoded.sound(row):
+            if encoded.sound(row):
+                stats.add(encoded.moments[row])
+                writers(encoded, row, batch)
+            else:
                 rejects.append({"key": key, "reason": "the encoder's output is not finite, in fp32 neither"})
-                continue
-            stats.add(encoded.moments[row])
-            text = None if encoded.text is None else encoded.text[row]
-            cuts = [asdict(cut) for cut in batch["cuts"][row]]
-            meta = batch["meta"][row] | ({"cuts": cuts} if cfg.variants > 1 else {})
-            writer.add(key, encoded.moments[row], encoded.tokens[row], batch["caption"][row], meta, text)
 
-    with LatentWriter(split.folder, len(samples), cfg.dtype, index) as writer, ThreadPoolExecutor(1) as background:
+    with LatentWriters(cfg, split.folder, index, len(samples)) as writers, ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
         for batch in decoded(split.images, samples, cfg, rejects):
             encoded = encoder(batch)
@@ -78,8 +119,9 @@ def encode_shard(cfg: PrecomputeRun, encoder: Encoder, split: Split, index: int)
             written = background.submit(write, batch, encoded)
         if written is not None:
             written.result()
+        shards = writers.close()
     return {
-        "shard": next((asdict(info) for info in writer.close()), None),  # None: every sample was rejected
+        "shards": [asdict(info) for info in shards],  # none: every sample was rejected
         "provenance": split.provenance,
         "stats": stats.state(),
         "rejects": rejects,
@@ -89,22 +131,28 @@ def encode_shard(cfg: PrecomputeRun, encoder: Encoder, split: Split, index: int)
 def decoded(
     images: ImageDataset, samples: Sequence[int], cfg: PrecomputeRun, rejects: list[dict[str, str]]
 ) -> Iterator[Batch]:
-    """Batches of samples in order, decoded by threads ahead of time; broken ones go to `rejects`."""
+    """Batches of samples of one shape each, decoded by threads ahead of time; broken ones go to `rejects`."""
+    shapes = bucket_shapes(cfg.images.resolution, cfg.buckets.max_aspect, cfg.buckets.step)
 
     def load(index: int) -> Batch:
         try:
-            return images.variants(index, cfg.variants)
+            return images.variants(index, cfg.variants, shapes)
         except UserError as error:
             return {"key": images.records[index]["__key__"], "reason": str(error)}
 
-    starts = list(range(0, len(samples), cfg.batch_size))
-    pending: list[list[Future[Batch]]] = []
+    waiting: dict[torch.Size, list[Batch]] = {}
+    pending: deque[Future[Batch]] = deque()
+    upcoming = iter(samples)
     with ThreadPoolExecutor(cfg.threads) as pool:
-        for start in [*starts, *[len(samples)] * AHEAD]:
-            pending.append([pool.submit(load, index) for index in samples[start : start + cfg.batch_size]])
-            if len(pending) <= AHEAD:
+        pending.extend(pool.submit(load, index) for index in islice(upcoming, AHEAD * cfg.batch_size))
+        while pending:
+            item = pending.popleft().result()
+            pending.extend(pool.submit(load, index) for index in islice(upcoming, 1))
+            if "reason" in item:
+                rejects.append(item)
                 continue
-            loaded = [future.result() for future in pending.pop(0)]
-            rejects += [item for item in loaded if "reason" in item]
-            if items := [item for item in loaded if "reason" not in item]:
-                yield collate(items)
+            group = waiting.setdefault(item["image"].shape, [])
+            group.append(item)
+            if len(group) == cfg.batch_size:
+                yield collate(waiting.pop(item["image"].shape))
+    yield from map(collate, waiting.values())

@@ -1,8 +1,9 @@
 """Encode every image and caption once: image shards to latent shards (moments, tokens, text states).
 
-Each image shard becomes one latent shard of the same number. Any number of processes take part, started together or
-not, on one machine or many: each claims a shard, writes it whole, and puts its statistics beside it in `.parts/`. What
-a killed process had claimed is encoded by another one, or by the next start. The manifest comes last.
+Each image shard becomes one latent shard of the same number, or one for each shape that its pictures have. Any number
+of processes take part, started together or not, on one machine or many: each claims a shard, writes it whole, and puts
+its statistics beside it in `.parts/`. What a killed process had claimed is encoded by another one, or by the next
+start. The manifest comes last.
 """
 
 import json
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from conf.errors import UserError
 from conf.schema import PrecomputeRun
+from data.buckets import bucket_shapes
 from data.claims import Claims
 from data.datasets import ImageDataset
 from data.latents import ChannelStats
@@ -53,15 +55,21 @@ def open_splits(cfg: PrecomputeRun, encoder: Encoder) -> list[Split]:
 
 def provenance(cfg: PrecomputeRun, encoder: Encoder) -> dict[str, Any]:
     """All that decides what a latent record holds."""
+    downscale = encoder.autoencoder.cfg.downscale
+    shapes = bucket_shapes(cfg.images.resolution, cfg.buckets.max_aspect, cfg.buckets.step)
+    for option, pixels in (("images.resolution", cfg.images.resolution), ("buckets.step", cfg.buckets.step)):
+        if pixels % downscale and (option == "images.resolution" or len(shapes) > 1):
+            raise UserError(f"{option}={pixels}: must be a multiple of {downscale}, the autoencoder's downscale factor")
     return {
         "autoencoder": weights_digest(cfg.autoencoder),
         "clip": weights_digest(cfg.clip),
         "images": image_facts(cfg.images),
         "variants": cfg.variants,
+        "shapes": [list(shape) for shape in shapes],
         "dtype": cfg.dtype.value,
         "text_states": cfg.text_states,
         "latent_channels": encoder.autoencoder.cfg.latent_channels,
-        "latent_size": cfg.images.resolution // encoder.autoencoder.cfg.downscale,
+        "latent_size": cfg.images.resolution // downscale,
         "text_dim": encoder.clip.config.text_width,
         "context_length": encoder.clip.config.context_length,
     }
@@ -147,7 +155,7 @@ def merge(cfg: PrecomputeRun, encoder: Encoder, split: Split) -> None:
     stats = ChannelStats(split.provenance["latent_channels"])
     for part in parts:
         stats.merge(ChannelStats.from_state(part["stats"]))
-    shards = [ShardInfo(**part["shard"]) for part in parts if part["shard"] is not None]
+    shards = [ShardInfo(**info) for part in parts for info in part["shards"]]
     rejects = [reject for part in parts for reject in part["rejects"]]
     if rejects:
         atomic_write(folder / REJECTS, "".join(json.dumps(reject) + "\n" for reject in rejects).encode())

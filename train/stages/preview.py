@@ -14,15 +14,17 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import ImageConfig, PreviewRun
-from data.datasets import IMAGE_EXTENSIONS, ImageDataset, LatentDataset
+from data.datasets import IMAGE_EXTENSIONS, ImageDataset
+from data.latent_dataset import LatentDataset
 from data.manifest import MANIFEST, Manifest
 from data.shards import atomic_path, atomic_write
 from models.autoencoder import Autoencoder
 from train.engine.journal import say
-from train.engine.pictures import captioned, to_uint8
+from train.engine.pictures import captioned, on_squares, to_uint8
 from train.engine.runtime import Runtime
 
 REJECTS = "rejects.jsonl"
@@ -102,10 +104,12 @@ def shown(dataset: ImageDataset, count: int) -> tuple[np.ndarray, list[str]]:
 def decoded(cfg: PreviewRun, dataset: LatentDataset, runtime: Runtime) -> tuple[np.ndarray, list[str]]:
     """The means of latents as the autoencoder decodes them, with their captions."""
     autoencoder = Autoencoder.from_pretrained(cfg.autoencoder).eval().to(runtime.device)
-    batch = dataset.batch_at(spread(dataset.samples, cfg.pictures))
-    means = batch["moments"].chunk(2, dim=1)[0].to(runtime.device).float()  # [B, C, h, w]
-    images = torch.cat([autoencoder.decode(part).cpu() for part in means.split(16)])
-    return to_uint8(images), batch["caption"]
+    images, captions = list[Tensor](), list[str]()
+    for batch in dataset.batches_at(spread(dataset.samples, cfg.pictures), 16):
+        means = batch["moments"].chunk(2, dim=1)[0].to(runtime.device).float()  # [B, C, h, w]
+        images += autoencoder.decode(means).cpu()
+        captions += batch["caption"]
+    return to_uint8(on_squares(images)), captions
 
 
 def survey_images(dataset: ImageDataset, indices: Sequence[int]) -> Survey:

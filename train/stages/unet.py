@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from conf.schema import UNetRun
-from data.datasets import LatentDataset, latent_stream
+from data.latent_dataset import LatentDataset
+from data.streams import latent_stream
 from models.autoencoder import Autoencoder, sample_moments
 from models.clip import Clip
 from models.pipeline import TextToImage
@@ -33,7 +34,7 @@ class UNetStage:
 
     def __init__(self, cfg: UNetRun, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
-        self.dataset, manifests = latent_stream(cfg.latents, cfg.seed, cfg.stream)
+        self.dataset, manifests = latent_stream(cfg.latents, cfg.seed, cfg.stream, cfg.batch.global_batch_size)
         self.heldout = LatentDataset(f"{cfg.latents}/heldout", cfg.seed)
         self.info, *_ = (check_latents(cfg, manifest) for manifest in manifests)
         self.mean, self.std = (self.channels(values) for values in (self.info.latent_mean, self.info.latent_std))
@@ -97,8 +98,7 @@ class UNetStage:
         count = min(VALIDATION, self.heldout.samples)
         mine = list(range(self.runtime.rank, count, self.runtime.world))
         total = 0.0
-        for start in range(0, len(mine), CHUNK):
-            batch = self.heldout.collate([self.heldout.at(i) for i in mine[start : start + CHUNK]])
+        for batch in self.heldout.batches_at(mine, CHUNK):
             x0, noise, timesteps = self.noisy(batch, seed=0)
             prediction = network(self.process.add_noise(x0, noise, timesteps), timesteps, self.context(batch))
             total += float(self.process.loss(prediction, x0, noise, timesteps).sum())

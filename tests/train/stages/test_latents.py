@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from safetensors.torch import load_file
 
 from conf.entry import to_plain
 from conf.errors import UserError
-from conf.schema import Device, RuntimeConfig
+from conf.schema import Device, RuntimeConfig, StreamConfig
+from data.buckets import bucket_of
 from data.datasets import ImageDataset
+from data.latent_dataset import LatentDataset
 from data.latents import ChannelStats, read_latent
+from data.loader import batches
 from data.manifest import Manifest
 from data.shards import ShardReader, ShardWriter
 from models.autoencoder import Autoencoder
@@ -69,6 +73,7 @@ def test_manifest_says_who_made_it_from_what(latents: Any) -> None:
             "clip": sha256(run_dir / "clip" / "export" / "open_clip_model.safetensors"),
             "images": {"resolution": 32, "crop": "center", "flip": False, "range": [-1.0, 1.0]},
             "variants": 1,
+            "shapes": [[32, 32]],
             "dtype": "fp16",
             "text_states": True,
             "latent_channels": 4,
@@ -98,7 +103,12 @@ def test_records_are_the_towers_outputs_in_the_order_of_the_images(latents: Any)
     reader = ShardReader(run_dir / "latents" / "train" / "00001.tar")
     for row in (0, 19):
         item, record = images.at(20 + row), read_latent(reader[row])
-        assert (record.key, record.caption, record.meta) == (item["key"], item["caption"], item["meta"])
+        cuts = [{"left": 0, "top": 0, "width": 32, "height": 32, "flipped": False}]
+        assert (record.key, record.caption, record.meta) == (
+            item["key"],
+            item["caption"],
+            item["meta"] | {"cuts": cuts},
+        )
         tokens = clip.tokenize([item["caption"]])
         assert np.array_equal(record.tokens, tokens[0].numpy())
         with torch.no_grad():
@@ -307,3 +317,45 @@ def test_a_plan_tells_storage_and_time_and_writes_nothing(
     storage = float(told.split(" GB to write")[0].split()[-1])
     assert storage == pytest.approx(written / 1e9, abs=0.011)
     assert not (tmp_path / "new").exists()
+
+
+def test_pictures_keep_their_shape_in_buckets(towers: Any, framed: list[str], runtime: Runtime, tmp_path: Path) -> None:
+    precompute(towers, runtime, tmp_path, *framed)
+    manifest = Manifest.load(tmp_path / "train")
+    assert manifest.samples == 45 and (tmp_path / "train" / "decoded.png").is_file()
+    shapes = {"-24x40": (10, 6), "-32x32": (8, 8), "-40x24": (6, 10)}
+    assert {bucket_of(shard.name) for shard in manifest.shards} == set(shapes)
+    assert manifest.provenance["shapes"] == [[24, 40], [32, 32], [40, 24]]
+    dataset = LatentDataset(tmp_path / "train", 0, StreamConfig(), run=4)
+    seen = list[str]()
+    for batch in islice(batches(dataset, 8, 2, 0, 1, 0, 0), 3 * 3 * 4 // 2):  # epoch 0
+        keys, moments = batch["key"], batch["moments"]
+        (bucket,) = {bucket_of(f"0-{'x'.join(map(str, shape(key)))}.tar") for key in keys}
+        assert tuple(moments.shape[2:]) == shapes[bucket]
+        seen += keys
+    assert len(set(seen)) == len(seen)
+    record = read_latent(ShardReader(tmp_path / "train" / "00000-40x24.tar")[0])
+    assert (record.meta["width"], record.meta["height"]) == (96, 64)
+    (cut,) = record.meta["cuts"]
+    assert (cut["top"], cut["height"]) == (3, 58) and cut["width"] == 96
+
+
+def shape(key: str) -> tuple[int, int]:
+    """The bucket of a sample of `framed`."""
+    return ((32, 32), (40, 24), (24, 40))[int(key) % 3]
+
+
+def test_a_micro_batch_of_two_shapes_is_refused(
+    towers: Any, framed: list[str], runtime: Runtime, tmp_path: Path
+) -> None:
+    precompute(towers, runtime, tmp_path, *framed)
+    dataset = LatentDataset(tmp_path / "train", 0, StreamConfig(), run=3)
+    with pytest.raises(UserError, match=r"two shapes: set stream\.bucket_run"):
+        list(islice(batches(dataset, 8, 4, 0, 1, 0, 0), 12))
+
+
+def test_a_step_that_the_autoencoder_cannot_halve_is_refused(
+    towers: Any, framed: list[str], runtime: Runtime, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"buckets\.step=6: must be a multiple of 4"):
+        precompute(towers, runtime, tmp_path, *framed, "buckets.step=6")

@@ -11,7 +11,8 @@ from PIL import Image
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import PreviewRun
-from data.datasets import ImageDataset, LatentDataset
+from data.datasets import ImageDataset
+from data.latent_dataset import LatentDataset
 from data.manifest import Manifest
 from data.shards import ShardReader, ShardWriter
 from train.engine.runtime import Runtime

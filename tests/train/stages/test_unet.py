@@ -1,6 +1,7 @@
 """The U-Net's training: it learns, and every draw belongs to a sample, whatever the batch, the rank or the order."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from conf.entry import to_plain
 from conf.errors import UserError
 from data.loader import batches
 from models.clip import Clip
 from models.unet import UNet
+from train.engine import loop
 from train.engine.provenance import UNetInfo
 from train.engine.runtime import Runtime
+from train.stages import latents as precompute
 from train.stages.unet import UNetStage
 
 
@@ -152,3 +156,26 @@ def test_init_from_of_another_architecture_is_refused(project: Any, runtime: Run
         make(project, runtime, f"init_from={export}", "model.layers_per_block=2")
     started = make(project, runtime, f"init_from={export}").unet.weights()
     assert all(torch.equal(tensor, started[name]) for name, tensor in UNet.from_pretrained(export).state_dict().items())
+
+
+def test_training_on_pictures_of_several_shapes(
+    towers: Any, framed: list[str], runtime: Runtime, tmp_path: Path
+) -> None:
+    cfg = towers.config("latents", f"output_dir={tmp_path}/latents", *framed)
+    precompute.run(cfg, runtime, to_plain(cfg))
+    given = [f"latents={tmp_path}/latents", f"output_dir={tmp_path}/unet", "batch.global_batch_size=4"]
+    cfg = towers.config("unet", *given, "loop.samples=96", "loop.log_every=4")
+    stage = UNetStage(cfg, runtime)
+    seen = Seen(stage)
+    loop.run(stage, cfg, runtime)
+    assert {tuple(batch.shape[2:]) for batch in seen.latents} == {(8, 8), (6, 10), (10, 6)}
+    assert len(seen.latents) == 24 and all(batch.isfinite().all() for batch in seen.latents)
+
+
+def test_shapes_that_the_network_cannot_halve_are_refused(
+    towers: Any, framed: list[str], runtime: Runtime, tmp_path: Path
+) -> None:
+    cfg = towers.config("latents", f"output_dir={tmp_path}/latents", *framed, "buckets.step=4")
+    precompute.run(cfg, runtime, to_plain(cfg))
+    with pytest.raises(UserError, match=r"do not fit model\.block_out_channels.* buckets\.step=8"):
+        make(towers, runtime, f"latents={tmp_path}/latents")

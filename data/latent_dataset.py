@@ -1,0 +1,147 @@
+"""Cached latents as a data set: positions -> sample indices -> records of memory-mapped shards -> batch tensors."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from conf.errors import UserError
+from conf.schema import StreamConfig
+from data.buckets import BucketedOrder, bucket_of
+from data.datasets import Batch, collate, order_of, require_some
+from data.latents import decode_npy, read_latent
+from data.manifest import find_shards
+from data.order import rng
+from data.record_store import RecordStore
+
+Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name → dtype and shape of an array of a record
+
+
+class LatentDataset:
+    """Cached latents. An item: {"moments" [2·C, h, w], "tokens" [L] int64, "text" [L, D] when it is cached, "caption",
+    "key", "position"}; moments and text in the cache's dtype, which costs half the way to the device.
+    """
+
+    def __init__(self, folder: str | Path, seed: int, stream: StreamConfig | None = None, run: int = 1) -> None:
+        """Args: run: consecutive positions of the training stream that have one shape, in a cache with buckets."""
+        self.manifest = find_shards(folder, "latents")
+        self.samples, self.digest = self.manifest.samples, self.manifest.digest()
+        self.seed, self.skip = seed, stream is not None and stream.skip_broken
+        self.records = RecordStore(folder, self.manifest, [("moments.npy",), ("tokens.npy",), ("txt",)])
+        sizes = [shard.samples for shard in self.manifest.shards]
+        self.buckets = [bucket_of(shard.name) for shard in self.manifest.shards]
+        self.layouts = {name: self._layout(self.buckets.index(name)) for name in sorted(set(self.buckets))}
+        self.layout = self.layouts[self.buckets[0]]
+        if len(self.layouts) > 1:
+            order = partial(order_of, seed, stream=stream)
+            self.order: Callable[[int], int] = BucketedOrder(seed, sizes, self.buckets, order, run)
+            self.digest = hashlib.sha256(f"{self.digest}/{run}".encode()).hexdigest()  # the order depends on it
+        else:
+            self.order = order_of(seed, sizes, stream)
+
+    def _layout(self, shard: int) -> Layout:
+        """What all records of a shard's bucket look like: as its first one."""
+        first = read_latent(self.records[self.records.first(shard)])
+        arrays = {"moments": first.moments, "tokens": first.tokens, "text": first.text}
+        return {name: (a.dtype, a.shape) for name, a in arrays.items() if a is not None}
+
+    def item(self, position: int) -> Batch:
+        """The sample at a position of the training stream; of several variants, the one drawn for the position."""
+        return _only(self.batch([position]))
+
+    def at(self, index: int) -> Batch:
+        """Sample `index` of the manifest, its first variant; its position is its index."""
+        return _only(self.batch_at([index]))
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """Items at these positions, gathered straight into batch tensors; all must have one shape."""
+        variants = self.layout["moments"][1][0]
+        chosen = [int(rng(self.seed, p, "variant").integers(variants)) if variants > 1 else 0 for p in positions]
+        return self._gather([self.order(p) for p in positions], chosen, positions, self.skip)
+
+    def batch_at(self, indices: Sequence[int]) -> Batch:
+        """Collated samples of the manifest, of one shape."""
+        return self._gather(indices, [0] * len(indices), indices)
+
+    def batches_at(self, indices: Sequence[int], size: int) -> Iterator[Batch]:
+        """Collated samples of the manifest, at most `size` of one shape at a time."""
+        for name in self.layouts:
+            own = [index for index in indices if self.bucket(index) == name]
+            yield from (self.batch_at(own[start : start + size]) for start in range(0, len(own), size))
+
+    def bucket(self, index: int) -> str:
+        """Name of the bucket that a sample belongs to."""
+        return self.buckets[self.records.place(index)[0]]
+
+    @staticmethod
+    def collate(items: Sequence[Batch]) -> Batch:
+        """Stack tensors and positions; captions and keys become lists."""
+        return collate(items)
+
+    def _gather(
+        self, indices: Sequence[int], variants: Sequence[int], positions: Sequence[int], skip: bool = False
+    ) -> Batch:
+        layout = self._common_layout(indices)
+        arrays = {
+            name: np.empty((len(indices), *shape[name == "moments" :]), dtype)
+            for name, (dtype, shape) in layout.items()
+        }
+        keys, captions, kept, skipped = list[str](), list[str](), list[int](), list[str]()
+        for index, variant, position in zip(indices, variants, positions, strict=True):
+            try:
+                record = self.records[index]
+                for name, out in arrays.items():
+                    values = self._values(record, name, index, layout)
+                    out[len(kept)] = values[variant] if name == "moments" else values
+            except UserError as error:
+                if not skip:
+                    raise
+                skipped.append(str(error))
+                continue
+            keys.append(record["__key__"])
+            captions.append(str(record["txt"], "utf-8"))
+            kept.append(position)
+        require_some(kept, skipped)
+        batch: Batch = {name: _tensor(values[: len(kept)]) for name, values in arrays.items() if name != "tokens"}
+        batch["tokens"] = torch.from_numpy(arrays["tokens"][: len(kept)]).long()
+        batch |= {"caption": captions, "key": keys, "position": torch.tensor(kept)}
+        return {**batch, "skipped": skipped} if skip else batch
+
+    def _common_layout(self, indices: Sequence[int]) -> Layout:
+        """The layout of all these samples; refuses those of several buckets."""
+        if len(self.layouts) == 1:
+            return self.layout
+        first, *others = {self.bucket(index) for index in indices}
+        if others:
+            raise UserError(
+                "a micro-batch would hold pictures of two shapes: set stream.bucket_run to a multiple of "
+                "batch.micro_batch_size (0: the global batch) and keep it when a run is continued"
+            )
+        return self.layouts[first]
+
+    def _values(self, record: dict[str, Any], name: str, index: int, layout: Layout) -> np.ndarray:
+        member = record.get(f"{name}.npy")
+        values = decode_npy(member) if member is not None else None
+        if values is None or (values.dtype, values.shape) != layout[name]:
+            found = "missing" if values is None else f"{values.dtype} {list(values.shape)}"
+            dtype, shape = layout[name]
+            raise UserError(
+                f"{self.records.name(index)}: {name}.npy is {found}, not {dtype} {list(shape)} as in the first record: "
+                "run data/precompute_latents.py again"
+            )
+        return values
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    if values.dtype == np.uint16:  # bits of bfloat16
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+def _only(batch: Batch) -> Batch:
+    """The item of a batch of one."""
+    return {name: int(v[0]) if name == "position" else v[0] for name, v in batch.items()}

@@ -1,0 +1,89 @@
+"""What a training sees: one data set, or several with their shares of one stream."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from conf.errors import UserError
+from conf.schema import ImageConfig, StreamConfig
+from data.datasets import Batch, ImageDataset
+from data.latent_dataset import LatentDataset
+from data.manifest import Manifest
+from data.order import Mix
+
+SEED_STRIDE = 1_000_003  # between the seeds of the data sets of a mix
+
+
+class Mixed:
+    """Several data sets as one stream, each with its share of it and its own order.
+
+    Args:
+        weights: of the data sets; only their ratios count.
+    """
+
+    def __init__(self, datasets: Sequence[Any], weights: Sequence[float], seed: int) -> None:
+        self.datasets, self.mix = datasets, Mix(seed, weights)
+        self.layout = getattr(datasets[0], "layout", {})  # of latents; that of all
+        self.samples = sum(dataset.samples for dataset in datasets)
+        members = "/".join(f"{d.digest}*{w}" for d, w in zip(datasets, weights, strict=True))
+        self.digest = hashlib.sha256(members.encode()).hexdigest()
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """The samples at these positions of the common stream."""
+        places = [self.mix(position) for position in positions]
+        parts = []
+        for number, dataset in enumerate(self.datasets):
+            mine = [row for row, (stream, _) in enumerate(places) if stream == number]
+            if mine:
+                part = dataset.batch([places[row][1] for row in mine])
+                back = {places[row][1]: positions[row] for row in mine}
+                part["position"] = torch.tensor([back[int(p)] for p in part["position"]])  # draws belong to it
+                parts.append(part)
+        rows = np.argsort(np.concatenate([part["position"] for part in parts])).tolist()
+        skipped = [text for part in parts for text in part.pop("skipped", ())]
+        batch = {name: _joined([part[name] for part in parts], rows) for name in parts[0]}
+        return {**batch, "skipped": skipped} if self.datasets[0].skip else batch
+
+
+def image_stream(folder: str, images: ImageConfig, seed: int, stream: StreamConfig) -> ImageDataset | Mixed:
+    """What a training on images and captions sees: FOLDER/train, and its share of each data set of the mix."""
+    members = [ImageDataset(f"{f}/train", images, s, stream) for f, s in _members(folder, seed, stream)]
+    return members[0] if len(members) == 1 else Mixed(members, [1.0, *stream.mix.values()], seed)
+
+
+def latent_stream(
+    folder: str, seed: int, stream: StreamConfig, global_batch: int
+) -> tuple[LatentDataset | Mixed, list[Manifest]]:
+    """Likewise for cached latents; with the manifests, which must fit the run."""
+    run = stream.bucket_run or global_batch
+    members = [LatentDataset(f"{f}/train", s, stream, run) for f, s in _members(folder, seed, stream)]
+    if len(members) > 1 and any(len(member.layouts) > 1 for member in members):
+        raise UserError("stream.mix: caches with aspect buckets cannot be mixed; precompute with buckets.max_aspect=1")
+    for name, member in zip(stream.mix, members[1:], strict=True):
+        if member.layout != members[0].layout:
+            raise UserError(
+                f"stream.mix: latents in '{name}' have other arrays ({_described(member.layout)}) than those in "
+                f"'{folder}' ({_described(members[0].layout)}): precompute both with the same options"
+            )
+    mixed = members[0] if len(members) == 1 else Mixed(members, [1.0, *stream.mix.values()], seed)
+    return mixed, [member.manifest for member in members]
+
+
+def _described(layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{name} {dtype}{list(shape)}" for name, (dtype, shape) in layout.items())
+
+
+def _members(folder: str, seed: int, stream: StreamConfig) -> list[tuple[str, int]]:
+    """Folder and seed of each data set: were the seeds equal, equal positions would be cropped alike."""
+    return [(name, seed + number * SEED_STRIDE) for number, name in enumerate([folder, *stream.mix])]
+
+
+def _joined(values: list[Any], rows: list[int]) -> Any:
+    """Tensors [B_i, ...] or lists end to end, then in the order of `rows`."""
+    if torch.is_tensor(values[0]):
+        return torch.cat(values)[rows]
+    joined = [value for part in values for value in part]
+    return [joined[row] for row in rows]
