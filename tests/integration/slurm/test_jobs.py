@@ -64,6 +64,20 @@ def test_pipeline_trains_every_stage_on_two_nodes(trained):
         assert images["samples"] == latents["samples"] > 0
 
 
+def test_array_of_precompute_jobs_makes_the_cache_of_one(slurm, trained, tmp_path):
+    overrides = ("experiment=smoke", "runtime=cpu", f"run_dir={trained}", f"output_dir={tmp_path}/latents")
+    script = "slurm/precompute_latents.sh"
+    array = slurm.sbatch("--array=0-2", "--nodes=1", f"--output={tmp_path}/%a.log", script, *overrides)
+    for task in range(3):
+        slurm.wait(f"{array}_{task}", timeout_s=200)
+    files = [path.relative_to(trained) for path in sorted((trained / "latents").glob("*/*.tar"))]
+    assert len(files) > 3
+    for file in files:
+        assert (tmp_path / file).read_bytes() == (trained / file).read_bytes()
+    made = [json.loads((folder / "latents/train/manifest.json").read_text()) for folder in (tmp_path, trained)]
+    assert made[0] == made[1]
+
+
 def test_unet_job_requeued_before_its_time_limit_resumes_and_cancelled_stays_cancelled(slurm, trained, tmp_path):
     unet = tmp_path / "unet"
     overrides = ("experiment=smoke", "runtime=cpu", f"run_dir={trained}", f"output_dir={unet}")
