@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data.order import permuted, round_keys
+from data.order import Order, permuted, round_keys
 
 Shape = tuple[int, int]  # width and height in pixels
 
@@ -96,7 +96,7 @@ class BucketedOrder:
         seed: int,
         sizes: Sequence[int],
         buckets: Sequence[str],
-        order_of: Callable[[list[int]], Callable[[int], int]],
+        order_of: Callable[[list[int]], Order],
         run: int,
     ) -> None:
         every, names = np.asarray(sizes, np.int64), np.asarray(buckets)
@@ -114,3 +114,7 @@ class BucketedOrder:
         index = self.orders[bucket](own)
         shard = int(np.searchsorted(self.ends[bucket], index, "right"))
         return int(self.starts[bucket][shard] + index - (self.ends[bucket][shard] - self.sizes[bucket][shard]))
+
+    def many(self, positions: Sequence[int]) -> list[int]:
+        """Those of several positions."""
+        return [self(position) for position in positions]

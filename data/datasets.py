@@ -5,8 +5,7 @@ from (seed, position).
 """
 
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from conf.schema import ImageConfig, StreamConfig
 from data.buckets import Shape, nearest_shape
 from data.images import Cut, cut_of, open_image, to_pixels, to_tensor
 from data.manifest import find_shards
-from data.order import WindowedOrder, rng, sample_at
+from data.order import FullOrder, Order, WindowedOrder, rng
 from data.record_store import RecordStore
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
@@ -102,11 +101,11 @@ class ImageDataset:
         return to_tensor(to_pixels(image, self.images.resolution, self.images.resolution, cut))
 
 
-def order_of(seed: int, sizes: Sequence[int], stream: StreamConfig | None) -> Callable[[int], int]:
-    """The order of samples in shards of these sizes: position in the stream to index in the manifest."""
+def order_of(seed: int, sizes: Sequence[int], stream: StreamConfig | None) -> Order:
+    """The order of samples in shards of these sizes."""
     if stream is not None and 0 < stream.window < len(sizes):
         return WindowedOrder(seed, sizes, stream.window)
-    return partial(sample_at, seed, samples=sum(sizes))
+    return FullOrder(seed, sum(sizes))
 
 
 def require_some(kept: Sequence[Any], skipped: list[str]) -> None:

@@ -1,10 +1,12 @@
 """Cached latents as a data set: positions -> sample indices -> records of memory-mapped shards -> batch tensors."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,12 +15,42 @@ from conf.errors import UserError
 from conf.schema import StreamConfig
 from data.buckets import BucketedOrder, bucket_of
 from data.datasets import Batch, collate, order_of, require_some
-from data.latents import decode_npy, read_latent
+from data.latents import decode_npy
 from data.manifest import find_shards
-from data.order import rng
+from data.order import Order, rng
 from data.record_store import RecordStore
 
-Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name → dtype and shape of an array of a record
+
+@dataclass(frozen=True, slots=True)
+class ArrayLayout:
+    """What an array of every record looks like."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    header: bytes  # of its .npy file
+
+    @classmethod
+    def of(cls, member: memoryview) -> Self:
+        """That of a .npy file; `UserError` when it is none."""
+        values = decode_npy(member)
+        return cls(values.dtype, values.shape, bytes(member[: len(member) - values.nbytes]))
+
+    def values(self, member: memoryview) -> np.ndarray:
+        """All values [N] of a .npy file; `UserError` when it is of another layout."""
+        start = len(self.header)
+        if bytes(member[:start]) == self.header and len(member) - start == self.dtype.itemsize * prod(self.shape):
+            return np.frombuffer(member, self.dtype, offset=start)
+        values = decode_npy(member)
+        if (values.dtype, values.shape) != (self.dtype, self.shape):
+            raise UserError(f"{values.dtype} {list(values.shape)}, not {self} as in the first record")
+        return values.reshape(-1)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+ARRAYS = ("moments", "tokens", "text")
+Layout = dict[str, ArrayLayout]  # by the name of the array
 
 
 class LatentDataset:
@@ -38,16 +70,15 @@ class LatentDataset:
         self.layout = self.layouts[self.buckets[0]]
         if len(self.layouts) > 1:
             order = partial(order_of, seed, stream=stream)
-            self.order: Callable[[int], int] = BucketedOrder(seed, sizes, self.buckets, order, run)
+            self.order: Order = BucketedOrder(seed, sizes, self.buckets, order, run)
             self.digest = hashlib.sha256(f"{self.digest}/{run}".encode()).hexdigest()  # the order depends on it
         else:
             self.order = order_of(seed, sizes, stream)
 
     def _layout(self, shard: int) -> Layout:
         """What all records of a shard's bucket look like: as its first one."""
-        first = read_latent(self.records[self.records.first(shard)])
-        arrays = {"moments": first.moments, "tokens": first.tokens, "text": first.text}
-        return {name: (a.dtype, a.shape) for name, a in arrays.items() if a is not None}
+        record = self.records[self.records.first(shard)]
+        return {name: ArrayLayout.of(record[f"{name}.npy"]) for name in ARRAYS if f"{name}.npy" in record}
 
     def item(self, position: int) -> Batch:
         """The sample at a position of the training stream; of several variants, the one drawn for the position."""
@@ -59,9 +90,9 @@ class LatentDataset:
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Items at these positions, gathered straight into batch tensors; all must have one shape."""
-        variants = self.layout["moments"][1][0]
+        variants = self.layout["moments"].shape[0]
         chosen = [int(rng(self.seed, p, "variant").integers(variants)) if variants > 1 else 0 for p in positions]
-        return self._gather([self.order(p) for p in positions], chosen, positions, self.skip)
+        return self._gather(self.order.many(positions), chosen, positions, self.skip)
 
     def batch_at(self, indices: Sequence[int]) -> Batch:
         """Collated samples of the manifest, of one shape."""
@@ -86,17 +117,16 @@ class LatentDataset:
         self, indices: Sequence[int], variants: Sequence[int], positions: Sequence[int], skip: bool = False
     ) -> Batch:
         layout = self._common_layout(indices)
-        arrays = {
-            name: np.empty((len(indices), *shape[name == "moments" :]), dtype)
-            for name, (dtype, shape) in layout.items()
-        }
+        shapes = {name: array.shape[name == "moments" :] for name, array in layout.items()}  # of one variant
+        rows = {name: np.empty((len(indices), prod(shapes[name])), array.dtype) for name, array in layout.items()}
         keys, captions, kept, skipped = list[str](), list[str](), list[int](), list[str]()
         for index, variant, position in zip(indices, variants, positions, strict=True):
             try:
                 record = self.records[index]
-                for name, out in arrays.items():
+                for name, out in rows.items():
                     values = self._values(record, name, index, layout)
-                    out[len(kept)] = values[variant] if name == "moments" else values
+                    size = out.shape[1]
+                    out[len(kept)] = values[variant * size : (variant + 1) * size] if name == "moments" else values
             except UserError as error:
                 if not skip:
                     raise
@@ -106,8 +136,8 @@ class LatentDataset:
             captions.append(str(record["txt"], "utf-8"))
             kept.append(position)
         require_some(kept, skipped)
-        batch: Batch = {name: _tensor(values[: len(kept)]) for name, values in arrays.items() if name != "tokens"}
-        batch["tokens"] = torch.from_numpy(arrays["tokens"][: len(kept)]).long()
+        batch: Batch = {name: _tensor(out[: len(kept)].reshape(-1, *shapes[name])) for name, out in rows.items()}
+        batch["tokens"] = batch["tokens"].long()
         batch |= {"caption": captions, "key": keys, "position": torch.tensor(kept)}
         return {**batch, "skipped": skipped} if skip else batch
 
@@ -124,16 +154,11 @@ class LatentDataset:
         return self.layouts[first]
 
     def _values(self, record: dict[str, Any], name: str, index: int, layout: Layout) -> np.ndarray:
-        member = record.get(f"{name}.npy")
-        values = decode_npy(member) if member is not None else None
-        if values is None or (values.dtype, values.shape) != layout[name]:
-            found = "missing" if values is None else f"{values.dtype} {list(values.shape)}"
-            dtype, shape = layout[name]
-            raise UserError(
-                f"{self.records.name(index)}: {name}.npy is {found}, not {dtype} {list(shape)} as in the first record: "
-                "run data/precompute_latents.py again"
-            )
-        return values
+        try:
+            return layout[name].values(record[f"{name}.npy"])
+        except (KeyError, UserError) as error:
+            found = error if isinstance(error, UserError) else f"missing, not {layout[name]} as in the first record"
+        raise UserError(f"{self.records.name(index)}: {name}.npy is {found}: run data/precompute_latents.py again")
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

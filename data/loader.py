@@ -3,6 +3,8 @@
 The only state is the number of samples seen; loader processes change the speed and nothing else.
 """
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, takewhile
@@ -79,6 +81,8 @@ def _load(fetch: _Fetch, parts: Iterable[list[int]], workers: int) -> Iterator[B
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each iterator draws a number from the global stream
     )
+    if workers:
+        atexit.register(_end_workers)
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
@@ -89,6 +93,12 @@ def _leave_signals_to_training(worker: int) -> None:
     """A scheduler signals all processes of a job; the training decides when to stop, and then ends its workers."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """When the process ends by an exception, multiprocessing sends the workers SIGTERM, and would wait forever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _as_it_is(batch: Any) -> Any:

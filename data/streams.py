@@ -1,7 +1,7 @@
 """What a training sees: one data set, or several with their shares of one stream."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from conf.errors import UserError
 from conf.schema import ImageConfig, StreamConfig
 from data.datasets import Batch, ImageDataset
-from data.latent_dataset import LatentDataset
+from data.latent_dataset import LatentDataset, Layout
 from data.manifest import Manifest
 from data.order import Mix
 
@@ -72,8 +72,8 @@ def latent_stream(
     return mixed, [member.manifest for member in members]
 
 
-def _described(layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> str:
-    return ", ".join(f"{name} {dtype}{list(shape)}" for name, (dtype, shape) in layout.items())
+def _described(layout: Layout) -> str:
+    return ", ".join(f"{name} {array}" for name, array in layout.items())
 
 
 def _members(folder: str, seed: int, stream: StreamConfig) -> list[tuple[str, int]]:

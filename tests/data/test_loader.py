@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from data.manifest import Manifest
 from data.order import sample_at
 from data.shards import ShardWriter
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES = 22
 IMAGES = ImageConfig(resolution=8, crop=Crop.random, flip=True)
 RANDOM = np.random.default_rng(0)
@@ -259,3 +262,16 @@ def test_a_signal_to_the_whole_job_does_not_end_loader_processes(tmp_path: Path)
         os.kill(worker.pid or 0, signal.SIGUSR1)
     expected = batches(dataset, 4, 4, 0, 1, 0, workers=0)
     assert first + [next(stream)["key"] for _ in range(20)] == [next(expected)["key"] for _ in range(21)]
+
+
+def test_a_process_that_dies_of_an_exception_does_not_wait_for_its_workers(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from data.latent_dataset import LatentDataset
+from data.loader import batches
+stream = batches(LatentDataset({str(write_latents(tmp_path))!r}, seed=3), 4, 4, 0, 1, 0, workers=2)
+next(stream)
+raise RuntimeError("in the middle of an epoch")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, cwd=REPOSITORY)
+    assert done.returncode == 1 and "in the middle of an epoch" in done.stderr

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from data.order import MIX_BLOCK, Mix, WindowedOrder, rng, sample_at, step_positions
+from data.order import MIX_BLOCK, FullOrder, Mix, WindowedOrder, rng, sample_at, step_positions
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 7, 16, 17, 1000, 4009])
@@ -22,6 +22,14 @@ def test_order_is_frozen() -> None:
     """A run resumes with a later version only if the order never changes."""
     assert [sample_at(0, p, 10) for p in range(12)] == [6, 1, 4, 2, 5, 3, 7, 9, 8, 0, 2, 3]
     assert rng(3, 14, "crop").integers(1 << 30, size=3).tolist() == [1049440828, 991431388, 421548455]
+
+
+@pytest.mark.parametrize("samples", [1, 5, 64, 1000, 5_000_000_000])
+def test_many_positions_at_once_are_those_one_by_one(samples: int) -> None:
+    order = FullOrder(9, samples)
+    for first in (0, 3 * samples, 2 * samples - 7):
+        positions = list(range(max(0, first), first + 50))
+        assert order.many(positions) == [sample_at(9, position, samples) for position in positions]
 
 
 def test_billions_of_samples() -> None:
