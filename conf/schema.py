@@ -186,6 +186,7 @@ class StreamConfig:
 
     window: int = 0  # shards whose samples are mixed at a time; 0: all, each epoch a full permutation
     skip_broken: bool = False  # leave out samples that cannot be read, and name them, instead of ending the run
+    verify: bool = False  # compare each shard with the SHA-256 of its manifest when it is first opened
     mix: dict[str, float] = field(default_factory=dict)  # further data sets: folder: weight (the first one's is 1)
     bucket_run: int = 0  # samples of one shape in a row, in a cache with aspect buckets; 0: the global batch
 

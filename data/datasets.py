@@ -28,12 +28,13 @@ class ImageDataset:
     """Images and captions. An item: {"image" [3, H, W] float32 in [-1, 1], "caption", "key", "meta", "position"}."""
 
     def __init__(self, folder: str | Path, images: ImageConfig, seed: int, stream: StreamConfig | None = None) -> None:
-        self.manifest = find_shards(folder, "images")
+        stream = stream or StreamConfig()
+        self.manifest = find_shards(folder, "images", stream.skip_broken)
         self.samples, self.digest = self.manifest.samples, self.manifest.digest()
         self.images, self.seed = images, seed
         self.order = order_of(seed, [shard.samples for shard in self.manifest.shards], stream)
-        self.skip = stream is not None and stream.skip_broken
-        self.records = RecordStore(folder, self.manifest, [IMAGE_EXTENSIONS, ("txt",)])
+        self.skip = stream.skip_broken
+        self.records = RecordStore(folder, self.manifest, [IMAGE_EXTENSIONS, ("txt",)], stream)
 
     def item(self, position: int) -> Batch:
         """The sample at a position of the training stream, with its own crop and flip."""
@@ -91,7 +92,9 @@ class ImageDataset:
         try:
             image = open_image(content, self.images.max_pixels)
             meta = json.loads(bytes(record.get("json", b"{}")))
-        except (UserError, ValueError) as error:
+            if not isinstance(meta, dict):
+                raise UserError("its .json holds no object")
+        except (UserError, ValueError, RecursionError) as error:
             remedy = "rebuild the shards with data/build_shards.py, which leaves broken samples out"
             raise UserError(f"{self.records.name(index)}: {error}: {remedy}") from None
         caption = bytes(record["txt"]).decode("utf-8", "replace").strip()
@@ -101,9 +104,9 @@ class ImageDataset:
         return to_tensor(to_pixels(image, self.images.resolution, self.images.resolution, cut))
 
 
-def order_of(seed: int, sizes: Sequence[int], stream: StreamConfig | None) -> Order:
+def order_of(seed: int, sizes: Sequence[int], stream: StreamConfig) -> Order:
     """The order of samples in shards of these sizes."""
-    if stream is not None and 0 < stream.window < len(sizes):
+    if 0 < stream.window < len(sizes):
         return WindowedOrder(seed, sizes, stream.window)
     return FullOrder(seed, sum(sizes))
 

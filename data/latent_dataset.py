@@ -1,7 +1,7 @@
 """Cached latents as a data set: positions -> sample indices -> records of memory-mapped shards -> batch tensors."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -53,6 +53,15 @@ ARRAYS = ("moments", "tokens", "text")
 Layout = dict[str, ArrayLayout]  # by the name of the array
 
 
+def layout_of(record: Mapping[str, Any]) -> Layout:
+    """That of a record; `UserError` when its moments are not [variants, 2·C, h, w]."""
+    layout = {name: ArrayLayout.of(record[f"{name}.npy"]) for name in ARRAYS if f"{name}.npy" in record}
+    shape = layout["moments"].shape
+    if len(shape) != 4 or shape[1] % 2:
+        raise UserError(f"moments.npy is {layout['moments']}, not [variants, 2·C, h, w]: run the precompute again")
+    return layout
+
+
 class LatentDataset:
     """Cached latents. An item: {"moments" [2·C, h, w], "tokens" [L] int64, "text" [L, D] when it is cached, "caption",
     "key", "position"}; moments and text in the cache's dtype, which costs half the way to the device.
@@ -60,13 +69,14 @@ class LatentDataset:
 
     def __init__(self, folder: str | Path, seed: int, stream: StreamConfig | None = None, run: int = 1) -> None:
         """Args: run: consecutive positions of the training stream that have one shape, in a cache with buckets."""
-        self.manifest = find_shards(folder, "latents")
+        stream = stream or StreamConfig()
+        self.manifest = find_shards(folder, "latents", stream.skip_broken)
         self.samples, self.digest = self.manifest.samples, self.manifest.digest()
-        self.seed, self.skip = seed, stream is not None and stream.skip_broken
-        self.records = RecordStore(folder, self.manifest, [("moments.npy",), ("tokens.npy",), ("txt",)])
+        self.seed, self.skip = seed, stream.skip_broken
+        self.records = RecordStore(folder, self.manifest, [("moments.npy",), ("tokens.npy",), ("txt",)], stream)
         sizes = [shard.samples for shard in self.manifest.shards]
         self.buckets = [bucket_of(shard.name) for shard in self.manifest.shards]
-        self.layouts = {name: self._layout(self.buckets.index(name)) for name in sorted(set(self.buckets))}
+        self.layouts = {name: self._layout(name) for name in sorted(set(self.buckets))}
         self.layout = self.layouts[self.buckets[0]]
         if len(self.layouts) > 1:
             order = partial(order_of, seed, stream=stream)
@@ -75,10 +85,19 @@ class LatentDataset:
         else:
             self.order = order_of(seed, sizes, stream)
 
-    def _layout(self, shard: int) -> Layout:
-        """What all records of a shard's bucket look like: as its first one."""
-        record = self.records[self.records.first(shard)]
-        return {name: ArrayLayout.of(record[f"{name}.npy"]) for name in ARRAYS if f"{name}.npy" in record}
+    def _layout(self, bucket: str) -> Layout:
+        """What all records of a bucket look like: as its first one, or the first that can be read."""
+        problem: UserError | None = None
+        for shard in (i for i, name in enumerate(self.buckets) if name == bucket):
+            first = self.records.first(shard)
+            for index in range(first, first + self.manifest.shards[shard].samples):
+                try:
+                    return layout_of(self.records[index])
+                except UserError as error:
+                    problem = problem or UserError(f"{self.records.name(index)}: {error}")
+                if not self.skip:
+                    raise problem
+        raise problem or UserError("no shards")
 
     def item(self, position: int) -> Batch:
         """The sample at a position of the training stream; of several variants, the one drawn for the position."""
@@ -133,7 +152,7 @@ class LatentDataset:
                 skipped.append(str(error))
                 continue
             keys.append(record["__key__"])
-            captions.append(str(record["txt"], "utf-8"))
+            captions.append(str(record["txt"], "utf-8", "replace"))
             kept.append(position)
         require_some(kept, skipped)
         batch: Batch = {name: _tensor(out[: len(kept)].reshape(-1, *shapes[name])) for name, out in rows.items()}

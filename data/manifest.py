@@ -2,17 +2,22 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
 from data.shards import ShardInfo, ShardReader, atomic_write
 
-__all__ = ["MANIFEST", "Manifest", "ShardInfo", "find_shards"]
+__all__ = ["MANIFEST", "Manifest", "ShardInfo", "find_shards", "folder_of"]
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+SHARDS = "[!.]*.tar"
+SHARD_FIELDS = {"name", "samples", "bytes", "sha256"}
+SIDES = ("train", "heldout")
+HELDOUT = 0.04  # of foreign shards
 REMEDY = {
     "images": "run data/build_shards.py or set shards=FOLDER",
     "latents": "run data/precompute_latents.py or set latents=FOLDER",
@@ -41,10 +46,13 @@ class Manifest:
 
     def as_dict(self) -> dict[str, Any]:
         """What `manifest.json` holds."""
+        return {**self._head(), "shards": [_shard_dict(shard) for shard in self.shards]}
+
+    def _head(self) -> dict[str, Any]:
+        """All but the shards."""
         return {
             "schema": self.schema,
             "kind": self.kind,
-            "shards": [asdict(shard) for shard in self.shards],
             "samples": self.samples,
             "bytes": self.bytes,
             "provenance": self.provenance,
@@ -52,50 +60,79 @@ class Manifest:
         }
 
     def digest(self) -> str:
-        """Identity of the data set: sha256, in hex, of the manifest as canonical JSON."""
-        canonical = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """Identity of the data set: sha256, in hex, of the manifest as canonical JSON, shard by shard."""
+        before, after = _canonical(self._head() | {"shards": []}).split('"shards":[]')
+        digest = hashlib.sha256(before.encode() + b'"shards":[')
+        for number, shard in enumerate(self.shards):
+            digest.update(b"," * (number > 0) + _canonical(_shard_dict(shard)).encode())
+        digest.update(b"]" + after.encode())
+        return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write `manifest.json` into the folder, atomically."""
-        atomic_write(Path(folder) / MANIFEST, (json.dumps(self.as_dict(), indent=1) + "\n").encode())
+        """Write `manifest.json` into the folder, atomically; one line for each shard."""
+        head = json.dumps(self._head(), indent=1).removesuffix("\n}")
+        shards = ",\n".join("  " + json.dumps(_shard_dict(shard)) for shard in self.shards)
+        atomic_write(Path(folder) / MANIFEST, f'{head},\n "shards": [\n{shards}\n ]\n}}\n'.encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
         """Read `manifest.json` of the folder; `UserError` when it is not one."""
         path = Path(folder) / MANIFEST
         try:
-            content = json.loads(path.read_text())
+            with open(path, "rb") as file:
+                content = json.loads(file.read(), object_hook=_shard_or_dict)
             if content["schema"] != SCHEMA:
                 raise UserError(
                     f"{path} has schema {content['schema']}, this version reads {SCHEMA}: rebuild the shards"
                 )
-            return cls(
-                kind=content["kind"],
-                shards=[ShardInfo(**shard) for shard in content["shards"]],
-                provenance=content["provenance"],
-                stats=content["stats"],
-            )
+            if not all(isinstance(shard, ShardInfo) for shard in content["shards"]):
+                raise ValueError("a shard without name, samples, bytes and sha256")
+            names = ("kind", "shards", "provenance", "stats")
+            return cls(**{name: content[name] for name in names})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a manifest ({error!r}): rebuild the shards or delete it") from None
 
 
-def find_shards(folder: str | Path, kind: str = "images") -> Manifest:
-    """Return the manifest of a folder; a folder of foreign shards (img2dataset) without one is scanned.
+def _shard_dict(shard: ShardInfo) -> dict[str, Any]:
+    return {"name": shard.name, "samples": shard.samples, "bytes": shard.bytes, "sha256": shard.sha256}
 
-    `UserError` when there are no shards, when they are of another kind, or when a file is not as the manifest says.
+
+def _shard_or_dict(content: dict[str, Any]) -> Any:
+    """Shards as what they are at once: as dictionaries a hundred thousand of them would take ten times the memory."""
+    return ShardInfo(**content) if content.keys() == SHARD_FIELDS else content
+
+
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def find_shards(folder: str | Path, kind: str = "images", skip_broken: bool = False) -> Manifest:
+    """Return the manifest of a folder; foreign shards (img2dataset) without one are scanned.
+
+    `UserError` when there are no shards, when they are of another kind, or, unless broken ones are to be skipped, when
+    a file is not as the manifest says.
     """
     folder = Path(folder)
     if (folder / MANIFEST).is_file():
         manifest = Manifest.load(folder)
-        _check_files(folder, manifest)
+        if manifest.shards and not skip_broken:
+            _check_files(folder, manifest)
+        if not manifest.samples and folder.name == "heldout":
+            raise UserError(f"'{folder}' holds no samples: build the shards with heldout_fraction above 0")
     else:
-        manifest = _scan(folder, kind)
+        manifest = _scan(folder, kind, skip_broken)
     if manifest.samples == 0:
         raise UserError(f"no {'latents' if kind == 'latents' else 'shards'} at '{folder}': {REMEDY[kind]}")
     if manifest.kind != kind:
         raise UserError(f"'{folder}' holds {manifest.kind}, not {kind}: {REMEDY[kind]}")
     return manifest
+
+
+def folder_of(folder: str | Path) -> Path:
+    """Where the shards of a data set lie: `FOLDER/train` and `FOLDER/heldout` of foreign shards both lie in FOLDER."""
+    folder = Path(folder)
+    flat = folder.name in SIDES and not folder.exists() and any(folder.parent.glob(SHARDS))
+    return folder.parent if flat else folder
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
@@ -110,12 +147,23 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise UserError(f"shard {path} has {size} bytes, not {shard.bytes} as {MANIFEST} says: rebuild it")
 
 
-def _scan(folder: Path, kind: str) -> Manifest:
-    paths = sorted(folder.glob("[!.]*.tar"))
+def _scan(folder: Path, kind: str, skip_broken: bool) -> Manifest:
+    """Foreign shards; in a flat folder the last 4 % of them are held out, at least one."""
+    there = folder_of(folder)
+    paths = sorted(there.glob(SHARDS))
     if kind == "latents" and paths:
-        raise UserError(f"'{folder}' has shards but no {MANIFEST}: {REMEDY['latents']}")
-    shards = [
-        ShardInfo(name=path.name, samples=len(ShardReader(path)), bytes=path.stat().st_size, sha256="")
-        for path in paths
-    ]
+        raise UserError(f"'{there}' has shards but no {MANIFEST}: {REMEDY['latents']}")
+    if there != folder:
+        if len(paths) < 2:
+            raise UserError(f"'{there}' has a single shard, none is left to hold out: {REMEDY['images']}")
+        heldout = max(1, round(HELDOUT * len(paths)))
+        paths = paths[:-heldout] if folder.name == "train" else paths[-heldout:]
+    shards = []
+    for path in paths:
+        try:
+            shards.append(ShardInfo(name=path.name, samples=len(ShardReader(path)), bytes=path.stat().st_size))
+        except UserError as error:
+            if not skip_broken:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
     return Manifest(kind=kind, shards=shards, provenance={"source": "foreign shards"} if shards else {})

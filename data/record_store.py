@@ -3,14 +3,15 @@
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from data.manifest import REMEDY, Manifest
-from data.shards import ShardReader
+from conf.schema import StreamConfig
+from data.manifest import REMEDY, Manifest, folder_of
+from data.shards import ShardReader, sha256_of
 
 OPEN_SHARDS = 512  # memory-mapped at a time in one process: each holds a file descriptor
 
@@ -22,11 +23,15 @@ class RecordStore:
         required: one extension of each tuple must be there, in every sample.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest, required: Sequence[tuple[str, ...]]) -> None:
-        self.folder, self.manifest, self.required = Path(folder), manifest, required
+    def __init__(
+        self, folder: str | Path, manifest: Manifest, required: Sequence[tuple[str, ...]], stream: StreamConfig
+    ) -> None:
+        self.folder, self.manifest, self.required = folder_of(folder), manifest, required
+        self.verify, self.skip = stream.verify, stream.skip_broken
         self.ends = list(accumulate(shard.samples for shard in manifest.shards))
         self._forget()
-        self[0]  # a data set of another form is found before the training starts
+        if not self.skip:
+            self[0]  # a data set of another form is found before the training starts
 
     def _forget(self) -> None:
         self.readers: dict[int, ShardReader] = {}
@@ -35,15 +40,18 @@ class RecordStore:
         self.lock = threading.Lock()
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.folder, self.manifest, self.required, self.ends  # readers stay behind
+        return self.folder, self.manifest, self.required, self.verify, self.skip, self.ends  # no readers
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.folder, self.manifest, self.required, self.ends = state
+        self.folder, self.manifest, self.required, self.verify, self.skip, self.ends = state
         self._forget()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard, row = self.place(index)
-        return self._open(shard)[row]
+        record = self._open(shard)[row]
+        if self.skip:  # else it was checked when the shard was opened
+            self._require(record.keys(), f"sample '{record['__key__']}'", shard)
+        return record
 
     def place(self, index: int) -> tuple[int, int]:
         """Shard and row of a sample."""
@@ -63,7 +71,10 @@ class RecordStore:
     def name(self, index: int) -> str:
         """Shard and key of a sample, for messages."""
         shard, row = self.place(index)
-        return f"shard {self._path(shard)}: sample '{self._open(shard).key(row)}'"
+        try:
+            return f"shard {self._path(shard)}: sample '{self._open(shard).key(row)}'"
+        except UserError:
+            return f"shard {self._path(shard)}: sample number {row}"
 
     def _path(self, shard: int) -> Path:
         return self.folder / self.manifest.shards[shard].name
@@ -96,14 +107,18 @@ class RecordStore:
     def _checked(self, shard: int) -> ShardReader:
         """A new reader; every sample must have what is required."""
         reader, info, remedy = ShardReader(self._path(shard)), self.manifest.shards[shard], REMEDY[self.manifest.kind]
+        if self.verify and info.sha256 and sha256_of(reader.path) != info.sha256:
+            raise UserError(f"shard {reader.path} differs from the sha256 of its manifest: {remedy}")
         if len(reader) != info.samples:
             raise UserError(
                 f"shard {reader.path} has {len(reader)} samples, not {info.samples} as its manifest says: {remedy}"
             )
-        for i in range(len(reader)):
-            present = reader.extensions(i)
-            for choices in self.required:
-                if present.isdisjoint(choices):
-                    missing = f"no .{'/.'.join(choices)}"
-                    raise UserError(f"shard {reader.path}: sample '{reader.key(i)}' has {missing}: {remedy}")
+        for i in range(0 if self.skip else len(reader)):
+            self._require(reader.extensions(i), f"sample '{reader.key(i)}'", shard)
         return reader
+
+    def _require(self, present: Collection[str], sample: str, shard: int) -> None:
+        for choices in self.required:
+            if not any(extension in present for extension in choices):
+                remedy = REMEDY[self.manifest.kind]
+                raise UserError(f"shard {self._path(shard)}: {sample} has no .{'/.'.join(choices)}: {remedy}")

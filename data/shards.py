@@ -29,7 +29,7 @@ class ShardInfo:
     name: str  # file name inside the manifest's folder
     samples: int
     bytes: int
-    sha256: str  # of the file, in hex; empty for a shard that was only scanned
+    sha256: str = ""  # of the file, in hex; empty for a shard that was only scanned
 
 
 @contextmanager
@@ -269,11 +269,25 @@ class ShardReader:
         self._extensions = list(ids)
 
 
+def sha256_of(path: Path) -> str:
+    """Digest of a file, in hex; a file that is not there is a `UserError`."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise missing(path) from None
+
+
+def missing(path: Path) -> UserError:
+    """The error of a shard that is not there."""
+    return UserError(f"shard {path} is missing: rebuild it, or delete manifest.json beside it")
+
+
 def _map(path: Path) -> memoryview:
     try:
         with open(path, "rb") as file:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError:
-        raise UserError(f"shard {path} is missing: rebuild it, or delete manifest.json beside it") from None
+        raise missing(path) from None
     except ValueError:  # an empty file cannot be mapped
         raise unreadable(path) from None

@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,11 +54,14 @@ def write_images(folder: Path) -> Path:
     return folder
 
 
-def write_latents(folder: Path, dtype: CacheDtype = CacheDtype.fp16, text: bool = True, variants: int = 3) -> Path:
-    with LatentWriter(folder, 5, dtype) as writer:
-        for i in range(SAMPLES):
-            tokens = np.full(5, i)
-            writer.add(f"{i:09d}", MOMENTS[i, :variants], tokens, f"caption {i}", {}, TEXT[i] if text else None)
+def write_latents(
+    folder: Path, dtype: CacheDtype = CacheDtype.fp16, text: bool = True, variants: int = 3, repeat: int = 1
+) -> Path:
+    with LatentWriter(folder, 5 * repeat, dtype) as writer:
+        for number in range(SAMPLES * repeat):
+            i = number % SAMPLES
+            tokens, states = np.full(5, i), TEXT[i] if text else None
+            writer.add(f"{number:09d}", MOMENTS[i, :variants], tokens, f"caption {i}", {}, states)
     Manifest(kind="latents", shards=writer.close()).save(folder)
     return folder
 
@@ -275,3 +279,43 @@ raise RuntimeError("in the middle of an epoch")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, cwd=REPOSITORY)
     assert done.returncode == 1 and "in the middle of an epoch" in done.stderr
+
+
+def record_keys(folder: Path, log: Path, rank: int, world: int, start: int) -> None:
+    """One rank of a training: a line per step with the step's position and the keys that it saw."""
+    dataset = LatentDataset(folder, seed=3)
+    with open(log, "w", encoding="utf-8") as file:
+        for batch in batches(dataset, 6, 1, rank, world, start, workers=0):
+            file.write(f"{int(batch['position'][0])} {batch['key'][0]}\n")
+            file.flush()
+            time.sleep(0.004)
+
+
+def seen_by_all(logs: list[Path], start: int) -> list[str]:
+    """Keys of the steps that all ranks finished, in the order of the stream."""
+    lines = [line.split() for log in logs if log.exists() for line in log.read_text().splitlines() if " " in line]
+    keys = {int(position): key for position, key in lines if len(key) == 9}
+    end = next(position for position in itertools.count(start) if position not in keys)
+    return [keys[position] for position in range(start, end - (end - start) % 6)]
+
+
+def test_random_kills_and_restarts_at_other_world_sizes_see_each_sample_once(tmp_path: Path) -> None:
+    folder, context = write_latents(tmp_path / "data", repeat=30), multiprocessing.get_context("fork")
+    samples, wait = SAMPLES * 30, np.random.default_rng(4)
+    stream: list[str] = []
+    for attempt, world in enumerate(itertools.cycle([1, 3, 2])):
+        start, logs = len(stream), [tmp_path / f"{attempt}-{rank}.log" for rank in range(world)]
+        ranks = [context.Process(target=record_keys, args=(folder, logs[r], r, world, start)) for r in range(world)]
+        for process in ranks:
+            process.start()
+        time.sleep(wait.uniform(0.2, 0.5))
+        for process in ranks:
+            process.kill()
+            process.join()
+        stream += seen_by_all(logs, start)
+        if len(stream) >= 2 * samples:
+            break
+        assert attempt < 100
+    assert attempt >= 5, "too few restarts to show anything"
+    for epoch in (stream[:samples], stream[samples : 2 * samples]):
+        assert len(set(epoch)) == samples

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from conf.errors import UserError
-from data.manifest import Manifest, find_shards
+from data.manifest import Manifest, ShardInfo, find_shards
 from data.shards import ShardWriter
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def build(folder: Path, samples: int = 5, kind: str = "images") -> Manifest:
@@ -89,3 +93,43 @@ def test_a_shard_name_cannot_leave_the_folder(tmp_path: Path) -> None:
     manifest.save(tmp_path / "a")
     with pytest.raises(UserError, match="leaves the folder"):
         find_shards(tmp_path / "a")
+
+
+HUGE = """
+import os, sys, time
+
+def resident():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+from conf.schema import StreamConfig
+from data.datasets import order_of
+from data.manifest import Manifest
+before, began = resident(), time.perf_counter()
+manifest = Manifest.load(sys.argv[1])
+digest = manifest.digest()
+index = order_of(0, [shard.samples for shard in manifest.shards], StreamConfig(window=int(sys.argv[2])))(10**8)
+print(time.perf_counter() - began, resident() - before, manifest.samples, index)
+"""
+
+
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of 10^9 samples that are not there."""
+    folder = tmp_path_factory.mktemp("huge")
+    shards = [
+        ShardInfo(name=f"{i:05d}.tar", samples=10_000, bytes=10**9, sha256=hashlib.sha256(b"%d" % i).hexdigest())
+        for i in range(100_000)
+    ]
+    Manifest(kind="latents", shards=shards).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("window", [0, 64])
+def test_a_position_among_a_billion_samples_is_found_in_little_memory(huge: Path, window: int) -> None:
+    command = [sys.executable, "-c", HUGE, str(huge), str(window)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=True)
+    seconds, memory, samples, index = map(float, done.stdout.split())
+    print(f"window {window}: {seconds:.2f} s, {memory / 1e6:.0f} MB")
+    assert samples == 10**9 and 0 <= index < samples
+    assert memory <= 100e6
