@@ -188,11 +188,15 @@ class StreamConfig:
     skip_broken: bool = False  # leave out samples that cannot be read, and name them, instead of ending the run
     verify: bool = False  # compare each shard with the SHA-256 of its manifest when it is first opened
     mix: dict[str, float] = field(default_factory=dict)  # further data sets: folder: weight (the first one's is 1)
+    cache_dir: str | None = None  # for remote shards; None: a folder below $TMPDIR, which should be a local disk
+    cache_gb: float = 100.0  # of them on that disk, at most, in 10^9 bytes; shared by the processes of a machine
+    timeout_s: float = 60.0  # seconds without a byte after which a server counts as dead
     bucket_run: int = 0  # samples of one shape in a row, in a cache with aspect buckets; 0: the global batch
 
     def __post_init__(self) -> None:
         require(self.bucket_run >= 0, f"stream.bucket_run={self.bucket_run}: must be 0 (global batch) or positive")
         require(self.window >= 0, f"stream.window={self.window}: must be 0 (all shards) or positive")
+        require_positive(self, "cache_gb", "timeout_s", group="stream.")
         for folder, weight in self.mix.items():
             require(weight > 0, f"stream.mix: the weight of '{folder}' is {weight}: must be positive")
 

@@ -65,6 +65,7 @@ class ImageDataset:
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Collated items; broken ones are left out and named in "skipped" where the stream says so."""
+        self.records.prefetch(upcoming(self.order, positions[0]))
         if not self.skip:
             return self.collate([self.item(position) for position in positions])
         items, skipped = [], []
@@ -109,6 +110,11 @@ def order_of(seed: int, sizes: Sequence[int], stream: StreamConfig) -> Order:
     if 0 < stream.window < len(sizes):
         return WindowedOrder(seed, sizes, stream.window)
     return FullOrder(seed, sum(sizes))
+
+
+def upcoming(order: Order, position: int) -> list[int]:
+    """Shards that will be read soon, as far as the order goes shard by shard."""
+    return order.upcoming(position) if isinstance(order, WindowedOrder) else []
 
 
 def require_some(kept: Sequence[Any], skipped: list[str]) -> None:

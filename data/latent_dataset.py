@@ -14,7 +14,7 @@ import torch
 from conf.errors import UserError
 from conf.schema import StreamConfig
 from data.buckets import BucketedOrder, bucket_of
-from data.datasets import Batch, collate, order_of, require_some
+from data.datasets import Batch, collate, order_of, require_some, upcoming
 from data.latents import decode_npy
 from data.manifest import find_shards
 from data.order import Order, rng
@@ -109,6 +109,7 @@ class LatentDataset:
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Items at these positions, gathered straight into batch tensors; all must have one shape."""
+        self.records.prefetch(upcoming(self.order, positions[0]))
         variants = self.layout["moments"].shape[0]
         chosen = [int(rng(self.seed, p, "variant").integers(variants)) if variants > 1 else 0 for p in positions]
         return self._gather(self.order.many(positions), chosen, positions, self.skip)

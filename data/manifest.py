@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from data.remote import is_remote, joined, read
 from data.shards import ShardInfo, ShardReader, atomic_write
 
 __all__ = ["MANIFEST", "Manifest", "ShardInfo", "find_shards", "folder_of"]
@@ -77,10 +78,9 @@ class Manifest:
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
         """Read `manifest.json` of the folder; `UserError` when it is not one."""
-        path = Path(folder) / MANIFEST
+        path = joined(folder, MANIFEST)
         try:
-            with open(path, "rb") as file:
-                content = json.loads(file.read(), object_hook=_shard_or_dict)
+            content = json.loads(read(path), object_hook=_shard_or_dict)
             if content["schema"] != SCHEMA:
                 raise UserError(
                     f"{path} has schema {content['schema']}, this version reads {SCHEMA}: rebuild the shards"
@@ -112,15 +112,20 @@ def find_shards(folder: str | Path, kind: str = "images", skip_broken: bool = Fa
     `UserError` when there are no shards, when they are of another kind, or, unless broken ones are to be skipped, when
     a file is not as the manifest says.
     """
-    folder = Path(folder)
-    if (folder / MANIFEST).is_file():
+    try:
         manifest = Manifest.load(folder)
-        if manifest.shards and not skip_broken:
-            _check_files(folder, manifest)
-        if not manifest.samples and folder.name == "heldout":
-            raise UserError(f"'{folder}' holds no samples: build the shards with heldout_fraction above 0")
+    except FileNotFoundError:
+        if is_remote(folder):
+            raise UserError(
+                f"no {MANIFEST} at '{folder}': upload the whole folder that the shards were made in"
+            ) from None
+        manifest = _scan(Path(folder), kind, skip_broken)
     else:
-        manifest = _scan(folder, kind, skip_broken)
+        _check_names(folder, manifest)
+        if not is_remote(folder) and not skip_broken:
+            _check_files(Path(folder), manifest)
+        if not manifest.samples and Path(folder).name == "heldout":
+            raise UserError(f"'{folder}' holds no samples: build the shards with heldout_fraction above 0")
     if manifest.samples == 0:
         raise UserError(f"no {'latents' if kind == 'latents' else 'shards'} at '{folder}': {REMEDY[kind]}")
     if manifest.kind != kind:
@@ -128,18 +133,24 @@ def find_shards(folder: str | Path, kind: str = "images", skip_broken: bool = Fa
     return manifest
 
 
-def folder_of(folder: str | Path) -> Path:
+def folder_of(folder: str | Path) -> str | Path:
     """Where the shards of a data set lie: `FOLDER/train` and `FOLDER/heldout` of foreign shards both lie in FOLDER."""
+    if is_remote(folder):
+        return folder
     folder = Path(folder)
     flat = folder.name in SIDES and not folder.exists() and any(folder.parent.glob(SHARDS))
     return folder.parent if flat else folder
 
 
+def _check_names(folder: str | Path, manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        if Path(shard.name).name != shard.name:
+            raise UserError(f"{joined(folder, MANIFEST)}: '{shard.name}' leaves the folder: rebuild the shards")
+
+
 def _check_files(folder: Path, manifest: Manifest) -> None:
     for shard in manifest.shards:
         path = folder / shard.name
-        if Path(shard.name).name != shard.name:
-            raise UserError(f"{folder / MANIFEST}: shard name '{shard.name}' leaves the folder: rebuild the shards")
         if not path.is_file():
             raise UserError(f"shard {path} is missing: rebuild it, or delete {MANIFEST} to use the shards that exist")
         size = path.stat().st_size
@@ -149,7 +160,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 
 def _scan(folder: Path, kind: str, skip_broken: bool) -> Manifest:
     """Foreign shards; in a flat folder the last 4 % of them are held out, at least one."""
-    there = folder_of(folder)
+    there = Path(folder_of(folder))
     paths = sorted(there.glob(SHARDS))
     if kind == "latents" and paths:
         raise UserError(f"'{there}' has shards but no {MANIFEST}: {REMEDY['latents']}")

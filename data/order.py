@@ -92,6 +92,13 @@ class WindowedOrder:
         """Those of several positions."""
         return [self(position) for position in positions]
 
+    def upcoming(self, position: int) -> list[int]:
+        """The shards of the window that a position is in, and of the one after it in this epoch."""
+        epoch, index = divmod(position, self.samples)
+        shards, ends = self.epoch(epoch)
+        first = int(np.searchsorted(ends, index, "right")) // self.window * self.window
+        return shards[first : first + 2 * self.window].tolist()
+
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in the order of this epoch, and where each ends in it."""
         (key, *_) = round_keys(f"shards/{self.seed}/{epoch}")

@@ -3,7 +3,7 @@
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from conf.errors import UserError
 from conf.schema import StreamConfig
 from data.manifest import REMEDY, Manifest, folder_of
+from data.remote import is_remote, joined
+from data.shard_cache import ShardCache
 from data.shards import ShardReader, sha256_of
 
 OPEN_SHARDS = 512  # memory-mapped at a time in one process: each holds a file descriptor
@@ -27,11 +29,14 @@ class RecordStore:
         self, folder: str | Path, manifest: Manifest, required: Sequence[tuple[str, ...]], stream: StreamConfig
     ) -> None:
         self.folder, self.manifest, self.required = folder_of(folder), manifest, required
+        self.cache = remote_cache(str(folder), manifest, stream) if is_remote(folder) else None
         self.verify, self.skip = stream.verify, stream.skip_broken
         self.ends = list(accumulate(shard.samples for shard in manifest.shards))
         self._forget()
         if not self.skip:
             self[0]  # a data set of another form is found before the training starts
+
+    of_process = ("readers", "opened", "broken", "lock")  # made anew in each process
 
     def _forget(self) -> None:
         self.readers: dict[int, ShardReader] = {}
@@ -39,11 +44,11 @@ class RecordStore:
         self.broken: dict[int, UserError] = {}  # shards that cannot be read, found out once
         self.lock = threading.Lock()
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self.folder, self.manifest, self.required, self.verify, self.skip, self.ends  # no readers
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in self.of_process}
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.folder, self.manifest, self.required, self.verify, self.skip, self.ends = state
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._forget()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -72,12 +77,22 @@ class RecordStore:
         """Shard and key of a sample, for messages."""
         shard, row = self.place(index)
         try:
-            return f"shard {self._path(shard)}: sample '{self._open(shard).key(row)}'"
+            return f"shard {self._name(shard)}: sample '{self._open(shard).key(row)}'"
         except UserError:
-            return f"shard {self._path(shard)}: sample number {row}"
+            return f"shard {self._name(shard)}: sample number {row}"
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Fetch remote shards in the background."""
+        if self.cache is not None:
+            self.cache.prefetch(self.manifest.shards[shard] for shard in shards)
+
+    def _name(self, shard: int) -> str | Path:
+        return joined(self.folder, self.manifest.shards[shard].name)
 
     def _path(self, shard: int) -> Path:
-        return self.folder / self.manifest.shards[shard].name
+        if self.cache is not None:
+            return self.cache.path_of(self.manifest.shards[shard])
+        return Path(self._name(shard))
 
     def _open(self, shard: int) -> ShardReader:
         reader = self.readers.get(shard)
@@ -95,7 +110,8 @@ class RecordStore:
         if len(self.opened) == OPEN_SHARDS:
             self.readers[self.opened.popleft()].release()
         try:
-            reader = reader or self._checked(shard)
+            if reader is None or not reader.path.exists():  # a cached shard may have made room
+                reader = self._checked(shard)
             reader.open()
         except UserError as error:
             self.broken[shard] = error
@@ -121,4 +137,17 @@ class RecordStore:
         for choices in self.required:
             if not any(extension in present for extension in choices):
                 remedy = REMEDY[self.manifest.kind]
-                raise UserError(f"shard {self._path(shard)}: {sample} has no .{'/.'.join(choices)}: {remedy}")
+                raise UserError(f"shard {self._name(shard)}: {sample} has no .{'/.'.join(choices)}: {remedy}")
+
+
+def remote_cache(url: str, manifest: Manifest, stream: StreamConfig) -> ShardCache:
+    """The cache of a remote data set; `UserError` when it could not hold what is read at a time."""
+    largest = sorted((shard.bytes for shard in manifest.shards), reverse=True)
+    needed, limit = sum(largest[: 2 * stream.window or None]), stream.cache_gb * 1e9  # this window and the next
+    if needed > limit:
+        window = max(1, int(limit / (2 * largest[0])))
+        raise UserError(
+            f"stream.cache_gb={stream.cache_gb:g}: {needed / 1e9:.3g} GB of {url} are read at a time and would be "
+            f"fetched again and again: set stream.window={window} (shards), or more cache_gb"
+        )
+    return ShardCache(url, stream)

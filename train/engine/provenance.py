@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import ImageConfig, ProcessConfig, UNetRun
 from data.manifest import Manifest
+from data.remote import joined, read
 from data.shards import atomic_write
 
 INFO = "latentline.json"
@@ -70,10 +71,10 @@ class UNetInfo:
 
     def null_text(self, latents: str) -> Tensor:
         """Text states [L, D] of the empty caption, from the cache."""
-        path = Path(latents) / NULL_TEXT
-        if not path.exists():
-            raise UserError(f"no {NULL_TEXT} in '{latents}': run data/precompute_latents.py again")
-        return load_file(path)["text"].float()
+        try:
+            return load(read(joined(latents, NULL_TEXT)))["text"].float()
+        except FileNotFoundError:
+            raise UserError(f"no {NULL_TEXT} in '{latents}': run data/precompute_latents.py again") from None
 
 
 def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:

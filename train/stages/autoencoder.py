@@ -34,7 +34,7 @@ class AutoencoderStage:
     def __init__(self, cfg: AutoencoderRun, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
         self.dataset = image_stream(cfg.shards, cfg.images, cfg.seed, cfg.stream)
-        self.heldout = ImageDataset(f"{cfg.shards}/heldout", cfg.images, cfg.seed)
+        self.heldout = ImageDataset(f"{cfg.shards}/heldout", cfg.images, cfg.seed, cfg.stream)
         torch.manual_seed(cfg.seed)  # initial weights
         self.autoencoder = Autoencoder(cfg.model)
         if cfg.init_from is not None:

@@ -32,7 +32,7 @@ class ClipStage:
                 "lower batch.global_batch_size"
             )
         self.dataset = image_stream(cfg.shards, cfg.images, cfg.seed, cfg.stream)
-        self.heldout = ImageDataset(f"{cfg.shards}/heldout", cfg.images, cfg.seed)
+        self.heldout = ImageDataset(f"{cfg.shards}/heldout", cfg.images, cfg.seed, cfg.stream)
         torch.manual_seed(cfg.seed)  # initial weights
         self.clip = Clip.from_config(cfg.model)
         self.towers = Trainable(runtime, self.clip, cfg.optim, cfg.batch, cfg.loop.samples, name="clip")

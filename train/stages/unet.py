@@ -35,7 +35,7 @@ class UNetStage:
     def __init__(self, cfg: UNetRun, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
         self.dataset, manifests = latent_stream(cfg.latents, cfg.seed, cfg.stream, cfg.batch.global_batch_size)
-        self.heldout = LatentDataset(f"{cfg.latents}/heldout", cfg.seed)
+        self.heldout = LatentDataset(f"{cfg.latents}/heldout", cfg.seed, cfg.stream)
         self.info, *_ = (check_latents(cfg, manifest) for manifest in manifests)
         self.mean, self.std = (self.channels(values) for values in (self.info.latent_mean, self.info.latent_std))
         self.null_text = self.info.null_text(cfg.latents).to(runtime.device)  # [L, D]
