@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from conf.errors import UserError
-from conf.schema import PrecomputeRun
+from conf.schema import PrecomputeRun, StreamConfig
 from data.buckets import bucket_shapes
 from data.claims import Claims
 from data.datasets import ImageDataset
@@ -47,7 +47,7 @@ def open_splits(cfg: PrecomputeRun, encoder: Encoder) -> list[Split]:
     """
     facts, splits = provenance(cfg, encoder), []
     for name in SPLITS:
-        images = ImageDataset(f"{cfg.shards}/{name}", cfg.images, cfg.seed)
+        images = ImageDataset(f"{cfg.shards}/{name}", cfg.images, cfg.seed, StreamConfig(window=1))  # shard by shard
         folder, wanted = Path(cfg.output_dir) / name, facts | {"source": images.manifest.digest()}
         splits.append(Split(name, images, folder, wanted, existing_manifest(folder, wanted)))
     return splits
