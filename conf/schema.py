@@ -43,6 +43,8 @@ class Source(Enum):
     demo = "demo"
     twemoji = "twemoji"
     folder = "folder"
+    shards = "shards"
+    mix = "mix"
 
 
 class ImageFormat(Enum):
@@ -235,6 +237,44 @@ class ImageConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class FilterConfig:
+    """Which samples a build leaves out although nothing is wrong with them; all off by default."""
+
+    min_side: int = 0  # pixels of the shorter side
+    max_aspect: float = 0.0  # longer side / shorter side; 0: any
+    min_caption: int = 0  # characters
+    max_caption: int = 0  # characters; 0: any
+    min_score: dict[str, float] = field(default_factory=dict)  # by field of the sample's JSON; no field, no sample
+    max_score: dict[str, float] = field(default_factory=dict)  # likewise, such as {pwatermark: 0.5, punsafe: 0.1}
+    near_duplicates: int = -1  # bits of 64 in which the perceptual hash of a copy may differ; -1: keep copies
+
+    def __post_init__(self) -> None:
+        require(
+            -1 <= self.near_duplicates <= 16,
+            f"filters.near_duplicates={self.near_duplicates}: must be -1 (off) or 0 to 16 bits",
+        )
+        require(
+            self.max_aspect == 0 or self.max_aspect >= 1,
+            f"filters.max_aspect={self.max_aspect}: must be 0 (any) or at least 1",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class MixedSource:
+    """One of several sources of a build."""
+
+    source: Source = Source.folder  # any but mix
+    path: str | None = None  # as that of the build
+    image_column: str = "path"
+    caption_column: str = "caption"
+    weight: float = 1.0  # its share of the samples, relative to the others
+
+    def __post_init__(self) -> None:
+        require(self.source is not Source.mix, "sources: a mix cannot hold a mix")
+        require_positive(self, "weight", group="sources: ")
+
+
+@dataclass(kw_only=True, slots=True)
 class BuildRun:
     """`data/build_shards.py`: any source to WebDataset shards, `train/` and `heldout/`."""
 
@@ -242,8 +282,11 @@ class BuildRun:
     name: str = MISSING  # of the project; the default run_dir and the W&B group
     seed: int = 0  # of all that is drawn at random
     output_dir: str = MISSING  # folder of this command's results; by default one below run_dir
-    source: Source = Source.demo  # rendered scenes, Twitter's emoji, or files below path
-    path: str | None = None  # source=folder: a folder of images, or a .csv/.parquet with the two columns below
+    source: Source = Source.demo  # rendered scenes, Twitter's emoji, files below path, shards of others, several
+    path: str | None = None  # folder: of images, or .csv/.parquet; shards: folder or tars, also http(s):// and s3://
+    sources: dict[str, MixedSource] = field(default_factory=dict)  # source=mix: those that are mixed, by name
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    timeout_s: float = 60.0  # seconds without a byte after which a server of shards counts as dead
     image_column: str = "path"  # of a table: image file, relative to the table's folder
     caption_column: str = "caption"  # of a table: text
     samples: int = 0  # source=demo: scenes to render; elsewhere the most to take, 0 for all
@@ -260,6 +303,15 @@ class BuildRun:
         require(
             self.source is not Source.folder or bool(self.path), "source=folder needs path=FOLDER, .csv or .parquet"
         )
+        require(
+            self.source is not Source.shards or bool(self.path),
+            "source=shards needs path=FOLDER, 'FOLDER/{00000..00099}.tar' or an address of either",
+        )
+        require(
+            (self.source is Source.mix) == bool(self.sources),
+            "source=mix and 'sources={NAME: {source: ..., path: ..., weight: ...}}' go together",
+        )
+        require_positive(self, "timeout_s")
         require(self.source is not Source.demo or self.samples > 0, "source=demo needs samples=N scenes to render")
         require(self.source is not Source.demo or self.resolution >= 16, "source=demo needs resolution>=16 pixels")
         require(0 <= self.heldout_fraction < 1, f"heldout_fraction={self.heldout_fraction}: must be in [0, 1)")

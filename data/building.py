@@ -1,7 +1,7 @@
 """Any source to WebDataset shards `train/` and `heldout/`: made by a pool of processes, written in order by one.
 
 The shards grow in `output_dir/.building` and move to their places when all are complete, `train/` last: a folder with
-`train/manifest.json` is a finished build, and nobody ever sees a part of one.
+`train/manifest.json` is a finished build, and nobody ever sees a part of one. A build that was killed goes on there.
 """
 
 import fcntl
@@ -10,27 +10,24 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.schema import BuildRun, ImageFormat
-from data.captions import caption_rank
+from conf.schema import BuildRun, FilterConfig, ImageFormat
+from data.build_journal import ATTRIBUTION, REJECTS, REPORT, SIDES, BuildJournal
 from data.images import parse_color
 from data.manifest import MANIFEST, Manifest
-from data.records import Record, RecordMaker, Reject, make_all
+from data.records import Record, RecordMaker, make_all
 from data.shards import ShardInfo, ShardWriter, atomic_write
 from data.sources import SampleSource, open_source
+from data.split import Split
 
-REJECTS = "rejects.jsonl"
-ATTRIBUTION = "ATTRIBUTION"
 STAGING = ".building"
 MADE_BY = "data/build_shards.py"
-PENDING_BYTES = 2**28  # of samples kept in memory while the split of a small set is not settled
 LINE_EVERY_S = 10.0  # seconds between two lines of progress where there is no terminal
 
 
@@ -40,8 +37,17 @@ class Built:
 
     train: Manifest
     heldout: Manifest
-    rejected: int
     skipped: bool  # it was there already
+
+    @property
+    def rejected(self) -> int:
+        """Broken samples."""
+        return int(self.train.stats["rejected"])
+
+    @property
+    def dropped(self) -> int:
+        """Samples that filters left out."""
+        return sum(self.train.stats["dropped"].values())
 
 
 def build(cfg: BuildRun) -> Built:
@@ -60,123 +66,66 @@ def build(cfg: BuildRun) -> Built:
     with _locked(output):
         if (output / "train" / MANIFEST).is_file():
             built = _finished(output, options)
+            shutil.rmtree(output / STAGING, ignore_errors=True)  # killed in its very last step
             print(f"already built: {_summary(built)} in {output}")
             return built
-        _clear_killed_build(output)
+        _check_folder(output)
         built = _build(cfg, source, options, output)
     print(f"built {_summary(built)} in {output}")
     return built
 
 
 def _build(cfg: BuildRun, source: SampleSource, options: dict[str, Any], output: Path) -> Built:
-    staging = output / STAGING
-    staging.mkdir()
-    try:
-        shards, reasons = _write_shards(cfg, source, staging)
-        if not shards["train"]:
-            os.replace(staging / REJECTS, output / REJECTS)
-            raise UserError(
-                f"source={cfg.source.value}: none of {len(source)} samples can be used, most often because: "
-                f"{reasons.most_common(1)[0][0]}; all reasons are in {output / REJECTS}"
-            )
-        description = source.describe()
-        manifests = {
-            side: Manifest(
-                kind="images",
-                shards=shards[side],
-                provenance={"made_by": MADE_BY, "split": side, "options": options, "source": description},
-                stats={"rejected": reasons.total()},
-            )
-            for side in ("heldout", "train")
-        }
-        for side, manifest in manifests.items():
-            manifest.save(staging / side)
-        if "attribution" in description:
-            atomic_write(staging / ATTRIBUTION, (description["attribution"] + "\n").encode())
-        for name in os.listdir(staging):
-            if name != "train":
-                os.replace(staging / name, output / name)
-        os.replace(staging / "train", output / "train")  # last: it marks the build as finished
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    for reason, count in reasons.most_common(3):
-        print(f"rejected {count} x: {reason}", file=sys.stderr)
-    return Built(train=manifests["train"], heldout=manifests["heldout"], rejected=reasons.total(), skipped=False)
+    journal = BuildJournal(output / STAGING, options)
+    shards = _write_shards(cfg, source, journal)
+    report = journal.report({side: sum(shard.samples for shard in shards[side]) for side in SIDES})
+    if not shards["train"]:
+        os.replace(journal.rejects, output / REJECTS)
+        shutil.rmtree(journal.staging)
+        raise UserError(
+            f"source={cfg.source.value}: none of {report.seen} samples can be used, most often because: "
+            f"{report.commonest()}; all reasons are in {output / REJECTS}"
+        )
+    description = source.describe()
+    manifests = {
+        side: Manifest(
+            kind="images",
+            shards=shards[side],
+            provenance={"made_by": MADE_BY, "split": side, "options": options, "source": description},
+            stats={"rejected": sum(report.broken.values()), "dropped": dict(report.dropped)},
+        )
+        for side in SIDES
+    }
+    for side, manifest in manifests.items():
+        manifest.save(journal.staging / side)
+    atomic_write(journal.staging / REPORT, (json.dumps(report.as_dict(), indent=1) + "\n").encode())
+    if "attribution" in description:
+        atomic_write(journal.staging / ATTRIBUTION, (description["attribution"] + "\n").encode())
+    journal.publish(output)
+    report.show()
+    return Built(train=manifests["train"], heldout=manifests["heldout"], skipped=False)
 
 
-def _write_shards(
-    cfg: BuildRun, source: SampleSource, staging: Path
-) -> tuple[dict[str, list[ShardInfo]], Counter[str]]:
-    """Make all samples and write each to its side; the reasons of the rejects, counted."""
-    reasons = Counter[str]()
-    with (
-        ShardWriter(staging / "train", cfg.shard_samples) as train,
-        ShardWriter(staging / "heldout", cfg.shard_samples) as heldout,
-        open(staging / REJECTS, "w", encoding="utf-8") as rejects,
-        _progress(len(source)) as advance,
-    ):
-        split = Split(train, heldout, cfg.heldout_fraction)
-        for made in make_all(RecordMaker(cfg, source), cfg.workers):
-            if isinstance(made, Reject):
-                reasons[made.reason] += 1
-                rejects.write(json.dumps({"key": made.key, "path": made.path, "reason": made.reason}) + "\n")
-            else:
-                split.add(made)
+def _write_shards(cfg: BuildRun, source: SampleSource, journal: BuildJournal) -> dict[str, list[ShardInfo]]:
+    """Make all samples that no finished shard holds yet, and write each to its side."""
+    done, finished = journal.done, journal.finished
+    writers = [ShardWriter(journal.staging / side, cfg.shard_samples, len(finished[side])) for side in SIDES]
+    copies = journal.copies(cfg.filters.near_duplicates)
+    made = make_all(RecordMaker(cfg, source, done), cfg.workers)
+    with writers[0] as train, writers[1] as heldout, journal, _progress(source.expected(), done.start) as advance:
+        split = Split(train, heldout, cfg.heldout_fraction, journal.shard_finished)
+        if done.fraction is not None:
+            split.go_on(done.fraction)
+        for number, item in enumerate(made, done.start):
+            if copies is not None and isinstance(item, Record):
+                item = journal.without_copies(number, item, copies)
+            if isinstance(item, Record):
+                split.add(number, item)
+            elif item is not None:
+                journal.reject(number, item)
             advance()
         split.settle()
-    return {"train": train.finished, "heldout": heldout.finished}, reasons
-
-
-@dataclass(slots=True)
-class Split:
-    """Sends each sample to training or to the held-out side, by its caption alone.
-
-    In a set so small that one side would stay empty, the caption nearest to the border moves there, if there are two
-    captions. Until both sides have a sample (or at most 256 MiB wait) nothing is written, since this is not known.
-    """
-
-    train: ShardWriter
-    heldout: ShardWriter
-    fraction: float
-    pending: list[Record] | None = field(default_factory=list)  # None: settled
-    pending_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        if self.fraction == 0:
-            self.pending = None
-
-    def add(self, record: Record) -> None:
-        """Write the sample, now or when the split is settled."""
-        if self.pending is None:
-            self._write(record)
-            return
-        self.pending.append(record)
-        self.pending_bytes += sum(map(len, record.files.values()))
-        first, last = caption_rank(self.pending[0].caption), caption_rank(record.caption)
-        if (first < self.fraction) != (last < self.fraction) or self.pending_bytes > PENDING_BYTES:
-            self._flush()
-
-    def settle(self) -> None:
-        """Write what still waits: call it after the last sample."""
-        if self.pending is None:
-            return
-        ranks = sorted({caption_rank(record.caption) for record in self.pending})
-        if len(ranks) < 2:
-            self.fraction = 0.0
-        elif ranks[0] >= self.fraction:  # no caption is held out: take the lowest
-            self.fraction = ranks[1]
-        else:  # all are: leave the highest for training
-            self.fraction = ranks[-1]
-        self._flush()
-
-    def _flush(self) -> None:
-        waiting, self.pending = self.pending or [], None
-        for record in waiting:
-            self._write(record)
-
-    def _write(self, record: Record) -> None:
-        held_out = caption_rank(record.caption) < self.fraction
-        (self.heldout if held_out else self.train).add(record.key, record.files)
+    return {side: finished[side] + writer.finished for side, writer in zip(SIDES, writers, strict=True)}
 
 
 def _identity(cfg: BuildRun, source: SampleSource) -> dict[str, Any]:
@@ -184,7 +133,8 @@ def _identity(cfg: BuildRun, source: SampleSource) -> dict[str, Any]:
     names = ["shard_samples", "heldout_fraction", "resolution", "background", "max_pixels"]
     names += [] if cfg.format is ImageFormat.png else ["quality"]
     options = {name: getattr(cfg, name) for name in names}
-    return {"source": cfg.source.value, "format": cfg.format.value, **options, **source.identity()}
+    filters = {"filters": asdict(cfg.filters)} if cfg.filters != FilterConfig() else {}
+    return {"source": cfg.source.value, "format": cfg.format.value, **options, **filters, **source.identity()}
 
 
 def _finished(output: Path, options: dict[str, Any]) -> Built:
@@ -202,17 +152,13 @@ def _finished(output: Path, options: dict[str, Any]) -> Built:
                 f"output_dir={output}: holds a build with other options ({difference}); "
                 "choose another output_dir or delete this one"
             )
-    return Built(train=train, heldout=heldout, rejected=train.stats["rejected"], skipped=True)
+    return Built(train=train, heldout=heldout, skipped=True)
 
 
-def _clear_killed_build(output: Path) -> None:
-    """Remove what a killed build left; what is not known to be its own is never touched."""
-    sides = [output / "train", output / "heldout"]
-    if (output / STAGING).exists():
-        for path in (*sides, output / STAGING):
-            shutil.rmtree(path, ignore_errors=True)
-    for path in sides:
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+def _check_folder(output: Path) -> None:
+    """What is not known to be of a build is never touched."""
+    for path in (output / side for side in SIDES):
+        if not (output / STAGING).exists() and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
             raise UserError(
                 f"output_dir={output}: {path.name}/ is there and not a finished build; choose another output_dir"
             )
@@ -222,7 +168,8 @@ def _summary(built: Built) -> str:
     size = (built.train.bytes + built.heldout.bytes) / 1e6
     return (
         f"{built.train.samples} samples for training and {built.heldout.samples} held out ({size:.1f} MB), "
-        f"{built.rejected} rejected{' (see ' + REJECTS + ')' if built.rejected else ''},"
+        f"{built.rejected} rejected, {built.dropped} dropped by filters"
+        f"{' (see ' + REJECTS + ')' if built.rejected or built.dropped else ''},"
     )
 
 
@@ -244,7 +191,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
+def _progress(total: int | None, start: int) -> Iterator[Callable[[], None]]:
     """A bar on a terminal, else a line now and then; yields the function to call after each sample."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -252,16 +199,16 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
     console = Console(stderr=True)
     if console.is_terminal:
         with Progress("build", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task("build", total=total)
+            task = bar.add_task("build", total=total, completed=start)
             yield lambda: bar.advance(task)
         return
-    done, shown = 0, time.monotonic()
+    done, shown = start, time.monotonic()
 
     def line() -> None:
         nonlocal done, shown
         done += 1
         if time.monotonic() - shown > LINE_EVERY_S:
             shown = time.monotonic()
-            print(f"build: {done}/{total} samples", file=sys.stderr, flush=True)
+            print(f"build: {done}{f'/{total}' if total is not None else ''} samples", file=sys.stderr, flush=True)
 
     yield line

@@ -19,3 +19,8 @@ def caption_rank(caption: str) -> float:
     """
     digest = hashlib.sha256(caption.casefold().encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def side_of(caption: str, fraction: float) -> str:
+    """Where a sample with this caption goes when a fraction is held out."""
+    return "heldout" if caption_rank(caption) < fraction else "train"

@@ -7,14 +7,16 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 
 from conf.errors import UserError
 from conf.schema import BuildRun
-from data.captions import clean_caption
-from data.images import ImageError, encode_image, open_image, shrink
-from data.sources import Rejected, SampleSource
+from data.captions import clean_caption, side_of
+from data.filters import Dropped, check_size, check_texts, perceptual_hash
+from data.images import encode_image, open_image, shrink
+from data.sources import Ref, Rejected, SampleSource
 
 CHUNK = 32  # samples per task of a worker
 AHEAD = 4  # tasks per worker that are made before their turn to be written
@@ -25,78 +27,112 @@ class Record:
     """One sample as it goes into a shard."""
 
     key: str
+    path: str  # what the source calls it
     caption: str
     files: dict[str, bytes]  # extension → contents
+    hash: int = 0  # perceptual, where near duplicates are looked for
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """One sample that cannot be used, and why."""
+    """One sample that cannot be used, or that a filter drops, and why."""
 
     key: str
     path: str  # or what else the source calls it
     reason: str
+    filter: str = ""  # the option that drops it; "": it is broken
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How far the finished shards of a build reach that was killed."""
+
+    fraction: float | None = None  # of captions held out, as it was settled
+    until: dict[str, int] = field(default_factory=dict)  # side: number of the first sample that it may lack
+
+    @property
+    def start(self) -> int:
+        """Number of the first sample that some side may lack."""
+        return self.until.get("train", 0) if self.fraction == 0 else min(self._of("train"), self._of("heldout"))
+
+    @property
+    def end(self) -> int:
+        """Number of the first sample that no finished shard can hold."""
+        return max(self.until.values(), default=0)
+
+    def covers(self, number: int, caption: str) -> bool:
+        """Whether a sample is in a finished shard, if it is kept at all."""
+        return self.fraction is not None and number < self._of(side_of(caption, self.fraction))
+
+    def _of(self, side: str) -> int:
+        return self.until.get(side, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class RecordMaker:
-    """The work of one process: a pure function of the index."""
+    """The work of one process: a pure function of the ref and its number in the source."""
 
     cfg: BuildRun
     source: SampleSource
+    done: Done = field(default_factory=Done)
 
-    def make(self, index: int) -> Record | Reject:
-        """Decode, shrink and encode sample `index`."""
-        key = f"{index:09d}"
+    def make(self, number: int, ref: Ref) -> Record | Reject | None:
+        """Decode, filter, shrink and encode a sample; None when it is in a finished shard."""
+        if ref.problem is not None:
+            return Reject(ref.key, ref.name, ref.problem)
         try:
-            return self._record(key, index)
-        except (Rejected, ImageError) as error:
-            return Reject(key, self.source.name(index), str(error))
+            return self._record(number, ref)
+        except Dropped as drop:
+            return Reject(ref.key, ref.name, drop.reason, drop.filter_name)
+        except UserError as error:  # Rejected, ImageError, or a shard that became unreadable
+            return Reject(ref.key, ref.name, str(error))
 
-    def _record(self, key: str, index: int) -> Record:
-        cfg = self.cfg
-        sample = self.source.sample(index)
+    def _record(self, number: int, ref: Ref) -> Record | None:
+        cfg, filters = self.cfg, self.cfg.filters
+        sample = self.source.sample(ref.place)
         caption = clean_caption(sample.caption)
         if not caption:
             raise Rejected("empty caption")
+        if self.done.covers(number, caption):
+            return None
+        check_texts(filters, caption, sample.meta)
         image = sample.image
         if isinstance(image, bytes):
             image = open_image(image, cfg.max_pixels, cfg.background)
+        check_size(filters, *image.size)
         stored = shrink(image, cfg.resolution) if cfg.resolution else image
-        meta = {
-            "key": key,
+        own = {
+            "key": ref.key,
             "caption": caption,
             "source": cfg.source.value,
             "width": stored.width,  # these names are img2dataset's
             "height": stored.height,
-            "original_width": image.width,
-            "original_height": image.height,
-            **sample.meta,
         }
-        return Record(
-            key,
-            caption,
-            {
-                cfg.format.value: encode_image(stored, cfg.format, cfg.quality),
-                "txt": caption.encode(),
-                "json": json.dumps(meta).encode(),
-            },
-        )
+        meta = {**own, "original_width": image.width, "original_height": image.height, **sample.meta, **own}
+        value = perceptual_hash(image) if filters.near_duplicates >= 0 else 0
+        if filters.near_duplicates >= 0:
+            meta["phash"] = f"{value:016x}"
+        files = {
+            cfg.format.value: encode_image(stored, cfg.format, cfg.quality),
+            "txt": caption.encode(),
+            "json": json.dumps(meta).encode(),
+        }
+        return Record(ref.key, ref.name, caption, files, value)
 
 
-def make_all(maker: RecordMaker, workers: int) -> Iterator[Record | Reject]:
-    """Every sample of the source in order, whatever the number of processes (0: one per core)."""
-    samples = len(maker.source)
-    chunks = [range(start, min(start + CHUNK, samples)) for start in range(0, samples, CHUNK)]
-    workers = min(workers or _cores(), len(chunks))
-    if workers == 1:
-        for index in range(samples):
-            yield maker.make(index)
+def make_all(maker: RecordMaker, workers: int) -> Iterator[Record | Reject | None]:
+    """Every sample of the source from `maker.done.start` on, in order, by any number of processes (0: one per core)."""
+    numbered = islice(enumerate(maker.source.refs()), maker.done.start, None)
+    expected = maker.source.expected()
+    workers = workers or _cores()
+    if workers == 1 or (expected is not None and expected <= CHUNK):
+        for number, ref in numbered:
+            yield maker.make(number, ref)
         return
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start, initargs=(maker,))
     try:
-        pending: deque[Future[list[Record | Reject]]] = deque()
-        for chunk in chunks:
+        pending: deque[Future[list[Record | Reject | None]]] = deque()
+        while chunk := list(islice(numbered, CHUNK)):
             pending.append(pool.submit(_make_chunk, chunk))
             if len(pending) > AHEAD * workers:
                 yield from pending.popleft().result()
@@ -127,9 +163,9 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _make_chunk(indices: range) -> list[Record | Reject]:
+def _make_chunk(chunk: list[tuple[int, Ref]]) -> list[Record | Reject | None]:
     assert _maker is not None
-    return [_maker.make(index) for index in indices]
+    return [_maker.make(number, ref) for number, ref in chunk]
 
 
 def _cores() -> int:

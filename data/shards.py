@@ -184,10 +184,14 @@ class ShardReader:
 
     `reader[i]` is `{"__key__": key, extension: memoryview, …}`. The index and the memory map are made on first use and
     are not pickled, so that a reader can travel to any worker process.
+
+    Args:
+        tolerant: of a file that breaks off, read the samples before that, and say what is wrong in `problem`.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, tolerant: bool = False) -> None:
+        self.path, self.tolerant = Path(path), tolerant
+        self.problem = ""
         self._map: memoryview | None = None
         self._indexed = False
         self._clear()
@@ -212,8 +216,8 @@ class ShardReader:
             record[self._extensions[self._extension_ids[member]]] = content[offset : offset + self._sizes[member]]
         return record
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
-        return type(self), (self.path,)
+    def __reduce__(self) -> tuple[type[Self], tuple[Path, bool]]:
+        return type(self), (self.path, self.tolerant)
 
     @property
     def is_open(self) -> bool:
@@ -236,7 +240,12 @@ class ShardReader:
             content = _map(self.path)
             if not self._indexed:
                 self._clear()
-                self._index(content)
+                try:
+                    self._index(content)
+                except UserError as error:
+                    if not self.tolerant:
+                        raise
+                    self._drop_last(str(error))
                 self._indexed = True
             self._map = content
         return self._map
@@ -244,6 +253,12 @@ class ShardReader:
     def release(self) -> None:
         """Give the file descriptor back; the index stays and the next access maps the file again."""
         self._map = None
+
+    def _drop_last(self, problem: str) -> None:
+        """The sample that a broken file ends with may lack members."""
+        self.problem = problem
+        if self._keys:
+            del self._keys[-1]
 
     def _index(self, content: memoryview) -> None:
         ids: dict[str, int] = {}
@@ -259,6 +274,8 @@ class ShardReader:
                 self._first.append(len(self._offsets))
                 present.clear()
             extension_id = ids.setdefault(extension.lower(), len(ids))
+            if extension_id == len(self._extensions):
+                self._extensions.append(extension.lower())
             if extension_id in present:
                 raise UserError(f"shard {self.path} holds '{name}' twice: rebuild it or delete it")
             present.add(extension_id)
@@ -266,7 +283,6 @@ class ShardReader:
             self._offsets.append(offset)
             self._sizes.append(size)
         self._first.append(len(self._offsets))
-        self._extensions = list(ids)
 
 
 def sha256_of(path: Path) -> str:

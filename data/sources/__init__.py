@@ -1,6 +1,7 @@
-"""Where samples come from: each source gives sample `index` as a pure function, so that any process can make it."""
+"""Where samples come from: each source says in which order, and any process can make any of them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from PIL import Image
@@ -22,22 +23,38 @@ class Rejected(UserError):
     """This sample cannot be used; the message is the reason that goes to rejects.jsonl."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Where one sample is to be found; small, since it travels to the process that makes the sample."""
+
+    key: str  # of the sample in our shards
+    name: str  # what a list of rejects calls it, such as its path
+    place: Any  # for the source that gave it
+    problem: str | None = None  # why there is no sample
+
+
 class SampleSource(Protocol):
     """Picklable: it is sent to the processes that build."""
 
-    def __len__(self) -> int: ...
+    def expected(self) -> int | None:
+        """How many samples there are; None when only a look into all of them would tell."""
 
-    def name(self, index: int) -> str:
-        """What a list of rejects calls sample `index`, such as its path."""
+    def refs(self) -> Iterator[Ref]:
+        """All samples in an order that never varies; called in one process."""
 
-    def sample(self, index: int) -> Sample:
-        """Sample `index`, the same in every process; raises Rejected or ImageError."""
+    def sample(self, place: Any) -> Sample:
+        """The sample at a place, the same in every process; raises Rejected or ImageError."""
 
     def identity(self) -> dict[str, Any]:
         """What decides the samples; two builds with equal identities have the same ones."""
 
     def describe(self) -> dict[str, Any]:
-        """Provenance for people: name, licence, attribution, versions."""
+        """Provenance for people: name, licence, attribution, versions; asked for when all refs were taken."""
+
+
+def numbered(names: Iterable[str]) -> Iterator[Ref]:
+    """Refs of a source whose places are the numbers from 0 on."""
+    return (Ref(f"{number:09d}", name, number) for number, name in enumerate(names))
 
 
 def open_source(cfg: BuildRun) -> SampleSource:
@@ -50,6 +67,27 @@ def open_source(cfg: BuildRun) -> SampleSource:
         from data.sources.twemoji import TwemojiSource
 
         return TwemojiSource(cfg)
+    if cfg.source is Source.shards:
+        from data.sources.shards import ShardsSource
+
+        return ShardsSource(cfg)
+    if cfg.source is Source.mix:
+        from data.sources.mix import MixSource
+
+        members = {
+            name: replace(
+                cfg,
+                source=member.source,
+                path=member.path,
+                image_column=member.image_column,
+                caption_column=member.caption_column,
+                samples=cfg.samples if member.source is Source.demo else 0,
+                sources={},
+            )
+            for name, member in cfg.sources.items()
+        }
+        opened = {name: open_source(member) for name, member in members.items()}
+        return MixSource(opened, {name: member.weight for name, member in cfg.sources.items()}, cfg.samples)
     from data.sources.folder import FolderSource
 
     return FolderSource(cfg)

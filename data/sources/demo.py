@@ -8,6 +8,7 @@ attributes (shape, mood, eyes, ring …) are those that a person sees at that si
 import functools
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from PIL import Image
 from conf.errors import UserError
 from conf.schema import BuildRun
 from data.order import rng
-from data.sources import Sample
+from data.sources import Ref, Sample, numbered
 
 if TYPE_CHECKING:
     from dicebear import Style
@@ -90,6 +91,14 @@ class DemoSource:
     def name(self, index: int) -> str:
         """What a list of rejects calls it."""
         return f"scene {index}"
+
+    def expected(self) -> int:
+        """All of them."""
+        return len(self)
+
+    def refs(self) -> Iterator[Ref]:
+        """In order."""
+        return numbered(map(self.name, range(len(self))))
 
     def sample(self, index: int) -> Sample:
         """Scene `index`, drawn."""

@@ -6,6 +6,7 @@ What is wrong with one file never stops a build: it is a reject with a reason.
 import csv
 import hashlib
 import json
+import math
 import os
 import stat
 from collections import Counter
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from conf.errors import UserError
 from conf.schema import BuildRun
 from data.images import SUFFIXES
-from data.sources import Rejected, Sample
+from data.sources import Ref, Rejected, Sample, numbered
 
 CAPTION_BYTES = 65536  # a longer caption file is taken for a mistake
 _NO_CAPTION = 'no caption: neither a .txt nor a .json with "caption" lies beside it'
@@ -29,6 +30,8 @@ class Entry(NamedTuple):
     caption: str | None  # from a table
     caption_path: str | None = None  # beside the picture
     problem: str | None = None  # found while listing
+    meta: dict[str, Any] | None = None  # the further columns of a table
+    meta_path: str | None = None  # a .json beside the picture
 
 
 class FolderSource:
@@ -46,7 +49,7 @@ class FolderSource:
         else:
             self.root = path.parent
             rows = _read_table(path, cfg.image_column, cfg.caption_column)
-            self.entries = [_table_entry(self.root, *row) for row in rows]
+            self.entries = [_table_entry(path, row, cfg.image_column, cfg.caption_column) for row in rows]
         self.listing = _listing_digest(self.root, self.entries)
         self.table = None if path.is_dir() else [cfg.image_column, cfg.caption_column]
         self.entries = self.entries[: cfg.samples or None]
@@ -61,6 +64,14 @@ class FolderSource:
         """Path of picture `index`, relative to the source's folder."""
         return self.entries[index].path
 
+    def expected(self) -> int:
+        """All of them."""
+        return len(self)
+
+    def refs(self) -> Iterator[Ref]:
+        """In order."""
+        return numbered(map(self.name, range(len(self))))
+
     def sample(self, index: int) -> Sample:
         """Contents and caption of picture `index`; raises Rejected."""
         entry = self.entries[index]
@@ -74,7 +85,16 @@ class FolderSource:
             except Rejected as error:
                 raise Rejected(f"caption file: {error}") from error
         content = self._read(entry.path, 8 * self.max_pixels + 2**20)  # 16 bits per channel, uncompressed
-        return Sample(image=content, caption=caption, meta={"path": entry.path})
+        beside = self._fields(entry.meta_path) if entry.meta_path else {}
+        return Sample(image=content, caption=caption, meta={**beside, **(entry.meta or {}), "path": entry.path})
+
+    def _fields(self, path: str) -> dict[str, Any]:
+        """The fields of a JSON file; none where it does not parse: the caption that was needed came from elsewhere."""
+        try:
+            fields = json.loads(self._read(path, CAPTION_BYTES))
+        except (Rejected, ValueError, RecursionError):
+            return {}
+        return fields if isinstance(fields, dict) else {}
 
     def identity(self) -> dict[str, Any]:
         """The options that the samples depend on, and the files found: their names and sizes."""
@@ -110,7 +130,9 @@ def _list_folder(root: Path) -> tuple[list[Entry], dict[str, int]]:
             if suffix in SUFFIXES:
                 caption = beside.get(f"{stem}.txt") or beside.get(f"{stem}.json")
                 problem = None if caption else _NO_CAPTION
-                entries.append(Entry(f"{prefix}{name}", None, f"{prefix}{caption}" if caption else None, problem))
+                meta = beside.get(f"{stem}.json")
+                paths = [f"{prefix}{found}" if found else None for found in (caption, meta)]
+                entries.append(Entry(f"{prefix}{name}", None, paths[0], problem, meta_path=paths[1]))
             elif name not in beside.values():
                 others[suffix or "none"] += 1
     return sorted(entries, key=lambda entry: entry.path), dict(sorted(others.items()))
@@ -125,8 +147,8 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str], str | None]]:
         yield Path(problem.filename).relative_to(root).as_posix(), [], problem.strerror
 
 
-def _read_table(path: Path, image_column: str, caption_column: str) -> Iterator[tuple[Any, Any]]:
-    """The two columns of a table, row by row."""
+def _read_table(path: Path, image_column: str, caption_column: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table, which must have the two columns."""
     if path.suffix.lower() == ".csv":
         return _read_csv(path, image_column, caption_column)
     if path.suffix.lower() == ".parquet":
@@ -140,18 +162,17 @@ def _check_columns(path: Path, columns: list[str], image_column: str, caption_co
             raise UserError(f"{option}={column}: {path} has the columns {', '.join(columns) or '(none)'}")
 
 
-def _read_csv(path: Path, image_column: str, caption_column: str) -> Iterator[tuple[Any, Any]]:
+def _read_csv(path: Path, image_column: str, caption_column: str) -> Iterator[dict[str, Any]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             _check_columns(path, list(reader.fieldnames or []), image_column, caption_column)
-            for row in reader:
-                yield row[image_column], row[caption_column]
+            yield from reader
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"path={path}: not a CSV file in UTF-8 ({error})") from error
 
 
-def _read_parquet(path: Path, image_column: str, caption_column: str) -> Iterator[tuple[Any, Any]]:
+def _read_parquet(path: Path, image_column: str, caption_column: str) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -160,24 +181,45 @@ def _read_parquet(path: Path, image_column: str, caption_column: str) -> Iterato
     try:
         file = parquet.ParquetFile(path)
         _check_columns(path, file.schema_arrow.names, image_column, caption_column)
-        for batch in file.iter_batches(columns=[image_column, caption_column]):
-            yield from zip(batch[image_column].to_pylist(), batch[caption_column].to_pylist(), strict=True)
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"path={path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _table_entry(root: Path, path: Any, caption: Any) -> Entry:
-    """A row as an entry; a path may not leave the table's folder."""
+def _table_entry(table: Path, row: dict[str, Any], image_column: str, caption_column: str) -> Entry:
+    """A row as an entry; a path may not leave the table's folder.
+
+    img2dataset's own tables name pictures by "key", which lie in a folder named as the table, and have a "status".
+    """
+    path, caption = row[image_column], row[caption_column]
+    meta = {
+        name: value for name, value in row.items() if name not in (image_column, caption_column) and _is_plain(value)
+    }
+    if row.get("status") not in (None, "success") and "error_message" in row:
+        return Entry(str(path), None, problem=f"not downloaded: {row['error_message'] or row['status']}")
     if not isinstance(path, str) or not path or "\0" in path:
         return Entry(repr(path), None, problem="the image column holds no path")
     if "://" in path:
         return Entry(path, None, problem="an address: download the images first, for example with img2dataset")
-    relative = os.path.relpath(root / path, root)  # compares names only: symbolic links are the user's own
+    if image_column == "key":
+        found = (
+            f"{table.stem}/{path}{suffix}"
+            for suffix in SUFFIXES
+            if (table.parent / table.stem / f"{path}{suffix}").exists()
+        )
+        path = next(found, f"{table.stem}/{path}.jpg")
+    relative = os.path.relpath(table.parent / path, table.parent)  # compares names only: links are the user's own
     if relative.split(os.sep)[0] == os.pardir:
         return Entry(path, None, problem="the path leaves the table's folder")
     if not isinstance(caption, str):
         return Entry(path, None, problem="the caption column holds no text")
-    return Entry(relative, caption)
+    return Entry(relative, caption, meta=meta)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold it; what a CSV's rows have too much is a list."""
+    return isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _parse_caption(path: str, content: bytes) -> str:

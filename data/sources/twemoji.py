@@ -2,13 +2,14 @@
 
 import importlib.util
 import unicodedata
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
 from conf.schema import BuildRun
-from data.sources import Rejected, Sample
+from data.sources import Ref, Rejected, Sample, numbered
 
 ATTRIBUTION = (
     "Graphics: Twemoji, Copyright 2019 Twitter, Inc and other contributors, https://github.com/jdecked/twemoji, "
@@ -37,6 +38,14 @@ class TwemojiSource:
     def name(self, index: int) -> str:
         """File name inside the package."""
         return self.files[index]
+
+    def expected(self) -> int:
+        """All of them."""
+        return len(self)
+
+    def refs(self) -> Iterator[Ref]:
+        """In order."""
+        return numbered(map(self.name, range(len(self))))
 
     def sample(self, index: int) -> Sample:
         """Emoji `index`; raises Rejected for a sequence that Unicode does not name."""

@@ -116,9 +116,9 @@ def test_held_out_captions_are_never_trained_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("captions", [["one"], ["one", "one"], ["one", "two"], ["one", "two", "three", "one"]])
 def test_no_side_of_a_small_set_stays_empty(tmp_path: Path, fraction: float, captions: list[str]) -> None:
     train, heldout = ShardWriter(tmp_path / "train", 10), ShardWriter(tmp_path / "heldout", 10)
-    split = Split(train, heldout, fraction)
+    split = Split(train, heldout, fraction, lambda *_: None)
     for i, caption in enumerate(captions):
-        split.add(Record(f"{i:09d}", caption, {"txt": caption.encode()}))
+        split.add(i, Record(f"{i:09d}", "path", caption, {"txt": caption.encode()}))
     split.settle()
     sides = [sum(shard.samples for shard in writer.close()) for writer in (train, heldout)]
     assert sum(sides) == len(captions) and sides[0] > 0
@@ -172,16 +172,28 @@ def test_an_unknown_background_is_named(tmp_path: Path) -> None:
         build(config(tmp_path, background="octarine"))
 
 
-def test_a_failing_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    photos(tmp_path / "photos")
+def test_a_failing_write_shows_nobody_a_part_and_the_next_start_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos(tmp_path / "photos", 30)
+    whole = config(tmp_path, shard_samples=4, output_dir=str(tmp_path / "whole"))
+    build(whole)
+    publish, shards = ShardWriter._finish_shard, list[str]()
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(writer: ShardWriter) -> None:
+        shards.append(writer.shard_name)
+        if len(shards) == 4:
+            raise OSError(28, "No space left on device")
+        publish(writer)
 
-    monkeypatch.setattr(ShardWriter, "add", full)
-    with pytest.raises(OSError, match="No space left"):
-        build(config(tmp_path))
-    assert contents(tmp_path / "shards") == {} and list((tmp_path / "shards").iterdir()) == []
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "_finish_shard", full)
+        with pytest.raises(OSError, match="No space left"):
+            build(config(tmp_path, shard_samples=4))
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == [STAGING]
+    build(config(tmp_path, shard_samples=4))
+    assert "going on with the build" in capsys.readouterr().out
+    assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
 
 
 KILLED = """
@@ -195,7 +207,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_build_starts_again_and_leaves_no_process(tmp_path: Path) -> None:
+def test_a_killed_build_of_other_options_starts_again_and_leaves_no_process(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     output = tmp_path / "shards"
@@ -208,9 +220,52 @@ def test_a_killed_build_starts_again_and_leaves_no_process(tmp_path: Path) -> No
     assert not (output / "train").exists()
     built: Built = build(config(tmp_path, source=Source.demo, samples=10, resolution=16))
     assert not built.skipped and built.train.samples + built.heldout.samples == 10
-    assert sorted(path.name for path in output.iterdir()) == ["ATTRIBUTION", "heldout", REJECTS, "train"]
+    assert sorted(path.name for path in output.iterdir()) == ["ATTRIBUTION", "heldout", REJECTS, "report.json", "train"]
     with tarfile.open(output / "train" / "00000.tar") as tar:
         assert len(tar.getnames()) == 3 * built.train.samples
+
+
+RESUMED = """
+import sys
+from conf.schema import BuildRun, FilterConfig, Source
+from data import building, records
+records.CHUNK = 2
+if __name__ == "__main__":
+    folder, output, workers = sys.argv[1:]
+    settings = dict(source=Source.folder, path=folder, resolution=16, shard_samples=5, workers=int(workers))
+    filters = FilterConfig(near_duplicates=4, min_side=6)
+    building.build(BuildRun(run_dir=".", output_dir=output, heldout_fraction=0.3, filters=filters, **settings))
+"""
+
+
+def test_builds_killed_at_random_moments_end_as_an_undisturbed_one(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", 150)
+    for i in range(5, 150, 7):  # copies of others, which only what came before tells
+        (tmp_path / "photos" / f"{i:03d}.png").write_bytes((tmp_path / "photos" / f"{i - 3:03d}.png").read_bytes())
+    (tmp_path / "photos" / "031.png").write_bytes(b"broken")
+    script = tmp_path / "resumed.py"
+    script.write_text(RESUMED)
+    environment, random = {**os.environ, "PYTHONPATH": str(ROOT)}, np.random.default_rng(3)
+
+    def command(output: str, workers: int) -> list[str]:
+        return [sys.executable, str(script), str(tmp_path / "photos"), str(tmp_path / output), str(workers)]
+
+    subprocess.run(command("whole", 1), env=environment, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    kills, output = 0, tmp_path / "killed"
+    while not (output / "train" / "manifest.json").exists():
+        lines, workers = output / STAGING / "journal.jsonl", 1 + kills % 2
+        before = lines.read_text().count("\n") if lines.exists() else 0
+        process = subprocess.Popen(command("killed", workers), env=environment, stdout=subprocess.DEVNULL)
+        goal = before + int(random.integers(1, 5))
+        wait_for(lambda: process.poll() is not None or (lines.exists() and lines.read_text().count("\n") >= goal))  # noqa: B023
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills > 3
+    assert contents(output) == contents(tmp_path / "whole")
+    report = json.loads((output / "report.json").read_text())
+    assert report["seen"] == 150 and report["dropped"]["near_duplicates"] > 10 and report["dropped"]["min_side"] > 0
+    assert sum(report["broken"].values()) == 1 and len(report["kept"]) == 2
 
 
 def alive(group: int) -> bool:

@@ -1,8 +1,10 @@
 """Each source: what it says, what it shows, and what it refuses."""
 
+import io
 import itertools
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ import pytest
 from PIL import Image
 
 from conf.errors import UserError
-from conf.schema import BuildRun, Source
+from conf.schema import BuildRun, FilterConfig, MixedSource, Source
+from data import remote
+from data.building import build
 from data.captions import caption_rank, clean_caption
 from data.images import parse_color
+from data.manifest import Manifest
+from data.shards import ShardReader
 from data.sources import Rejected, Sample, open_source
 from data.sources.demo import BACKGROUNDS, COLORS, KINDS, render, scene
 
@@ -217,3 +223,148 @@ def test_caption_ranks_are_uniform_and_fixed() -> None:
     assert abs((ranks < 0.1).mean() - 0.1) < 0.02
     assert caption_rank("A Red Fox") == caption_rank("a red fox")
     assert caption_rank("a red planet") == pytest.approx(0.9704764286620247)
+
+
+# --- tables and folders with scores
+
+
+def test_further_columns_and_json_fields_are_kept_for_filters(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    (tmp_path / "t.csv").write_text("path,caption,aesthetic,url\nx.png,a thing,5.5,http://a/b\n")
+    source = open_source(config(Source.folder, path=str(tmp_path / "t.csv")))
+    assert source.sample(0).meta == {"aesthetic": "5.5", "url": "http://a/b", "path": "x.png"}
+    (tmp_path / "t.csv").unlink()
+    (tmp_path / "x.txt").write_text("from the text")
+    (tmp_path / "x.json").write_text('{"caption": "from the json", "punsafe": 0.25}')
+    sample = open_source(config(Source.folder, path=str(tmp_path))).sample(0)
+    assert sample.caption == "from the text" and sample.meta["punsafe"] == 0.25
+
+
+def test_the_table_of_img2dataset_finds_its_downloads(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    picture(tmp_path / "00000" / "000000000.jpg")
+    picture(tmp_path / "00000" / "000000002.webp")
+    columns = {
+        "key": ["000000000", "000000001", "000000002"],
+        "url": ["http://a/1", "http://a/2", "http://a/3"],
+        "caption": ["one", "two", "three"],
+        "status": ["success", "failed_to_download", "success"],
+        "error_message": [None, "HTTP Error 404: Not Found", None],
+        "similarity": [0.3, 0.2, float("nan")],
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "00000.parquet")
+    source = open_source(config(Source.folder, path=str(tmp_path / "00000.parquet"), image_column="key"))
+    assert source.sample(0).meta["similarity"] == 0.3 and source.sample(0).meta["url"] == "http://a/1"
+    assert outcome(source, 1) == "rejected: not downloaded: HTTP Error 404: Not Found"
+    assert source.sample(2).caption == "three" and "similarity" not in source.sample(2).meta
+
+
+# --- shards of others
+
+
+def laion(folder: Path, shards: int = 3, samples: int = 6) -> None:
+    """Shards as img2dataset writes them."""
+    folder.mkdir(parents=True)
+    for number in range(shards):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for i in range(samples):
+                key, buffer = f"{number:05d}{i:04d}", io.BytesIO()
+                pixels = np.random.default_rng(number * samples + i).integers(256, size=(20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(buffer, "JPEG")
+                meta = {"key": key, "caption": f"caption {key}", "width": 24, "aesthetic": i, "original_width": 2400}
+                files = {"jpg": buffer.getvalue(), "txt": f"caption {key}".encode(), "json": json.dumps(meta).encode()}
+                for extension, content in files.items():
+                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        (folder / f"{number:05d}_stats.json").write_text(json.dumps({"successes": samples}))
+
+
+def made(output: Path) -> list[dict[str, Any]]:
+    """The JSON of all samples of a build, by key."""
+    readers = [ShardReader(path) for path in sorted(output.glob("*/*.tar"))]
+    found = [json.loads(bytes(reader[i]["json"])) for reader in readers for i in range(len(reader))]
+    return sorted(found, key=lambda meta: meta["key"])
+
+
+def built(tmp_path: Path, path: str, **options: Any) -> list[dict[str, Any]]:
+    cfg = BuildRun(
+        run_dir=".", output_dir=str(tmp_path / "out"), source=Source.shards, path=path, **{"workers": 1, **options}
+    )
+    build(cfg)
+    return made(tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_of_img2dataset_are_taken_as_they_are(tmp_path: Path, workers: int) -> None:
+    laion(tmp_path / "laion")
+    found = built(tmp_path, str(tmp_path / "laion"), workers=workers, filters=FilterConfig(min_score={"aesthetic": 2}))
+    assert [meta["source_key"] for meta in found] == [f"{n:05d}{i:04d}" for n in range(3) for i in range(2, 6)]
+    assert found[0]["key"] == "00000000002" and found[0]["caption"] == "caption 000000002"
+    assert (found[0]["original_width"], found[0]["width"]) == (2400, 24)
+
+
+def test_braces_a_single_tar_and_the_counts_beside_shards(tmp_path: Path) -> None:
+    laion(tmp_path / "laion")
+    some = config(Source.shards, path=str(tmp_path / "laion" / "{00001..00002}.tar"))
+    assert [Path(shard).name for shard in open_source(some).shards] == ["00001.tar", "00002.tar"]
+    assert open_source(some).expected() == 12
+    assert len(open_source(config(Source.shards, path=str(tmp_path / "laion" / "00001.tar"))).shards) == 1
+    for path, message in ((tmp_path / "nothing", "no such folder or .tar"), (tmp_path, r"no \.tar in it")):
+        with pytest.raises(UserError, match=message):
+            open_source(config(Source.shards, path=str(path)))
+
+
+def test_broken_and_missing_shards_are_rejects_and_the_rest_is_used(tmp_path: Path) -> None:
+    laion(tmp_path / "laion")
+    whole = (tmp_path / "laion" / "00001.tar").read_bytes()
+    (tmp_path / "laion" / "00001.tar").write_bytes(whole[: len(whole) // 2 // 512 * 512])
+    found = built(tmp_path, str(tmp_path / "laion" / "{00000..00003}.tar"))
+    keys = [meta["source_key"] for meta in found]
+    assert 12 < len(keys) < 18 and keys[:6] == [f"00000{i:04d}" for i in range(6)] and "000020005" in keys
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert ["truncated" in reject["reason"] for reject in rejects] == [True, False]
+    assert "samples are used" in rejects[0]["reason"] and "00003.tar is missing" in rejects[1]["reason"]
+
+
+def test_shards_over_http(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSE_S", 0.01)
+    laion(tmp_path / "served" / "laion", shards=4)
+    http.faults |= {"00001.tar": "500", "00002.tar": "stall"}
+    found = built(tmp_path, f"{http.url}/laion/{{00000..00003}}.tar", timeout_s=0.5)
+    assert {meta["source_key"][:5] for meta in found} == {"00000", "00003"} and len(found) == 12
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert "500 Internal Server Error" in reasons[0] and "silent or stuck for 0.5 s" in reasons[1]
+    http.faults |= {f"0000{n}.tar": "500" for n in range(4)}
+    with pytest.raises(UserError, match=r"none of 4 samples can be used, most often because: .*500"):
+        built(tmp_path / "again", f"{http.url}/laion/{{00000..00003}}.tar")
+
+
+# --- several sources
+
+
+def test_a_mix_keeps_its_shares_everywhere_and_says_what_is_left(tmp_path: Path) -> None:
+    laion(tmp_path / "laion", shards=2, samples=10)
+    for i in range(40):
+        picture(tmp_path / "mine" / f"{i:02d}.png")
+        (tmp_path / "mine" / f"{i:02d}.txt").write_text(f"mine {i}")
+    sources = {
+        "laion": MixedSource(source=Source.shards, path=str(tmp_path / "laion"), weight=2.0),
+        "mine": MixedSource(path=str(tmp_path / "mine")),
+    }
+    out = tmp_path / "out"
+    cfg = BuildRun(run_dir=".", output_dir=str(out), source=Source.mix, sources=sources, heldout_fraction=0, workers=2)
+    build(cfg)
+    found = [meta["mixed_from"] for meta in made(out)]
+    assert found.count("laion") == 20 and abs(found.count("mine") - 10) <= 1
+    for start in range(0, 27, 3):
+        assert sorted(found[start : start + 3]) == ["laion", "laion", "mine"]
+    described = Manifest.load(out / "train").provenance["source"]["sources"]
+    assert described["laion"]["taken"] == 20 and described["mine"]["of"] == 40
+
+
+def test_a_mix_needs_its_sources() -> None:
+    with pytest.raises(UserError, match="source=mix and 'sources="):
+        BuildRun(run_dir=".", output_dir=".", source=Source.mix)

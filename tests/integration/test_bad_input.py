@@ -182,8 +182,9 @@ def test_full_disk_while_shards_are_built(tmp_path: Path) -> None:
     options = ["source=demo", "samples=200", "resolution=64", "workers=1", f"run_dir={tmp_path}/run"]
     line = the_line(command("data/build_shards.py", *options, file_bytes=100_000))
     assert line.startswith("File too large") and "raise it" in line
-    assert files_below(tmp_path) == set()
+    assert all(name.startswith("run/shards/.building/") for name in files_below(tmp_path))
     assert command("data/build_shards.py", *options).returncode == 0
+    assert not any(".building" in name for name in files_below(tmp_path))
 
 
 def test_full_disk_at_a_checkpoint_keeps_what_was_complete(tmp_path: Path) -> None:

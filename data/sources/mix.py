@@ -1,0 +1,62 @@
+"""Several sources as one, each with its share."""
+
+from collections.abc import Iterator, Mapping
+from itertools import count, islice
+from typing import Any
+
+from data.sources import Ref, Sample, SampleSource
+
+
+class MixSource:
+    """Takes from each source in proportion to its weight, everywhere in the stream, until one cannot give its share.
+
+    Args:
+        samples: the most to take, 0 for all.
+    """
+
+    def __init__(self, sources: Mapping[str, SampleSource], weights: Mapping[str, float], samples: int) -> None:
+        self.sources, self.weights, self.samples = sources, weights, samples
+        self.taken = dict.fromkeys(sources, 0)
+
+    def expected(self) -> int | None:
+        """As many as the source that ends first allows."""
+        sizes = {name: source.expected() for name, source in self.sources.items()}
+        total = sum(self.weights.values())
+        allowed = [int(size * total / self.weights[name]) for name, size in sizes.items() if size is not None]
+        return min([*allowed, self.samples] if self.samples else allowed) if len(allowed) == len(sizes) else None
+
+    def refs(self) -> Iterator[Ref]:
+        """In turn: always the source that is furthest behind its share."""
+        self.taken = dict.fromkeys(self.sources, 0)
+        return islice(self._refs(), self.samples or None)
+
+    def _refs(self) -> Iterator[Ref]:
+        streams = {name: source.refs() for name, source in self.sources.items()}
+        for number in count():
+            name = min(streams, key=lambda n: (self.taken[n] + 1) / self.weights[n])
+            ref = next(streams[name], None)
+            if ref is None:
+                return
+            self.taken[name] += 1
+            yield Ref(f"{number:09d}", f"{name}: {ref.name}", (name, ref.place), ref.problem)
+
+    def sample(self, place: tuple[str, Any]) -> Sample:
+        """As its source makes it; its name is kept as "mixed_from"."""
+        name, inner = place
+        sample = self.sources[name].sample(inner)
+        return Sample(sample.image, sample.caption, {**sample.meta, "mixed_from": name})
+
+    def identity(self) -> dict[str, Any]:
+        """Those of the sources, and their weights."""
+        members = {name: {"weight": self.weights[name], **source.identity()} for name, source in self.sources.items()}
+        return {"sources": members, "samples": self.samples}
+
+    def describe(self) -> dict[str, Any]:
+        """Those of the sources, with what was taken of each."""
+        described = {name: source.describe() for name, source in self.sources.items()}
+        texts = [text for part in described.values() if (text := part.get("attribution"))]
+        members = {
+            name: {**part, "taken": self.taken[name], "of": self.sources[name].expected()}
+            for name, part in described.items()
+        }
+        return {"name": "mix", "sources": members} | ({"attribution": "\n".join(texts)} if texts else {})
