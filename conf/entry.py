@@ -12,6 +12,7 @@ import errno
 import functools
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,7 @@ def entry(config_name: str, schema: type[Run]) -> Callable[[Callable[[Run], Any]
 
         @functools.wraps(main)
         def command() -> None:
+            sys.argv[1:] = map(whole_dictionary, sys.argv[1:])
             overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
             try:
                 if len(overrides) == len(sys.argv) - 1:  # no flag such as --help or --multirun
@@ -83,9 +85,14 @@ def compose(config_name: str, schema: type[Run], overrides: list[str]) -> Run:
     register(config_name, schema)
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return to_object(hydra.compose(config_name, overrides))
+            return to_object(hydra.compose(config_name, list(map(whole_dictionary, overrides))))
     except HydraException as error:
         raise UserError(explain(error, schema)) from error
+
+
+def whole_dictionary(override: str) -> str:
+    """An override that Hydra takes although the keys of a dictionary, such as `stream.mix={...}`, are no options."""
+    return f"++{override}" if re.match(r"[A-Za-z_][\w.]*=\{", override) else override
 
 
 def to_object(composed: DictConfig) -> Any:
@@ -111,9 +118,10 @@ def explain(error: Exception, schema: type) -> str:
     """One line of a Hydra error; a misspelt option gets its nearest neighbours."""
     line = first_line(error)
     if isinstance(error, OverrideParseException):
-        name = error.override.partition("=")[0]
+        override = error.override.removeprefix("++")
+        name = override.partition("=")[0]
         quoted = f"'{name}=\"VALUE\"' where it has special characters"
-        return f"cannot read '{error.override}': write {name}=VALUE, and {quoted}"
+        return f"cannot read '{override}': write {name}=VALUE, and {quoted}"
     cause = "" if error.__cause__ is None else first_line(error.__cause__)
     if line.startswith("Could not override") and " not in " in cause:
         return no_option(line.split("'")[1], options(OmegaConf.structured(schema)))

@@ -264,6 +264,7 @@ class MixedSource:
     """One of several sources of a build."""
 
     source: Source = Source.folder  # any but mix
+    name: str | None = None  # under which samples and manifest remember it; None: that of the source
     path: str | None = None  # as that of the build
     image_column: str = "path"
     caption_column: str = "caption"
@@ -284,7 +285,7 @@ class BuildRun:
     output_dir: str = MISSING  # folder of this command's results; by default one below run_dir
     source: Source = Source.demo  # rendered scenes, Twitter's emoji, files below path, shards of others, several
     path: str | None = None  # folder: of images, or .csv/.parquet; shards: folder or tars, also http(s):// and s3://
-    sources: dict[str, MixedSource] = field(default_factory=dict)  # source=mix: those that are mixed, by name
+    sources: list[MixedSource] = field(default_factory=list)  # source=mix: those that are mixed
     filters: FilterConfig = field(default_factory=FilterConfig)
     timeout_s: float = 60.0  # seconds without a byte after which a server of shards counts as dead
     image_column: str = "path"  # of a table: image file, relative to the table's folder
@@ -305,12 +306,14 @@ class BuildRun:
         )
         require(
             self.source is not Source.shards or bool(self.path),
-            "source=shards needs path=FOLDER, 'FOLDER/{00000..00099}.tar' or an address of either",
+            "source=shards needs path=FOLDER, 'path=\"FOLDER/{00000..00099}.tar\"' or an address of either",
         )
         require(
             (self.source is Source.mix) == bool(self.sources),
-            "source=mix and 'sources={NAME: {source: ..., path: ..., weight: ...}}' go together",
+            "source=mix and 'sources=[{source: ..., path: ..., weight: ...}, ...]' go together",
         )
+        names = [member.name or member.source.value for member in self.sources]
+        require(len(set(names)) == len(names), f"sources: the names {', '.join(names)} are not all different; set name")
         require_positive(self, "timeout_s")
         require(self.source is not Source.demo or self.samples > 0, "source=demo needs samples=N scenes to render")
         require(self.source is not Source.demo or self.resolution >= 16, "source=demo needs resolution>=16 pixels")

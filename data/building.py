@@ -111,7 +111,7 @@ def _write_shards(cfg: BuildRun, source: SampleSource, journal: BuildJournal) ->
     done, finished = journal.done, journal.finished
     writers = [ShardWriter(journal.staging / side, cfg.shard_samples, len(finished[side])) for side in SIDES]
     copies = journal.copies(cfg.filters.near_duplicates)
-    made = make_all(RecordMaker(cfg, source, done), cfg.workers)
+    made = make_all(RecordMaker(cfg, source, done), cfg.workers, journal.staging / "fetched")
     with writers[0] as train, writers[1] as heldout, journal, _progress(source.expected(), done.start) as advance:
         split = Split(train, heldout, cfg.heldout_fraction, journal.shard_finished)
         if done.fraction is not None:

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
 
 from conf.errors import UserError
 from conf.schema import BuildRun
@@ -120,9 +121,9 @@ class RecordMaker:
         return Record(ref.key, ref.name, caption, files, value)
 
 
-def make_all(maker: RecordMaker, workers: int) -> Iterator[Record | Reject | None]:
+def make_all(maker: RecordMaker, workers: int, scratch: Path) -> Iterator[Record | Reject | None]:
     """Every sample of the source from `maker.done.start` on, in order, by any number of processes (0: one per core)."""
-    numbered = islice(enumerate(maker.source.refs()), maker.done.start, None)
+    numbered = islice(enumerate(maker.source.refs(scratch)), maker.done.start, None)
     expected = maker.source.expected()
     workers = workers or _cores()
     if workers == 1 or (expected is not None and expected <= CHUNK):

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
 from conf.errors import UserError
-from conf.schema import BuildRun, Source
+from conf.schema import BuildRun, MixedSource, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,11 @@ class SampleSource(Protocol):
     def expected(self) -> int | None:
         """How many samples there are; None when only a look into all of them would tell."""
 
-    def refs(self) -> Iterator[Ref]:
-        """All samples in an order that never varies; called in one process."""
+    def refs(self, scratch: Path) -> Iterator[Ref]:
+        """All samples in an order that never varies; called in one process.
+
+        Files that it leaves in the folder `scratch` stay until all samples are made.
+        """
 
     def sample(self, place: Any) -> Sample:
         """The sample at a place, the same in every process; raises Rejected or ImageError."""
@@ -74,20 +78,24 @@ def open_source(cfg: BuildRun) -> SampleSource:
     if cfg.source is Source.mix:
         from data.sources.mix import MixSource
 
-        members = {
-            name: replace(
-                cfg,
-                source=member.source,
-                path=member.path,
-                image_column=member.image_column,
-                caption_column=member.caption_column,
-                samples=cfg.samples if member.source is Source.demo else 0,
-                sources={},
-            )
-            for name, member in cfg.sources.items()
-        }
-        opened = {name: open_source(member) for name, member in members.items()}
-        return MixSource(opened, {name: member.weight for name, member in cfg.sources.items()}, cfg.samples)
+        return MixSource(
+            {member.name or member.source.value: open_source(_alone(cfg, member)) for member in cfg.sources},
+            {member.name or member.source.value: member.weight for member in cfg.sources},
+            cfg.samples,
+        )
     from data.sources.folder import FolderSource
 
     return FolderSource(cfg)
+
+
+def _alone(cfg: BuildRun, member: MixedSource) -> BuildRun:
+    """The build of one source of a mix."""
+    return replace(
+        cfg,
+        source=member.source,
+        path=member.path,
+        image_column=member.image_column,
+        caption_column=member.caption_column,
+        samples=cfg.samples if member.source is Source.demo else 0,
+        sources=[],
+    )

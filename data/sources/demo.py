@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +97,7 @@ class DemoSource:
         """All of them."""
         return len(self)
 
-    def refs(self) -> Iterator[Ref]:
+    def refs(self, scratch: Path) -> Iterator[Ref]:
         """In order."""
         return numbered(map(self.name, range(len(self))))
 

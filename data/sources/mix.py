@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 from data.sources import Ref, Sample, SampleSource
@@ -25,13 +26,13 @@ class MixSource:
         allowed = [int(size * total / self.weights[name]) for name, size in sizes.items() if size is not None]
         return min([*allowed, self.samples] if self.samples else allowed) if len(allowed) == len(sizes) else None
 
-    def refs(self) -> Iterator[Ref]:
+    def refs(self, scratch: Path) -> Iterator[Ref]:
         """In turn: always the source that is furthest behind its share."""
         self.taken = dict.fromkeys(self.sources, 0)
-        return islice(self._refs(), self.samples or None)
+        return islice(self._refs(scratch), self.samples or None)
 
-    def _refs(self) -> Iterator[Ref]:
-        streams = {name: source.refs() for name, source in self.sources.items()}
+    def _refs(self, scratch: Path) -> Iterator[Ref]:
+        streams = {name: source.refs(scratch / name) for name, source in self.sources.items()}
         for number in count():
             name = min(streams, key=lambda n: (self.taken[n] + 1) / self.weights[n])
             ref = next(streams[name], None)

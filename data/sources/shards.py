@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,23 +43,23 @@ class ShardsSource:
         total = sum(known) if len(known) == len(self.shards) else None
         return min(total, self.samples) if total is not None and self.samples else total
 
-    def refs(self) -> Iterator[Ref]:
-        """Shard by shard; remote ones are fetched while the one before is at work, and removed afterwards."""
-        return islice(self._refs(), self.samples or None)
+    def refs(self, scratch: Path) -> Iterator[Ref]:
+        """Shard by shard; remote ones are fetched while the one before is at work, and removed some time afterwards."""
+        return islice(self._refs(scratch), self.samples or None)
 
-    def _refs(self) -> Iterator[Ref]:
+    def _refs(self, scratch: Path) -> Iterator[Ref]:
         given, spent = 0, deque[tuple[int, Path]]()
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as ahead:
+        with ThreadPoolExecutor(1) as ahead:
             following: dict[int, Future[Path]] = {}
             for number, shard in enumerate(self.shards):
                 for near in (number, number + 1):
                     if near < len(self.shards) and near not in following:
-                        following[near] = ahead.submit(self._local, near, Path(folder))
+                        following[near] = ahead.submit(self._local, near, scratch)
                 for ref in self._refs_of(number, following.pop(number)):
                     given += 1
                     yield ref
                 if is_remote(shard):
-                    spent.append((given, Path(folder) / f"{number}.tar"))
+                    spent.append((given, scratch / f"{number}.tar"))
                 while spent and given - spent[0][0] > IN_FLIGHT:
                     spent.popleft()[1].unlink(missing_ok=True)
 
@@ -81,6 +80,7 @@ class ShardsSource:
         shard = self.shards[number]
         if not is_remote(shard):
             return Path(shard)
+        folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{number}.tar"
         fetch(shard, target, self.timeout_s)
         return target

@@ -43,7 +43,7 @@ class TwemojiSource:
         """All of them."""
         return len(self)
 
-    def refs(self) -> Iterator[Ref]:
+    def refs(self, scratch: Path) -> Iterator[Ref]:
         """In order."""
         return numbered(map(self.name, range(len(self))))
 

@@ -170,3 +170,10 @@ def test_a_member_of_a_sweep_is_one_folder(overrides: str, name: str) -> None:
 def test_a_long_name_stays_unique_and_within_the_limit() -> None:
     names = {entry.folder_name(f"latents=/{'ä' * 200}/{member}") for member in range(3)}
     assert len(names) == 3 and all(len(name.encode()) <= entry.LONGEST_NAME for name in names)
+
+
+def test_a_dictionary_is_taken_as_it_is_written() -> None:
+    cfg = compose("train_unet", UNetRun, ["run_dir=x", r"stream.mix={/data/b: 0.5, s3\://c/d: 2}"])
+    assert cfg.stream.mix == {"/data/b": 0.5, "s3://c/d": 2.0}
+    with pytest.raises(UserError, match=r"no option 'stream\.mixed': did you mean stream\.mix"):
+        compose("train_unet", UNetRun, ["run_dir=x", "stream.mixed={a: 1}"])

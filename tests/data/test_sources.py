@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import BuildRun, FilterConfig, MixedSource, Source
 from data import remote
@@ -329,11 +330,12 @@ def test_broken_and_missing_shards_are_rejects_and_the_rest_is_used(tmp_path: Pa
     assert "samples are used" in rejects[0]["reason"] and "00003.tar is missing" in rejects[1]["reason"]
 
 
-def test_shards_over_http(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_over_http(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     monkeypatch.setattr(remote, "PAUSE_S", 0.01)
     laion(tmp_path / "served" / "laion", shards=4)
     http.faults |= {"00001.tar": "500", "00002.tar": "stall"}
-    found = built(tmp_path, f"{http.url}/laion/{{00000..00003}}.tar", timeout_s=0.5)
+    found = built(tmp_path, f"{http.url}/laion/{{00000..00003}}.tar", timeout_s=0.5, workers=workers)
     assert {meta["source_key"][:5] for meta in found} == {"00000", "00003"} and len(found) == 12
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert "500 Internal Server Error" in reasons[0] and "silent or stuck for 0.5 s" in reasons[1]
@@ -350,10 +352,10 @@ def test_a_mix_keeps_its_shares_everywhere_and_says_what_is_left(tmp_path: Path)
     for i in range(40):
         picture(tmp_path / "mine" / f"{i:02d}.png")
         (tmp_path / "mine" / f"{i:02d}.txt").write_text(f"mine {i}")
-    sources = {
-        "laion": MixedSource(source=Source.shards, path=str(tmp_path / "laion"), weight=2.0),
-        "mine": MixedSource(path=str(tmp_path / "mine")),
-    }
+    sources = [
+        MixedSource(source=Source.shards, name="laion", path=str(tmp_path / "laion"), weight=2.0),
+        MixedSource(name="mine", path=str(tmp_path / "mine")),
+    ]
     out = tmp_path / "out"
     cfg = BuildRun(run_dir=".", output_dir=str(out), source=Source.mix, sources=sources, heldout_fraction=0, workers=2)
     build(cfg)
@@ -368,3 +370,12 @@ def test_a_mix_keeps_its_shares_everywhere_and_says_what_is_left(tmp_path: Path)
 def test_a_mix_needs_its_sources() -> None:
     with pytest.raises(UserError, match="source=mix and 'sources="):
         BuildRun(run_dir=".", output_dir=".", source=Source.mix)
+    with pytest.raises(UserError, match="the names folder, folder are not all different"):
+        BuildRun(run_dir=".", output_dir=".", source=Source.mix, sources=[MixedSource(path="a"), MixedSource(path="b")])
+
+
+def test_the_sources_of_a_mix_come_from_the_command_line(tmp_path: Path) -> None:
+    given = "sources=[{source: twemoji, weight: 2}, {source: demo}]"
+    options = ["source=mix", given, f"run_dir={tmp_path}", "samples=9", "resolution=32"]
+    source = open_source(compose("build_shards", BuildRun, options))
+    assert [ref.name.partition(":")[0] for ref in source.refs(tmp_path)] == ["twemoji", "twemoji", "demo"] * 3

@@ -166,6 +166,11 @@ def rejects_of(folder: Path) -> list[dict[str, Any]]:
     return []
 
 
+def reason_of(reject: dict[str, Any]) -> str:
+    """Why a sample was left out, the same words for the same reason."""
+    return f"dropped by filters.{reject['filter']}" if "filter" in reject else str(reject["reason"])
+
+
 def to_page(
     title: str, manifest: Manifest, survey: Survey, rejects: list[dict[str, Any]], pictures: Sequence[Image.Image]
 ) -> str:
@@ -174,7 +179,7 @@ def to_page(
     totals += [["size", f"{manifest.bytes / 1e6:,.1f} MB"], ["rejected", f"{len(rejects):,}"]]
     columns = [(name, np.quantile(values, [0, 0.05, 0.5, 0.95, 1])) for name, values in survey.numbers.items()]
     spreads = [[name, *(f"{q:.4g}" for q in quantiles)] for name, quantiles in columns]
-    reasons = Counter(reject["reason"] for reject in rejects) + survey.broken
+    reasons = Counter(reason_of(reject) for reject in rejects) + survey.broken
     sheet, figure = map(_embedded, pictures)
     provenance = json.dumps(manifest.provenance | {"measured": manifest.stats}, indent=1)
     body = [
