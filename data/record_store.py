@@ -1,6 +1,8 @@
 """All samples of a folder of shards by index; what is read is opened, checked and mapped when it is first needed."""
 
+import math
 import threading
+import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
@@ -11,11 +13,12 @@ from typing import Any
 from conf.errors import UserError
 from conf.schema import StreamConfig
 from data.manifest import REMEDY, Manifest, folder_of
-from data.remote import is_remote, joined
+from data.remote import RemoteError, is_remote, joined
 from data.shard_cache import ShardCache
 from data.shards import ShardReader, sha256_of
 
 OPEN_SHARDS = 512  # memory-mapped at a time in one process: each holds a file descriptor
+RETRY_S = 600.0  # after which a shard that could not be fetched is asked for again; a broken file stays broken
 
 
 class RecordStore:
@@ -24,6 +27,8 @@ class RecordStore:
     Args:
         required: one extension of each tuple must be there, in every sample.
     """
+
+    of_process = ("readers", "opened", "broken", "lock")  # made anew in each process
 
     def __init__(
         self, folder: str | Path, manifest: Manifest, required: Sequence[tuple[str, ...]], stream: StreamConfig
@@ -36,12 +41,10 @@ class RecordStore:
         if not self.skip:
             self[0]  # a data set of another form is found before the training starts
 
-    of_process = ("readers", "opened", "broken", "lock")  # made anew in each process
-
     def _forget(self) -> None:
         self.readers: dict[int, ShardReader] = {}
         self.opened: deque[int] = deque()
-        self.broken: dict[int, UserError] = {}  # shards that cannot be read, found out once
+        self.broken: dict[int, tuple[UserError, float]] = {}  # shards that cannot be read, and until when they rest
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,8 +108,8 @@ class RecordStore:
         reader = self.readers.get(shard)
         if reader is not None and reader.is_open:  # another thread was first
             return reader
-        if shard in self.broken:
-            raise self.broken[shard]
+        if shard in self.broken and time.monotonic() < self.broken[shard][1]:
+            raise self.broken[shard][0]
         if len(self.opened) == OPEN_SHARDS:
             self.readers[self.opened.popleft()].release()
         try:
@@ -114,7 +117,7 @@ class RecordStore:
                 reader = self._checked(shard)
             reader.open()
         except UserError as error:
-            self.broken[shard] = error
+            self.broken[shard] = error, time.monotonic() + RETRY_S if isinstance(error, RemoteError) else math.inf
             raise
         self.readers[shard] = reader
         self.opened.append(shard)

@@ -2,17 +2,18 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from conf.errors import UserError
 
-TRIES = 3
-PAUSE_S = 0.5  # before the second try; doubled before each further one
+TRIES = 4
+PAUSE_S = 1.0  # before the second try; doubled before each further one
 CHUNK = 1 << 20  # bytes per read
 SLOWEST = 1024  # bytes/s, over a time limit, below which a server counts as stuck
+Result = TypeVar("Result")
 
 
 class RemoteError(UserError):
@@ -49,32 +50,37 @@ def fetch(url: str, target: Path, timeout_s: float) -> None:
         OSError: the local disk.
 
     """
-    for attempt in range(TRIES):
-        try:
-            with open(target, "wb") as file:
-                for chunk in _chunks(url, timeout_s):
-                    file.write(chunk)
-            return
-        except RemoteError as error:
-            if attempt == TRIES - 1 or isinstance(error.__cause__, FileNotFoundError):
-                raise
-            time.sleep(PAUSE_S * 2**attempt)
+
+    def copy() -> None:
+        with open(target, "wb") as file:
+            for chunk in _chunks(url, timeout_s):
+                file.write(chunk)
+
+    _tried(copy)
 
 
 def read(path: str | Path, timeout_s: float = 60.0) -> bytes:
     """Content of a small file, local or remote; `FileNotFoundError` when there is none."""
     if not is_remote(path):
         return Path(path).read_bytes()
-    for attempt in range(TRIES):
+    try:
+        return _tried(lambda: b"".join(_chunks(str(path), timeout_s)))
+    except RemoteError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise FileNotFoundError(path) from None
+        raise
+
+
+def _tried(work: Callable[[], Result]) -> Result:
+    """What the work gives, which fails now and then."""
+    for pause in range(TRIES - 1):
         try:
-            return b"".join(_chunks(str(path), timeout_s))
+            return work()
         except RemoteError as error:
             if isinstance(error.__cause__, FileNotFoundError):
-                raise FileNotFoundError(path) from None
-            if attempt == TRIES - 1:
                 raise
-            time.sleep(PAUSE_S * 2**attempt)
-    raise AssertionError("unreachable")
+            time.sleep(PAUSE_S * 2**pause)
+    return work()
 
 
 def _chunks(url: str, timeout_s: float) -> Iterator[bytes]:
