@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,22 +27,23 @@ class ArrayLayout:
     dtype: np.dtype
     shape: tuple[int, ...]
     header: bytes  # of its .npy file
+    file_bytes: int  # all of it
 
     @classmethod
     def of(cls, member: memoryview) -> Self:
         """That of a .npy file; `UserError` when it is none."""
         values = decode_npy(member)
-        return cls(values.dtype, values.shape, bytes(member[: len(member) - values.nbytes]))
+        return cls(values.dtype, values.shape, bytes(member[: len(member) - values.nbytes]), len(member))
 
-    def values(self, member: memoryview) -> np.ndarray:
-        """All values [N] of a .npy file; `UserError` when it is of another layout."""
+    def data(self, member: memoryview) -> memoryview:
+        """The bytes of all values of a .npy file; `UserError` when it is of another layout."""
         start = len(self.header)
-        if bytes(member[:start]) == self.header and len(member) - start == self.dtype.itemsize * prod(self.shape):
-            return np.frombuffer(member, self.dtype, offset=start)
+        if len(member) == self.file_bytes and member[:start] == self.header:
+            return member[start:]
         values = decode_npy(member)
         if (values.dtype, values.shape) != (self.dtype, self.shape):
             raise UserError(f"{values.dtype} {list(values.shape)}, not {self} as in the first record")
-        return values.reshape(-1)
+        return values.reshape(-1).view(np.uint8).data
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
@@ -89,7 +89,7 @@ class LatentDataset:
         """What all records of a bucket look like: as its first one, or the first that can be read."""
         problem: UserError | None = None
         for shard in (i for i, name in enumerate(self.buckets) if name == bucket):
-            first = self.records.first(shard)
+            first = self.records.firsts[shard]
             for index in range(first, first + self.manifest.shards[shard].samples):
                 try:
                     return layout_of(self.records[index])
@@ -138,15 +138,16 @@ class LatentDataset:
     ) -> Batch:
         layout = self._common_layout(indices)
         shapes = {name: array.shape[name == "moments" :] for name, array in layout.items()}  # of one variant
-        rows = {name: np.empty((len(indices), prod(shapes[name])), array.dtype) for name, array in layout.items()}
+        rows = {name: np.empty((len(indices), *shapes[name]), array.dtype) for name, array in layout.items()}
+        targets = [(name, out.reshape(-1).view(np.uint8).data, out[0].nbytes) for name, out in rows.items()]
         keys, captions, kept, skipped = list[str](), list[str](), list[int](), list[str]()
         for index, variant, position in zip(indices, variants, positions, strict=True):
+            row = len(kept)
             try:
                 record = self.records[index]
-                for name, out in rows.items():
-                    values = self._values(record, name, index, layout)
-                    size = out.shape[1]
-                    out[len(kept)] = values[variant * size : (variant + 1) * size] if name == "moments" else values
+                for name, target, size in targets:
+                    data, first = self._data(record, name, index, layout), size * variant if name == "moments" else 0
+                    target[row * size : (row + 1) * size] = data[first : first + size]
             except UserError as error:
                 if not skip:
                     raise
@@ -156,7 +157,7 @@ class LatentDataset:
             captions.append(str(record["txt"], "utf-8", "replace"))
             kept.append(position)
         require_some(kept, skipped)
-        batch: Batch = {name: _tensor(out[: len(kept)].reshape(-1, *shapes[name])) for name, out in rows.items()}
+        batch: Batch = {name: _tensor(out[: len(kept)]) for name, out in rows.items()}
         batch["tokens"] = batch["tokens"].long()
         batch |= {"caption": captions, "key": keys, "position": torch.tensor(kept)}
         return {**batch, "skipped": skipped} if skip else batch
@@ -173,9 +174,9 @@ class LatentDataset:
             )
         return self.layouts[first]
 
-    def _values(self, record: dict[str, Any], name: str, index: int, layout: Layout) -> np.ndarray:
+    def _data(self, record: dict[str, Any], name: str, index: int, layout: Layout) -> memoryview:
         try:
-            return layout[name].values(record[f"{name}.npy"])
+            return layout[name].data(record[f"{name}.npy"])
         except (KeyError, UserError) as error:
             found = error if isinstance(error, UserError) else f"missing, not {layout[name]} as in the first record"
         raise UserError(f"{self.records.name(index)}: {name}.npy is {found}: run data/precompute_latents.py again")

@@ -37,6 +37,7 @@ class RecordStore:
         self.cache = remote_cache(str(folder), manifest, stream) if is_remote(folder) else None
         self.verify, self.skip = stream.verify, stream.skip_broken
         self.ends = list(accumulate(shard.samples for shard in manifest.shards))
+        self.firsts = [0, *self.ends[:-1]]  # index of the first sample of each shard
         self._forget()
         if not self.skip:
             self[0]  # a data set of another form is found before the training starts
@@ -55,8 +56,8 @@ class RecordStore:
         self._forget()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        shard, row = self.place(index)
-        record = self._open(shard)[row]
+        shard = bisect_right(self.ends, index)
+        record = self._open(shard)[index - self.firsts[shard]]
         if self.skip:  # else it was checked when the shard was opened
             self._require(record.keys(), f"sample '{record['__key__']}'", shard)
         return record
@@ -64,17 +65,13 @@ class RecordStore:
     def place(self, index: int) -> tuple[int, int]:
         """Shard and row of a sample."""
         shard = bisect_right(self.ends, index)
-        return shard, index - self.first(shard)
-
-    def first(self, shard: int) -> int:
-        """Index of the first sample of a shard."""
-        return self.ends[shard] - self.manifest.shards[shard].samples
+        return shard, index - self.firsts[shard]
 
     def find(self, shard: int, key: str) -> int:
         """Index of the sample with a key in a shard."""
         reader = self._open(shard)
         row = next(i for i in range(len(reader)) if reader.key(i) == key)
-        return self.first(shard) + row
+        return self.firsts[shard] + row
 
     def name(self, index: int) -> str:
         """Shard and key of a sample, for messages."""

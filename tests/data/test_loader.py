@@ -260,12 +260,12 @@ def test_a_latent_record_unlike_the_first_is_named(tmp_path: Path, change: str) 
 def test_a_signal_to_the_whole_job_does_not_end_loader_processes(tmp_path: Path) -> None:
     dataset = LatentDataset(write_latents(tmp_path), seed=0)
     stream = batches(dataset, 4, 4, 0, 1, 0, workers=2)
-    first = [next(stream)["key"]]
+    first = [next(stream)["key"] for _ in range(2)]  # one of each worker: both are at work
     for worker in multiprocessing.active_children():
         os.kill(worker.pid or 0, signal.SIGTERM)
         os.kill(worker.pid or 0, signal.SIGUSR1)
     expected = batches(dataset, 4, 4, 0, 1, 0, workers=0)
-    assert first + [next(stream)["key"] for _ in range(20)] == [next(expected)["key"] for _ in range(21)]
+    assert first + [next(stream)["key"] for _ in range(20)] == [next(expected)["key"] for _ in range(22)]
 
 
 def test_a_process_that_dies_of_an_exception_does_not_wait_for_its_workers(tmp_path: Path) -> None:
