@@ -266,8 +266,8 @@ class MixedSource:
     source: Source = Source.folder  # any but mix
     name: str | None = None  # under which samples and manifest remember it; None: that of the source
     path: str | None = None  # as that of the build
-    image_column: str = "path"
-    caption_column: str = "caption"
+    image_column: str = "path"  # of a table: image file, relative to the table's folder
+    caption_column: str = "caption"  # of a table: text
     weight: float = 1.0  # its share of the samples, relative to the others
 
     def __post_init__(self) -> None:
