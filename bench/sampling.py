@@ -14,14 +14,14 @@ from models.process import Process
 from models.samplers import sample_ddim
 from models.unet import UNet
 
-PICTURES, STEPS, GUIDANCE_SCALE, LENGTH = 4, 20, 3.0, 32
+PICTURES, STEPS, GUIDANCE_SCALE, LENGTH, WIDTH = 4, 20, 3.0, 32, 128
 CONFIG = UNetConfig(
     sample_size=8,
     block_out_channels=[64, 128],
     layers_per_block=1,
     down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    cross_attention_dim=128,
+    cross_attention_dim=WIDTH,
     attention_head_dim=[4],
     norm_num_groups=16,
 )
@@ -58,8 +58,8 @@ def run() -> None:
     process = Process(ProcessConfig(prediction=Prediction.eps))
     scheduler = DDIMScheduler.from_config(process.scheduler_config())
     noise = torch.randn(PICTURES, CONFIG.in_channels, CONFIG.sample_size, CONFIG.sample_size)
-    context = torch.randn(PICTURES, LENGTH, CONFIG.cross_attention_dim)
-    null_context = torch.zeros(1, LENGTH, CONFIG.cross_attention_dim)
+    context = torch.randn(PICTURES, LENGTH, WIDTH)
+    null_context = torch.zeros(1, LENGTH, WIDTH)
     mine = ours(unet, process, noise, context, null_context)
     theirs = peer(peer_unet, scheduler, noise, context, null_context)
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)

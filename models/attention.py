@@ -4,13 +4,20 @@ Shapes: B samples, N = H·W tokens of the picture, M tokens attended to (N, or t
 the text states.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from models.layers import add
 
 # (probabilities [B, heads, N, M], name of the layer, whether it attends to the text) -> probabilities to use instead
 AttentionControl = Callable[[Tensor, str, bool], Tensor]
+# Text states [B, M, D]; or, where one text serves many calls, its keys and values [B, heads, M, C/heads] by layer name.
+Context = Tensor | Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Attention(nn.Module):
@@ -34,11 +41,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(source, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None, attn_control: AttentionControl | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Context | None = None, attn_control: AttentionControl | None = None
+    ) -> Tensor:
         """`x` [B, N, C], `context` [B, M, D] -> [B, N, C]."""
-        source = x if context is None else context
         q = self._split(self.to_q(x))  # [B, heads, N, C/heads]
-        k, v = self._split(self.to_k(source)), self._split(self.to_v(source))  # [B, heads, M, C/heads]
+        source = x if context is None else context
+        k, v = self.keys_values(source) if isinstance(source, Tensor) else source[self.name]
         if attn_control is None:
             h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, C/heads]
         else:
@@ -46,33 +55,72 @@ class Attention(nn.Module):
             h = attn_control(probs, self.name, self.is_cross) @ v
         return self.to_out[0](h.transpose(1, 2).flatten(2))
 
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries meet, [B, heads, M, C/heads] each, of `source` [B, M, D]."""
+        return self._split(self.to_k(source)), self._split(self.to_v(source))
+
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, N, C] -> [B, heads, N, C/heads]
 
 
 class ImageSelfAttention(Attention):
-    """The autoencoder's: one head over all pixels, with its own norm and residual connection."""
+    """Over all pixels of a feature map, with its own norm and residual connection."""
 
-    def __init__(self, channels: int, groups: int, eps: float) -> None:
-        super().__init__(channels, heads=1, bias=True)
+    def __init__(self, channels: int, heads: int, groups: int, eps: float) -> None:
+        super().__init__(channels, heads, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """[B, C, H, W] -> [B, C, H, W]."""
+    def forward(
+        self, x: Tensor, context: Context | None = None, attn_control: AttentionControl | None = None
+    ) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]; it has no use for a context."""
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
-        return x + super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + super().forward(tokens, None, attn_control).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class GEGLU(nn.Module):
-    """Linear layer whose second half gates its first (Shazeer 2020)."""
+    """The first half of a gated layer (Shazeer 2020): values and gates, side by side."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.proj = nn.Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        """[..., C] -> [..., 2·hidden]."""
+        return self.proj(x)
+
+
+class GatedLinear(nn.Linear):
+    """Its second half: a linear layer of value · GELU(gate), which keeps only these two for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 2·hidden] -> [..., C]."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler plans what it keeps by itself
+            return _GatedLinear.apply(x, self.weight, self.bias)
+        value, gate = x.chunk(2, dim=-1)
+        return super().forward(value * F.gelu(gate))
+
+
+class _GatedLinear(torch.autograd.Function):
+    """The backward pass in the precision of the forward pass, which autocast may have lowered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        value, gate = x.chunk(2, dim=-1)
+        return F.linear(value * F.gelu(gate), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        value, gate = x.chunk(2, dim=-1)
+        opened = F.gelu(gate)  # [..., hidden]
+        grad_h = (grad @ weight.to(grad.dtype)).to(x.dtype)  # [..., hidden], of value · opened
+        rows = grad.flatten(0, -2)  # [tokens, C]
+        grad_weight = rows.T @ (value * opened).flatten(0, -2).to(grad.dtype)
+        grad_x = torch.cat([grad_h * opened, torch.ops.aten.gelu_backward(grad_h * value, gate)], dim=-1)
+        return grad_x, grad_weight.to(weight.dtype), rows.sum(0).to(weight.dtype)
 
 
 class FeedForward(nn.Module):
@@ -81,7 +129,7 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         # The identity stands where diffusers has a dropout, so that the last layer keeps its number.
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), GatedLinear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -97,11 +145,11 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(channels, heads, context_channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor, attn_control: AttentionControl | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, attn_control: AttentionControl | None) -> Tensor:
         """`x` [B, N, C], `context` [B, L, D] -> [B, N, C]."""
-        x = x + self.attn1(self.norm1(x), None, attn_control)
-        x = x + self.attn2(self.norm2(x), context, attn_control)
-        return x + self.ff(self.norm3(x))
+        x = add(self.attn1(self.norm1(x), None, attn_control), x)
+        x = add(self.attn2(self.norm2(x), context, attn_control), x)
+        return add(self.ff(self.norm3(x)), x)
 
 
 class PixelLinear(nn.Conv2d):
@@ -134,7 +182,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = project(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor, attn_control: AttentionControl | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, attn_control: AttentionControl | None) -> Tensor:
         """`x` [B, C, H, W], `context` [B, L, D] -> [B, C, H, W]."""
         h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B, N, C]
         for block in self.transformer_blocks:

@@ -1,39 +1,21 @@
 """KL autoencoder of the latent diffusion paper (Rombach et al. 2022, section 3.1): images to latents and back.
 
-Parameter names and `config.json` are those of diffusers' AutoencoderKL. Shapes: B images, H x W their pixels, f the
-downscale factor, h x w = H/f x W/f, C latent channels.
+Parameter names and `config.json` are those of diffusers' AutoencoderKL; `models.vq` has the kind with a codebook.
+Shapes: B images, H x W their pixels, f the downscale factor, h x w = H/f x W/f, C latent channels.
 """
 
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from conf.errors import UserError
 from conf.networks import AutoencoderConfig
-from models.attention import ImageSelfAttention
-from models.layers import Downsample, ResBlock, Upsample, channels_last
-from models.weights import Format, load_folder, read_config, save_folder
-
-EPS = 1e-6  # of every group norm
-FORMAT = Format(
-    class_name="AutoencoderKL",
-    fixed={
-        "down_block_types": "DownEncoderBlock2D",
-        "up_block_types": "UpDecoderBlock2D",
-        "act_fn": "silu",
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
-    },
-    absent={"block_out_channels": [64], "layers_per_block": 1},
-    # What a pipeline does with the latents, not what the network does.
-    ignored=("sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"),
-)
-# Old checkpoints name the attention's parts differently.
-RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+from models.autoencoder_blocks import Decoder, Encoder, check_sides
+from models.autoencoder_format import KL_FORMAT, RENAMED, VQ_FORMAT, to_json
+from models.layers import laid_out
+from models.vq import VQAutoencoder
+from models.weights import CONFIG_NAME, WEIGHTS_NAME, load_folder, read_config, read_json, save_folder
 
 
 def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,85 +39,6 @@ def kl(moments: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
 
 
-class Level(nn.Module):
-    """The residual blocks at one size, then the step to the next size, if the network appends one."""
-
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int) -> None:
-        super().__init__()
-        widths = [in_channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList(ResBlock(a, b, None, groups, EPS) for a, b in pairwise(widths))
-        self.downsamplers = nn.ModuleList()
-        self.upsamplers = nn.ModuleList()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = layer(x)
-        return x
-
-
-class MidBlock(nn.Module):
-    """Residual block, self-attention, residual block at the smallest size."""
-
-    def __init__(self, channels: int, groups: int, attention: bool) -> None:
-        super().__init__()
-        self.attentions = nn.ModuleList([ImageSelfAttention(channels, groups, EPS)] if attention else [])
-        self.resnets = nn.ModuleList(ResBlock(channels, channels, None, groups, EPS) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
-            x = layer(x)
-        return x
-
-
-class Encoder(nn.Module):
-    """[B, in_channels, H, W] -> [B, 2C, h, w]."""
-
-    def __init__(self, cfg: AutoencoderConfig) -> None:
-        super().__init__()
-        widths, groups = cfg.block_out_channels, cfg.norm_num_groups
-        self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        for number, (previous, width) in enumerate(pairwise([widths[0], *widths]), start=1):
-            level = Level(previous, width, cfg.layers_per_block, groups)
-            if number < len(widths):
-                level.downsamplers.append(Downsample(width, padding=0))
-            self.down_blocks.append(level)
-        self.mid_block = MidBlock(widths[-1], groups, cfg.mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.latent_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)  # [B, widths[0], H, W]
-        for level in self.down_blocks:
-            x = level(x)
-        x = self.mid_block(x)  # [B, widths[-1], h, w]
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class Decoder(nn.Module):
-    """[B, C, h, w] -> [B, out_channels, H, W]."""
-
-    def __init__(self, cfg: AutoencoderConfig) -> None:
-        super().__init__()
-        widths, groups = cfg.block_out_channels[::-1], cfg.norm_num_groups
-        self.conv_in = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups, cfg.mid_block_add_attention)
-        self.up_blocks = nn.ModuleList()
-        for number, (previous, width) in enumerate(pairwise([widths[0], *widths]), start=1):
-            level = Level(previous, width, cfg.layers_per_block + 1, groups)
-            if number < len(widths):
-                level.upsamplers.append(Upsample(width))
-            self.up_blocks.append(level)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], cfg.out_channels, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))  # [B, widths[0], h, w]
-        for level in self.up_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
 class Autoencoder(nn.Module):
     """Images in [-1, 1] to the moments of a diagonal Gaussian over latents, and latents back to images."""
 
@@ -153,15 +56,12 @@ class Autoencoder(nn.Module):
         Raises:
             UserError: H or W is not a multiple of f.
         """
-        if any(side % self.cfg.downscale for side in x.shape[2:]):
-            raise UserError(
-                f"images of {x.shape[2]} x {x.shape[3]} pixels: both must be multiples of {self.cfg.downscale}"
-            )
-        return self.quant_conv(self.encoder(channels_last(x)))
+        check_sides(x, self.cfg.downscale)
+        return self.quant_conv(self.encoder(laid_out(x)))
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B, C, h, w], not normalised -> images [B, out_channels, H, W], about in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(channels_last(z)))
+        return self.decoder(self.post_quant_conv(laid_out(z)))
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """`x` [B, in_channels, H, W], `noise` [B, C, h, w] -> reconstruction like `x`, moments [B, 2C, h, w]."""
@@ -175,17 +75,26 @@ class Autoencoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write the folder; `weights` (an average, or gathered from shards) instead of the module's own."""
-        levels = len(self.cfg.block_out_channels)
-        config = FORMAT.to_json(
-            self.cfg,
-            down_block_types=["DownEncoderBlock2D"] * levels,
-            up_block_types=["UpDecoderBlock2D"] * levels,
-            scaling_factor=1.0,  # our latents are normalised per channel by the data set's statistics instead
-        )
-        save_folder(folder, config, self.state_dict() if weights is None else weights)
+        save_folder(folder, to_json(self.cfg), self.state_dict() if weights is None else weights)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read such a folder, or a KL autoencoder in diffusers' format; errors as in `models.weights`."""
-        cfg = read_config(folder, AutoencoderConfig, FORMAT)
+        cfg = read_config(folder, AutoencoderConfig, KL_FORMAT)
         return load_folder(folder, lambda: cls(cfg), RENAMED)
+
+
+AnyAutoencoder = Autoencoder | VQAutoencoder
+
+
+def build_autoencoder(cfg: AutoencoderConfig) -> AnyAutoencoder:
+    """The kind that the configuration asks for, with random weights."""
+    return Autoencoder(cfg) if cfg.num_vq_embeddings is None else VQAutoencoder(cfg)
+
+
+def load_autoencoder(folder: str | Path) -> AnyAutoencoder:
+    """The kind that lies in a folder in diffusers' format; errors as in `models.weights`."""
+    kind = read_json(Path(folder) / CONFIG_NAME, WEIGHTS_NAME).get("_class_name")
+    return (
+        VQAutoencoder.from_pretrained(folder) if kind == VQ_FORMAT.class_name else Autoencoder.from_pretrained(folder)
+    )

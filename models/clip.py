@@ -42,7 +42,7 @@ class Clip(nn.Module):
             architecture, tag = _from_sizes(config), dict[str, Any]()
         else:
             architecture, tag = _from_registry(config.pretrained)
-        self.config = _sizes(config.pretrained, architecture)
+        self.config = _sizes(config, architecture)
         self.network = open_clip.CLIP(**architecture)
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.config.context_length)
         for name, default in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD)):
@@ -80,12 +80,27 @@ class Clip(nn.Module):
         """[B, L] int64: start token, byte pairs, end token, zeros; a longer text is cut and keeps its end token."""
         return self.tokenizer(texts)
 
+    @property
+    def text_width(self) -> int:
+        """D, channels of the text states."""
+        return self.config.text_width
+
+    @property
+    def context_length(self) -> int:
+        """L, tokens of a text."""
+        return self.config.context_length
+
     def text_states(self, tokens: Tensor) -> Tensor:
-        """Token states [B, L, D] of the last layer after the final layer norm, for tokens [B, L]."""
+        """States [B, L, D] of tokens [B, L] after the final layer norm, without the `skip_last` last layers."""
         text = self.network
         x = text.token_embedding(tokens) + text.positional_embedding  # [B, L, D]
-        x = text.transformer(x, attn_mask=text.attn_mask)  # [B, L, D]
+        for block in text.transformer.resblocks[: self.config.text_layers - self.config.skip_last]:
+            x = block(x, attn_mask=text.attn_mask)  # [B, L, D]
         return text.ln_final(x)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """Projected states [B, E] of the end token, not scaled to length 1: what SDXL adds to the time's embedding."""
+        return self.network.encode_text(tokens, normalize=False)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Embeddings [B, E] of length 1 for tokens [B, L]."""
@@ -144,6 +159,8 @@ def _from_sizes(config: ClipConfig) -> dict[str, Any]:
         raise UserError(f"model.vision_width={config.vision_width}: must be a multiple of 32, the width of a head")
     if config.text_width % config.text_heads:
         raise UserError(f"model.text_width={config.text_width}: must be a multiple of text_heads={config.text_heads}")
+    if not 0 <= config.skip_last < config.text_layers:
+        raise UserError(f"model.skip_last={config.skip_last}: must be from 0 to below text_layers={config.text_layers}")
     if config.image_size % config.patch_size:
         raise UserError(f"model.image_size={config.image_size}: must be a multiple of patch_size={config.patch_size}")
     return {
@@ -180,8 +197,8 @@ def _from_registry(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return {**architecture, "quick_gelu": quick_gelu}, weights
 
 
-def _sizes(pretrained: str | None, architecture: dict[str, Any]) -> ClipConfig:
-    """The configuration that an architecture amounts to; fields of a ViT keep their defaults where there is none."""
+def _sizes(config: ClipConfig, architecture: dict[str, Any]) -> ClipConfig:
+    """`config` with the sizes that an architecture amounts to; a ViT's keep their defaults where there is none."""
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
     found = {
         "embed_dim": architecture["embed_dim"],
@@ -194,7 +211,8 @@ def _sizes(pretrained: str | None, architecture: dict[str, Any]) -> ClipConfig:
         "text_heads": text["heads"],
         "context_length": text["context_length"],
     }
-    return ClipConfig(pretrained=pretrained, **{name: size for name, size in found.items() if isinstance(size, int)})
+    sizes = {name: size for name, size in found.items() if isinstance(size, int)}
+    return ClipConfig(pretrained=config.pretrained, skip_last=config.skip_last, **sizes)
 
 
 def _download(source: str) -> str:
@@ -217,7 +235,8 @@ def _read_config(path: Path) -> ClipConfig:
         raise UserError(f"{path}: not the configuration of a CLIP that train/train_clip.py made")
     sizes = {item.name for item in fields(ClipConfig)} - {"pretrained"}
     wrong = sorted(name for name in found.keys() ^ (sizes | {"pretrained"}))
-    wrong += [name for name in sizes & found.keys() if type(found[name]) is not int or found[name] <= 0]
+    least = dict.fromkeys(sizes, 1) | {"skip_last": 0}
+    wrong += [name for name in sizes & found.keys() if type(found[name]) is not int or found[name] < least[name]]
     if wrong or not isinstance(found["pretrained"], str | None):
         raise UserError(f"{path}: unknown, missing or unusable: {', '.join(wrong or ['pretrained'])}")
     return ClipConfig(**found)

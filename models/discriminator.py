@@ -1,4 +1,4 @@
-"""PatchGAN discriminator with the hinge loss, and the weight that balances it against the reconstruction."""
+"""PatchGAN discriminator with its losses, and the weight that balances it against the reconstruction."""
 
 import math
 
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.networks import DiscriminatorConfig
-from models.layers import channels_last
+from conf.schema import Adversarial
+from models.layers import laid_out
 
 
 class PatchDiscriminator(nn.Module):
@@ -18,8 +19,11 @@ class PatchDiscriminator(nn.Module):
     normalisation takes the place of batch normalisation: a verdict depends on neither batch nor number of processes.
     """
 
+    verdict_means: Tensor  # [2], running means of the verdicts on real pictures and on reconstructions
+
     def __init__(self, config: DiscriminatorConfig, in_channels: int = 3) -> None:
         super().__init__()
+        self.register_buffer("verdict_means", torch.zeros(2))
         self.config = config
         widths = [config.channels * min(2**level, 8) for level in range(config.layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -49,7 +53,7 @@ class PatchDiscriminator(nn.Module):
                 f"discriminator.layers={self.config.layers} needs images.resolution>={self.smallest_image}: "
                 "choose fewer layers or larger images"
             )
-        return self.layers(channels_last(images))
+        return self.layers(laid_out(images))
 
 
 def _initialise(module: nn.Module) -> None:
@@ -62,14 +66,35 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 1.0, 0.02)
 
 
-def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss of the discriminator (Lim & Ye 2017, arXiv:1705.02894) from verdicts on both kinds; a scalar."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+def discriminator_loss(real: Tensor, fake: Tensor, kind: Adversarial = Adversarial.hinge) -> Tensor:
+    """Loss of the discriminator from verdicts on both kinds of pictures, each counting half; a scalar.
+
+    hinge: Lim & Ye 2017, arXiv:1705.02894. non_saturating: the logistic loss of Goodfellow et al. 2014.
+    """
+    if kind is Adversarial.hinge:
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def generator_loss(fake: Tensor) -> Tensor:
+def generator_loss(fake: Tensor, kind: Adversarial = Adversarial.hinge) -> Tensor:
     """Adversarial loss of the autoencoder from the verdicts on its pictures; a scalar."""
-    return -fake.mean()
+    return -fake.mean() if kind is Adversarial.hinge else F.softplus(-fake).mean()
+
+
+def r1_penalty(real: Tensor, images: Tensor) -> Tensor:
+    """Half the squared gradient of the verdicts by their pictures, mean per picture (Mescheder et al. 2018, eq. 9).
+
+    Args:
+        real: verdicts [B, 1, h, w] of the images.
+        images: with gradient, the B pictures that were judged and any that were not
+    """
+    (slope,) = torch.autograd.grad(real.flatten(1).mean(dim=1).sum(), images, create_graph=True)
+    return 0.5 * slope.square().sum() / len(real)
+
+
+def lecam_penalty(real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
+    """Keeps each kind's verdicts near the running mean of the other's (Tseng et al. 2021, eq. 3); a scalar."""
+    return (real - fake_mean).square().mean() + (fake - real_mean).square().mean()
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from conf.errors import UserError
-from models.layers import channels_last
+from models.layers import laid_out
 
 BLOCKS = 16
 BLOCK_CHANNELS = (16, 24, 24, 40, 40, 80, 80, 80, 112, 112, 112, 192, 192, 192, 192, 320)
@@ -73,7 +73,7 @@ class EfficientNetFeatures(nn.Module):
 
         Block 0 has H/2 x W/2 pixels, 1-2 a quarter, 3-4 an eighth, 5-10 a sixteenth, 11-15 a 32nd.
         """
-        x = self.stem((channels_last(images) * 127.5 + 0.5) / 128)  # (x - 127) / 128 of 0..255  [B, 32, H/2, W/2]
+        x = self.stem((laid_out(images) * 127.5 + 0.5) / 128)  # (x - 127) / 128 of 0..255  [B, 32, H/2, W/2]
         outputs = []
         for index, block in enumerate(self.blocks[: max(taps) + 1]):
             x = block(x)  # [B, BLOCK_CHANNELS[index], h, w]

@@ -2,30 +2,18 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from conf.schema import Sampler
-from models.autoencoder import Autoencoder
+from models.autoencoder import AnyAutoencoder
 from models.guidance import classifier_free
 from models.process import Process
 from models.samplers import SAMPLERS, Callback
+from models.text import TextTower
 from models.unet import UNet
-
-
-class TextTower(Protocol):
-    """Anything that turns captions into the context of the U-Net."""
-
-    def tokenize(self, captions: list[str]) -> Tensor:
-        """Tokens [B, L] int64."""
-        ...
-
-    def text_states(self, tokens: Tensor) -> Tensor:
-        """Hidden states [B, L, D] of tokens [B, L]."""
-        ...
 
 
 class TextToImage:
@@ -43,7 +31,7 @@ class TextToImage:
     def __init__(
         self,
         unet: UNet,
-        autoencoder: Autoencoder,
+        autoencoder: AnyAutoencoder,
         text_tower: TextTower,
         process: Process,
         latent_mean: Tensor,

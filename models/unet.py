@@ -1,12 +1,11 @@
-"""The text-conditional U-Net of latent diffusion (Rombach et al. 2022, section 3.3), as Stable Diffusion 1.x and 2.x.
+"""The U-Net of latent diffusion (Rombach et al. 2022, section 3.3): unconditional, and as Stable Diffusion 1, 2 and XL.
 
-Parameter names and `config.json` are those of diffusers' UNet2DConditionModel. Shapes: B samples, C channels, h x w the
-latent's size, E width of the time embedding, L tokens of the text, D width of the text states.
+Parameter names and `config.json` are those of diffusers' UNet2DConditionModel, without text those of UNet2DModel.
+Shapes: B samples, C channels, h x w the latent's size, E width of the time embedding, L tokens of the text, D width of
+the text states.
 """
 
-import math
 from collections.abc import Mapping
-from itertools import zip_longest
 from pathlib import Path
 from typing import Self
 
@@ -16,159 +15,41 @@ from torch.nn import functional as F
 
 from conf.errors import UserError
 from conf.networks import UNetConfig
-from models.attention import Attention, AttentionControl, SpatialTransformer
-from models.layers import Downsample, ResBlock, Upsample, channels_last
-from models.weights import Format, load_folder, read_config, save_folder
-
-EPS = 1e-5  # of the group norms outside attention
-FORMAT = Format(
-    class_name="UNet2DConditionModel",
-    fixed={
-        "act_fn": "silu",
-        "attention_type": "default",
-        "center_input_sample": False,
-        "conv_in_kernel": 3,
-        "conv_out_kernel": 3,
-        "downsample_padding": 1,
-        "dropout": 0.0,
-        "mid_block_scale_factor": 1,
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "norm_eps": EPS,
-        "only_cross_attention": False,
-        "resnet_out_scale_factor": 1.0,
-        "resnet_time_scale_shift": "default",
-        "time_embedding_type": "positional",
-    },
-    absent={"cross_attention_dim": 1280},
-    # Attention sums in fp32 anyway; the other one counts heads of a layer that `addition_embed_type` would add.
-    ignored=("upcast_attention", "addition_embed_type_num_heads"),
-)
-BLOCK_TYPES = {  # whether the blocks have attention
-    "down_block_types": {"CrossAttnDownBlock2D": True, "DownBlock2D": False},
-    "up_block_types": {"CrossAttnUpBlock2D": True, "UpBlock2D": False},
-}
-
-
-def timestep_embedding(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
-    """Sines and cosines of falling frequencies (Vaswani et al. 2017): `timesteps` [B] -> [B, channels]."""
-    half = channels // 2
-    exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    angles = timesteps[:, None].float() * torch.exp(exponent / (half - freq_shift))  # [B, half]
-    parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
-    return torch.cat(parts, dim=1)
-
-
-class TimeEmbedding(nn.Module):
-    """Two linear layers on the sinusoidal embedding."""
-
-    def __init__(self, channels: int, time_channels: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(channels, time_channels)
-        self.linear_2 = nn.Linear(time_channels, time_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, channels] -> [B, E]."""
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class Level(nn.Module):
-    """What the levels of all three kinds hold: residual blocks, and a transformer after each where the level attends.
-
-    Args:
-        level: index into the configuration's lists.
-        inputs: input channels of each residual block.
-        attend: whether a transformer follows each of them.
-    """
-
-    def __init__(self, cfg: UNetConfig, level: int, inputs: list[int], attend: bool) -> None:
-        super().__init__()
-        widths, groups = cfg.block_out_channels, cfg.norm_num_groups
-        channels, time_channels = widths[level], 4 * widths[0]
-        depth, linear = cfg.transformer_layers_per_block, cfg.use_linear_projection
-        self.attentions = nn.ModuleList(
-            SpatialTransformer(channels, cfg.heads[level], cfg.cross_attention_dim, depth, groups, linear)
-            for _ in inputs
-            if attend
-        )
-        self.resnets = nn.ModuleList(ResBlock(width, channels, time_channels, groups, EPS) for width in inputs)
-
-
-class DownLevel(Level):
-    """A level on the way down; all but the last lead to the next with `downsamplers`."""
-
-    def __init__(self, cfg: UNetConfig, level: int, inputs: list[int], attend: bool) -> None:
-        super().__init__(cfg, level, inputs, attend)
-        last = level == len(cfg.block_out_channels) - 1
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(cfg.block_out_channels[level], padding=1)])
-
-    def forward(
-        self, skips: list[Tensor], time: Tensor, context: Tensor, attn_control: AttentionControl | None
-    ) -> None:
-        """Go on from the last of `skips`; append every result."""
-        for resnet, attention in zip_longest(self.resnets, self.attentions):
-            x = resnet(skips[-1], time)  # [B, C, h, w]
-            skips.append(x if attention is None else attention(x, context, attn_control))
-        for downsample in self.downsamplers:
-            skips.append(downsample(skips[-1]))  # [B, C, h/2, w/2]
-
-
-class UpLevel(Level):
-    """A level on the way up; all but the last lead to the next with `upsamplers`."""
-
-    def __init__(self, cfg: UNetConfig, level: int, inputs: list[int], attend: bool) -> None:
-        super().__init__(cfg, level, inputs, attend)
-        self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(cfg.block_out_channels[level])])
-
-    def forward(
-        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, attn_control: AttentionControl | None
-    ) -> Tensor:
-        """`x` [B, C', h, w] -> [B, C, 2h, 2w]; each residual block takes the last of `skips`."""
-        for resnet, attention in zip_longest(self.resnets, self.attentions):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)  # [B, C, h, w]
-            x = x if attention is None else attention(x, context, attn_control)
-        for upsample in self.upsamplers:
-            x = upsample(x)
-        return x
-
-
-class MidLevel(Level):
-    """Residual block, transformer, residual block at the smallest size."""
-
-    def __init__(self, cfg: UNetConfig) -> None:
-        channels = cfg.block_out_channels[-1]
-        super().__init__(cfg, -1, [channels], attend=True)
-        self.resnets.append(ResBlock(channels, channels, 4 * cfg.block_out_channels[0], cfg.norm_num_groups, EPS))
-
-    def forward(self, x: Tensor, time: Tensor, context: Tensor, attn_control: AttentionControl | None) -> Tensor:
-        """[B, C, h, w] -> [B, C, h, w]."""
-        x = self.attentions[0](self.resnets[0](x, time), context, attn_control)
-        return self.resnets[1](x, time)
+from models.attention import Attention, AttentionControl, Context, ImageSelfAttention, SpatialTransformer
+from models.embeddings import VectorEmbedding, timestep_embedding
+from models.layers import ResBlock, SiluConv2d, laid_out
+from models.unet_blocks import DownLevel, Given, Level, MidLevel, UpLevel
+from models.unet_format import FORMATS, to_json
+from models.weights import load_folder, read_config, save_folder
 
 
 class UNet(nn.Module):
-    """Predicts from a noisy latent, its timestep and the text what the diffusion process asks for."""
+    """Predicts from a noisy latent, its timestep and its conditions what the diffusion process asks for."""
+
+    class_embedding: nn.Module | None
+    add_embedding: VectorEmbedding | None
 
     def __init__(self, cfg: UNetConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        down_attends, up_attends = _attends(cfg, "down_block_types"), _attends(cfg, "up_block_types")
         widths, layers = cfg.block_out_channels, cfg.layers_per_block
         self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+        self.time_embedding = VectorEmbedding(widths[0], 4 * widths[0])
+        self.class_embedding, self.add_embedding = _vector_embeddings(cfg)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips = [widths[0]]  # channels of the feature maps that the way up takes back, last one first
-        for level, (width, attend) in enumerate(zip(widths, down_attends, strict=True)):
-            down = DownLevel(cfg, level, [skips[-1]] + [width] * (layers - 1), attend)
+        for level, width in enumerate(widths):
+            down = DownLevel(cfg, level, [skips[-1]] + [width] * (layers - 1))
             self.down_blocks.append(down)
             skips += [width] * (layers + len(down.downsamplers))
         self.mid_block = MidLevel(cfg)
         previous = widths[-1]
-        for level, attend in zip(reversed(range(len(widths))), up_attends, strict=True):
+        for level in reversed(range(len(widths))):
             inputs = [width + skips.pop() for width in [previous] + [widths[level]] * layers]
-            self.up_blocks.append(UpLevel(cfg, level, inputs, attend))
+            self.up_blocks.append(UpLevel(cfg, level, inputs))
             previous = widths[level]
-        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, widths[0], EPS)
-        self.conv_out = nn.Conv2d(widths[0], cfg.out_channels, 3, padding=1)
+        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, widths[0], cfg.norm_eps)
+        self.conv_out = SiluConv2d(widths[0], cfg.out_channels)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -176,22 +57,42 @@ class UNet(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, Attention):
                 module.name = name
-            elif isinstance(module, ResBlock):
+            if isinstance(module, ResBlock):
                 _zero(module.conv2)
             elif isinstance(module, SpatialTransformer):
                 _zero(module.proj_out)
+            elif isinstance(module, ImageSelfAttention):
+                _zero(module.to_out[0])
         _zero(self.conv_out)
 
+    def checkpoint_gradients(self, enabled: bool = True) -> None:
+        """Train in less memory and more time: each residual block with its attention is computed again going back."""
+        for module in self.modules():
+            if isinstance(module, Level):
+                module.gradient_checkpointing = enabled
+
     def forward(
-        self, sample: Tensor, timesteps: Tensor, context: Tensor, attn_control: AttentionControl | None = None
+        self,
+        sample: Tensor,
+        timesteps: Tensor,
+        context: Context | None = None,
+        attn_control: AttentionControl | None = None,
+        *,
+        class_labels: Tensor | None = None,
+        pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> Tensor:
         """The network's prediction.
 
         Args:
             sample: noisy latents [B, in_channels, h, w].
             timesteps: [B], in [0, T), fractions allowed.
-            context: text states [B, L, D].
+            context: text states [B, L, D], or what `keys_values` made of them; None for a network without text.
             attn_control: sees and may replace the probabilities of every attention layer.
+            class_labels: [B] int64 with num_class_embeds, [B] numbers with class_embed_type=timestep,
+                [B, projection_class_embeddings_input_dim] with projection.
+            pooled: SDXL's pooled text states [B, P].
+            sizes: SDXL's sizes and cuts [B, S] in pixels: original h, w, crop top, left, target h, w.
 
         Returns:
             [B, out_channels, h, w].
@@ -199,40 +100,73 @@ class UNet(nn.Module):
         Raises:
             UserError: h or w is not a multiple of the configuration's downscale factor.
         """
-        widths = self.cfg.block_out_channels
         if any(side % self.cfg.downscale for side in sample.shape[2:]):
             size = f"{sample.shape[2]} x {sample.shape[3]}"
             raise UserError(f"latents of {size}: both sides must be multiples of {self.cfg.downscale}")
-        time = timestep_embedding(timesteps, widths[0], self.cfg.flip_sin_to_cos, self.cfg.freq_shift)
-        time = F.silu(self.time_embedding(time.to(sample.dtype)))  # [B, E], the SiLU once for all blocks
-        skips = [self.conv_in(channels_last(sample))]  # [B, widths[0], h, w]
+        given = Given(self._vector(sample, timesteps, class_labels, pooled, sizes), context, attn_control)
+        skips = [self.conv_in(laid_out(sample))]  # [B, widths[0], h, w]
         for level in self.down_blocks:
-            level(skips, time, context, attn_control)
-        x = self.mid_block(skips[-1], time, context, attn_control)  # [B, widths[-1], h/f, w/f]
+            level(skips, given)
+        x = self.mid_block(skips[-1], given)  # [B, widths[-1], h/f, w/f]
         for level in self.up_blocks:
-            x = level(x, skips, time, context, attn_control)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+            x = level(x, skips, given)
+        return self.conv_out(self.conv_norm_out(x))
+
+    def _vector(
+        self,
+        sample: Tensor,
+        timesteps: Tensor,
+        class_labels: Tensor | None,
+        pooled: Tensor | None,
+        sizes: Tensor | None,
+    ) -> Tensor:
+        """What the residual blocks hear [B, E]: time, class, and SDXL's pooled text and sizes; SiLU once for all."""
+        cfg = self.cfg
+        time = self.time_embedding(self._waves(timesteps, cfg.block_out_channels[0], sample))  # [B, E]
+        if self.class_embedding is not None:
+            assert class_labels is not None
+            if cfg.class_embed_type == "timestep":
+                class_labels = self._waves(class_labels, cfg.block_out_channels[0], sample)
+            time = time + self.class_embedding(class_labels)
+        if self.add_embedding is not None:
+            assert pooled is not None and sizes is not None and cfg.addition_time_embed_dim is not None
+            waves = self._waves(sizes.flatten(), cfg.addition_time_embed_dim, sample).unflatten(0, sizes.shape)
+            time = time + self.add_embedding(torch.cat([pooled, waves.flatten(1)], dim=1))
+        return F.silu(time)
+
+    def _waves(self, numbers: Tensor, channels: int, sample: Tensor) -> Tensor:
+        """[B] -> [B, channels] in the sample's dtype."""
+        waves = timestep_embedding(numbers, channels, self.cfg.flip_sin_to_cos, self.cfg.freq_shift)
+        return waves.to(sample.dtype)
+
+    def keys_values(self, context: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """What every layer that sees the text [B, L, D] computes of it: to be given in its place, call after call."""
+        layers = (module for module in self.modules() if isinstance(module, Attention) and module.is_cross)
+        return {layer.name: layer.keys_values(context) for layer in layers}
 
     def save_pretrained(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write the folder; `weights` (an average, or gathered from shards) instead of the module's own."""
-        heads = self.cfg.attention_head_dim
-        config = FORMAT.to_json(self.cfg, attention_head_dim=heads[0] if len(heads) == 1 else heads)
-        save_folder(folder, config, self.state_dict() if weights is None else weights)
+        save_folder(folder, to_json(self.cfg), self.state_dict() if weights is None else weights)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read such a folder, or a text-conditional U-Net in diffusers' format; errors as in `models.weights`."""
-        cfg = read_config(folder, UNetConfig, FORMAT)
+        """Read such a folder, or a U-Net in diffusers' format; errors as in `models.weights`."""
+        cfg = read_config(folder, UNetConfig, *FORMATS)
         return load_folder(folder, lambda: cls(cfg))
 
 
-def _attends(cfg: UNetConfig, option: str) -> list[bool]:
-    """Whether each level has attention; a UserError names a type that the network does not know."""
-    known = BLOCK_TYPES[option]
-    for kind in getattr(cfg, option):
-        if kind not in known:
-            raise UserError(f"model.{option}: {kind!r} is not supported, only {' and '.join(known)}")
-    return [known[kind] for kind in getattr(cfg, option)]
+def _vector_embeddings(cfg: UNetConfig) -> tuple[nn.Module | None, VectorEmbedding | None]:
+    """What joins the time's embedding: of the class, and of SDXL's pooled text and sizes."""
+    channels = cfg.block_out_channels[0]
+    label: nn.Module | None = None
+    if cfg.num_class_embeds is not None:
+        label = nn.Embedding(cfg.num_class_embeds, 4 * channels)
+    elif cfg.class_embed_type == "timestep":
+        label = VectorEmbedding(channels, 4 * channels)
+    elif cfg.class_embed_type == "projection":
+        label = VectorEmbedding(cfg.projected_width, 4 * channels)
+    added = None if cfg.addition_embed_type is None else VectorEmbedding(cfg.projected_width, 4 * channels)
+    return label, added
 
 
 def _zero(layer: nn.Module) -> None:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,7 @@ class Format:
     fixed: Mapping[str, Any]  # fields of that class which the network knows in one value only (per level too)
     absent: Mapping[str, Any] = field(default_factory=dict)  # that class's defaults where the dataclass has others
     ignored: tuple[str, ...] = ()  # fields that say nothing about the network's output
+    translate: Callable[[dict[str, Any]], dict[str, Any]] = dict  # fields that mean another thing in the dataclass
 
     def to_json(self, config: Any, **more: Any) -> dict[str, Any]:
         """All that diffusers needs to build the same network; `more` replaces fields."""
@@ -69,21 +70,23 @@ def read_json(path: Path, weights_name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def read_config(folder: str | Path, kind: type[C], form: Format) -> C:
-    """`config.json` as the dataclass `kind`.
+def read_config(folder: str | Path, kind: type[C], *forms: Format) -> C:
+    """`config.json` as the dataclass `kind`, in one of the formats `forms`.
 
     Raises:
         UserError: no such file, another class, or a field or value that the network does not have.
     """
     path = Path(folder) / CONFIG_NAME
     found = read_json(path, WEIGHTS_NAME)
-    if found.get("_class_name") != form.class_name:
-        raise UserError(f"{path}: not the configuration of a {form.class_name}")
+    form = next((form for form in forms if form.class_name == found.get("_class_name")), None)
+    if form is None:
+        raise UserError(f"{path}: not the configuration of a {' or '.join(form.class_name for form in forms)}")
     known = {item.name: item.type for item in fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
-    for name, value in {**form.absent, **found}.items():
-        if name in known and value is not None:  # a null stands for the default
-            values[name] = _checked(path, name, value, known[name])
+    for name, value in form.translate({**form.absent, **found}).items():
+        if name in known:
+            if value is not None or type(None) in get_args(known[name]):  # a null elsewhere stands for the default
+                values[name] = _checked(path, name, value, known[name])
         elif name in form.fixed:
             levels = value if isinstance(value, list) else [value]
             if any(level != form.fixed[name] for level in levels):
@@ -91,7 +94,10 @@ def read_config(folder: str | Path, kind: type[C], form: Format) -> C:
         # An unknown field that is null or false names a feature that the checkpoint does not use either.
         elif not name.startswith("_") and name not in form.ignored and value is not None and value is not False:
             raise UserError(f"{path}: {name}={value!r} is not supported")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix('model.')}") from None
 
 
 def _checked(path: Path, name: str, value: Any, kind: Any) -> Any:
@@ -101,8 +107,10 @@ def _checked(path: Path, name: str, value: Any, kind: Any) -> Any:
         items = value if isinstance(value, list) else [value]
         if all(type(item) is element for item in items):
             return items
-    elif type(value) is kind:
+    elif type(value) is kind or type(value) in get_args(kind):
         return value
+    elif kind is float and type(value) is int:
+        return float(value)
     raise UserError(f"{path}: {name}={value!r} is not supported, it must be {getattr(kind, '__name__', kind)}")
 
 

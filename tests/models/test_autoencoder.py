@@ -19,6 +19,10 @@ CONFIGS = {
     "f8 with one layer": replace(F4, block_out_channels=[8, 8, 16, 12], layers_per_block=1),
     "f2 without attention": replace(F4, block_out_channels=[8, 16], mid_block_add_attention=False),
     "f1": replace(F4, block_out_channels=[8]),
+    "attention in two levels": replace(F4, attention_levels=[1, 2], latent_channels=16),
+    "f32 attending as the paper's": replace(
+        F4, block_out_channels=[8, 8, 8, 8, 16, 16], attention_levels=[4, 5], layers_per_block=1, latent_channels=64
+    ),
     "other channels": replace(F4, in_channels=1, out_channels=2, latent_channels=8, layers_per_block=1),
 }
 
@@ -39,8 +43,9 @@ def test_outputs_and_gradients_equal_diffusers(cfg: AutoencoderConfig, tmp_path:
     ours.save_pretrained(tmp_path)
     reference = AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False).train()
     assert set(ours.state_dict()) == set(reference.state_dict())
-    image = torch.randn(2, cfg.in_channels, 40, 24, requires_grad=True)
-    noise = torch.randn(2, cfg.latent_channels, 40 // cfg.downscale, 24 // cfg.downscale)
+    height, width = (64, 96) if cfg.downscale == 32 else (40, 24)
+    image = torch.randn(2, cfg.in_channels, height, width, requires_grad=True)
+    noise = torch.randn(2, cfg.latent_channels, height // cfg.downscale, width // cfg.downscale)
     output, moments = ours(image, noise)
     posterior = reference.encode(image).latent_dist
     expected = reference.decode(posterior.mean + posterior.std * noise).sample
@@ -111,7 +116,7 @@ def test_config_of_stable_diffusion_loads_and_others_are_refused(tmp_path: Path)
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"scaling_factor": 0.18215, "sample_size": 512, "_diffusers_version": "0.6.0"}))
     assert Autoencoder.from_pretrained(tmp_path).cfg == F4
-    for field, value in {"down_block_types": ["AttnDownEncoderBlock2D"], "use_quant_conv": False, "odd": 1}.items():
+    for field, value in {"down_block_types": ["DownEncoderBlock"], "use_quant_conv": False, "odd": 1}.items():
         path.write_text(json.dumps(config | {field: value}))
         with pytest.raises(UserError, match=field):
             Autoencoder.from_pretrained(tmp_path)

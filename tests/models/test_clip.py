@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -183,6 +184,7 @@ def test_accuracy_counts_equal_captions_as_found() -> None:
 
 TWO_RANKS = """
 import sys
+from dataclasses import replace
 import torch
 import torch.distributed as dist
 from conf.networks import ClipConfig
@@ -234,3 +236,22 @@ def test_contrastive_loss_of_one_rank_is_symmetric_cross_entropy() -> None:
     logits, labels = 7.0 * images @ texts.T, torch.arange(5)
     expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
     torch.testing.assert_close(contrastive_loss(images, texts, torch.tensor(7.0)), expected)
+
+
+def test_states_can_leave_out_the_last_layers(clip: Clip) -> None:
+    """As Stable Diffusion 2 does: the last layer is not run, the final norm is."""
+    shorter = Clip(replace(tiny_config(), skip_last=1)).eval()
+    shorter.network.load_state_dict(clip.network.state_dict())
+    tokens = clip.tokenize(TEXTS)
+    with torch.no_grad():
+        kept = shorter.text_states(tokens)
+        shorter.network.transformer.resblocks[1] = torch.nn.Identity()
+        assert torch.equal(shorter.text_states(tokens), kept)
+        assert not torch.allclose(kept, clip.text_states(tokens))
+
+
+def test_pooled_text_is_the_embedding_before_its_scaling(clip: Clip) -> None:
+    tokens = clip.tokenize(TEXTS)
+    with torch.no_grad():
+        torch.testing.assert_close(F.normalize(clip.pooled(tokens), dim=-1), clip.encode_text(tokens))
+        assert not torch.allclose(clip.pooled(tokens).norm(dim=-1), torch.ones(3))

@@ -6,7 +6,15 @@ from torch import nn
 
 from conf.errors import UserError
 from conf.networks import DiscriminatorConfig
-from models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from conf.schema import Adversarial
+from models.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    lecam_penalty,
+    r1_penalty,
+)
 
 
 @pytest.mark.parametrize(("layers", "pixels"), [(1, 16), (2, 34), (3, 70), (4, 142)])
@@ -64,3 +72,29 @@ def test_adaptive_weight_is_the_ratio_of_gradients() -> None:
 def test_adaptive_weight_is_clamped_where_the_discriminator_is_silent() -> None:
     weight = torch.tensor([1.0], requires_grad=True)
     assert adaptive_weight(5 * weight.sum(), 0 * weight.sum(), weight).item() == 1e4
+
+
+def test_non_saturating_losses_are_cross_entropies() -> None:
+    real, fake = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
+    entropy = nn.functional.binary_cross_entropy_with_logits
+    kind = Adversarial.non_saturating
+    expected = 0.5 * (entropy(real, torch.ones_like(real)) + entropy(fake, torch.zeros_like(fake)))
+    torch.testing.assert_close(discriminator_loss(real, fake, kind), expected)
+    torch.testing.assert_close(generator_loss(fake, kind), entropy(fake, torch.ones_like(fake)))
+
+
+def test_r1_is_half_the_squared_slope_of_real_verdicts() -> None:
+    """On verdicts that are linear in the pictures, so that the slope is known; the pictures not judged do not count."""
+    weight = torch.randn(3, 8, 8)
+    pictures = torch.randn(4, 3, 8, 8, requires_grad=True)
+    verdicts = (pictures * weight).sum(dim=(1, 2, 3)).view(4, 1, 1, 1)
+    torch.testing.assert_close(r1_penalty(verdicts[:2], pictures), 0.5 * weight.square().sum())
+    network = PatchDiscriminator(DiscriminatorConfig(channels=8, layers=1))
+    r1_penalty(network(pictures), pictures).backward()
+    assert all(parameter.grad is not None for name, parameter in network.named_parameters() if name != "layers.5.bias")
+
+
+def test_lecam_pulls_each_kind_towards_the_other_ones_mean() -> None:
+    real, fake = torch.tensor([[[[2.0]]]]), torch.tensor([[[[-1.0]]]])
+    penalty = lecam_penalty(real, fake, real_mean=torch.tensor(1.5), fake_mean=torch.tensor(-0.5))
+    assert penalty == (2.0 + 0.5) ** 2 + (-1.0 - 1.5) ** 2

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.networks import UNetConfig
 from models.unet import UNet
+from models.unet_format import architecture
 
 ATTEND, PLAIN, UP_ATTEND, UP_PLAIN = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
+OWN, UP_OWN = "AttnDownBlock2D", "AttnUpBlock2D"
 SD1_LIKE = UNetConfig(
     block_out_channels=[16, 32, 32, 32], attention_head_dim=[4], cross_attention_dim=12, norm_num_groups=8
 )
@@ -26,6 +28,16 @@ TWO_LEVELS = UNetConfig(
     attention_head_dim=[3],
     norm_num_groups=4,
 )
+UNCONDITIONAL = UNetConfig(
+    in_channels=3,
+    out_channels=3,
+    block_out_channels=[8, 16, 24],
+    down_block_types=[PLAIN, OWN, OWN],
+    up_block_types=[UP_OWN, UP_OWN, UP_PLAIN],
+    cross_attention_dim=None,
+    head_channels=8,
+    norm_num_groups=4,
+)
 CONFIGS = {
     "sd1": SD1_LIKE,
     "sd2": replace(SD1_LIKE, attention_head_dim=[1, 2, 4, 8], use_linear_projection=True),
@@ -33,9 +45,40 @@ CONFIGS = {
     "two levels": TWO_LEVELS,
     "plain blocks": replace(TWO_LEVELS, down_block_types=[PLAIN, PLAIN], up_block_types=[UP_PLAIN, UP_PLAIN]),
     "not a mirror image": replace(TWO_LEVELS, down_block_types=[PLAIN, ATTEND], attention_head_dim=[2, 4]),
-    "deep transformers": replace(TWO_LEVELS, transformer_layers_per_block=2, up_block_types=[UP_ATTEND, UP_ATTEND]),
+    "deep transformers": replace(TWO_LEVELS, transformer_layers_per_block=[2], up_block_types=[UP_ATTEND, UP_ATTEND]),
     "other channels": replace(TWO_LEVELS, in_channels=9, out_channels=3, layers_per_block=3),
     "other time embedding": replace(TWO_LEVELS, flip_sin_to_cos=False, freq_shift=1),
+    "sdxl": replace(
+        TWO_LEVELS,
+        transformer_layers_per_block=[1, 3],
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=6,
+        projection_class_embeddings_input_dim=46,
+    ),
+    "16 groups as in MLPerf": replace(SD1_LIKE, block_out_channels=[16, 32, 48, 48], norm_num_groups=16),
+    "classes": replace(TWO_LEVELS, num_class_embeds=5),
+    "a number as class": replace(TWO_LEVELS, class_embed_type="timestep"),
+    "a vector as class": replace(
+        TWO_LEVELS, class_embed_type="projection", projection_class_embeddings_input_dim=9, norm_eps=1e-6
+    ),
+    "scale and shift": replace(TWO_LEVELS, resnet_time_scale_shift="scale_shift"),
+    "resizes with text": replace(
+        TWO_LEVELS,
+        block_out_channels=[12, 24, 24],
+        down_block_types=["ResnetDownsampleBlock2D", ATTEND, "ResnetDownsampleBlock2D"],
+        up_block_types=["ResnetUpsampleBlock2D", UP_ATTEND, "ResnetUpsampleBlock2D"],
+    ),
+    "unconditional": UNCONDITIONAL,
+    "unconditional with classes": replace(UNCONDITIONAL, num_class_embeds=3, resnet_time_scale_shift="scale_shift"),
+    "resizes in residual blocks": replace(
+        UNCONDITIONAL,
+        down_block_types=["ResnetDownsampleBlock2D", OWN, OWN],
+        up_block_types=[UP_OWN, UP_OWN, "ResnetUpsampleBlock2D"],
+        downsample_type="resnet",
+        upsample_type="resnet",
+        head_channels=4,
+    ),
     "one level": replace(
         TWO_LEVELS,
         block_out_channels=[16],
@@ -54,10 +97,41 @@ def perturbed(network: nn.Module) -> nn.Module:
     return network
 
 
-def inputs(cfg: UNetConfig, height: int = 40, width: int = 24) -> tuple[Tensor, Tensor, Tensor]:
-    sample = torch.randn(2, cfg.in_channels, height, width, requires_grad=True)
-    context = torch.randn(2, 7, cfg.cross_attention_dim, requires_grad=True)
-    return sample, torch.tensor([0.5, 998.0]), context
+def inputs(cfg: UNetConfig, height: int = 40, width: int = 24) -> dict[str, Tensor]:
+    """Arguments of the network, on a picture that is no square."""
+    made = {"sample": torch.randn(2, cfg.in_channels, height, width, requires_grad=True)}
+    made["timesteps"] = torch.tensor([0.5, 998.0])
+    if cfg.cross_attention_dim is not None:
+        made["context"] = torch.randn(2, 7, cfg.cross_attention_dim, requires_grad=True)
+    if cfg.num_class_embeds is not None:
+        made["class_labels"] = torch.tensor([1, 2])
+    elif cfg.class_embed_type == "timestep":
+        made["class_labels"] = torch.tensor([20.0, 350.0])
+    elif cfg.class_embed_type == "projection":
+        made["class_labels"] = torch.randn(2, cfg.projection_class_embeddings_input_dim, requires_grad=True)
+    if cfg.addition_embed_type == "text_time":
+        made["pooled"] = torch.randn(2, 10, requires_grad=True)
+        made["sizes"] = torch.tensor([[512.0, 384, 0, 64, 512, 512], [1024, 1024, 32, 0, 1024, 768]])
+    return made
+
+
+def peer_output(reference: nn.Module, arguments: dict[str, Tensor]) -> Tensor:
+    """The same arguments by diffusers' names."""
+    names = {
+        "sample": "sample",
+        "timesteps": "timestep",
+        "context": "encoder_hidden_states",
+        "class_labels": "class_labels",
+    }
+    named = {names[name]: value for name, value in arguments.items() if name in names}
+    if "pooled" in arguments:
+        named["added_cond_kwargs"] = {"text_embeds": arguments["pooled"], "time_ids": arguments["sizes"]}
+    return reference(**named).sample
+
+
+def reference_of(folder: Path, cfg: UNetConfig) -> nn.Module:
+    kind = UNet2DModel if cfg.cross_attention_dim is None else UNet2DConditionModel
+    return kind.from_pretrained(folder, low_cpu_mem_usage=False).train()
 
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
@@ -65,26 +139,87 @@ def test_output_and_gradients_equal_diffusers(cfg: UNetConfig, tmp_path: Path) -
     torch.manual_seed(0)
     ours = perturbed(UNet(cfg))
     ours.save_pretrained(tmp_path)
-    reference = UNet2DConditionModel.from_pretrained(tmp_path, low_cpu_mem_usage=False).train()
+    reference = reference_of(tmp_path, cfg)
     assert set(ours.state_dict()) == set(reference.state_dict())
-    sample, timesteps, context = inputs(cfg)
-    output, expected = ours(sample, timesteps, context), reference(sample, timesteps, context).sample
+    arguments = inputs(cfg)
+    output, expected = ours(**arguments), peer_output(reference, arguments)
     assert (output - expected).abs().max() <= 1e-4 * expected.abs().max()
+    with torch.no_grad():  # where memory is used again
+        assert (ours(**arguments) - expected).abs().max() <= 1e-4 * expected.abs().max()
     weights = dict(ours.named_parameters())
-    grads = torch.autograd.grad(output.square().mean(), [sample, context, *weights.values()])
+    learned = {name: value for name, value in arguments.items() if value.requires_grad}
+    grads = torch.autograd.grad(output.square().mean(), [*learned.values(), *weights.values()])
     peers = [reference.get_parameter(name) for name in weights]
-    expected_grads = torch.autograd.grad(expected.square().mean(), [sample, context, *peers])
+    expected_grads = torch.autograd.grad(expected.square().mean(), [*learned.values(), *peers])
     floor = 1e-3 * max(grad.abs().max() for grad in expected_grads)  # below it a gradient is rounding around 0
-    for name, grad, peer in zip(["sample", "context", *weights], grads, expected_grads, strict=True):
+    for name, grad, peer in zip([*learned, *weights], grads, expected_grads, strict=True):
         assert (grad - peer).abs().max() <= 1e-4 * peer.abs().max().clamp(min=floor), name
+    assert architecture(UNet.from_pretrained(tmp_path).cfg) == architecture(cfg)
 
 
-def test_parameter_counts_of_stable_diffusion() -> None:
-    sd2 = UNetConfig(attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, use_linear_projection=True)
-    for cfg, count in ((UNetConfig(), 859_520_964), (sd2, 865_910_724)):
-        with torch.device("meta"):
-            network = UNet(cfg)
-        assert sum(parameter.numel() for parameter in network.parameters()) == count
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "unconditional", "resizes in residual blocks"])
+def test_checkpointed_gradients_are_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    network, arguments = perturbed(UNet(CONFIGS[name])), inputs(CONFIGS[name])
+    found = []
+    for enabled in (False, True):
+        network.checkpoint_gradients(enabled)
+        network.zero_grad()
+        network(**arguments).square().mean().backward()
+        found.append([parameter.grad.clone() for parameter in network.parameters()])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_keys_and_values_of_a_text_serve_in_its_place(name: str) -> None:
+    torch.manual_seed(0)
+    network, arguments = perturbed(UNet(CONFIGS[name])), inputs(CONFIGS[name])
+    expected = network(**arguments)
+    prepared = network.keys_values(arguments["context"])
+    torch.testing.assert_close(network(**arguments | {"context": prepared}), expected)
+
+
+SD2 = UNetConfig(attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, use_linear_projection=True)
+SDXL = UNetConfig(
+    sample_size=128,
+    block_out_channels=[320, 640, 1280],
+    down_block_types=[PLAIN, ATTEND, ATTEND],
+    up_block_types=[UP_ATTEND, UP_ATTEND, UP_PLAIN],
+    attention_head_dim=[5, 10, 20],
+    transformer_layers_per_block=[1, 2, 10],
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+CELEBA = UNetConfig(
+    in_channels=3,
+    out_channels=3,
+    block_out_channels=[224, 448, 672, 896],
+    down_block_types=[PLAIN, OWN, OWN, OWN],
+    up_block_types=[UP_OWN, UP_OWN, UP_OWN, UP_PLAIN],
+    cross_attention_dim=None,
+    head_channels=32,
+)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "count"),
+    [
+        (UNetConfig(), 859_520_964),
+        (SD2, 865_910_724),
+        (SDXL, 2_567_463_684),
+        (UNetConfig(cross_attention_dim=1280), 872_300_484),
+        (CELEBA, 274_056_163),
+    ],
+    ids=["sd1", "sd2", "sdxl", "laion", "celeba"],
+)
+def test_parameter_counts_of_published_networks(cfg: UNetConfig, count: int) -> None:
+    with torch.device("meta"):
+        network = UNet(cfg)
+    assert sum(parameter.numel() for parameter in network.parameters()) == count
 
 
 def test_folder_round_trip_keeps_config_and_weights(tmp_path: Path) -> None:
@@ -92,7 +227,7 @@ def test_folder_round_trip_keeps_config_and_weights(tmp_path: Path) -> None:
     ours = perturbed(UNet(cfg))
     ours.save_pretrained(tmp_path)
     loaded = UNet.from_pretrained(tmp_path)
-    assert loaded.cfg == cfg
+    assert architecture(loaded.cfg) == architecture(cfg)
     assert all(map(torch.equal, loaded.parameters(), ours.parameters()))
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
@@ -111,9 +246,9 @@ def test_folder_of_diffusers_loads(tmp_path: Path) -> None:
     )
     reference.save_pretrained(tmp_path)
     ours = UNet.from_pretrained(tmp_path)
-    sample, timesteps, context = inputs(ours.cfg)
-    expected = reference(sample, timesteps, context).sample
-    assert (ours(sample, timesteps, context) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    arguments = inputs(ours.cfg)
+    expected = peer_output(reference, arguments)
+    assert (ours(**arguments) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_saved_weights_can_come_from_elsewhere(tmp_path: Path) -> None:
@@ -126,11 +261,13 @@ def test_saved_weights_can_come_from_elsewhere(tmp_path: Path) -> None:
     ("field", "value"),
     [
         ("act_fn", "gelu"),
-        ("class_embed_type", "timestep"),
+        ("class_embed_type", "identity"),
         ("only_cross_attention", [True, False]),
         ("cross_attention_dim", [8, 8]),
         ("layers_per_block", [1, 2]),
         ("addition_embed_type", "text_time"),
+        ("addition_embed_type", "image"),
+        ("mid_block_type", "UNetMidBlock2D"),
         ("down_block_types", [ATTEND, "AttnDownBlock2D"]),
     ],
 )
@@ -185,10 +322,10 @@ def test_failed_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_latent_that_does_not_divide_is_refused() -> None:
-    sample, timesteps, context = inputs(SD1_LIKE, height=20)
+    arguments = inputs(SD1_LIKE, height=20)
     with pytest.raises(UserError, match=r"20 x 24.*multiples of 8"):
-        UNet(SD1_LIKE)(sample, timesteps, context)
+        UNet(SD1_LIKE)(**arguments)
 
 
 def test_untrained_network_predicts_zero() -> None:
-    assert UNet(TWO_LEVELS)(*inputs(TWO_LEVELS)).abs().max() == 0
+    assert UNet(TWO_LEVELS)(**inputs(TWO_LEVELS)).abs().max() == 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,12 @@ def check_shapes(cfg: UNetRun, facts: dict[str, Any]) -> None:
             )
 
 
-def require_same(option: str, wanted: Any, found: Any) -> None:
+def require_same(option: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Refuse weights of another architecture than `model` says, naming the first field that differs."""
-    before, after = asdict(found), asdict(wanted)
-    for field, value in after.items():
-        if before[field] != value:
-            raise UserError(f"{option}: its {field} is {before[field]}, model.{field} is {value}; make them equal")
+    for field in sorted(wanted.keys() | found.keys()):
+        before, after = found.get(field), wanted.get(field)
+        if before != after:
+            raise UserError(f"{option}: its {field} is {before}, model.{field} is {after}; make them equal")
 
 
 def short(value: Any) -> str:

@@ -13,10 +13,10 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import EvaluateRun, SampleRun
 from data.shards import atomic_path
-from models.autoencoder import Autoencoder
-from models.clip import Clip
+from models.autoencoder import AnyAutoencoder, load_autoencoder
 from models.pipeline import TextToImage
 from models.process import Process
+from models.text import load_text_tower
 from models.unet import UNet
 from train.engine.journal import say
 from train.engine.pictures import captioned, to_uint8
@@ -31,13 +31,13 @@ def load_model(cfg: SampleRun | EvaluateRun, device: torch.device) -> TextToImag
     for option, digest in (("autoencoder", info.autoencoder), ("clip", info.clip)):
         if weights_digest(getattr(cfg, option)) != digest:
             raise UserError(f"{option}={getattr(cfg, option)}: not the one that unet={cfg.unet} was trained with")
-    networks = [UNet.from_pretrained(cfg.unet), Autoencoder.from_pretrained(cfg.autoencoder)]
-    tower = Clip.from_pretrained(cfg.clip)
+    networks = [UNet.from_pretrained(cfg.unet), load_autoencoder(cfg.autoencoder)]
+    tower = load_text_tower(cfg.clip)
     for network in (*networks, tower):
         network.eval().requires_grad_(False).to(device)
     mean, std = torch.tensor(info.latent_mean), torch.tensor(info.latent_std)
     unet, autoencoder = networks
-    assert isinstance(unet, UNet) and isinstance(autoencoder, Autoencoder)
+    assert isinstance(unet, UNet) and isinstance(autoencoder, AnyAutoencoder)
     return TextToImage(unet, autoencoder, tower, Process(info.process_config()), mean, std)
 
 

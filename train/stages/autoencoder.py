@@ -1,6 +1,7 @@
-"""The first training of the LDM paper: KL autoencoder with perceptual and adversarial loss (section 3.1)."""
+"""The first training of the LDM paper: KL or VQ autoencoder with perceptual and adversarial loss (section 3.1)."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,17 @@ from conf.errors import UserError
 from conf.schema import AutoencoderRun, Reconstruction
 from data.datasets import ImageDataset
 from data.streams import image_stream
-from models.autoencoder import Autoencoder, kl
-from models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from models.autoencoder import build_autoencoder, kl, load_autoencoder
+from models.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    lecam_penalty,
+    r1_penalty,
+)
 from models.losses import perceptual_distance, psnr, ssim
+from models.vq import Quantised, VQAutoencoder, codebook_use
 from train.engine.draws import normal
 from train.engine.journal import Journal
 from train.engine.pictures import grid, to_uint8
@@ -23,6 +32,7 @@ from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
 
 PREVIEW = 8  # held-out images in the picture of reconstructions
+LECAM_HALF_LIFE = 10_000  # samples after which a verdict counts half in the running means
 HELDOUT = 256  # held-out images behind the metrics, at most
 
 
@@ -36,10 +46,10 @@ class AutoencoderStage:
         self.dataset = image_stream(cfg.shards, cfg.images, cfg.seed, cfg.stream)
         self.heldout = ImageDataset(f"{cfg.shards}/heldout", cfg.images, cfg.seed, cfg.stream)
         torch.manual_seed(cfg.seed)  # initial weights
-        self.autoencoder = Autoencoder(cfg.model)
+        self.autoencoder = build_autoencoder(cfg.model)
         if cfg.init_from is not None:
-            self.autoencoder = Autoencoder.from_pretrained(cfg.init_from)
-            require_same("init_from", cfg.model, self.autoencoder.cfg)
+            self.autoencoder = load_autoencoder(cfg.init_from)
+            require_same("init_from", asdict(cfg.model), asdict(self.autoencoder.cfg))
         total = cfg.loop.samples
         self.generator = Trainable(runtime, self.autoencoder, cfg.optim, cfg.batch, total, name="generator")
         self.trainables = {"generator": self.generator}
@@ -53,7 +63,9 @@ class AutoencoderStage:
                 )
             self.critic = Trainable(runtime, critic, cfg.discriminator_optim, cfg.batch, total, name="discriminator")
             self.trainables["discriminator"] = self.critic
+            self.verdict_means = critic.verdict_means  # [2], on the device by now
         self.judging = False  # whether the discriminator takes part in this step
+        self.verdicts: list[Tensor] = []  # [2] each, mean real and mean fake verdict of this step's micro-batches
         self.perceptual = perceptual_distance(cfg.loss.perceptual)
         if self.perceptual is not None:
             self.perceptual.to(runtime.device)
@@ -62,46 +74,75 @@ class AutoencoderStage:
         """Forward and backward pass of one micro-batch through both networks."""
         images = batch["image"].to(self.runtime.device)  # [B, 3, H, W]
         factor = self.cfg.model.downscale
-        shape = (self.cfg.model.latent_channels, images.shape[2] // factor, images.shape[3] // factor)
+        shape = (self.cfg.model.cached_channels, images.shape[2] // factor, images.shape[3] // factor)
         noise = normal(self.cfg.seed, batch["position"], shape, "posterior").to(images.device)
-        reconstruction, moments = self.generator(images, noise)
-        metrics, likelihood, loss = self.reconstruction_loss(images, reconstruction, moments)
+        reconstruction, latents = self.generator(images, noise)
+        metrics, likelihood, loss = self.reconstruction_loss(images, reconstruction, latents)
         self.judging = self.adversarial and samples_seen >= self.cfg.loss.adversarial_start
         if not self.judging:
             self.generator.backward(loss, last)
             return metrics
         self.critic.module.requires_grad_(False)
-        fooled = generator_loss(self.critic.module(reconstruction))
+        fooled = generator_loss(self.critic.module(reconstruction), self.cfg.loss.adversarial)
         weight = adaptive_weight(likelihood, fooled, self.autoencoder.last_layer)
         self.generator.backward(loss + self.cfg.loss.adversarial_weight * weight * fooled, last)
         self.critic.module.requires_grad_(True)
-        judged = self.critic(torch.cat([images, reconstruction.detach()]))
-        real, fake = judged.chunk(2)
-        critic_loss = discriminator_loss(real, fake)
+        judgement, critic_loss = self.judge(images, reconstruction.detach())
         self.critic.backward(critic_loss, last)
-        return metrics | {
-            "train/gan_generator": fooled.detach(),
-            "train/gan_discriminator": critic_loss.detach(),
-            "train/gan_weight": weight,
+        return metrics | judgement | {"train/gan_generator": fooled.detach(), "train/gan_weight": weight}
+
+    def judge(self, images: Tensor, reconstruction: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Metrics and loss of the discriminator on one micro-batch of both kinds."""
+        cfg = self.cfg.loss
+        pictures = torch.cat([images, reconstruction]).requires_grad_(cfg.r1_weight > 0)
+        real, fake = self.critic(pictures).chunk(2)  # [B, 1, h, w] each
+        loss = discriminator_loss(real, fake, cfg.adversarial)
+        metrics = {
+            "train/gan_discriminator": loss.detach(),
             "train/logits_real": real.detach().mean(),
             "train/logits_fake": fake.detach().mean(),
         }
+        if cfg.r1_weight > 0:
+            penalty = r1_penalty(real, pictures)
+            metrics["train/r1"] = penalty.detach()
+            loss = loss + cfg.r1_weight * penalty
+        if cfg.lecam_weight > 0:
+            penalty = lecam_penalty(real, fake, *self.verdict_means.unbind())
+            metrics["train/lecam"] = penalty.detach()
+            loss = loss + cfg.lecam_weight * penalty
+            self.verdicts.append(torch.stack([real.detach().mean(), fake.detach().mean()]))
+        return metrics, loss
+
+    def follow_verdicts(self) -> None:
+        """Move the discriminator's running means by this step's verdicts, those of all processes."""
+        real, fake = torch.stack(self.verdicts).mean(dim=0).tolist()
+        total = self.runtime.sum({"real": real, "fake": fake})
+        keep = 0.5 ** (self.cfg.batch.global_batch_size / LECAM_HALF_LIFE)
+        now = torch.tensor([total["real"], total["fake"]], device=self.runtime.device) / self.runtime.world
+        self.verdict_means.lerp_(now, 1 - keep)
+        self.verdicts.clear()
 
     def reconstruction_loss(
-        self, images: Tensor, output: Tensor, moments: Tensor
+        self, images: Tensor, output: Tensor, latents: Tensor | Quantised
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Metrics, reconstruction term and whole loss; means per pixel: the paper's sums / number of pixel values."""
         cfg = self.cfg.loss
         error = output.float() - images
         distance = error.abs().mean() if cfg.reconstruction is Reconstruction.l1 else error.square().mean()
-        divergence = kl(moments).mean()  # sum over the latent, mean over the batch
-        metrics = {"train/reconstruction": distance.detach(), "train/kl": divergence.detach()}
+        metrics = {"train/reconstruction": distance.detach()}
         likelihood = distance
         if self.perceptual is not None and cfg.perceptual_weight > 0:
             feature_distance = self.perceptual(output.float(), images).mean()
             likelihood = likelihood + cfg.perceptual_weight * feature_distance
             metrics["train/perceptual"] = feature_distance.detach()
-        loss = likelihood + cfg.kl_weight * divergence / images[0].numel()
+        if isinstance(latents, Quantised):
+            loss = likelihood + cfg.codebook_weight * latents.loss
+            use = codebook_use(latents.indices, self.cfg.model.num_vq_embeddings or 0)
+            metrics |= {"train/codebook": latents.loss.detach(), "train/codebook_use": use}
+        else:
+            divergence = kl(latents).mean()  # sum over the latent, mean over the batch
+            loss = likelihood + cfg.kl_weight * divergence / images[0].numel()
+            metrics["train/kl"] = divergence.detach()
         metrics |= {"train/loss": loss.detach(), "train/psnr": psnr(output.detach().float(), images).mean()}
         return metrics, likelihood, loss
 
@@ -110,6 +151,8 @@ class AutoencoderStage:
         metrics = {"train/grad_norm": self.generator.step(samples_seen), "train/lr": self.generator.lr}
         if self.judging:
             metrics["train/grad_norm_discriminator"] = self.critic.step(samples_seen)
+            if self.verdicts:
+                self.follow_verdicts()
         return metrics
 
     @torch.no_grad()
@@ -120,16 +163,24 @@ class AutoencoderStage:
         measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"eval/psnr": psnr, "eval/ssim": ssim}
         if self.perceptual is not None:
             measures[f"eval/{self.cfg.loss.perceptual.value}"] = self.perceptual
+        used = torch.zeros(self.cfg.model.num_vq_embeddings or 0, device=device)  # vectors of the codebook that occur
         sums = dict.fromkeys(measures, 0.0)  # a rank without pictures joins the sum with the same names
         for index in range(self.runtime.rank, count, self.runtime.world):
             image = self.heldout.at(index)["image"][None].to(device)  # [1, 3, H, W]
-            output = network.decode(network.encode(image).chunk(2, dim=1)[0]).clamp(-1, 1)
+            latents = network.encode(image).chunk(2, dim=1)[0]
+            output = network.decode(latents).clamp(-1, 1)
+            if isinstance(network, VQAutoencoder):
+                used[network.quantize(latents).indices.flatten()] = 1
             for name, measure in measures.items():
                 sums[name] += float(measure(output, image).sum())
         if self.runtime.is_main:
             journal.image("reconstructions", self.preview(), samples_seen, "held-out images above what is decoded")
         network.train()
-        return {name: total / count for name, total in self.runtime.sum(sums).items()}
+        metrics = {name: total / count for name, total in self.runtime.sum(sums).items()}
+        if len(used):
+            occurring = [i for part in self.runtime.gather_objects(used.nonzero().flatten().tolist()) for i in part]
+            metrics["eval/codebook_use"] = len(set(occurring)) / len(used)
+        return metrics
 
     def preview(self) -> np.ndarray:
         """Originals above their reconstructions."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import Precision
-from models.autoencoder import Autoencoder
-from models.clip import Clip
+from models.autoencoder import AnyAutoencoder
+from models.text import TextTower
 from train.engine.precision import autocast
 
 
@@ -37,8 +37,8 @@ class Encoder:
         limit: most images or captions per forward pass; halved for good whenever they do not fit into memory.
     """
 
-    autoencoder: Autoencoder
-    clip: Clip
+    autoencoder: AnyAutoencoder
+    clip: TextTower
     device: torch.device
     precision: Precision
     text_states: bool

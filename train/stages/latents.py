@@ -24,8 +24,8 @@ from data.datasets import ImageDataset
 from data.latents import ChannelStats
 from data.manifest import MANIFEST, Manifest, ShardInfo
 from data.shards import atomic_path, atomic_write
-from models.autoencoder import Autoencoder
-from models.clip import Clip
+from models.autoencoder import load_autoencoder
+from models.text import load_text_tower
 from train.engine.journal import Journal, say
 from train.engine.provenance import NULL_TEXT, image_facts, weights_digest
 from train.engine.runtime import Runtime
@@ -68,10 +68,10 @@ def provenance(cfg: PrecomputeRun, encoder: Encoder) -> dict[str, Any]:
         "shapes": [list(shape) for shape in shapes],
         "dtype": cfg.dtype.value,
         "text_states": cfg.text_states,
-        "latent_channels": encoder.autoencoder.cfg.latent_channels,
+        "latent_channels": encoder.autoencoder.cfg.cached_channels,
         "latent_size": cfg.images.resolution // downscale,
-        "text_dim": encoder.clip.config.text_width,
-        "context_length": encoder.clip.config.context_length,
+        "text_dim": encoder.clip.text_width,
+        "context_length": encoder.clip.context_length,
     }
 
 
@@ -182,8 +182,8 @@ def write_null_text(folder: Path, encoder: Encoder) -> None:
 def run(cfg: PrecomputeRun, runtime: Runtime, config: dict[str, Any]) -> None:
     """The command: encode, and say where the cache is and how well it decodes."""
     encoder = Encoder(
-        Autoencoder.from_pretrained(cfg.autoencoder).eval().to(runtime.device),
-        Clip.from_pretrained(cfg.clip).eval().to(runtime.device),
+        load_autoencoder(cfg.autoencoder).eval().to(runtime.device),
+        load_text_tower(cfg.clip).eval().to(runtime.device),
         runtime.device,
         runtime.precision,
         cfg.text_states,

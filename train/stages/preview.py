@@ -22,7 +22,7 @@ from data.datasets import IMAGE_EXTENSIONS, ImageDataset
 from data.latent_dataset import LatentDataset
 from data.manifest import MANIFEST, Manifest
 from data.shards import atomic_path, atomic_write
-from models.autoencoder import Autoencoder
+from models.autoencoder import load_autoencoder
 from train.engine.journal import say
 from train.engine.pictures import captioned, on_squares, to_uint8
 from train.engine.runtime import Runtime
@@ -103,7 +103,7 @@ def shown(dataset: ImageDataset, count: int) -> tuple[np.ndarray, list[str]]:
 @torch.no_grad()
 def decoded(cfg: PreviewRun, dataset: LatentDataset, runtime: Runtime) -> tuple[np.ndarray, list[str]]:
     """The means of latents as the autoencoder decodes them, with their captions."""
-    autoencoder = Autoencoder.from_pretrained(cfg.autoencoder).eval().to(runtime.device)
+    autoencoder = load_autoencoder(cfg.autoencoder).eval().to(runtime.device)
     images, captions = list[Tensor](), list[str]()
     for batch in dataset.batches_at(spread(dataset.samples, cfg.pictures), 16):
         means = batch["moments"].chunk(2, dim=1)[0].to(runtime.device).float()  # [B, C, h, w]

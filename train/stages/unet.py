@@ -11,11 +11,12 @@ from torch import Tensor
 from conf.schema import UNetRun
 from data.latent_dataset import LatentDataset
 from data.streams import latent_stream
-from models.autoencoder import Autoencoder, sample_moments
-from models.clip import Clip
+from models.autoencoder import load_autoencoder, sample_moments
 from models.pipeline import TextToImage
 from models.process import Process
+from models.text import load_text_tower
 from models.unet import UNet
+from models.unet_format import architecture
 from train.engine.draws import normal, uniform
 from train.engine.journal import Journal
 from train.engine.pictures import captioned, to_uint8
@@ -44,12 +45,12 @@ class UNetStage:
         self.network = UNet(cfg.model)
         if cfg.init_from is not None:
             self.network = UNet.from_pretrained(cfg.init_from)
-            require_same("init_from", cfg.model, self.network.cfg)
+            require_same("init_from", architecture(cfg.model), architecture(self.network.cfg))
         self.unet = Trainable(
             runtime, self.network, cfg.optim, cfg.batch, cfg.loop.samples, cfg.runtime.zero_stage, cfg.ema, name="unet"
         )
         self.trainables = {"unet": self.unet}
-        self.text_tower = None if "text" in self.dataset.layout else self.frozen(Clip.from_pretrained(cfg.clip))
+        self.text_tower = None if "text" in self.dataset.layout else self.frozen(load_text_tower(cfg.clip))
 
     def channels(self, values: list[float]) -> Tensor:
         return torch.tensor(values, device=self.runtime.device).view(1, -1, 1, 1)
@@ -110,8 +111,8 @@ class UNetStage:
         """Pictures of held-out captions, each with the same noise at every evaluation."""
         cfg = self.cfg
         prompts = [self.heldout.at(i)["caption"] for i in range(min(cfg.sample_prompts, self.heldout.samples))]
-        autoencoder = self.frozen(Autoencoder.from_pretrained(cfg.autoencoder))
-        tower = self.text_tower or self.frozen(Clip.from_pretrained(cfg.clip))
+        autoencoder = self.frozen(load_autoencoder(cfg.autoencoder))
+        tower = self.text_tower or self.frozen(load_text_tower(cfg.clip))
         model = TextToImage(network, autoencoder, tower, self.process, self.mean.flatten(), self.std.flatten())
         images = model(prompts, [cfg.seed] * len(prompts), **asdict(cfg.sampling))
         journal.image("prompts", np.asarray(captioned(to_uint8(images), prompts)), samples_seen, "held-out captions")

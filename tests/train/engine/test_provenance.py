@@ -1,6 +1,7 @@
 """What was not made together is not used together, and the message says which part is the stranger."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,10 @@ def test_missing_null_text_is_asked_for(latents: Any, tmp_path: Path) -> None:
 
 
 def test_first_difference_of_two_architectures_is_named() -> None:
-    ours, theirs = AutoencoderConfig(layers_per_block=1), AutoencoderConfig()
+    ours, theirs = asdict(AutoencoderConfig(layers_per_block=1)), asdict(AutoencoderConfig())
     with pytest.raises(UserError, match=r"init_from: its layers_per_block is 2, model\.layers_per_block is 1"):
         require_same("init_from", ours, theirs)
-    require_same("init_from", ours, AutoencoderConfig(layers_per_block=1))
+    require_same("init_from", ours, dict(ours))
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"clip": "c", "colour": 1}'])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
-from models.autoencoder import Autoencoder, kl
+from models.autoencoder import Autoencoder, kl, load_autoencoder
 from models.discriminator import discriminator_loss
 from train.engine.journal import Journal
 from train.engine.runtime import Runtime
@@ -102,6 +102,35 @@ def test_loss_is_its_terms_with_their_weights(scenes: Any, runtime: Runtime) -> 
     torch.testing.assert_close(likelihood, distance)
     torch.testing.assert_close(loss, distance + 0.01 * kl(moments).mean() / (3 * 32 * 32))
     assert {"train/reconstruction", "train/perceptual", "train/kl", "train/psnr", "train/loss"} == metrics.keys()
+
+
+def test_codebook_takes_the_place_of_the_divergence(scenes: Any, runtime: Runtime, tmp_path: Any) -> None:
+    vq = ["model.num_vq_embeddings=64", "model.latent_channels=3", "loss.codebook_weight=0.7", "optim.lr=2e-3"]
+    stage = make(scenes, runtime, *vq)
+    images = stage.dataset.batch(range(4))["image"]
+    output, quantised = stage.autoencoder(images, torch.zeros(0))
+    _, likelihood, loss = stage.reconstruction_loss(images, output, quantised)
+    torch.testing.assert_close(loss, likelihood + 0.7 * quantised.loss)
+    metrics = [train(stage, start, [list(range(start, start + 16))]) for start in range(0, 20 * 16, 16)]
+    assert metrics[-1]["train/reconstruction"] < metrics[0]["train/reconstruction"]
+    assert 0 < metrics[-1]["train/codebook_use"] <= 1 and "train/kl" not in metrics[-1]
+    evaluated = stage.evaluate(320, Journal(tmp_path, stage.cfg.wandb, "autoencoder", {}, is_main=False))
+    assert 0 < evaluated["eval/codebook_use"] <= 1
+    stage.export(tmp_path / "export")
+    assert load_autoencoder(tmp_path / "export").cfg == stage.cfg.model
+
+
+def test_regularised_discriminator_learns_the_same_in_parts(scenes: Any, runtime: Runtime) -> None:
+    options = ["loss.adversarial=non_saturating", "loss.r1_weight=0.5", "loss.lecam_weight=0.1"]
+    means = []
+    for size in (16, 4):
+        stage = make(scenes, runtime, *options, "loss.adversarial_start=0", f"batch.micro_batch_size={size}")
+        for start in (0, 16):
+            metrics = train(stage, start, [list(range(i, i + size)) for i in range(start, start + 16, size)])
+        assert {"train/r1", "train/lecam"} <= metrics.keys()
+        means.append(stage.critic.weights()["verdict_means"])  # and so in every checkpoint
+    assert means[0].abs().min() > 0
+    torch.testing.assert_close(*means, rtol=0.02, atol=1e-6)
 
 
 def test_rank_without_held_out_pictures_joins_the_sum(scenes: Any, runtime: Runtime, tmp_path: Any) -> None:
