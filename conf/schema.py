@@ -63,6 +63,11 @@ class Reconstruction(Enum):
     l2 = "l2"
 
 
+class ExportFormat(Enum):
+    diffusers = "diffusers"  # a folder for StableDiffusionPipeline
+    compvis = "compvis"  # one file with the names of the original Stable Diffusion
+
+
 class Adversarial(Enum):
     hinge = "hinge"
     non_saturating = "non_saturating"  # logistic
@@ -351,7 +356,7 @@ class AutoencoderRun:
     seed: int = 0
     output_dir: str = MISSING
     shards: str = MISSING  # folder that holds train/ and heldout/
-    init_from: str | None = None  # folder in diffusers' format to start from
+    init_from: str | None = None  # to start from: folder in diffusers' format, or CompVis checkpoint in one file
     images: ImageConfig = field(default_factory=ImageConfig)
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -538,6 +543,21 @@ class SampleRun:
     def __post_init__(self) -> None:
         require(bool(self.prompts) or bool(self.prompts_file), 'no prompts: set prompts=["..."] or prompts_file=FILE')
         require(self.steps > 0, f"steps={self.steps}: must be positive")
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportRun:
+    """`train/export.py`: a trained model as other programs load it."""
+
+    run_dir: str = MISSING
+    name: str = MISSING
+    seed: int = 0
+    output_dir: str = MISSING
+    unet: str = MISSING
+    autoencoder: str = MISSING
+    clip: str = MISSING
+    format: ExportFormat = ExportFormat.diffusers  # compvis: one file OUTPUT_DIR.safetensors
+    dtype: CacheDtype = CacheDtype.fp32  # of the weights on disk
 
 
 @dataclass(kw_only=True, slots=True)

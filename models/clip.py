@@ -43,6 +43,7 @@ class Clip(nn.Module):
         else:
             architecture, tag = _from_registry(config.pretrained)
         self.config = _sizes(config, architecture)
+        self.quick_gelu = bool(architecture.get("quick_gelu", False))
         self.network = open_clip.CLIP(**architecture)
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.config.context_length)
         for name, default in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD)):

@@ -141,6 +141,7 @@ class Process:
                 "prediction_type": "flow_prediction",
                 "algorithm_type": "dpmsolver++",
                 "solver_order": 2,
+                "steps_offset": 1,
                 "use_flow_sigmas": True,
             }
         squared_cosine = self.cfg.schedule is BetaSchedule.cosine
@@ -152,6 +153,7 @@ class Process:
             "beta_end": self.cfg.beta_end,
             "prediction_type": "epsilon" if self.cfg.prediction is Prediction.eps else "v_prediction",
             "timestep_spacing": "trailing",
+            "steps_offset": 1,  # without effect on this spacing, but pipelines warn of another value
             "set_alpha_to_one": True,
             "clip_sample": False,
         }

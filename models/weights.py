@@ -42,10 +42,15 @@ def save_folder(
     """Write both files, each whole or not at all; the configuration last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    _atomic(folder / weights_name, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    save_file_atomic(folder / weights_name, weights)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     _atomic(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def save_file_atomic(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """A safetensors file, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    _atomic(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
 
 def _atomic(path: Path, write: Callable[[Path], object]) -> None:

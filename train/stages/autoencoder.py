@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.networks import AutoencoderConfig
 from conf.schema import AutoencoderRun, Reconstruction
 from data.datasets import ImageDataset
 from data.streams import image_stream
-from models.autoencoder import build_autoencoder, kl, load_autoencoder
+from models.autoencoder import AnyAutoencoder, build_autoencoder, kl, load_autoencoder
 from models.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -23,6 +24,7 @@ from models.discriminator import (
     r1_penalty,
 )
 from models.losses import perceptual_distance, psnr, ssim
+from models.single_file import is_single_file, load_autoencoder_file
 from models.vq import Quantised, VQAutoencoder, codebook_use
 from train.engine.draws import normal
 from train.engine.journal import Journal
@@ -34,6 +36,15 @@ from train.engine.trainable import Trainable
 PREVIEW = 8  # held-out images in the picture of reconstructions
 LECAM_HALF_LIFE = 10_000  # samples after which a verdict counts half in the running means
 HELDOUT = 256  # held-out images behind the metrics, at most
+
+
+def begin_from(source: str, cfg: AutoencoderConfig) -> AnyAutoencoder:
+    """Another training's autoencoder: a folder in diffusers' format or a checkpoint in one file."""
+    if is_single_file(source):
+        return load_autoencoder_file(source, cfg)
+    network = load_autoencoder(source)
+    require_same("init_from", asdict(cfg), asdict(network.cfg))
+    return network
 
 
 class AutoencoderStage:
@@ -48,8 +59,7 @@ class AutoencoderStage:
         torch.manual_seed(cfg.seed)  # initial weights
         self.autoencoder = build_autoencoder(cfg.model)
         if cfg.init_from is not None:
-            self.autoencoder = load_autoencoder(cfg.init_from)
-            require_same("init_from", asdict(cfg.model), asdict(self.autoencoder.cfg))
+            self.autoencoder = begin_from(cfg.init_from, cfg.model)
         total = cfg.loop.samples
         self.generator = Trainable(runtime, self.autoencoder, cfg.optim, cfg.batch, total, name="generator")
         self.trainables = {"generator": self.generator}

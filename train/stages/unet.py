@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from conf.networks import UNetConfig
 from conf.schema import UNetRun
 from data.latent_dataset import LatentDataset
 from data.streams import latent_stream
 from models.autoencoder import load_autoencoder, sample_moments
 from models.pipeline import TextToImage
 from models.process import Process
+from models.single_file import is_single_file, load_unet_file
 from models.text import load_text_tower
 from models.unet import UNet
 from models.unet_format import architecture
@@ -26,6 +28,15 @@ from train.engine.trainable import Trainable
 
 VALIDATION = 256  # held-out latents behind the validation loss, at most
 CHUNK = 32  # of them at once
+
+
+def begin_from(source: str, cfg: UNetConfig) -> UNet:
+    """Another training's U-Net: a folder in diffusers' format or a whole checkpoint in one file."""
+    if is_single_file(source):
+        return load_unet_file(source, cfg)
+    network = UNet.from_pretrained(source)
+    require_same("init_from", architecture(cfg), architecture(network.cfg))
+    return network
 
 
 class UNetStage:
@@ -44,8 +55,7 @@ class UNetStage:
         torch.manual_seed(cfg.seed)  # initial weights
         self.network = UNet(cfg.model)
         if cfg.init_from is not None:
-            self.network = UNet.from_pretrained(cfg.init_from)
-            require_same("init_from", architecture(cfg.model), architecture(self.network.cfg))
+            self.network = begin_from(cfg.init_from, cfg.model)
         self.unet = Trainable(
             runtime, self.network, cfg.optim, cfg.batch, cfg.loop.samples, cfg.runtime.zero_stage, cfg.ema, name="unet"
         )

@@ -1,0 +1,120 @@
+"""A trained model as others load it: diffusers' StableDiffusionPipeline, or one file with CompVis' names."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conf.errors import UserError
+from conf.schema import ExportFormat, ExportRun
+from data.shards import atomic_write
+from models.autoencoder import Autoencoder
+from models.clip import Clip
+from models.clip_format import text_config, text_to_hugging_face, tokenizer_files
+from models.process import Process
+from models.single_file import write_single_file
+from models.unet import UNet
+from models.weights import CONFIG_NAME, save_folder
+from train.engine.journal import say
+from train.engine.provenance import UNetInfo, weights_digest
+
+TEXT_WEIGHTS = "model.safetensors"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+INDEX: dict[str, Any] = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", None],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def run(cfg: ExportRun) -> None:
+    """Write the folder or the file; what stood there before stays until all is written."""
+    info = UNetInfo.load(cfg.unet)
+    for option, digest in (("autoencoder", info.autoencoder), ("clip", info.clip)):
+        if weights_digest(getattr(cfg, option)) != digest:
+            raise UserError(f"{option}={getattr(cfg, option)}: not the one that unet={cfg.unet} was trained with")
+    unet, autoencoder, clip = UNet.from_pretrained(cfg.unet), _autoencoder(cfg), _clip(cfg)
+    absorb_normalisation(autoencoder, torch.tensor(info.latent_mean), torch.tensor(info.latent_std))
+    process = Process(info.process_config())
+    for network in (unet, autoencoder, clip):
+        network.to(DTYPES[cfg.dtype.value])
+    if cfg.format is ExportFormat.diffusers:
+        _replace_folder(Path(cfg.output_dir), lambda folder: write_pipeline(folder, unet, autoencoder, clip, process))
+        say("export", f"{cfg.output_dir}: StableDiffusionPipeline.from_pretrained reads it")
+    else:
+        text = text_to_hugging_face(clip.network.state_dict(), clip.config.text_layers - clip.config.skip_last)
+        path = Path(cfg.output_dir).with_suffix(".safetensors")
+        write_single_file(path, unet, autoencoder, text)
+        say("export", f"{path}: one file with the names of CompVis")
+
+
+def _autoencoder(cfg: ExportRun) -> Autoencoder:
+    try:
+        return Autoencoder.from_pretrained(cfg.autoencoder)
+    except UserError as error:
+        if "VQModel" in (Path(cfg.autoencoder) / CONFIG_NAME).read_text():
+            raise UserError(f"autoencoder={cfg.autoencoder}: diffusers' pipeline takes KL autoencoders only") from error
+        raise
+
+
+def _clip(cfg: ExportRun) -> Clip:
+    if not (Path(cfg.clip) / CONFIG_NAME).is_file():
+        raise UserError(f"clip={cfg.clip}: no folder that train/train_clip.py wrote")
+    return Clip.from_pretrained(cfg.clip)
+
+
+@torch.no_grad()
+def absorb_normalisation(autoencoder: Autoencoder, mean: Tensor, std: Tensor) -> None:
+    """Let the autoencoder itself work on (z - mean) / std, mean and std [C].
+
+    diffusers' pipeline knows one factor for all channels; but the 1x1 convolutions on both sides of the latent can do
+    more. The log-variance moves by -2 log std, its clamp to [-30, 20] with it, which no trained encoder comes near.
+    """
+    before, after = autoencoder.quant_conv, autoencoder.post_quant_conv
+    assert before.bias is not None and after.bias is not None
+    scale, shift = torch.cat([1 / std, torch.ones_like(std)]), torch.cat([-mean / std, -2 * std.log()])
+    before.weight.mul_(scale.view(-1, 1, 1, 1))
+    before.bias.mul_(scale).add_(shift)
+    after.bias.add_((after.weight.flatten(1) @ mean).view(-1))
+    after.weight.mul_(std.view(1, -1, 1, 1))
+
+
+def write_pipeline(folder: Path, unet: UNet, autoencoder: Autoencoder, clip: Clip, process: Process) -> None:
+    """All parts of the pipeline; `model_index.json` last."""
+    unet.save_pretrained(folder / "unet")
+    autoencoder.save_pretrained(folder / "vae")
+    config = text_config(clip)
+    text = text_to_hugging_face(clip.network.state_dict(), config["num_hidden_layers"])
+    save_folder(folder / "text_encoder", config, text, TEXT_WEIGHTS)
+    for name, content in tokenizer_files(clip).items():
+        atomic_write(folder / "tokenizer" / name, content.encode())
+    scheduler = process.scheduler_config()
+    atomic_write(folder / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2).encode())
+    index = INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+    atomic_write(folder / "model_index.json", json.dumps(index, indent=2).encode())
+
+
+def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Written beside it, then put in its place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (folder.with_name(f".tmp-{os.getpid()}-{kind}-{folder.name}") for kind in ("new", "old"))
+    try:
+        write(temporary)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        for rest in (temporary, old):
+            shutil.rmtree(rest, ignore_errors=True)
