@@ -234,6 +234,7 @@ def _read_config(path: Path) -> ClipConfig:
     found = read_json(path, WEIGHTS_NAME)
     if found.pop("_class_name", None) != "Clip":
         raise UserError(f"{path}: not the configuration of a CLIP that train/train_clip.py made")
+    found.setdefault("skip_last", 0)  # older folders do not name it
     sizes = {item.name for item in fields(ClipConfig)} - {"pretrained"}
     wrong = sorted(name for name in found.keys() ^ (sizes | {"pretrained"}))
     least = dict.fromkeys(sizes, 1) | {"skip_last": 0}

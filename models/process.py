@@ -25,10 +25,6 @@ from conf.schema import BetaSchedule, Prediction, ProcessConfig, TimestepSamplin
 Network = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], timesteps [B]) -> prediction [B, ...]
 Denoise = Callable[[Tensor, float], Tensor]  # (x [B, ...], sigma) -> x0 [B, ...]
 
-# Flow samples from here, since sigma is infinite at t = 1: the signal that the start leaves out is below float noise
-# in the picture, and sigma = 1e5 keeps all digits of x that a step needs.
-_FLOW_START = 1.0 - 1e-5
-
 
 class Process:
     """What is common to training (`add_noise`, `target`, `loss`) and sampling (`sigmas`, `initial`, `denoiser`)."""
@@ -89,14 +85,14 @@ class Process:
         """Noise levels [steps + 1] float64, descending from the noisiest to 0.
 
         Evenly spaced timesteps that begin at the last one ("trailing" in diffusers: Lin et al. 2024, section 3.3, show
-        that leading or linspace spacing starts from a level, or leaves out a step, that training did not mean).
+        that leading or linspace spacing starts from a level, or leaves out a step, that training did not mean). Flow,
+        whose sigma is infinite at t = T, starts one T-th before it, as diffusers' solvers do.
 
         Raises:
             UserError: more steps than timesteps of a discrete process.
         """
         if self.flow:
-            t = np.linspace(1.0, 0.0, steps + 1)
-            t[0] = _FLOW_START
+            t = np.linspace(1.0 - 1.0 / self.cfg.train_timesteps, 0.0, steps + 1)
             return torch.from_numpy(t / (1.0 - t))
         total = self.cfg.train_timesteps
         if steps > total:
@@ -111,8 +107,8 @@ class Process:
         return float(np.interp(np.log(sigma), self._log_sigma, np.arange(len(self._log_sigma))))
 
     def initial(self, noise: Tensor, sigma: float) -> Tensor:
-        """x at the first noise level, from standard normal noise, for latents of unit variance: N(0, 1 + sigma^2)."""
-        return noise * math.sqrt(1.0 + sigma**2)
+        """x at the first noise level, so that the network's first input x_t is the standard normal noise itself."""
+        return noise * (1.0 + sigma if self.flow else math.sqrt(1.0 + sigma**2))
 
     def denoiser(self, network: Network) -> Denoise:
         """Turn a network of this process into denoise(x, sigma) -> x0, the only thing that samplers see."""

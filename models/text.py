@@ -83,6 +83,7 @@ class HuggingFaceText(nn.Module):
         """
         import transformers
 
+        transformers.utils.logging.disable_progress_bar()
         path = Path(folder)
         kind = read_json(path / CONFIG_NAME, WEIGHTS_NAME).get("model_type")
         if not (path / WEIGHTS_NAME).is_file():

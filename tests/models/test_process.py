@@ -131,11 +131,11 @@ def test_discrete_noise_levels_equal_diffusers_trailing_spacing(prediction: Pred
     torch.testing.assert_close(torch.tensor(timesteps), peer.timesteps.float(), rtol=0, atol=1e-6)
 
 
-def test_flow_noise_levels_are_even_in_time_and_start_at_pure_noise() -> None:
+def test_flow_noise_levels_are_even_in_time_and_start_as_those_of_diffusers() -> None:
     process = process_of(Prediction.flow)
     sigmas = process.sigmas(4)
     timesteps = torch.tensor([process.timestep(sigma) for sigma in sigmas.tolist()])
-    torch.testing.assert_close(timesteps, torch.tensor([1000.0, 750.0, 500.0, 250.0, 0.0]), rtol=0, atol=0.02)
+    torch.testing.assert_close(timesteps, torch.tensor([999.0, 749.25, 499.5, 249.75, 0.0]))
     assert sigmas.isfinite().all()
 
 

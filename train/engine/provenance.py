@@ -110,7 +110,8 @@ def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:
 def check_shapes(cfg: UNetRun, facts: dict[str, Any]) -> None:
     """Refuse latents whose sides the U-Net cannot halve as often as it does."""
     pixels = facts["images"]["resolution"] // facts["latent_size"] * 2 ** (len(cfg.model.block_out_channels) - 1)
-    for width, height in facts["shapes"]:
+    square = [[facts["images"]["resolution"]] * 2]  # of caches from before there were others
+    for width, height in facts.get("shapes", square):
         if width % pixels or height % pixels:
             raise UserError(
                 f"latents={cfg.latents}: pictures of {width} x {height} pixels do not fit model.block_out_channels, "

@@ -46,6 +46,8 @@ def run(cfg: ExportRun) -> None:
         if weights_digest(getattr(cfg, option)) != digest:
             raise UserError(f"{option}={getattr(cfg, option)}: not the one that unet={cfg.unet} was trained with")
     unet, autoencoder, clip = UNet.from_pretrained(cfg.unet), _autoencoder(cfg), _clip(cfg)
+    if unet.cfg.cross_attention_dim is None:
+        raise UserError(f"unet={cfg.unet}: a U-Net without text has no place in a text-to-image pipeline")
     absorb_normalisation(autoencoder, torch.tensor(info.latent_mean), torch.tensor(info.latent_std))
     process = Process(info.process_config())
     for network in (unet, autoencoder, clip):

@@ -52,6 +52,12 @@ def test_other_weights_than_those_that_made_the_cache_are_refused(latents: Any, 
         check(latents, f"{option}={tmp_path}/nowhere")
 
 
+def test_caches_from_before_there_were_shapes_hold_squares(latents: Any) -> None:
+    manifest = Manifest.load(latents.folder / "latents" / "train")
+    del manifest.provenance["shapes"]
+    check_latents(latents.config("unet"), manifest)
+
+
 def test_images_are_not_taken_for_latents(latents: Any) -> None:
     manifest = Manifest.load(latents.folder / "shards" / "train")
     with pytest.raises(UserError, match=r"^latents=.*: holds images, not latents"):
