@@ -30,7 +30,7 @@ CONFIG = UNetConfig(
 def ours(unet: UNet, process: Process, noise: Tensor, context: Tensor, null_context: Tensor) -> Tensor:
     """Latents [B, C, h, w] by our process, guidance and sampler."""
     sigmas = process.sigmas(STEPS)
-    denoise = process.denoiser(classifier_free(unet, context, null_context, GUIDANCE_SCALE))
+    denoise = process.denoiser(classifier_free(unet, context, null_context, GUIDANCE_SCALE, unet.keys_values))
     return sample_ddim(denoise, process.initial(noise, float(sigmas[0])), sigmas)
 
 

@@ -74,7 +74,8 @@ class TextToImage:
             UserError: more steps than the process has timesteps.
         """
         sigmas = self.process.sigmas(steps)
-        network = classifier_free(self.unet, *self._contexts(prompts, guidance_scale != 1), guidance_scale)
+        contexts = self._contexts(prompts, guidance_scale != 1)
+        network = classifier_free(self.unet, *contexts, guidance_scale, self.unet.keys_values)
         noise = self._noise(prompts, seeds, indices if indices is not None else [0] * len(prompts))
         x = self.process.initial(noise, float(sigmas[0]))
         latents = SAMPLERS[sampler](self.process.denoiser(network), x, sigmas, callback)  # [B, C, h, w]

@@ -1,5 +1,6 @@
 """Classifier-free guidance: its formula and the number of calls."""
 
+import pytest
 import torch
 
 from models.guidance import classifier_free
@@ -39,3 +40,17 @@ def test_scale_zero_ignores_the_prompt() -> None:
     torch.testing.assert_close(
         classifier_free(Recorder(), COND, NULL, 0.0)(X, T), Recorder()(X, T, NULL.expand(3, -1, -1))
     )
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_texts_are_prepared_once_for_all_calls(scale: float) -> None:
+    prepared: list[torch.Size] = []
+
+    def prepare(context: torch.Tensor) -> torch.Tensor:
+        prepared.append(context.shape)
+        return 2 * context
+
+    guided = classifier_free(Recorder(), COND, NULL, scale, prepare)
+    assert torch.equal(guided(X, T), guided(X, T))
+    assert len(prepared) == 1
+    torch.testing.assert_close(guided(X, T), classifier_free(Recorder(), 2 * COND, 2 * NULL, scale)(X, T))

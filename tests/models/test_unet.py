@@ -171,6 +171,27 @@ def test_checkpointed_gradients_are_the_same(name: str) -> None:
         torch.testing.assert_close(plain, again)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 2.5e-3)])
+def test_half_precision_stays_near_fp32(dtype: torch.dtype, bound: float) -> None:
+    """Output and gradients under autocast; about ten roundings of 2^-8 or 2^-11."""
+    torch.manual_seed(0)
+    network, arguments = UNet(CONFIGS["sd1"]), inputs(CONFIGS["sd1"])
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            output = network(**arguments)
+        loss = 1024 * output.float().square().mean()  # scaled, as fp16 needs it
+        found.append([output, *torch.autograd.grad(loss, list(network.parameters()))])
+    exact, half = found
+    assert half[0].dtype is dtype and {tensor.dtype for tensor in half[1:]} == {torch.float32}
+    assert (half[0] - exact[0]).norm() <= bound * exact[0].norm()
+    whole, rounded = (torch.cat([tensor.flatten() for tensor in tensors[1:]]) for tensors in found)
+    assert (rounded - whole).norm() <= bound * whole.norm()
+
+
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_keys_and_values_of_a_text_serve_in_its_place(name: str) -> None:
     torch.manual_seed(0)
