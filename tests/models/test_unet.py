@@ -171,6 +171,20 @@ def test_checkpointed_gradients_are_the_same(name: str) -> None:
         torch.testing.assert_close(plain, again)
 
 
+@pytest.mark.parametrize("name", ["sd1", "unconditional"])
+def test_compiler_takes_the_whole_network_as_one_graph(name: str) -> None:
+    """Forward and backward traced without a break; what the backend makes of the graph is not ours."""
+    torch.manual_seed(0)
+    network, arguments = perturbed(UNet(CONFIGS[name])), inputs(CONFIGS[name])
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    output, expected = compiled(**arguments), network(**arguments)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    weights = list(network.parameters())
+    grads = [torch.autograd.grad(result.square().mean(), weights) for result in (output, expected)]
+    largest = max(float(grad.abs().max()) for grad in grads[1])
+    assert all((a - b).abs().max() <= 1e-4 * largest for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 2.5e-3)])
 def test_half_precision_stays_near_fp32(dtype: torch.dtype, bound: float) -> None:
     """Output and gradients under autocast; about ten roundings of 2^-8 or 2^-11."""
