@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from _compare import Comparison, main
-from _memory import peak_bytes
+from _networks import THREADS, forward, in_seconds_and_bytes, training_step
 from diffusers import AutoencoderKL
 from torch import Tensor
-from unet import MEMORY_BAR, THREADS, TIME_BAR, forward, seconds, training_step
 
 from conf.networks import AutoencoderConfig
 from models.autoencoder import Autoencoder
@@ -42,16 +41,7 @@ def comparisons() -> Iterator[Comparison]:
     }
     for name, (mine, theirs, wrap) in work.items():
         torch.testing.assert_close(mine(), theirs(), rtol=1e-3, atol=1e-4)
-        for unit, measure, bar in (("s", seconds, TIME_BAR), ("bytes", peak_bytes, MEMORY_BAR)):
-            yield Comparison(
-                name=name,
-                ours=measure(wrap(mine)),
-                peer=measure(wrap(theirs)),
-                unit=unit,
-                bar=bar,
-                lower_is_better=True,
-                pairs=5 if unit == "s" else 1,
-            )
+        yield from in_seconds_and_bytes(name, mine, theirs, wrap)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,19 @@ products, so `docs/networks.md` sets the seconds against what the machine can mu
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from _compare import Comparison, main, rate
-from _memory import peak_bytes
+from _compare import Comparison, main
+from _networks import THREADS, forward, in_seconds_and_bytes, training_step
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from conf.networks import UNetConfig
 from models.unet import UNet
 
-THREADS, TOKENS = 2, 77
+TOKENS = 77
 ATTEND, UP_ATTEND = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-TIME_BAR, MEMORY_BAR = 0.85, 0.85
 
 
 def sized(widths: list[int], side: int, text: int, layers: int) -> UNetConfig:
@@ -56,12 +55,6 @@ def pair(cfg: UNetConfig) -> tuple[UNet, nn.Module]:
     return ours, peer
 
 
-def seconds(work: Callable[[], object]) -> Callable[[], float]:
-    """A measurement: how long `work` takes."""
-    per_second = rate(1, work)
-    return lambda: 1 / per_second()
-
-
 def comparisons() -> Iterator[Comparison]:
     """Training step and forward pass of each size, in seconds and bytes."""
     for name, (cfg, batch) in SIZES.items():
@@ -79,31 +72,7 @@ def comparisons() -> Iterator[Comparison]:
         expected = theirs()
         torch.testing.assert_close(mine(), expected, rtol=1e-3, atol=1e-4 * float(expected.detach().abs().max()))
         for kind, wrap in (("training_step", training_step), ("forward", forward)):
-            for unit, measure, bar in (("s", seconds, TIME_BAR), ("bytes", peak_bytes, MEMORY_BAR)):
-                yield Comparison(
-                    name=f"{kind}_{name}",
-                    ours=measure(wrap(mine)),
-                    peer=measure(wrap(theirs)),
-                    unit=unit,
-                    bar=bar,
-                    lower_is_better=True,
-                    pairs=5 if unit == "s" else 1,
-                )
-
-
-def training_step(call: Callable[[], Tensor]) -> Callable[[], None]:
-    """Forward and backward pass."""
-    return lambda: call().square().mean().backward()
-
-
-def forward(call: Callable[[], Tensor]) -> Callable[[], None]:
-    """Without gradients, as in sampling."""
-
-    def work() -> None:
-        with torch.no_grad():
-            call()
-
-    return work
+            yield from in_seconds_and_bytes(f"{kind}_{name}", mine, theirs, wrap)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,14 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 
 
+def _require_positive(cfg: object, *names: str) -> None:
+    """Refuse a number, or one in a list, below 1."""
+    for name in names:
+        value = getattr(cfg, name)
+        if any(number < 1 for number in (value if isinstance(value, list) else [value]) if number is not None):
+            raise UserError(f"model.{name}={value}: must be at least 1")
+
+
 def resizes_in_resnet(block_type: str, attention_option: str) -> bool:
     """Whether a level of the U-Net changes the size in a residual block; `attention_option`: downsample_type or so."""
     return block_type.startswith("Resnet") or (block_type.startswith("Attn") and attention_option == "resnet")
@@ -53,6 +61,7 @@ class AutoencoderConfig:
                 raise UserError(
                     f"model.block_out_channels: {channels} is not divisible by norm_num_groups={self.norm_num_groups}"
                 )
+        _require_positive(self, "num_vq_embeddings", "vq_embed_dim")
         for level in self.attention_levels:
             if level not in range(len(self.block_out_channels)):
                 raise UserError(
@@ -136,6 +145,9 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
+        _require_positive(
+            self, "head_channels", "num_class_embeds", "attention_head_dim", "transformer_layers_per_block"
+        )
         for name, kinds in BLOCK_TYPES.items():
             self._check_blocks(name, kinds, levels)
         for name in ("attention_head_dim", "transformer_layers_per_block"):

@@ -518,6 +518,9 @@ class UNetRun:
 
     def __post_init__(self) -> None:
         require(0 <= self.caption_drop < 1, f"caption_drop={self.caption_drop}: must be in [0, 1)")
+        for option in ("num_class_embeds", "class_embed_type", "addition_embed_type"):
+            value = getattr(self.model, option)
+            require(value is None, f"model.{option}={value}: the network can, but this training gives it captions only")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -86,7 +86,7 @@ def r1_penalty(real: Tensor, images: Tensor) -> Tensor:
 
     Args:
         real: verdicts [B, 1, h, w] of the images.
-        images: with gradient, the B pictures that were judged and any that were not
+        images: with gradient, the B pictures that were judged and any that were not.
     """
     (slope,) = torch.autograd.grad(real.flatten(1).mean(dim=1).sum(), images, create_graph=True)
     return 0.5 * slope.square().sum() / len(real)

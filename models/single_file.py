@@ -1,20 +1,22 @@
 """Whole checkpoints in one file, as the code of the latent diffusion paper and of Stable Diffusion writes them."""
 
-import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.networks import AutoencoderConfig, UNetConfig
 from models.autoencoder import AnyAutoencoder, build_autoencoder
-from models.compvis import AUTOENCODER, UNET, autoencoder_pairs, from_compvis, to_compvis, unet_pairs
+from models.compvis import AUTOENCODER, UNET, Pair, autoencoder_pairs, from_compvis, to_compvis, unet_pairs
 from models.unet import UNet
 from models.weights import save_file_atomic
+
+M = TypeVar("M", bound=nn.Module)
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt")
 # What a checkpoint holds beside the networks: text towers, averages, the first training's losses, and what follows from
@@ -52,21 +54,20 @@ def load_unet_file(path: str | Path, cfg: UNetConfig) -> UNet:
     Raises:
         UserError: unreadable file; missing, surplus or misshapen weights, by name.
     """
-    with torch.device("meta"):
-        network = UNet(cfg)
-    weights = _part(path, read_single_file(path), UNET)
-    found = from_compvis(str(path), unet_pairs(cfg), weights, network.state_dict())
-    network.load_state_dict(_fp32(found), assign=True)
-    return network
+    return _load(path, lambda: UNet(cfg), UNET, unet_pairs(cfg))
 
 
 def load_autoencoder_file(path: str | Path, cfg: AutoencoderConfig) -> AnyAutoencoder:
     """The autoencoder of a whole checkpoint or of its own, in fp32; raises as `load_unet_file`."""
+    return _load(path, lambda: build_autoencoder(cfg), AUTOENCODER, autoencoder_pairs(cfg))
+
+
+def _load(path: str | Path, build: Callable[[], M], prefix: str, pairs: list[Pair]) -> M:
     with torch.device("meta"):
-        network = build_autoencoder(cfg)
-    weights = _part(path, read_single_file(path), AUTOENCODER)
-    found = from_compvis(str(path), autoencoder_pairs(cfg), weights, network.state_dict())
-    network.load_state_dict(_fp32(found), assign=True)
+        network = build()
+    found = from_compvis(str(path), pairs, _part(path, read_single_file(path), prefix), network.state_dict())
+    # A copy, so that no half-precision file decides the precision of training.
+    network.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in found.items()}, assign=True)
     return network
 
 
@@ -87,8 +88,10 @@ def read_single_file(path: str | Path) -> dict[str, Tensor]:
         ) from None
     except SafetensorError as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except OSError:
+        raise
+    except Exception as error:  # a broken pickle raises whatever its bytes lead to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} holds more than weights, or is broken, and is not opened ({reason})") from None
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
@@ -118,7 +121,3 @@ def _part(path: str | Path, weights: Mapping[str, Tensor], prefix: str) -> dict[
     if alone:
         return {name: tensor for name, tensor in weights.items() if name.startswith(ALONE)}
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-
-
-def _fp32(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}

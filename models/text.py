@@ -37,18 +37,13 @@ class TextTower(Protocol):
 
 
 class HuggingFaceText(nn.Module):
-    """A text encoder of transformers with its tokenizer: CLIPTextModel, T5 and its like, BERT.
-
-    Args:
-        context_length: L; None: what the tokenizer names, at most 512.
-    """
+    """A text encoder of transformers with its tokenizer: CLIPTextModel, T5 and its like, BERT."""
 
     encoder: Any
 
-    def __init__(self, encoder: nn.Module, tokenizer: Any, context_length: int | None = None) -> None:
+    def __init__(self, encoder: nn.Module, tokenizer: Any) -> None:
         super().__init__()
         self.encoder, self.tokenizer = encoder, tokenizer
-        self._length = context_length or min(int(tokenizer.model_max_length), MOST_TOKENS)
 
     @property
     def text_width(self) -> int:
@@ -57,13 +52,13 @@ class HuggingFaceText(nn.Module):
 
     @property
     def context_length(self) -> int:
-        """L, tokens of a text."""
-        return self._length
+        """L, tokens of a text: what the tokenizer names, at most 512."""
+        return min(int(self.tokenizer.model_max_length), MOST_TOKENS)
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """[B, L] int64, padded and cut to L."""
         made = self.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=self._length, return_tensors="pt"
+            texts, padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt"
         )
         return made.input_ids
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -30,10 +30,6 @@ class Format:
     absent: Mapping[str, Any] = field(default_factory=dict)  # that class's defaults where the dataclass has others
     ignored: tuple[str, ...] = ()  # fields that say nothing about the network's output
     translate: Callable[[dict[str, Any]], dict[str, Any]] = dict  # fields that mean another thing in the dataclass
-
-    def to_json(self, config: Any, **more: Any) -> dict[str, Any]:
-        """All that diffusers needs to build the same network; `more` replaces fields."""
-        return {"_class_name": self.class_name, **self.fixed, **asdict(config), **more}
 
 
 def save_folder(

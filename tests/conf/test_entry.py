@@ -84,6 +84,8 @@ def test_a_wrong_option_is_one_line_and_exit_code_2_before_torch(
         ("runtime.zero_stage=4", r"runtime\.zero_stage=4: must be"),
         ("caption_drop=1.0", r"caption_drop=1\.0"),
         ("process={prediction: flow, min_snr_gamma: 5}", "process.min_snr_gamma: not defined for"),
+        ("model.head_channels=0", r"model\.head_channels=0: must be at least 1"),
+        ("model.num_class_embeds=10", r"model\.num_class_embeds=10: .*captions only"),
         ("model.attention_head_dim=[1,2,3]", r"model\.attention_head_dim: needs 1 or 4"),
         ("model.norm_num_groups=7", r"model\.block_out_channels: 320 is not divisible by norm_num_groups=7"),
         ("model.down_block_types=[DownBlock2D]", r"model\.down_block_types: needs one entry for each of the 4"),

@@ -104,5 +104,7 @@ def test_what_does_not_fit_is_refused() -> None:
         replace(F4, num_vq_embeddings=None, vq_embed_dim=3)
     with pytest.raises(UserError, match=r"model\.attention_levels: there is no level 3 in 3"):
         replace(F4, attention_levels=[3])
+    with pytest.raises(UserError, match=r"model\.num_vq_embeddings=0: must be at least 1"):
+        replace(F4, num_vq_embeddings=0)
     with pytest.raises(UserError, match="18 x 16 pixels"):
         VQAutoencoder(F4).encode(torch.zeros(1, 3, 18, 16))

@@ -78,6 +78,15 @@ class UNetInfo:
             raise UserError(f"no {NULL_TEXT} in '{latents}': run data/precompute_latents.py again") from None
 
 
+def info_of_trained(unet: str, autoencoder: str, clip: str) -> UNetInfo:
+    """What is known of an exported U-Net; refuses an autoencoder or CLIP that it was not trained with."""
+    info = UNetInfo.load(unet)
+    for option, folder, digest in (("autoencoder", autoencoder, info.autoencoder), ("clip", clip, info.clip)):
+        if weights_digest(folder) != digest:
+            raise UserError(f"{option}={folder}: not the one that unet={unet} was trained with")
+    return info
+
+
 def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:
     """Refuse a cache that does not fit the run, naming the field; else what the run needs of it."""
     if manifest.kind != "latents":

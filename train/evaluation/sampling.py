@@ -21,16 +21,13 @@ from models.unet import UNet
 from train.engine.journal import say
 from train.engine.pictures import captioned, to_uint8
 from train.engine.precision import autocast
-from train.engine.provenance import UNetInfo, weights_digest
+from train.engine.provenance import info_of_trained, weights_digest
 from train.engine.runtime import Runtime
 
 
 def load_model(cfg: SampleRun | EvaluateRun, device: torch.device) -> TextToImage:
     """The exported U-Net with its autoencoder and CLIP; refuses a pair that was not trained together."""
-    info = UNetInfo.load(cfg.unet)
-    for option, digest in (("autoencoder", info.autoencoder), ("clip", info.clip)):
-        if weights_digest(getattr(cfg, option)) != digest:
-            raise UserError(f"{option}={getattr(cfg, option)}: not the one that unet={cfg.unet} was trained with")
+    info = info_of_trained(cfg.unet, cfg.autoencoder, cfg.clip)
     networks = [UNet.from_pretrained(cfg.unet), load_autoencoder(cfg.autoencoder)]
     tower = load_text_tower(cfg.clip)
     for network in (*networks, tower):

@@ -21,9 +21,9 @@ from models.single_file import write_single_file
 from models.unet import UNet
 from models.weights import CONFIG_NAME, save_folder
 from train.engine.journal import say
-from train.engine.provenance import UNetInfo, weights_digest
+from train.engine.provenance import info_of_trained
 
-TEXT_WEIGHTS = "model.safetensors"
+TEXT_WEIGHTS, INDEX_NAME = "model.safetensors", "model_index.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusionPipeline",
@@ -41,10 +41,7 @@ INDEX: dict[str, Any] = {
 
 def run(cfg: ExportRun) -> None:
     """Write the folder or the file; what stood there before stays until all is written."""
-    info = UNetInfo.load(cfg.unet)
-    for option, digest in (("autoencoder", info.autoencoder), ("clip", info.clip)):
-        if weights_digest(getattr(cfg, option)) != digest:
-            raise UserError(f"{option}={getattr(cfg, option)}: not the one that unet={cfg.unet} was trained with")
+    info = info_of_trained(cfg.unet, cfg.autoencoder, cfg.clip)
     unet, autoencoder, clip = UNet.from_pretrained(cfg.unet), _autoencoder(cfg), _clip(cfg)
     if unet.cfg.cross_attention_dim is None:
         raise UserError(f"unet={cfg.unet}: a U-Net without text has no place in a text-to-image pipeline")
@@ -57,7 +54,7 @@ def run(cfg: ExportRun) -> None:
         say("export", f"{cfg.output_dir}: StableDiffusionPipeline.from_pretrained reads it")
     else:
         text = text_to_hugging_face(clip.network.state_dict(), clip.config.text_layers - clip.config.skip_last)
-        path = Path(cfg.output_dir).with_suffix(".safetensors")
+        path = Path(f"{cfg.output_dir}.safetensors")
         write_single_file(path, unet, autoencoder, text)
         say("export", f"{path}: one file with the names of CompVis")
 
@@ -105,11 +102,15 @@ def write_pipeline(folder: Path, unet: UNet, autoencoder: Autoencoder, clip: Cli
     scheduler = process.scheduler_config()
     atomic_write(folder / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2).encode())
     index = INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
-    atomic_write(folder / "model_index.json", json.dumps(index, indent=2).encode())
+    atomic_write(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
 
 
 def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Written beside it, then put in its place."""
+    """Written beside it, then put in its place; a folder with anything else than an export in it is left alone."""
+    if folder.exists() and not (folder / INDEX_NAME).is_file():
+        raise UserError(
+            f"output_dir={folder}: holds something else than an export; name a folder that is not there yet"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (folder.with_name(f".tmp-{os.getpid()}-{kind}-{folder.name}") for kind in ("new", "old"))
     try:
@@ -118,5 +119,7 @@ def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
             folder.rename(old)
         temporary.rename(folder)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         for rest in (temporary, old):
             shutil.rmtree(rest, ignore_errors=True)

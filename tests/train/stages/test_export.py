@@ -110,6 +110,14 @@ def test_last_export_stays_when_the_next_one_fails(
     assert json.loads(before)["vae"] == ["diffusers", "AutoencoderKL"]
 
 
+def test_a_folder_with_anything_else_in_it_is_left_alone(project: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"output_dir=.*run: holds something else than an export"):
+        export.run(config(project, tmp_path / "run"))
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
 def test_networks_that_were_not_trained_together_are_refused(project: Any, tmp_path: Path) -> None:
     other = tmp_path / "clip"
     clip = Clip.from_pretrained(project.folder / "clip" / "export")
