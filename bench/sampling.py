@@ -1,81 +1,78 @@
-"""DDIM sampling with guidance: our U-Net and loop against diffusers' U-Net and DDIMScheduler on the same weights."""
+"""DDIM sampling with guidance, prompts to pictures: ours against diffusers' whole pipeline on the same weights.
+
+The networks have the sizes of `experiment=demo` and random weights, exported as `train/export.py` does.
+"""
 
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
 from _compare import Comparison, main, rate
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from _networks import THREADS
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from conf.networks import UNetConfig
-from conf.schema import Prediction, ProcessConfig
-from models.guidance import classifier_free
+from conf.entry import compose
+from conf.schema import AutoencoderRun, ClipRun, Prediction, ProcessConfig, Sampler, UNetRun
+from models.autoencoder import Autoencoder
+from models.clip import Clip
+from models.pipeline import TextToImage, picture_noise
 from models.process import Process
-from models.samplers import sample_ddim
 from models.unet import UNet
+from train.stages.export import write_pipeline
 
-PICTURES, STEPS, GUIDANCE_SCALE, LENGTH, WIDTH = 4, 20, 3.0, 32, 128
-CONFIG = UNetConfig(
-    sample_size=8,
-    block_out_channels=[64, 128],
-    layers_per_block=1,
-    down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    cross_attention_dim=WIDTH,
-    attention_head_dim=[4],
-    norm_num_groups=16,
-)
+PROMPTS = ["a red planet", "a green monster on a blue background", "mountains", "a robot that smiles"]
+GUIDANCE_SCALE, BAR = 3.0, 1.25
+DEMO = ["experiment=demo", "run_dir=unused"]
 
 
-def ours(unet: UNet, process: Process, noise: Tensor, context: Tensor, null_context: Tensor) -> Tensor:
-    """Latents [B, C, h, w] by our process, guidance and sampler."""
-    sigmas = process.sigmas(STEPS)
-    denoise = process.denoiser(classifier_free(unet, context, null_context, GUIDANCE_SCALE, unet.keys_values))
-    return sample_ddim(denoise, process.initial(noise, float(sigmas[0])), sigmas)
-
-
-def peer(unet: UNet2DConditionModel, scheduler: DDIMScheduler, x: Tensor, context: Tensor, null: Tensor) -> Tensor:
-    """The loop of diffusers' text-to-image pipelines."""
-    scheduler.set_timesteps(STEPS)
-    contexts = torch.cat([null.expand_as(context), context])
-    for timestep in scheduler.timesteps:
-        doubled = scheduler.scale_model_input(torch.cat([x, x]), timestep)
-        uncond, cond = unet(doubled, timestep, encoder_hidden_states=contexts, return_dict=False)[0].chunk(2)
-        x = scheduler.step(uncond + GUIDANCE_SCALE * (cond - uncond), timestep, x, return_dict=False)[0]
-    return x
-
-
-@torch.inference_mode()
-def run() -> None:
-    """Hold the results against each other, then the times."""
+def models(folder: Path) -> tuple[TextToImage, StableDiffusionPipeline]:
+    """Ours, and diffusers' from what ours is exported to."""
     torch.manual_seed(0)
-    unet = UNet(CONFIG).eval()
-    for parameter in unet.parameters():  # layers that start at zero would make every comparison equal
-        parameter.add_(0.02 * torch.randn_like(parameter))
-    with tempfile.TemporaryDirectory() as folder:
-        unet.save_pretrained(folder)
-        peer_unet = UNet2DConditionModel.from_pretrained(folder).eval()
+    unet = UNet(compose("train_unet", UNetRun, DEMO).model).eval()
+    autoencoder = Autoencoder(compose("train_autoencoder", AutoencoderRun, DEMO).model).eval()
+    clip = Clip.from_config(compose("train_clip", ClipRun, DEMO).model).eval()
+    with torch.no_grad():
+        for parameter in unet.parameters():  # layers that start at zero would make every comparison equal
+            parameter.add_(0.02 * torch.randn_like(parameter))
     process = Process(ProcessConfig(prediction=Prediction.eps))
-    scheduler = DDIMScheduler.from_config(process.scheduler_config())
-    noise = torch.randn(PICTURES, CONFIG.in_channels, CONFIG.sample_size, CONFIG.sample_size)
-    context = torch.randn(PICTURES, LENGTH, WIDTH)
-    null_context = torch.zeros(1, LENGTH, WIDTH)
-    mine = ours(unet, process, noise, context, null_context)
-    theirs = peer(peer_unet, scheduler, noise, context, null_context)
-    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
-    main(
-        [
-            Comparison(
-                name=f"ddim_{STEPS}_steps_guided",
-                ours=rate(PICTURES, lambda: ours(unet, process, noise, context, null_context)),
-                peer=rate(PICTURES, lambda: peer(peer_unet, scheduler, noise, context, null_context)),
-                unit="images/s",
-                bar=1.0,
-                pairs=9,
-            )
-        ]
-    )
+    write_pipeline(folder, unet, autoencoder, clip, process)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    channels = unet.cfg.in_channels
+    return TextToImage(unet, autoencoder, clip, process, torch.zeros(channels), torch.ones(channels)), pipeline
+
+
+def comparisons(folder: Path) -> Iterator[Comparison]:
+    """At two numbers of steps, in pictures per second."""
+    model, pipeline = models(folder)
+    cfg, seeds = model.unet.cfg, [0] * len(PROMPTS)
+    side = cfg.sample_size * model.autoencoder.cfg.downscale
+    shape = (cfg.in_channels, cfg.sample_size, cfg.sample_size)
+    noise = torch.from_numpy(np.stack([picture_noise(prompt, 0, 0, shape) for prompt in PROMPTS]))
+
+    def mine(steps: int) -> Tensor:
+        return model(PROMPTS, seeds, sampler=Sampler.ddim, steps=steps, guidance_scale=GUIDANCE_SCALE)
+
+    def theirs(steps: int) -> Tensor:
+        options = {"height": side, "width": side, "guidance_scale": GUIDANCE_SCALE, "output_type": "pt"}
+        return pipeline(PROMPTS, num_inference_steps=steps, latents=noise, **options).images
+
+    for steps in (20, 50):
+        torch.testing.assert_close((mine(steps) + 1) / 2, theirs(steps), rtol=0, atol=2 / 255)
+        yield Comparison(
+            name=f"ddim_{steps}_steps_guided",
+            ours=rate(len(PROMPTS), lambda steps=steps: mine(steps)),
+            peer=rate(len(PROMPTS), lambda steps=steps: theirs(steps)),
+            unit="images/s",
+            bar=BAR,
+            pairs=9,
+        )
 
 
 if __name__ == "__main__":
-    run()
+    torch.set_num_threads(THREADS)
+    with tempfile.TemporaryDirectory() as name:
+        main(comparisons(Path(name)))

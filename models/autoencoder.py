@@ -4,10 +4,11 @@ Parameter names and `config.json` are those of diffusers' AutoencoderKL; `models
 Shapes: B images, H x W their pixels, f the downscale factor, h x w = H/f x W/f, C latent channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from conf.networks import AutoencoderConfig
@@ -37,6 +38,19 @@ def kl(moments: Tensor) -> Tensor:
     """
     mean, logvar = split_moments(moments)
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
+
+
+def finite(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`network(x)` in fp32; what comes out of a lower precision's autocast with an infinity or NaN is done again.
+
+    Some autoencoders overflow in fp16, of which Stable Diffusion XL's is the best known.
+    """
+    y = network(x).float()
+    broken = ~y.flatten(1).isfinite().all(dim=1)
+    if torch.is_autocast_enabled(x.device.type) and broken.any():
+        with torch.autocast(x.device.type, enabled=False):
+            y[broken] = network(x[broken].float())
+    return y
 
 
 class Autoencoder(nn.Module):

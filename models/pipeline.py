@@ -2,17 +2,19 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from conf.schema import Sampler
-from models.autoencoder import AnyAutoencoder
+from models.autoencoder import AnyAutoencoder, finite
 from models.guidance import classifier_free
 from models.process import Process
 from models.samplers import SAMPLERS, Callback
 from models.text import TextTower
+from models.tiles import check_tile, decode_in_tiles
 from models.unet import UNet
 
 
@@ -26,6 +28,7 @@ class TextToImage:
         process: the one that the U-Net was trained with.
         latent_mean: per channel [C] over the training latents, as in the latents' manifest.
         latent_std: likewise [C]; the U-Net works on (z - mean) / std.
+        tile: side in pixels of the squares that larger pictures are decoded in, one picture at a time; 0: whole.
     """
 
     def __init__(
@@ -36,11 +39,15 @@ class TextToImage:
         process: Process,
         latent_mean: Tensor,
         latent_std: Tensor,
+        tile: int = 0,
     ) -> None:
+        check_tile(tile, autoencoder.cfg.downscale)
+
         self.unet = unet
         self.autoencoder = autoencoder
         self.text_tower = text_tower
         self.process = process
+        self.tile = tile
         self.device = next(unet.parameters()).device
         self.latent_mean = latent_mean.to(self.device, torch.float32).view(1, -1, 1, 1)
         self.latent_std = latent_std.to(self.device, torch.float32).view(1, -1, 1, 1)
@@ -83,7 +90,9 @@ class TextToImage:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] of normalised latents [B, C, h, w]."""
-        return self.autoencoder.decode(latents * self.latent_std + self.latent_mean).float().clamp(-1, 1)
+        network = self.autoencoder
+        decode = partial(decode_in_tiles, network.decode, side=self.tile, downscale=network.cfg.downscale)
+        return finite(decode, latents * self.latent_std + self.latent_mean).clamp(-1, 1)
 
     def _contexts(self, prompts: Sequence[str], guided: bool) -> tuple[Tensor, Tensor]:
         """Text states of the prompts [B, L, D] and, if guided, of the empty caption [1, L, D] (else [0, L, D])."""

@@ -5,6 +5,7 @@ import hashlib
 import pytest
 import torch
 
+from conf.errors import UserError
 from conf.networks import AutoencoderConfig, UNetConfig
 from conf.schema import Prediction, ProcessConfig, Sampler
 from models.autoencoder import Autoencoder
@@ -108,6 +109,31 @@ def test_noise_of_a_picture_is_fixed_for_all_time() -> None:
         picture_noise("a", 7, 0, (2,)),
     ]
     assert all(abs(other[0] - noise.ravel()[0]) > 1e-6 for other in others)
+
+
+def test_large_pictures_can_be_decoded_in_tiles() -> None:
+    model = build()
+    latents = torch.randn(2, 4, 16, 8)  # 32 x 16 pixels
+    whole, seen = model.decode(latents), []
+    model.autoencoder.decoder.register_forward_hook(lambda module, given, made: seen.append(tuple(made.shape)))
+    model.tile = 16
+    tiled = model.decode(latents)
+    assert tiled.shape == whole.shape == (2, 3, 32, 16)
+    assert set(seen) == {(1, 3, 16, 16)}
+    assert (tiled - whole).abs().mean() < 0.5 * whole.std()
+    with pytest.raises(UserError, match=r"tile=17.*multiple of 2"):
+        TextToImage(model.unet, model.autoencoder, model.text_tower, model.process, torch.zeros(4), torch.ones(4), 17)
+
+
+def test_what_overflows_in_fp16_is_decoded_in_fp32() -> None:
+    """As the autoencoder of Stable Diffusion XL: too large within, sound at the end."""
+    model, latents = build(), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        model.autoencoder.decoder.conv_in.weight.mul_(1e6)  # the norms after it divide by as much
+    expected = model.decode(latents)
+    with torch.autocast("cpu", torch.float16):
+        assert not model.autoencoder.decode(latents).isfinite().all()
+        torch.testing.assert_close(model.decode(latents), expected)
 
 
 def test_one_seed_per_prompt_is_required() -> None:

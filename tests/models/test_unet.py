@@ -8,9 +8,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from conf.errors import UserError
 from conf.networks import UNetConfig
+from models.flops import unet_flops
 from models.unet import UNet
 from models.unet_format import architecture
 
@@ -110,7 +112,8 @@ def inputs(cfg: UNetConfig, height: int = 40, width: int = 24) -> dict[str, Tens
     elif cfg.class_embed_type == "projection":
         made["class_labels"] = torch.randn(2, cfg.projection_class_embeddings_input_dim, requires_grad=True)
     if cfg.addition_embed_type == "text_time":
-        made["pooled"] = torch.randn(2, 10, requires_grad=True)
+        pooled = cfg.projected_width - 6 * (cfg.addition_time_embed_dim or 0)
+        made["pooled"] = torch.randn(2, pooled, requires_grad=True)
         made["sizes"] = torch.tensor([[512.0, 384, 0, 64, 512, 512], [1024, 1024, 32, 0, 1024, 768]])
     return made
 
@@ -255,6 +258,20 @@ def test_parameter_counts_of_published_networks(cfg: UNetConfig, count: int) -> 
     with torch.device("meta"):
         network = UNet(cfg)
     assert sum(parameter.numel() for parameter in network.parameters()) == count
+
+
+PUBLISHED = {"Stable Diffusion 1": UNetConfig(), "Stable Diffusion 2": SD2, "SDXL": SDXL, "CelebA-HQ": CELEBA}
+
+
+@pytest.mark.parametrize("cfg", (CONFIGS | PUBLISHED).values(), ids=CONFIGS | PUBLISHED)
+def test_counted_flops_are_those_that_torch_counts(cfg: UNetConfig) -> None:
+    """On the meta device; so large a batch that upsampling takes its shorter way."""
+    batch = 1024
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network, arguments = UNet(cfg), inputs(cfg, 64, 32)
+        network(**{name: value[:1].repeat_interleave(batch, dim=0) for name, value in arguments.items()})
+    tokens = 0 if cfg.cross_attention_dim is None else 7
+    assert unet_flops(cfg, 64, 32, tokens) == pytest.approx(counter.get_total_flops() / batch, rel=1e-6)
 
 
 def test_folder_round_trip_keeps_config_and_weights(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def load_model(cfg: SampleRun | EvaluateRun, device: torch.device) -> TextToImag
     mean, std = torch.tensor(info.latent_mean), torch.tensor(info.latent_std)
     unet, autoencoder = networks
     assert isinstance(unet, UNet) and isinstance(autoencoder, AnyAutoencoder)
-    return TextToImage(unet, autoencoder, tower, Process(info.process_config()), mean, std)
+    return TextToImage(unet, autoencoder, tower, Process(info.process_config()), mean, std, cfg.tile)
 
 
 def pictures(model: TextToImage, cfg: SampleRun | EvaluateRun, jobs: Sequence[tuple[str, int]]) -> Iterator[Tensor]:

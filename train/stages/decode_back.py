@@ -14,6 +14,7 @@ from data.manifest import ShardInfo
 from data.shards import ShardReader, atomic_path
 from models.autoencoder import split_moments
 from models.losses import psnr
+from models.tiles import decode_in_tiles
 from train.engine.pictures import grid, on_squares, to_uint8
 from train.stages.encoding import Encoder
 
@@ -46,4 +47,9 @@ def both(cfg: PrecomputeRun, images: ImageDataset, path: Path, count: int, encod
     mean, _ = split_moments(torch.from_numpy(stored).to(encoder.device))
     sources = [images.records.find(int(path.stem.partition("-")[0]), reader.key(row)) for row in rows]
     pictures = torch.stack([images.variants(source, 1, shapes)["image"][0] for source in sources])
-    return pictures, torch.cat([encoder.autoencoder.decode(z).clamp(-1, 1).cpu() for z in mean.split(cfg.batch_size)])
+    network = encoder.autoencoder
+    decoded = [
+        decode_in_tiles(network.decode, z, cfg.tile, network.cfg.downscale).clamp(-1, 1).cpu()
+        for z in mean.split(cfg.batch_size)
+    ]
+    return pictures, torch.cat(decoded)

@@ -1,6 +1,8 @@
 """The two frozen networks as one encoder: images and captions to moments, tokens and text states."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,9 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import Precision
-from models.autoencoder import AnyAutoencoder
+from models.autoencoder import AnyAutoencoder, finite
 from models.text import TextTower
+from models.tiles import encode_in_tiles
 from train.engine.precision import autocast
 
 
@@ -35,6 +38,7 @@ class Encoder:
 
     Args:
         limit: most images or captions per forward pass; halved for good whenever they do not fit into memory.
+        tile: side in pixels of the squares that larger pictures are encoded in; 0: whole.
     """
 
     autoencoder: AnyAutoencoder
@@ -43,6 +47,7 @@ class Encoder:
     precision: Precision
     text_states: bool
     limit: int
+    tile: int = 0
     known: dict[str, Tensor] = field(default_factory=dict)  # text states of the captions since `forget`
 
     def __call__(self, batch: dict[str, Any]) -> Encoded:
@@ -58,19 +63,12 @@ class Encoder:
         self.known.clear()
 
     def moments(self, images: Tensor) -> Tensor:
-        """Moments [N, 2·C, h, w] of images [N, 3, H, W], on the CPU.
-
-        The variance of an fp16 autoencoder overflows now and then: what is not finite is encoded again in fp32.
-        """
-        moments = self._in_parts(self._moments, images, self.precision)
-        broken = ~moments.flatten(1).isfinite().all(dim=1)
-        if self.precision is not Precision.fp32 and broken.any():
-            moments[broken] = self._in_parts(self._moments, images[broken], Precision.fp32)
-        return moments
+        """Moments [N, 2·C, h, w] of images [N, 3, H, W], on the CPU."""
+        return self._in_parts(self._moments, images)
 
     def states(self, tokens: Tensor) -> Tensor:
         """Text states [N, L, D] of tokens [N, L], on the CPU."""
-        return self._in_parts(self._states, tokens, self.precision)
+        return self._in_parts(self._states, tokens)
 
     def _texts(self, captions: list[str], tokens: Tensor) -> Tensor:
         rows = {caption: row for row, caption in enumerate(captions) if caption not in self.known}
@@ -79,23 +77,25 @@ class Encoder:
         return torch.stack([self.known[caption] for caption in captions])
 
     @torch.no_grad()
-    def _moments(self, images: Tensor, precision: Precision) -> Tensor:
-        with autocast(self.device, precision):
-            return self.autoencoder.encode(images.to(self.device)).float().cpu()
+    def _moments(self, images: Tensor) -> Tensor:
+        network = self.autoencoder
+        encode = partial(encode_in_tiles, network.encode, side=self.tile, downscale=network.cfg.downscale)
+        with autocast(self.device, self.precision):
+            return finite(encode, images.to(self.device)).cpu()
 
     @torch.no_grad()
-    def _states(self, tokens: Tensor, precision: Precision) -> Tensor:
-        with autocast(self.device, precision):
+    def _states(self, tokens: Tensor) -> Tensor:
+        with autocast(self.device, self.precision):
             return self.clip.text_states(tokens.to(self.device)).float().cpu()
 
-    def _in_parts(self, encode: Any, inputs: Tensor, precision: Precision) -> Tensor:
+    def _in_parts(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         while True:
             try:
-                return torch.cat([encode(part, precision) for part in inputs.split(self.limit)])
+                return torch.cat([encode(part) for part in inputs.split(self.limit)])
             except torch.OutOfMemoryError:
                 if self.limit == 1:
                     raise UserError(
-                        "out of memory at one sample: take a larger GPU or lower images.resolution"
+                        "out of memory at one sample: take a larger GPU, lower images.resolution or set tile=512"
                     ) from None
             self.limit = max(1, min(self.limit, len(inputs)) // 2)
             torch.cuda.empty_cache()

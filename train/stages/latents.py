@@ -26,6 +26,7 @@ from data.manifest import MANIFEST, Manifest, ShardInfo
 from data.shards import atomic_path, atomic_write
 from models.autoencoder import load_autoencoder
 from models.text import load_text_tower
+from models.tiles import check_tile
 from train.engine.journal import Journal, say
 from train.engine.provenance import NULL_TEXT, image_facts, weights_digest
 from train.engine.runtime import Runtime
@@ -60,12 +61,14 @@ def provenance(cfg: PrecomputeRun, encoder: Encoder) -> dict[str, Any]:
     for option, pixels in (("images.resolution", cfg.images.resolution), ("buckets.step", cfg.buckets.step)):
         if pixels % downscale and (option == "images.resolution" or len(shapes) > 1):
             raise UserError(f"{option}={pixels}: must be a multiple of {downscale}, the autoencoder's downscale factor")
+    check_tile(cfg.tile, downscale)
     return {
         "autoencoder": weights_digest(cfg.autoencoder),
         "clip": weights_digest(cfg.clip),
         "images": image_facts(cfg.images),
         "variants": cfg.variants,
         "shapes": [list(shape) for shape in shapes],
+        "tile": cfg.tile or None,
         "dtype": cfg.dtype.value,
         "text_states": cfg.text_states,
         "latent_channels": encoder.autoencoder.cfg.cached_channels,
@@ -188,6 +191,7 @@ def run(cfg: PrecomputeRun, runtime: Runtime, config: dict[str, Any]) -> None:
         runtime.precision,
         cfg.text_states,
         limit=cfg.batch_size,
+        tile=cfg.tile,
     )
     splits = open_splits(cfg, encoder)
     if cfg.plan:

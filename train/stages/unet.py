@@ -56,6 +56,7 @@ class UNetStage:
         self.network = UNet(cfg.model)
         if cfg.init_from is not None:
             self.network = begin_from(cfg.init_from, cfg.model)
+        self.network.checkpoint_gradients(cfg.runtime.gradient_checkpointing)
         self.unet = Trainable(
             runtime, self.network, cfg.optim, cfg.batch, cfg.loop.samples, cfg.runtime.zero_stage, cfg.ema, name="unet"
         )

@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.networks import AutoencoderConfig
 from conf.schema import Precision
+from models.autoencoder import Autoencoder
 from train.stages.encoding import Encoder
 
 CPU = torch.device("cpu")
 
 
-class Autoencoder:
+class Doubling:
     """Doubles pictures; remembers the sizes of its batches. Values above 100 overflow in low precision."""
+
+    cfg = AutoencoderConfig(block_out_channels=[4, 4, 4], norm_num_groups=4)
 
     def __init__(self, most: int = 100) -> None:
         self.most, self.sizes = most, list[int]()
@@ -42,7 +46,7 @@ class Clip:
 
 
 def encoder(precision: Precision = Precision.fp32, limit: int = 8, most: int = 100) -> Any:
-    return Encoder(Autoencoder(most), Clip(), CPU, precision, text_states=True, limit=limit)  # type: ignore[arg-type]
+    return Encoder(Doubling(most), Clip(), CPU, precision, text_states=True, limit=limit)  # type: ignore[arg-type]
 
 
 def batch(images: Tensor, captions: list[str] | None = None) -> dict[str, Any]:
@@ -58,6 +62,27 @@ def test_what_overflows_in_low_precision_is_encoded_again_in_fp32(precision: Pre
     assert encode.autoencoder.sizes == [5, 2]
     assert [encoded.sound(row) for row in range(5)] == [True, True, True, True, False]
     assert encoded.moments.shape == (5, 1, 6, 4, 4) and (encoded.moments[2] == 200).all()
+
+
+def test_a_real_autoencoder_that_overflows_in_fp16_gives_the_moments_of_fp32() -> None:
+    """As that of Stable Diffusion XL: too large within, sound at the end."""
+    torch.manual_seed(0)
+    cfg = AutoencoderConfig(block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4)
+    network, images = Autoencoder(cfg).eval(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        network.encoder.conv_in.weight.mul_(1e6)  # the norms after it divide by as much
+        expected = network.encode(images)
+        with torch.autocast("cpu", torch.float16):
+            assert not network.encode(images).isfinite().all()
+    encode = Encoder(network, Clip(), CPU, Precision.fp16, text_states=False, limit=8)  # type: ignore[arg-type]
+    torch.testing.assert_close(encode.moments(images), expected)
+
+
+def test_larger_pictures_are_encoded_in_tiles() -> None:
+    encode, images = encoder(), torch.rand(2, 3, 32, 16)
+    encode.tile = 16
+    encode.moments(images)
+    assert encode.autoencoder.sizes == [1] * 6
 
 
 def test_memory_that_does_not_suffice_halves_the_batch_for_good() -> None:
