@@ -68,7 +68,7 @@ def entry(config_name: str, schema: type[Run]) -> Callable[[Callable[[Run], Any]
 def register(config_name: str, schema: type) -> None:
     """Let `conf/{config_name}.yaml` start from its dataclass and name the members of a sweep."""
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema, provider="schema.py")
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema, provider="conf.schema")
 
 
 def folder_name(overrides: str) -> str:

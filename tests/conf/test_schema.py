@@ -16,6 +16,11 @@ CONF = Path(__file__).parents[2] / "conf"
 COMMANDS = {stage.name: stage for stage in STAGES}
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "none")
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
+SCHEMA = [f"schema/{name}.py" for name in ("choices", "sections", "data", "training", "sampling", "pipeline")]
+
+
+def test_all_files_of_the_schema_are_read() -> None:
+    assert {CONF / file for file in SCHEMA} == set((CONF / "schema").glob("[!_]*.py"))
 
 
 def options_of(file: str) -> Iterator[tuple[str, str, str, str]]:
@@ -29,12 +34,12 @@ def options_of(file: str) -> Iterator[tuple[str, str, str, str]]:
                 yield node.name, field.target.id, ast.unparse(field.annotation), text  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("file", ["schema.py", "networks.py"])
-def test_every_option_has_a_comment(file: str) -> None:
+@pytest.mark.parametrize("files", [SCHEMA, ["networks.py"]], ids=["schema", "networks"])
+def test_every_option_has_a_comment(files: list[str]) -> None:
     """Beside it or beside the same option of an earlier command; a section is explained by its own options."""
     explained: set[tuple[str, str]] = set()
     missing = []
-    for owner, option, kind, text in options_of(file):
+    for owner, option, kind, text in (found for file in files for found in options_of(file)):
         if "  # " in text:
             explained.add((option, kind))
         elif not kind.endswith("Config") and (option, kind) not in explained:

@@ -1,0 +1,84 @@
+"""Every option of every command: name, type, unit, default and the checks that join two of them.
+
+YAML files in this folder only select and override; a name that is not here is refused. Sizes that count progress are
+in samples, so that neither the batch nor the number of processes moves a schedule. `__post_init__` runs when a command
+turns its composed configuration into these objects, before torch is imported.
+"""
+
+from conf.schema.choices import (
+    Adversarial,
+    BetaSchedule,
+    CacheDtype,
+    Crop,
+    Device,
+    ExportFormat,
+    ImageFormat,
+    LrDecay,
+    Perceptual,
+    Precision,
+    Prediction,
+    Reconstruction,
+    Sampler,
+    Source,
+    TimestepSampling,
+    WandbMode,
+)
+from conf.schema.data import BucketConfig, BuildRun, FilterConfig, MixedSource, PrecomputeRun, PreviewRun
+from conf.schema.pipeline import PipelineRun
+from conf.schema.sampling import EvaluateRun, ExportRun, SampleRun
+from conf.schema.sections import (
+    BatchConfig,
+    EmaConfig,
+    ImageConfig,
+    LoopConfig,
+    OptimConfig,
+    ProcessConfig,
+    RuntimeConfig,
+    SamplingConfig,
+    StreamConfig,
+    WandbConfig,
+)
+from conf.schema.training import AutoencoderLossConfig, AutoencoderRun, ClipRun, UNetRun
+
+__all__ = [
+    "Adversarial",
+    "AutoencoderLossConfig",
+    "AutoencoderRun",
+    "BatchConfig",
+    "BetaSchedule",
+    "BucketConfig",
+    "BuildRun",
+    "CacheDtype",
+    "ClipRun",
+    "Crop",
+    "Device",
+    "EmaConfig",
+    "EvaluateRun",
+    "ExportFormat",
+    "ExportRun",
+    "FilterConfig",
+    "ImageConfig",
+    "ImageFormat",
+    "LoopConfig",
+    "LrDecay",
+    "MixedSource",
+    "OptimConfig",
+    "Perceptual",
+    "PipelineRun",
+    "Precision",
+    "PrecomputeRun",
+    "Prediction",
+    "PreviewRun",
+    "ProcessConfig",
+    "Reconstruction",
+    "RuntimeConfig",
+    "SampleRun",
+    "Sampler",
+    "SamplingConfig",
+    "Source",
+    "StreamConfig",
+    "TimestepSampling",
+    "UNetRun",
+    "WandbConfig",
+    "WandbMode",
+]

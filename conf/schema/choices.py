@@ -1,0 +1,96 @@
+"""Options that are one of a few words."""
+
+from enum import Enum
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class LrDecay(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class WandbMode(Enum):
+    auto = "auto"  # online when logged in, else offline
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+class Source(Enum):
+    demo = "demo"
+    twemoji = "twemoji"
+    folder = "folder"
+    shards = "shards"
+    mix = "mix"
+
+
+class ImageFormat(Enum):
+    png = "png"
+    jpg = "jpg"
+    webp = "webp"
+
+
+class Crop(Enum):
+    center = "center"
+    random = "random"
+
+
+class Reconstruction(Enum):
+    l1 = "l1"
+    l2 = "l2"
+
+
+class ExportFormat(Enum):
+    diffusers = "diffusers"  # a folder for StableDiffusionPipeline
+    compvis = "compvis"  # one file with the names of the original Stable Diffusion
+
+
+class Adversarial(Enum):
+    hinge = "hinge"
+    non_saturating = "non_saturating"  # logistic
+
+
+class Perceptual(Enum):
+    none = "none"
+    lpips = "lpips"  # VGG16 features; needs its backbone weights on disk
+    efficientnet = "efficientnet"  # EfficientNet-Lite0 features from a package, offline
+
+
+class Prediction(Enum):
+    eps = "eps"
+    v = "v"
+    flow = "flow"
+
+
+class BetaSchedule(Enum):
+    linear = "linear"
+    scaled_linear = "scaled_linear"  # linear in the square root of beta: what the LDM code calls linear
+    cosine = "cosine"
+
+
+class TimestepSampling(Enum):
+    uniform = "uniform"
+    logit_normal = "logit_normal"
+
+
+class Sampler(Enum):
+    ddim = "ddim"
+    dpmpp_2m = "dpmpp_2m"
+
+
+class CacheDtype(Enum):
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"

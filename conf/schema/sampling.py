@@ -1,0 +1,74 @@
+"""Commands that use a trained model."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from conf.schema.choices import CacheDtype, ExportFormat, Sampler
+from conf.schema.sections import ImageConfig, RuntimeConfig, WandbConfig, require
+
+
+@dataclass(kw_only=True, slots=True)
+class SampleRun:
+    """`train/sample.py`: prompts to PNGs and a captioned grid."""
+
+    run_dir: str = MISSING
+    name: str = MISSING
+    seed: int = 0  # of the noise; picture i of a prompt uses (seed, prompt, i)
+    output_dir: str = MISSING
+    unet: str = MISSING  # folder with the exported U-Net
+    autoencoder: str = MISSING
+    clip: str = MISSING
+    prompts: list[str] = field(default_factory=list)  # on the command line: 'prompts=["a red planet"]'
+    prompts_file: str | None = None  # a text file, one prompt a line
+    images_per_prompt: int = 1  # pictures drawn of each prompt
+    batch_size: int = 32  # pictures made together; changes no picture
+    tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
+    sampler: Sampler = Sampler.dpmpp_2m
+    steps: int = 30
+    guidance_scale: float = 3.0
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        require(bool(self.prompts) or bool(self.prompts_file), 'no prompts: set prompts=["..."] or prompts_file=FILE')
+        require(self.steps > 0, f"steps={self.steps}: must be positive")
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportRun:
+    """`train/export.py`: a trained model as other programs load it."""
+
+    run_dir: str = MISSING
+    name: str = MISSING
+    seed: int = 0
+    output_dir: str = MISSING
+    unet: str = MISSING
+    autoencoder: str = MISSING
+    clip: str = MISSING
+    format: ExportFormat = ExportFormat.diffusers  # compvis: one file OUTPUT_DIR.safetensors
+    dtype: CacheDtype = CacheDtype.fp32  # of the weights on disk
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateRun:
+    """`train/evaluate.py`: pictures of held-out prompts against held-out images."""
+
+    run_dir: str = MISSING
+    name: str = MISSING
+    seed: int = 0
+    output_dir: str = MISSING
+    shards: str = MISSING
+    unet: str = MISSING
+    autoencoder: str = MISSING
+    clip: str = MISSING
+    images: ImageConfig = field(default_factory=ImageConfig)
+    samples: int = 128  # held-out prompts to draw
+    batch_size: int = 32
+    tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
+    sampler: Sampler = Sampler.dpmpp_2m
+    steps: int = 30
+    guidance_scale: float = 3.0
+    inception: str | None = None  # file with the Inception weights of the FID; None: only offline metrics
+    prompt_following: bool = False  # train the probe and score kind, background and colour (demo set only)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -1,0 +1,187 @@
+"""Groups of options that several commands share."""
+
+from dataclasses import dataclass, field
+
+from conf.errors import UserError
+from conf.schema.choices import (
+    BetaSchedule,
+    Crop,
+    Device,
+    LrDecay,
+    Precision,
+    Prediction,
+    Sampler,
+    TimestepSampling,
+    WandbMode,
+)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise the one-line error of an impossible configuration."""
+    if not condition:
+        raise UserError(message)
+
+
+def require_positive(cfg: object, *names: str, group: str = "") -> None:
+    """Likewise for options that must be above zero."""
+    for name in names:
+        require(getattr(cfg, name) > 0, f"{group}{name}={getattr(cfg, name)}: must be positive")
+
+
+@dataclass(kw_only=True, slots=True)
+class RuntimeConfig:
+    """Where and how a stage computes: the only part that differs between a laptop and a cluster."""
+
+    device: Device = Device.auto  # auto: cuda when there is one
+    precision: Precision = Precision.fp32  # of the forward and backward pass; master weights stay fp32
+    zero_stage: int = 0  # DeepSpeed ZeRO stage of the U-Net, 0-3; the other networks train with plain DDP
+    gradient_checkpointing: bool = False  # train the U-Net in half the memory and a quarter more time
+    threads: int = 0  # CPU threads per process; 0: torch's own choice
+    timeout_s: float = 1800.0  # seconds after which a collective operation that does not return is an error
+
+    def __post_init__(self) -> None:
+        require(self.zero_stage in (0, 1, 2, 3), f"runtime.zero_stage={self.zero_stage}: must be 0, 1, 2 or 3")
+        require(self.timeout_s > 0, f"runtime.timeout_s={self.timeout_s}: must be positive")
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbConfig:
+    mode: WandbMode = WandbMode.auto  # auto: $WANDB_MODE, else online when logged in, else offline
+    project: str = "latentline"  # where W&B files the runs
+    entity: str | None = None  # team or user; None: the login's default
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its learning rate as a function of samples seen."""
+
+    lr: float = 1e-4  # peak learning rate; never scaled by batch or world size behind the user's back
+    beta1: float = 0.9  # decay per step of the gradients' running mean, in [0, 1)
+    beta2: float = 0.999  # decay per step of their running mean square, in [0, 1)
+    eps: float = 1e-8  # added to the root of that mean square
+    weight_decay: float = 0.01  # times lr: by which share matrices and kernels shrink per step
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    warmup_samples: int = 0  # samples of linear warm-up from 0
+    decay: LrDecay = LrDecay.constant  # from hold_fraction of the run to its end
+    hold_fraction: float = 0.0  # part of the run, in [0, 1), before the decay begins
+    final_lr_ratio: float = 0.0  # learning rate at the end of the run / peak
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr={self.lr}: must be positive")
+        require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optim.beta1 and optim.beta2 must be in [0, 1)")
+        require(self.grad_clip >= 0, f"optim.grad_clip={self.grad_clip}: must be 0 (off) or positive")
+        require(0 <= self.hold_fraction < 1, f"optim.hold_fraction={self.hold_fraction}: must be in [0, 1)")
+
+
+@dataclass(kw_only=True, slots=True)
+class BatchConfig:
+    global_batch_size: int = 256  # samples per optimiser step over all processes
+    micro_batch_size: int = 0  # samples per process and forward pass; 0: the whole share of the process
+    workers: int = 0  # loader processes per training process; 0: load in the training process
+
+    def __post_init__(self) -> None:
+        require(self.global_batch_size > 0, f"batch.global_batch_size={self.global_batch_size}: must be positive")
+        require(self.micro_batch_size >= 0, f"batch.micro_batch_size={self.micro_batch_size}: must be 0 or positive")
+
+    def split(self, processes: int) -> tuple[int, int]:
+        """Samples per forward pass of a process, and forward passes per optimiser step.
+
+        Raises:
+            UserError: the processes and micro-batches do not divide `global_batch_size`.
+        """
+        size, unit = self.global_batch_size, processes * max(1, self.micro_batch_size)
+        if size % unit:
+            lower, upper = size // unit * unit, (size // unit + 1) * unit
+            nearest = f"{lower} or {upper}" if lower else f"{upper}"
+            micro = f" x batch.micro_batch_size={self.micro_batch_size}" if self.micro_batch_size else ""
+            raise UserError(
+                f"batch.global_batch_size={size}: must be a multiple of {unit} ({processes} processes{micro}); "
+                f"set {nearest}"
+            )
+        micro_size = self.micro_batch_size or size // processes
+        return micro_size, size // (processes * micro_size)
+
+
+@dataclass(kw_only=True, slots=True)
+class StreamConfig:
+    """How a training walks through its data."""
+
+    window: int = 0  # shards whose samples are mixed at a time; 0: all, each epoch a full permutation
+    skip_broken: bool = False  # leave out samples that cannot be read, and name them, instead of ending the run
+    verify: bool = False  # compare each shard with the SHA-256 of its manifest when it is first opened
+    mix: dict[str, float] = field(default_factory=dict)  # further data sets: folder: weight (the first one's is 1)
+    cache_dir: str | None = None  # for remote shards; None: a folder below $TMPDIR, which should be a local disk
+    cache_gb: float = 100.0  # of them on that disk, at most, in 10^9 bytes; shared by the processes of a machine
+    timeout_s: float = 60.0  # seconds without a byte after which a server counts as dead
+    bucket_run: int = 0  # samples of one shape in a row, in a cache with aspect buckets; 0: the global batch
+
+    def __post_init__(self) -> None:
+        require(self.bucket_run >= 0, f"stream.bucket_run={self.bucket_run}: must be 0 (global batch) or positive")
+        require(self.window >= 0, f"stream.window={self.window}: must be 0 (all shards) or positive")
+        require_positive(self, "cache_gb", "timeout_s", group="stream.")
+        for folder, weight in self.mix.items():
+            require(weight > 0, f"stream.mix: the weight of '{folder}' is {weight}: must be positive")
+
+
+@dataclass(kw_only=True, slots=True)
+class LoopConfig:
+    """All in samples seen; rounded up to whole steps."""
+
+    samples: int = 10_000_000  # length of the run
+    log_every: int = 2560  # between two lines of metrics (means over the interval)
+    evaluate_every: int = 100_000  # between two evaluations with pictures; one more at the end
+    checkpoint_every: int = 100_000  # between two checkpoints; one more at the end and on a signal
+    keep_checkpoints: int = 2  # complete checkpoints left on disk
+
+    def __post_init__(self) -> None:
+        names = ("samples", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")
+        require_positive(self, *names, group="loop.")
+
+
+@dataclass(kw_only=True, slots=True)
+class EmaConfig:
+    """Exponential moving average of the weights; its decay is a function of samples."""
+
+    half_life_samples: float = 100_000.0  # samples after which a weight counts half; 0: no average
+    warmup_ratio: float = 0.05  # the half-life never exceeds this part of the samples seen so far (EDM2)
+
+
+@dataclass(kw_only=True, slots=True)
+class ImageConfig:
+    """From a decoded picture to a square in [-1, 1]."""
+
+    resolution: int = 256  # pixels: the shorter side is resized to it, then a square is cropped
+    crop: Crop = Crop.center  # of the longer side in training; evaluation always takes the centre
+    flip: bool = False  # mirror every second sample, drawn per (seed, position)
+    max_pixels: int = 64_000_000  # a picture with more is refused before it is decoded (decompression bomb)
+
+
+@dataclass(kw_only=True, slots=True)
+class ProcessConfig:
+    """What the network predicts and at which noise levels it learns."""
+
+    prediction: Prediction = Prediction.eps  # noise, velocity (v), or the straight flow from image to noise
+    train_timesteps: int = 1000  # T of the discrete process (eps, v); scale of the time input (flow)
+    schedule: BetaSchedule = BetaSchedule.scaled_linear  # of the noise variances beta (eps, v)
+    beta_start: float = 0.00085  # variance of the noise added at the first timestep
+    beta_end: float = 0.012  # likewise at the last; the cosine schedule uses neither
+    timestep_sampling: TimestepSampling = TimestepSampling.uniform  # logit_normal favours the middle
+    min_snr_gamma: float = 0.0  # Hang et al. 2023, eq. 5; 0: off
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.prediction is Prediction.flow and self.min_snr_gamma > 0),
+            "process.min_snr_gamma: not defined for process.prediction=flow; set it to 0",
+        )
+        require(self.train_timesteps > 0, f"process.train_timesteps={self.train_timesteps}: must be positive")
+        require(0 < self.beta_start <= self.beta_end < 1, "process: needs 0 < beta_start <= beta_end < 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplingConfig:
+    sampler: Sampler = Sampler.dpmpp_2m  # DDIM or DPM-Solver++ 2M
+    steps: int = 30  # calls of the network per picture (twice that with guidance)
+    guidance_scale: float = 3.0  # 1: no classifier-free guidance
+
+    def __post_init__(self) -> None:
+        require(self.steps > 0, f"sampling.steps={self.steps}: must be positive")

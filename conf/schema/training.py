@@ -1,0 +1,119 @@
+"""Commands that train a network."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from conf.networks import AutoencoderConfig, ClipConfig, DiscriminatorConfig, UNetConfig
+from conf.schema.choices import Adversarial, Perceptual, Reconstruction
+from conf.schema.sections import (
+    BatchConfig,
+    EmaConfig,
+    ImageConfig,
+    LoopConfig,
+    OptimConfig,
+    ProcessConfig,
+    RuntimeConfig,
+    SamplingConfig,
+    StreamConfig,
+    WandbConfig,
+    require,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class AutoencoderLossConfig:
+    """LDM paper, appendix G and eq. 25; weights of the terms relative to the reconstruction."""
+
+    reconstruction: Reconstruction = Reconstruction.l1  # mean absolute or mean squared difference of pixels
+    perceptual: Perceptual = Perceptual.lpips  # whose features compare the pictures
+    perceptual_weight: float = 1.0  # 0: off
+    kl_weight: float = 1e-6  # of the KL divergence summed over a latent, per pixel value of the image
+    codebook_weight: float = 1.0  # of the distance between latents and codebook, with model.num_vq_embeddings
+    adversarial: Adversarial = Adversarial.hinge  # how verdicts become losses
+    adversarial_weight: float = 0.5  # times the adaptive weight |grad rec| / |grad gan| at the decoder's last layer
+    adversarial_start: int = 600_000  # samples seen before the discriminator joins
+    r1_weight: float = 0.0  # of half the squared gradient of real verdicts by their pictures; 0: off
+    lecam_weight: float = 0.0  # of the squared distance of verdicts to the other kind's running mean; 0: off
+
+
+@dataclass(kw_only=True, slots=True)
+class AutoencoderRun:
+    """`train/train_autoencoder.py`."""
+
+    run_dir: str = MISSING
+    name: str = MISSING
+    seed: int = 0
+    output_dir: str = MISSING
+    shards: str = MISSING  # folder that holds train/ and heldout/
+    init_from: str | None = None  # to start from: folder in diffusers' format, or CompVis checkpoint in one file
+    images: ImageConfig = field(default_factory=ImageConfig)
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    discriminator_optim: OptimConfig = field(default_factory=OptimConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        factor = self.model.downscale
+        require(
+            self.images.resolution % factor == 0,
+            f"images.resolution={self.images.resolution}: must be a multiple of {factor}, "
+            "the autoencoder's downscale factor (model.block_out_channels)",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class ClipRun:
+    """`train/train_clip.py`."""
+
+    run_dir: str = MISSING
+    name: str = MISSING
+    seed: int = 0
+    output_dir: str = MISSING
+    shards: str = MISSING
+    images: ImageConfig = field(default_factory=ImageConfig)
+    model: ClipConfig = field(default_factory=ClipConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class UNetRun:
+    """`train/train_unet.py`."""
+
+    run_dir: str = MISSING
+    name: str = MISSING
+    seed: int = 0
+    output_dir: str = MISSING
+    latents: str = MISSING  # folder that holds train/ and heldout/
+    autoencoder: str = MISSING  # must be the one that made the latents; decodes the sample grids
+    clip: str = MISSING  # likewise; encodes the prompts of the sample grids
+    init_from: str | None = None
+    caption_drop: float = 0.1  # share of samples trained without their caption, for classifier-free guidance
+    sample_prompts: int = 16  # held-out captions that are drawn at each evaluation
+    model: UNetConfig = field(default_factory=UNetConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.caption_drop < 1, f"caption_drop={self.caption_drop}: must be in [0, 1)")
+        for option in ("num_class_embeds", "class_embed_type", "addition_embed_type"):
+            value = getattr(self.model, option)
+            require(value is None, f"model.{option}={value}: the network can, but this training gives it captions only")
