@@ -113,7 +113,7 @@ class PrecomputeRun:
     name: str = MISSING
     seed: int = 0
     output_dir: str = MISSING
-    shards: str = MISSING
+    shards: str = MISSING  # folder that holds train/ and heldout/
     autoencoder: str = MISSING  # folder with the frozen autoencoder (config.json, safetensors)
     clip: str = MISSING  # folder with the frozen CLIP, or a pretrained open_clip name
     images: ImageConfig = field(default_factory=ImageConfig)
