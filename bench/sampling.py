@@ -5,6 +5,7 @@ The networks have the sizes of `experiment=demo` and random weights, exported as
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,8 @@ def comparisons(folder: Path) -> Iterator[Comparison]:
         torch.testing.assert_close((mine(steps) + 1) / 2, theirs(steps), rtol=0, atol=2 / 255)
         yield Comparison(
             name=f"ddim_{steps}_steps_guided",
-            ours=rate(len(PROMPTS), lambda steps=steps: mine(steps)),
-            peer=rate(len(PROMPTS), lambda steps=steps: theirs(steps)),
+            ours=rate(len(PROMPTS), partial(mine, steps)),
+            peer=rate(len(PROMPTS), partial(theirs, steps)),
             unit="images/s",
             bar=BAR,
             pairs=9,

@@ -128,6 +128,9 @@ def explain(error: Exception, schema: type) -> str:
     if "Available options in" in str(error):
         listed = str(error).split("Available options in")[1].split("Config search path")[0]
         return f"{line.split(': ', 1)[-1]}: choose one of {', '.join(listed.split()[1:])}"
+    if line.endswith("raised while composing config:"):  # a file that does not fit: which, and why
+        file, reason = line.split("'")[1], str(error).splitlines()[1]
+        return f"{file} is not for this command: {reason}"
     return f"{line}: {cause}" if cause not in line else line
 
 

@@ -3,6 +3,7 @@
 Radford et al. 2021 (arXiv:2103.00020). The text tower's token states condition the U-Net.
 """
 
+import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from conf.networks import ClipConfig
 from models.weights import CONFIG_NAME, check_names, read_json, save_folder
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
+DESCRIPTION_NAME = "open_clip_config.json"  # open_clip's own, in folders from its hub: architecture and colours
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
 
 
@@ -28,6 +30,7 @@ class Clip(nn.Module):
 
     Args:
         config: sizes; with `pretrained="NAME/TAG"` the architecture of that open_clip model instead.
+        description: the content of an `open_clip_config.json`, whose architecture counts above all.
 
     Raises:
         UserError: sizes that do not fit each other, or a model that is not CLIP with the BPE tokenizer.
@@ -36,9 +39,13 @@ class Clip(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(self, config: ClipConfig, description: dict[str, Any] | None = None) -> None:
         super().__init__()
-        if config.pretrained is None:
+        self.description = description
+        if description is not None:
+            architecture, tag = description["model_cfg"], description.get("preprocess_cfg", {})
+            _require_plain(architecture, DESCRIPTION_NAME)
+        elif config.pretrained is None:
             architecture, tag = _from_sizes(config), dict[str, Any]()
         else:
             architecture, tag = _from_registry(config.pretrained)
@@ -57,25 +64,29 @@ class Clip(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "Clip":
-        """Load a folder that `save_pretrained` wrote, or an open_clip model "NAME/TAG" from its hub or cache.
+        """Load a folder that `save_pretrained` or open_clip wrote, or a model "NAME/TAG" from open_clip's hub or cache.
 
         Raises:
-            UserError: neither of the two, weights that cannot be had, or weights that do not fit.
+            UserError: none of them, weights that cannot be had, or weights that do not fit.
         """
-        if Path(source).is_dir():
-            clip = cls(_read_config(Path(source) / CONFIG_NAME))
-            weights = _read_weights(Path(source) / WEIGHTS_NAME)
-            check_names(str(Path(source) / WEIGHTS_NAME), clip.network.state_dict(), weights)
+        path = Path(source)
+        if path.is_dir():
+            description = _read_description(path / DESCRIPTION_NAME)
+            clip = cls(_read_config(path / CONFIG_NAME, description is None), description)
+            weights = _read_weights(path / WEIGHTS_NAME)
+            check_names(str(path / WEIGHTS_NAME), clip.network.state_dict(), weights)
             clip.network.load_state_dict(weights, strict=True)
             return clip
         clip = cls(ClipConfig(pretrained=str(source)))
-        open_clip.load_checkpoint(clip.network, _download(str(source)), strict=True, weights_only=True)
+        open_clip.load_checkpoint(clip.network, str(pretrained_file(str(source))), strict=True, weights_only=True)
         return clip
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` (a ClipConfig) and `open_clip_model.safetensors` (open_clip's parameter names)."""
         config = {"_class_name": "Clip", **asdict(self.config)}
         save_folder(folder, config, self.network.state_dict(), weights_name=WEIGHTS_NAME)
+        if self.description is not None:
+            (Path(folder) / DESCRIPTION_NAME).write_text(json.dumps(self.description, indent=2), encoding="utf-8")
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """[B, L] int64: start token, byte pairs, end token, zeros; a longer text is cut and keeps its end token."""
@@ -191,11 +202,15 @@ def _from_registry(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
             f"clip '{source}' is neither a folder written by train_clip nor an open_clip model NAME/TAG "
             "such as ViT-B-32/laion2b_s34b_b79k"
         )
+    _require_plain(architecture, source)
+    quick_gelu = bool(weights.get("quick_gelu", architecture.get("quick_gelu", False)))
+    return {**architecture, "quick_gelu": quick_gelu}, weights
+
+
+def _require_plain(architecture: dict[str, Any], source: str) -> None:
     text = architecture["text_cfg"]
     if architecture.get("custom_text") or text.get("hf_model_name") or text.get("hf_tokenizer_name"):
         raise UserError(f"clip '{source}': only CLIP models with the BPE tokenizer are supported, such as ViT-B-32")
-    quick_gelu = bool(weights.get("quick_gelu", architecture.get("quick_gelu", False)))
-    return {**architecture, "quick_gelu": quick_gelu}, weights
 
 
 def _sizes(config: ClipConfig, architecture: dict[str, Any]) -> ClipConfig:
@@ -216,11 +231,18 @@ def _sizes(config: ClipConfig, architecture: dict[str, Any]) -> ClipConfig:
     return ClipConfig(pretrained=config.pretrained, skip_last=config.skip_last, **sizes)
 
 
-def _download(source: str) -> str:
-    """Path of the weights "NAME/TAG" in the hub's cache, downloaded if need be."""
+def pretrained_file(source: str) -> Path | None:
+    """The weights "NAME/TAG" in the hub's cache, downloaded if need be; None for what open_clip does not know.
+
+    Raises:
+        UserError: they cannot be had.
+    """
     name, _, tag = source.partition("/")
+    known = open_clip.get_pretrained_cfg(name, tag)
+    if not known:
+        return None
     try:
-        return str(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
+        return Path(open_clip.download_pretrained(known))
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"clip '{source}': its weights are neither in the Hugging Face cache nor to be downloaded "
@@ -229,10 +251,24 @@ def _download(source: str) -> str:
         ) from error
 
 
-def _read_config(path: Path) -> ClipConfig:
-    """`config.json` as save_pretrained wrote it."""
+def _read_description(path: Path) -> dict[str, Any] | None:
+    """open_clip's description of a folder, if it has one."""
+    if not path.is_file():
+        return None
+    found = read_json(path, WEIGHTS_NAME)
+    if not isinstance(found.get("model_cfg"), dict) or not {"text_cfg", "vision_cfg"} <= found["model_cfg"].keys():
+        raise UserError(f"{path}: has no model_cfg with vision_cfg and text_cfg, as open_clip writes it")
+    return found
+
+
+def _read_config(path: Path, required: bool) -> ClipConfig:
+    """`config.json` as save_pretrained wrote it; where it is not `required`, other libraries may have put theirs."""
+    if not required and not path.is_file():
+        return ClipConfig()
     found = read_json(path, WEIGHTS_NAME)
     if found.pop("_class_name", None) != "Clip":
+        if not required:
+            return ClipConfig()
         raise UserError(f"{path}: not the configuration of a CLIP that train/train_clip.py made")
     found.setdefault("skip_last", 0)  # older folders do not name it
     sizes = {item.name for item in fields(ClipConfig)} - {"pretrained"}

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from models.clip import Clip
+from models.clip import DESCRIPTION_NAME, Clip
 from models.weights import CONFIG_NAME, read_json
 
 WEIGHTS_NAME = "model.safetensors"
@@ -105,12 +105,14 @@ class HuggingFaceText(nn.Module):
 
 
 def load_text_tower(source: str | Path) -> Clip | HuggingFaceText:
-    """A folder that train_clip wrote, a folder of Hugging Face, or an open_clip model NAME/TAG.
+    """A folder that train_clip or open_clip wrote, a folder of Hugging Face, or an open_clip model NAME/TAG.
 
     Raises:
         UserError: none of them, or one that is incomplete.
     """
     config = Path(source) / CONFIG_NAME
+    if (Path(source) / DESCRIPTION_NAME).is_file():
+        return Clip.from_pretrained(source)
     if config.is_file() and "model_type" in read_json(config, WEIGHTS_NAME):
         return HuggingFaceText.from_pretrained(source)
     return Clip.from_pretrained(source)

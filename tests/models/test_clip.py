@@ -12,10 +12,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from conf.errors import UserError
 from conf.networks import ClipConfig
-from models.clip import WEIGHTS_NAME, Clip, contrastive_loss, top1_accuracy
+from models.clip import DESCRIPTION_NAME, WEIGHTS_NAME, Clip, contrastive_loss, top1_accuracy
+from models.text import load_text_tower
 
 TEXTS = ["a red planet", "a surprised striped orange monster with two eyes", "a red planet with rings"]
 
@@ -147,6 +149,49 @@ def test_pretrained_name_and_tag_equals_open_clips_model(tmp_path: Path, monkeyp
         for found in (clip, again):
             torch.testing.assert_close(found.encode_text(tokens), expected[0])
             torch.testing.assert_close(found.encode_image(images), expected[1])
+
+
+def write_open_clip_folder(folder: Path, quick_gelu: bool = False) -> open_clip.CLIP:
+    """What a folder from open_clip's hub holds."""
+    architecture = {
+        "embed_dim": 8,
+        "quick_gelu": quick_gelu,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 10, "width": 16, "heads": 2, "layers": 2, "vocab_size": 49408},
+    }
+    network = open_clip.CLIP(**architecture).eval()
+    folder.mkdir(exist_ok=True)
+    save_file(network.state_dict(), folder / WEIGHTS_NAME)
+    colours = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    description = {"model_cfg": architecture, "preprocess_cfg": colours}
+    (folder / DESCRIPTION_NAME).write_text(json.dumps(description))
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip"}))  # of another library
+    return network
+
+
+def test_folder_of_open_clip_loads_and_is_kept_when_saved_again(tmp_path: Path) -> None:
+    network = write_open_clip_folder(tmp_path / "hub", quick_gelu=True)
+    loaded = load_text_tower(tmp_path / "hub")
+    assert isinstance(loaded, Clip)
+    loaded.save_pretrained(tmp_path / "ours")
+    for clip in (loaded, Clip.from_pretrained(tmp_path / "ours")):
+        tokens = clip.eval().tokenize(TEXTS)
+        assert (tokens.shape, clip.text_width, clip.config.text_layers) == ((3, 10), 16, 2)
+        assert float(clip.mean[0, 0, 0, 0]) == 0.5 and float(clip.std[0, 0, 0, 0]) == 0.25
+        with torch.no_grad():
+            assert torch.equal(clip.encode_text(tokens), network.encode_text(tokens, normalize=True))
+
+
+def test_folders_of_open_clip_that_are_no_plain_clip_are_refused(tmp_path: Path) -> None:
+    write_open_clip_folder(tmp_path)
+    found = json.loads((tmp_path / DESCRIPTION_NAME).read_text())
+    found["model_cfg"]["text_cfg"]["hf_model_name"] = "some/encoder"
+    (tmp_path / DESCRIPTION_NAME).write_text(json.dumps(found))
+    with pytest.raises(UserError, match="BPE tokenizer"):
+        Clip.from_pretrained(tmp_path)
+    (tmp_path / DESCRIPTION_NAME).write_text("{}")
+    with pytest.raises(UserError, match=r"open_clip_config\.json: has no model_cfg"):
+        Clip.from_pretrained(tmp_path)
 
 
 def test_weights_that_cannot_be_had_are_one_line_with_the_remedy(

@@ -21,17 +21,24 @@ INFO = "latentline.json"
 NULL_TEXT = "null_text.safetensors"
 
 
-def weights_digest(folder: str) -> str:
-    """sha256 over the safetensors files of an exported network."""
-    files = sorted(Path(folder).glob("*.safetensors"))
+def weights_digest(source: str) -> str:
+    """sha256 over the safetensors files of a network's folder, or over the file of an open_clip model NAME/TAG."""
+    files = sorted(Path(source).glob("*.safetensors")) or _pretrained(source)
     if not files:
-        raise UserError(f"no weights in '{folder}': train that stage first, or point the option at a folder with them")
+        raise UserError(f"no weights in '{source}': train that stage first, or point the option at a folder with them")
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _pretrained(source: str) -> list[Path]:
+    from models.clip import pretrained_file  # only those who name such a model wait for open_clip's import
+
+    file = pretrained_file(source)
+    return [] if file is None else [file]
 
 
 def image_facts(images: ImageConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 
@@ -50,6 +51,13 @@ def test_other_weights_than_those_that_made_the_cache_are_refused(latents: Any, 
         check(latents, f"{option}={tmp_path}")
     with pytest.raises(UserError, match=r"no weights in '.*nowhere'"):
         check(latents, f"{option}={tmp_path}/nowhere")
+
+
+def test_a_pretrained_name_counts_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "open_clip_model.safetensors"
+    weights.write_bytes(b"weights")
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda known: str(weights))
+    assert weights_digest("ViT-B-32/laion2b_s34b_b79k") == weights_digest(str(tmp_path))
 
 
 def test_caches_from_before_there_were_shapes_hold_squares(latents: Any) -> None:
