@@ -5,7 +5,6 @@ Shapes: B samples, C channels, h x w the latent's size, E width of the time embe
 the text states.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -20,7 +19,7 @@ from models.embeddings import VectorEmbedding, timestep_embedding
 from models.layers import ResBlock, SiluConv2d, laid_out
 from models.unet_blocks import DownLevel, Given, Level, MidLevel, UpLevel
 from models.unet_format import FORMATS, to_json
-from models.weights import load_folder, read_config, save_folder
+from models.weights import Weights, load_folder, read_config, save_folder
 
 
 class UNet(nn.Module):
@@ -144,7 +143,7 @@ class UNet(nn.Module):
         layers = (module for module in self.modules() if isinstance(module, Attention) and module.is_cross)
         return {layer.name: layer.keys_values(context) for layer in layers}
 
-    def save_pretrained(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, weights: Weights | None = None) -> None:
         """Write the folder; `weights` (an average, or gathered from shards) instead of the module's own."""
         save_folder(folder, to_json(self.cfg), self.state_dict() if weights is None else weights)
 

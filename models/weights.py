@@ -9,13 +9,16 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from models.tensor_stream import TensorStream, stream_of, write_stream
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+Weights = Mapping[str, Tensor] | TensorStream  # all at hand, or made while they are written
 
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
@@ -33,7 +36,7 @@ class Format:
 
 
 def save_folder(
-    folder: str | Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], weights_name: str = WEIGHTS_NAME
+    folder: str | Path, config: Mapping[str, Any], weights: Weights, weights_name: str = WEIGHTS_NAME
 ) -> None:
     """Write both files, each whole or not at all; the configuration last."""
     folder = Path(folder)
@@ -43,10 +46,10 @@ def save_folder(
     _atomic(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def save_file_atomic(path: Path, weights: Mapping[str, Tensor]) -> None:
+def save_file_atomic(path: Path, weights: Weights) -> None:
     """A safetensors file, whole or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    _atomic(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    stream = weights if isinstance(weights, TensorStream) else stream_of(weights)
+    _atomic(path, lambda temporary: write_stream(temporary, stream, metadata={"format": "pt"}))
 
 
 def _atomic(path: Path, write: Callable[[Path], object]) -> None:

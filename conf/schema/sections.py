@@ -132,6 +132,7 @@ class LoopConfig:
     evaluate_every: int = 100_000  # between two evaluations with pictures; one more at the end
     checkpoint_every: int = 100_000  # between two checkpoints; one more at the end and on a signal
     keep_checkpoints: int = 2  # complete checkpoints left on disk
+    async_checkpoints: bool = True  # train on while they are written; the main process holds a copy in host memory
 
     def __post_init__(self) -> None:
         names = ("samples", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")

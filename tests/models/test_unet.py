@@ -362,11 +362,11 @@ def test_failed_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.M
     ours = perturbed(UNet(TWO_LEVELS))
     ours.save_pretrained(tmp_path)
 
-    def full(tensors: object, path: Path, metadata: object) -> None:
+    def full(path: Path, stream: object, metadata: object) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("models.weights.save_file", full)
+    monkeypatch.setattr("models.weights.write_stream", full)
     with pytest.raises(OSError, match="No space left"):
         UNet(TWO_LEVELS).save_pretrained(tmp_path)
     assert torch.equal(UNet.from_pretrained(tmp_path).conv_in.weight, ours.conv_in.weight)

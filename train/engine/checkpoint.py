@@ -1,28 +1,31 @@
 """Checkpoints that are whole or not there: checkpoints/<samples_seen>/, and what a run must keep to continue from one.
 
     checkpoints/000000012800/
-        <trainable>/…   what `Trainable.save` wrote: weights, optimiser state, average
+        <trainable>/…   `Trainable.contents`: weights, optimiser state, averages
         state.json      samples seen and digests of what the weights belong to
         COMPLETE        size and sha256 of every other file; written last
 
-A folder is filled under a temporary name and renamed when complete, so a kill leaves the previous one as it was.
+A folder is filled under a temporary name and renamed when complete, so a kill leaves the previous one as it was. All
+processes make the tensors together, the main process alone writes: by default a copy in its memory, in a thread, while
+training goes on. No collective operation may happen in that thread.
 """
 
 import hashlib
 import json
-import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from conf.errors import UserError
-from data.shards import atomic_write, sync
+from conf.schema import LoopConfig
+from data.shards import sync
+from models.tensor_stream import write_bytes
+from train.engine.contents import Contents, HostMemory, joined
 from train.engine.runtime import Runtime
 from train.engine.state import State, require_same_run
 from train.engine.trainable import Trainable
@@ -35,27 +38,32 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def staged(target: Path, runtime: Runtime) -> Iterator[Path]:
-    """A new folder for all processes to fill, which becomes `target` when all are through; collective."""
+def filled(target: Path) -> Iterator[Path]:
+    """A new folder for this process to fill, which becomes `target` afterwards, or nothing after an exception."""
     staging = target.with_name(f"{TEMPORARY}{target.name}")
-    if runtime.is_main:
+    try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-    runtime.barrier()
-    try:
         yield staging
-        runtime.barrier()
-        if runtime.is_main:
-            _publish(staging, target)
-        runtime.barrier()
+        _publish(staging, target)
     except BaseException:
-        if runtime.is_main:
-            shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
+@contextmanager
+def staged(target: Path, runtime: Runtime) -> Iterator[Path]:
+    """Likewise for all processes to fill together; collective."""
+    with filled(target) if runtime.is_main else nullcontext(target) as staging:
+        runtime.barrier()
+        yield staging
+        runtime.barrier()
+    runtime.barrier()
+
+
 def _publish(staging: Path, target: Path) -> None:
-    sync(staging)
+    for folder in {staging, *(path.parent for path in staging.rglob("*"))}:
+        sync(folder)
     old = target.with_name(f"{TEMPORARY}old-{target.name}")
     if target.exists():
         target.rename(old)
@@ -71,12 +79,24 @@ def _fingerprint(path: Path) -> list[Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one stage folder. All methods are collective."""
+    """The checkpoints of one stage folder. All methods are collective.
 
-    def __init__(self, output_dir: Path, runtime: Runtime, keep: int) -> None:
-        self.output_dir, self.runtime, self.keep = output_dir, runtime, keep
+    As a context manager it waits at the end for what is still being written.
+    """
+
+    def __init__(self, output_dir: Path, runtime: Runtime, cfg: LoopConfig) -> None:
+        self.output_dir, self.runtime, self.cfg = output_dir, runtime, cfg
         self.root = output_dir / "checkpoints"
         self.broken: list[Path] = []
+        self.memory: HostMemory = {}
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future[None] | None = None  # the main process's latest write
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.thread.shutdown()
 
     def resume(self, trainables: Mapping[str, Trainable], fresh: State) -> State:
         """Load the newest complete checkpoint into the trainables; `fresh` where there is none.
@@ -102,25 +122,47 @@ class Checkpoints:
             )
         return fresh
 
-    def save(self, trainables: Mapping[str, Trainable], state: State) -> Path:
-        """Write a checkpoint of `state.samples_seen` and remove those beyond `keep`.
+    def save(self, trainables: Mapping[str, Trainable], state: State, wait: bool = True) -> None:
+        """Write a checkpoint of `state.samples_seen` and remove those that the options do not keep.
 
-        Raises OSError, on all processes, when one of them could not write (full disk): the temporary folder is removed
-        and the previous checkpoints are as they were.
+        Args:
+            wait: return when it is complete. Otherwise, with `loop.async_checkpoints`, training may go on as soon as
+                the main process has a copy in its memory; `failed`, the next `save` and `wait` tell how it ended.
+
+        Raises OSError, on all processes, when this one or the one before could not be written (full disk): its
+        temporary folder is removed and the complete checkpoints are as they were.
+
         """
+        self.wait()
+        parts = [trainable.contents() for trainable in trainables.values()]
+        contents = joined(parts, {STATE: asdict(state)})
         target = self.root / f"{state.samples_seen:012d}"
-        with staged(target, self.runtime) as staging:
-            for trainable in trainables.values():
-                self._together(partial(trainable.save, staging))
-            self._together(lambda: self._on_main(staging / STATE, lambda: asdict(state)))
-            prints: dict[str, list[Any]] = {}
-            for share in self.runtime.gather_objects(self._together(lambda: self._fingerprints(staging))):
-                prints |= share
-            self._together(lambda: self._on_main(staging / MARKER, lambda: {"schema": 1, "files": prints}))
-        if self.runtime.is_main:
-            self._prune(target)
-        self.runtime.barrier()
-        return target
+        if self.cfg.async_checkpoints and not wait:
+            copy = self._together(lambda: contents.held(self.memory, self.runtime))
+            if self.runtime.is_main:
+                self.pending = self.thread.submit(self._write, target, copy)
+        else:
+            self._together(lambda: self._write(target, contents) if self.runtime.is_main else contents.drain())
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process knows that its latest write failed."""
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises what went wrong, on all processes."""
+        pending, self.pending = self.pending, None
+        self._together(lambda: None if pending is None else pending.result())
+
+    def _write(self, target: Path, contents: Contents) -> None:
+        """The whole checkpoint, by the main process, in either thread."""
+        try:
+            with filled(target) as staging:
+                prints = contents.write(staging)
+                write_bytes(staging / MARKER, json.dumps({"schema": 1, "files": prints}, indent=1).encode())
+        finally:
+            contents.drain()
+        self._prune(target)
 
     def _folders(self) -> list[Path]:
         """Checkpoints by name, newest first, as the main process sees them; it clears what a kill left behind."""
@@ -151,24 +193,15 @@ class Checkpoints:
             found = f"its {MARKER} is damaged"
         return next((damage for damage in self.runtime.gather_objects(found) if damage), None)
 
-    def _fingerprints(self, folder: Path) -> dict[str, list[Any]]:
-        """Of this process's share of the files, which also reach the disk here."""
-        files = sorted(path for path in folder.rglob("*") if path.is_file())[self.runtime.rank :: self.runtime.world]
-        for path in files:
-            sync(path)
-        return {path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}
-
-    def _on_main(self, path: Path, content: Callable[[], Any]) -> None:
-        if self.runtime.is_main:
-            atomic_write(path, json.dumps(content(), indent=1).encode())
-
     def _together(self, part: Callable[[], Result]) -> Result:
         """Run a part that may fail on one process alone; then it fails on all, so that none waits for another."""
         failure: Exception | None = None
         try:
             result = part()
         except Exception as error:
-            failure = _as_os_error(error, self.root)
+            failure = error
+            if isinstance(error, OSError):  # a full disk names no file
+                error.filename = error.filename or str(self.root)
         described = (
             (failure.errno, failure.strerror, failure.filename) if isinstance(failure, OSError) else str(failure)
         )
@@ -183,14 +216,6 @@ class Checkpoints:
         """Remove what `keep` leaves out. A broken one does not count as kept, and goes once a newer one is complete."""
         older = [path for path in self.root.iterdir() if path.name.isdecimal() and path.name <= newest.name]
         complete = sorted((path for path in older if path not in self.broken or path == newest), reverse=True)
-        for path in set(older) - set(complete[: self.keep]):
+        for path in set(older) - set(complete[: self.cfg.keep_checkpoints]):
             doomed = path.rename(path.with_name(f"{TEMPORARY}{path.name}"))  # never half a checkpoint under its name
             shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _as_os_error(error: Exception, folder: Path) -> Exception:
-    """Safetensors reports a full disk as an error of its own, with the system's number in its text."""
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    if isinstance(error, OSError) or number is None:
-        return error
-    return OSError(int(number[1]), os.strerror(int(number[1])), str(folder))

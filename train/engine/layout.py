@@ -33,14 +33,32 @@ class Layout:
 
     def assemble(self, name: str, shards: Sequence[Tensor]) -> Tensor:
         """One full fp32 parameter on every process; collective if sharded."""
-        piece, shape = self.pieces[name], self.shapes[name]
-        full = torch.zeros(shape.numel(), dtype=torch.float32, device=self.device)
-        held = shards[piece.shard].detach().reshape(-1)[piece.offset : piece.offset + piece.numel]
-        full[piece.start : piece.start + piece.numel] = held
+        full = self._padded(name, shards)
         if self.sharded and dist.get_world_size() > 1:
             # Each element is zero on all processes but one: a sum of the bit patterns keeps it exactly, -0.0 too.
             dist.all_reduce(full.view(torch.int32))
+        return full.view(self.shapes[name])
+
+    def collect(self, name: str, shards: Sequence[Tensor]) -> Tensor:
+        """Likewise on the main process only, and no copy where that holds it all; on any device; collective."""
+        piece, shape = self.pieces[name], self.shapes[name]
+        if not self.sharded:
+            return shards[piece.shard].detach()
+        if dist.get_world_size() == 1:
+            return self._held(piece, shards).view(shape)
+        full = self._padded(name, shards)
+        dist.reduce(full.view(torch.int32), dst=0)
         return full.view(shape)
+
+    def _held(self, piece: Piece, shards: Sequence[Tensor]) -> Tensor:
+        return shards[piece.shard].detach().reshape(-1)[piece.offset : piece.offset + piece.numel]
+
+    def _padded(self, name: str, shards: Sequence[Tensor]) -> Tensor:
+        """This process's part of a flattened parameter among zeros."""
+        piece = self.pieces[name]
+        full = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self.device)
+        full[piece.start : piece.start + piece.numel] = self._held(piece, shards)
+        return full
 
     def disperse(self, name: str, full: Tensor, shards: Sequence[Tensor]) -> None:
         """Write this process's part of a full parameter into its shards."""

@@ -43,7 +43,7 @@ def run(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
         if runtime.is_main:
             say(stage.name, f"already done at {done['samples_seen']:,} samples: {output_dir / 'DONE'}")
         return Outcome(finished=True, samples_seen=done["samples_seen"], metrics=done["metrics"])
-    checkpoints = Checkpoints(output_dir, runtime, cfg.loop.keep_checkpoints)
+    checkpoints = Checkpoints(output_dir, runtime, cfg.loop)
     state = checkpoints.resume(stage.trainables, state)
     batch, (micro, _) = cfg.batch, cfg.batch.split(runtime.world)
     place = (runtime.rank, runtime.world, state.samples_seen, batch.workers)
@@ -54,7 +54,7 @@ def run(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
         say(stage.name, f"continues from the checkpoint at {state.samples_seen:,} samples")
     exit_code = 1
     try:
-        with stop_on_signal() as stop:
+        with stop_on_signal() as stop, checkpoints:
             outcome = _Training(stage, cfg, runtime, source, checkpoints, state, journal, stop).run()
         exit_code = 0
     finally:
@@ -86,7 +86,7 @@ class _Training:
                 self.journal.log(state.samples_seen, meter.report(runtime, max(0, loop.samples - state.samples_seen)))
             if over or stopping or self._due(loop.checkpoint_every):
                 state.seconds, state.interval = time.monotonic() - began, meter.state(runtime)
-                self.checkpoints.save(self.stage.trainables, state)
+                self.checkpoints.save(self.stage.trainables, state, wait=over or stopping)
             if stopping:
                 return self._stopped()
         metrics = self._evaluate()
@@ -111,7 +111,8 @@ class _Training:
             sound &= all(bool(v.isfinite().all()) for name, v in metrics.items() if name.endswith("loss"))
             meter.add(metrics)
         stopping = False
-        if self.runtime.any(bool(self.stop) or not sound):  # one exchange for both: all processes decide alike
+        if self.runtime.any(bool(self.stop) or not sound or self.checkpoints.failed):  # all processes decide alike
+            self.checkpoints.wait()
             stopping = self.runtime.any(bool(self.stop))
             if self.runtime.any(not sound):
                 raise UserError(

@@ -7,19 +7,15 @@ ZeRO stages, so any layout resumes from them; the same layout resumes bit-exactl
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from conf.errors import UserError
 from conf.schema import BatchConfig, EmaConfig, OptimConfig
-from data.shards import atomic_path, atomic_write
+from models.tensor_stream import TensorStream
+from train.engine.contents import Contents, read_into, stream
 from train.engine.ddp import DdpBackend
 from train.engine.ema import Ema
 from train.engine.layout import Layout
@@ -110,38 +106,41 @@ class Trainable:
 
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
         """Full fp32 state dict on the CPU of every process; collective. `ema`: of the average."""
-        shards = self.backend.masters
-        if ema:
-            if self.ema is None:
-                raise ValueError(f"{self.name} keeps no average of its weights")
-            shards = self.ema.shards
-        return dict(chain(self._assembled(shards), self._copied_others()))
+        shards, layout = self._shards(ema), self.backend.layout
+        whole = {name: layout.assemble(name, shards).cpu() for name in layout.shapes}
+        others = self._others().items()
+        return whole | {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in others}
+
+    def stream(self, ema: bool = False) -> TensorStream:
+        """The full state dict, made tensor by tensor on the main process; collective. `ema`: of the average."""
+        return stream(self.backend.layout, self._shards(ema), self._others())
+
+    def contents(self) -> Contents:
+        """The whole state as it is while the streams are asked for; collective then."""
+        layout, states = self.backend.layout, [self._state_of(master) for master in self.backend.masters]
+        streams = {WEIGHTS: self.stream()}
+        for key in MOMENTS:
+            streams[f"{key}.safetensors"] = stream(layout, [state[key] for state in states], {})
+        if self.ema is not None:
+            streams[AVERAGE] = stream(layout, self.ema.shards, {})
+        scalars = {
+            "step": int(states[0]["step"].item()),
+            "skipped_steps": self.skipped_steps,
+            "loss_scale": self.backend.scale.state(),
+        }
+        return Contents({f"{self.name}/{file}": s for file, s in streams.items()}, {f"{self.name}/{SCALARS}": scalars})
 
     def save(self, folder: Path | str) -> None:
         """Write the whole state to `folder`/name; collective, the main process writes.
 
-        Raises:
-            OSError, SafetensorError: the main process could not write. The others return.
-
+        Raises OSError on the main process alone.
         """
-        folder, failures = Path(folder) / self.name, list[Exception]()
-        states = [self._state_of(master) for master in self.backend.masters]
-        files = {WEIGHTS: chain(self._assembled(self.backend.masters), self._copied_others())}
-        for key in MOMENTS:
-            files[f"{key}.safetensors"] = chain(self._assembled([state[key] for state in states]))
-        if self.ema is not None:
-            files[AVERAGE] = chain(self._assembled(self.ema.shards))
-        for file, tensors in files.items():
-            self._write(folder / file, tensors, failures)
-        if self.runtime.is_main and not failures:
-            scalars = {
-                "step": int(states[0]["step"].item()),
-                "skipped_steps": self.skipped_steps,
-                "loss_scale": self.backend.scale.state(),
-            }
-            atomic_write(folder / SCALARS, json.dumps(scalars).encode())
-        if failures:
-            raise failures[0]
+        contents = self.contents()
+        try:
+            if self.runtime.is_main:
+                contents.write(Path(folder))
+        finally:
+            contents.drain()
 
     def load(self, folder: Path | str) -> None:
         """Counterpart of `save`, in any layout; collective.
@@ -150,13 +149,13 @@ class Trainable:
             UserError: a file or tensor is missing, has another shape or is not ours; names the first.
 
         """
-        folder = Path(folder) / self.name
+        folder, layout = Path(folder) / self.name, self.backend.layout
         states = [self._state_of(master) for master in self.backend.masters]
-        self._read(folder / WEIGHTS, self.backend.masters, self._others())
+        read_into(folder / WEIGHTS, layout, self.backend.masters, self._others())
         for key in MOMENTS:
-            self._read(folder / f"{key}.safetensors", [state[key] for state in states], {})
+            read_into(folder / f"{key}.safetensors", layout, [state[key] for state in states], {})
         if self.ema is not None:
-            self._read(folder / AVERAGE, self.ema.shards, {})
+            read_into(folder / AVERAGE, layout, self.ema.shards, {})
         scalars = json.loads((folder / SCALARS).read_bytes())
         for state in states:
             state["step"].fill_(scalars["step"])
@@ -165,19 +164,17 @@ class Trainable:
         self.backend.publish()
         self.runtime.barrier()
 
-    def _assembled(self, shards: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Every trainable parameter, or what has its shape, whole and copied to the CPU; collective."""
-        for name in self.backend.layout.shapes:
-            yield name, self.backend.layout.assemble(name, shards).cpu()
+    def _shards(self, ema: bool) -> list[Tensor]:
+        if not ema:
+            return self.backend.masters
+        if self.ema is None:
+            raise ValueError(f"{self.name} keeps no average of its weights")
+        return self.ema.shards
 
     def _others(self) -> dict[str, Tensor]:
         """Frozen parameters and persistent buffers: the same on all processes."""
         state = self.module.state_dict()
         return {name: tensor for name, tensor in state.items() if name not in self.backend.layout.shapes}
-
-    def _copied_others(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._others().items():
-            yield name, tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
     def _state_of(self, master: Tensor) -> dict[str, Tensor]:
         """AdamW's state of one tensor, made as AdamW makes it where no step was taken yet."""
@@ -187,37 +184,3 @@ class Trainable:
             for key in MOMENTS:
                 state[key] = torch.zeros_like(master, memory_format=torch.preserve_format)
         return state
-
-    def _write(self, path: Path, tensors: Iterable[tuple[str, Tensor]], failures: list[Exception]) -> None:
-        """Write one file; after a failure only keep the other processes company in putting the tensors together."""
-        if not self.runtime.is_main or failures:
-            for _ in tensors:
-                pass
-            return
-        whole = dict(tensors)
-        try:
-            with atomic_path(path) as temporary:
-                save_file(whole, temporary)
-        except (OSError, SafetensorError) as error:
-            failures.append(error)
-
-    def _read(self, path: Path, shards: Sequence[Tensor], others: dict[str, Tensor]) -> None:
-        """Fill the shards and other tensors from a file, after all its names and shapes were checked."""
-        if not path.is_file():
-            raise UserError(f"{path}: not there; resume with the options that the checkpoint was made with")
-        layout = self.backend.layout
-        shapes = {**layout.shapes, **{name: tensor.shape for name, tensor in others.items()}}
-        with safe_open(path, framework="pt") as file:
-            found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            for name, shape in shapes.items():
-                if name not in found:
-                    raise UserError(f"{path}: has no tensor '{name}'; it belongs to another architecture")
-                if found[name] != shape:
-                    raise UserError(f"{path}: '{name}' is {list(found[name])} there but {list(shape)} in this network")
-            for name in sorted(found.keys() - shapes.keys()):
-                raise UserError(f"{path}: has a tensor '{name}' that this network lacks")
-            for name in shapes:
-                if name in others:
-                    others[name].copy_(file.get_tensor(name))
-                else:
-                    layout.disperse(name, file.get_tensor(name), shards)

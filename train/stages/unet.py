@@ -130,7 +130,8 @@ class UNetStage:
 
     def export(self, folder: Path) -> None:
         """Averaged weights in diffusers' format, and beside them what sampling needs to know."""
-        weights = self.unet.weights(ema=self.cfg.ema.half_life_samples > 0)
+        weights = self.unet.stream(ema=self.cfg.ema.half_life_samples > 0)
         if self.runtime.is_main:
             self.network.save_pretrained(folder, weights)
             self.info.save(folder)
+        weights.drain()

@@ -4,16 +4,25 @@ import errno
 import json
 import os
 import shutil
+import signal
 import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conf.errors import UserError
-from conf.schema import Precision
+from conf.schema import LoopConfig, Precision
+from models.tensor_stream import TensorStream, write_stream
+from train.engine import checkpoint as checkpoint_module
+from train.engine import contents as contents_module
 from train.engine.checkpoint import Checkpoints
+from train.engine.contents import Contents
 from train.engine.runtime import Runtime
 from train.engine.state import State, architecture_of, read_done, require_same_run, write_done
 
@@ -24,28 +33,36 @@ class Number:
     """The smallest trainable: one value."""
 
     def __init__(self, value: int = 0) -> None:
-        self.value = value
-        self.error: Exception | None = None
+        self.value = torch.full((100,), float(value))
+        self.made = 0  # tensors that were asked for
 
-    def save(self, folder: Path) -> None:
-        (folder / "number").mkdir(exist_ok=True)
-        (folder / "number" / "weights").write_text(str(self.value) * 100)
-        if self.error is not None:
-            raise self.error
+    def tensors(self) -> Iterator[torch.Tensor]:
+        for tensor in (self.value, self.value[:1]):
+            self.made += 1
+            yield tensor
+
+    def contents(self) -> Contents:
+        specs = {"all": self.value, "one": self.value[:1]}
+        return Contents({"number/weights": TensorStream(specs, self.tensors())}, {"number/about.json": {}})
 
     def load(self, folder: Path) -> None:
-        self.value = int((folder / "number" / "weights").read_text()[0])
+        self.value = load_file(folder / "number" / "weights")["all"]
+
+
+def keeping(keep: int = 10, **options: Any) -> LoopConfig:
+    return LoopConfig(keep_checkpoints=keep, **options)
 
 
 def save(folder: Path, *samples: int, keep: int = 10) -> None:
     for seen in samples:
-        Checkpoints(folder, ALONE, keep).save({"number": Number(seen // 10)}, State(samples_seen=seen))  # type: ignore[dict-item]
+        number: Any = {"number": Number(seen // 10)}
+        Checkpoints(folder, ALONE, keeping(keep)).save(number, State(samples_seen=seen))
 
 
 def resume(folder: Path, fresh: State | None = None) -> tuple[int, int]:
     number = Number()
-    state = Checkpoints(folder, ALONE, 10).resume({"number": number}, fresh or State())  # type: ignore[dict-item]
-    return state.samples_seen, number.value
+    state = Checkpoints(folder, ALONE, keeping()).resume({"number": number}, fresh or State())  # type: ignore[dict-item]
+    return state.samples_seen, int(number.value[0])
 
 
 def names(folder: Path) -> list[str]:
@@ -65,8 +82,8 @@ def test_newest_is_resumed_and_none_means_a_fresh_start(tmp_path: Path) -> None:
         lambda c: (c / "COMPLETE").write_text('{"files": {'),
         lambda c: (c / "COMPLETE").write_text("[]"),
         lambda c: (c / "number" / "weights").unlink(),
-        lambda c: (c / "number" / "weights").write_text("3" * 99),
-        lambda c: (c / "number" / "weights").write_text("3" * 50 + "4" + "3" * 49),
+        lambda c: (c / "number" / "weights").write_bytes((c / "number" / "weights").read_bytes()[:-1]),
+        lambda c: (c / "number" / "weights").write_bytes((c / "number" / "weights").read_bytes()[:-1] + b"!"),
         lambda c: (c / "state.json").write_text((c / "state.json").read_text().replace("30", "31")),
         lambda c: shutil.rmtree(c / "number"),
     ],
@@ -102,28 +119,99 @@ def test_retention_keeps_the_newest_and_never_counts_a_broken_one(tmp_path: Path
     assert names(tmp_path) == ["000000000020", "000000000030"]
     (tmp_path / "checkpoints" / "000000000030" / "COMPLETE").unlink()
     number: Any = {"number": Number()}
-    checkpoints = Checkpoints(tmp_path, ALONE, 2)
+    checkpoints = Checkpoints(tmp_path, ALONE, keeping(2))
     checkpoints.resume(number, State())
     checkpoints.save(number, State(samples_seen=35))
     assert names(tmp_path) == ["000000000020", "000000000035"]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors' way
-    ],
-)
-def test_full_disk_leaves_the_previous_checkpoint_and_no_rest(tmp_path: Path, error: Exception) -> None:
+def full_disk(path: Path, stream: TensorStream) -> Any:
+    path.write_bytes(b"half")
+    next(stream.tensors)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("wait", [True, False], ids=["at once", "in the background"])
+def test_full_disk_leaves_the_previous_checkpoint_and_no_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: bool
+) -> None:
     save(tmp_path, 10, keep=1)
-    number = Number(2)
-    number.error = error
-    with pytest.raises(OSError, match="No space left") as caught:
-        Checkpoints(tmp_path, ALONE, 1).save({"number": number}, State(samples_seen=20))  # type: ignore[dict-item]
+    monkeypatch.setattr(contents_module, "write_stream", full_disk)
+    with (
+        Checkpoints(tmp_path, ALONE, keeping(1)) as checkpoints,
+        pytest.raises(OSError, match="No space left") as caught,
+    ):
+        checkpoints.save({"number": Number(2)}, State(samples_seen=20), wait)  # type: ignore[dict-item]
+        wait_for(lambda: checkpoints.failed)
+        checkpoints.save({"number": Number(3)}, State(samples_seen=30), wait)  # type: ignore[dict-item]
     assert caught.value.errno == errno.ENOSPC
+    assert str(tmp_path / "checkpoints") in str(caught.value)
+    assert not checkpoints.failed  # it was told once
     assert names(tmp_path) == ["000000000010"]
     assert resume(tmp_path) == (10, 1)
+
+
+def wait_for(condition: Any) -> None:
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.001)
+    assert condition()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write is held back; what happens to the weights meanwhile does not reach the checkpoint."""
+    go_on, number = threading.Event(), Number(1)
+
+    def slowly(path: Path, stream: TensorStream) -> Any:
+        assert go_on.wait(60)
+        return write_stream(path, stream)
+
+    monkeypatch.setattr(contents_module, "write_stream", slowly)
+    state = State(samples_seen=10)
+    with Checkpoints(tmp_path, ALONE, keeping(2)) as checkpoints:
+        checkpoints.save({"number": number}, state, wait=False)  # type: ignore[dict-item]
+        number.value.fill_(5)
+        state.samples_seen = 50
+        wait_for((tmp_path / "checkpoints").is_dir)
+        assert names(tmp_path) == [".tmp-000000000010"]
+        go_on.set()
+        checkpoints.wait()
+        assert names(tmp_path) == ["000000000010"]
+        number.value.fill_(2)
+        checkpoints.save({"number": number}, State(samples_seen=20), wait=False)  # type: ignore[dict-item]
+        number.value.fill_(3)
+        checkpoints.save({"number": number}, State(samples_seen=30), wait=True)  # type: ignore[dict-item]
+        assert names(tmp_path) == ["000000000020", "000000000030"]
+        checkpoints.save({"number": Number(4)}, State(samples_seen=40), wait=False)  # type: ignore[dict-item]
+    assert names(tmp_path) == ["000000000030", "000000000040"]  # leaving it waits, too
+    assert resume(tmp_path) == (40, 4)
+    shutil.rmtree(tmp_path / "checkpoints" / "000000000040")
+    assert resume(tmp_path) == (30, 3)
+
+
+def killed_in(folder: Path, moment: str) -> None:
+    """Save two checkpoints in the background, the second of which never gets past `moment`."""
+
+    def kill(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with Checkpoints(folder, ALONE, keeping(1)) as checkpoints:
+        checkpoints.save({"number": Number(1)}, State(samples_seen=10), wait=False)  # type: ignore[dict-item]
+        checkpoints.wait()
+        module = contents_module if moment == "write_stream" else checkpoint_module
+        setattr(module, moment, kill)
+        checkpoints.save({"number": Number(2)}, State(samples_seen=20), wait=False)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("moment", ["write_stream", "write_bytes", "_publish"])
+def test_kill_during_the_write_leaves_the_previous_checkpoint(tmp_path: Path, moment: str) -> None:
+    process = get_context("fork").Process(target=killed_in, args=(tmp_path, moment))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "checkpoints" / ".tmp-000000000020").exists()
+    assert resume(tmp_path) == (10, 1)
+    assert names(tmp_path) == ["000000000010"]
 
 
 def test_what_a_kill_left_is_cleared_by_the_next_start(tmp_path: Path) -> None:
@@ -133,8 +221,11 @@ def test_what_a_kill_left_is_cleared_by_the_next_start(tmp_path: Path) -> None:
     assert names(tmp_path) == ["000000000010"]
 
 
-def test_failure_of_one_process_is_the_failure_of_all(tmp_path: Path) -> None:
-    """Two processes, played by threads: the second cannot write, and the first does not wait for it."""
+@pytest.mark.parametrize("wait", [True, False], ids=["at once", "in the background"])
+def test_failure_of_one_process_is_the_failure_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: bool
+) -> None:
+    """Two processes, played by threads: the first cannot write, and both hear of it."""
     barrier, slots = threading.Barrier(2, timeout=10), [None, None]
 
     class Rank:
@@ -156,22 +247,25 @@ def test_failure_of_one_process_is_the_failure_of_all(tmp_path: Path) -> None:
     failures: dict[int, int | None] = {}
 
     def work(rank: int, number: Number) -> None:
-        checkpoints = Checkpoints(tmp_path, Rank(rank), 2)  # type: ignore[arg-type]
-        checkpoints.resume({}, State())
-        try:
-            checkpoints.save({"number": number}, State(samples_seen=20))  # type: ignore[dict-item]
-        except OSError as error:
-            failures[rank] = error.errno
+        with Checkpoints(tmp_path, Rank(rank), keeping(2)) as checkpoints:  # type: ignore[arg-type]
+            checkpoints.resume({}, State())
+            try:
+                checkpoints.save({"number": number}, State(samples_seen=20), wait)  # type: ignore[dict-item]
+                checkpoints.wait()
+            except OSError as error:
+                failures[rank] = error.errno
 
-    for number, expected in ((Number(1), {}), (Number(2), {0: errno.ENOSPC, 1: errno.ENOSPC})):
-        broken = Number(number.value)
-        broken.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if expected else None
-        threads = [threading.Thread(target=work, args=(r, n)) for r, n in ((0, number), (1, broken))]
+    for expected in ({}, {0: errno.ENOSPC, 1: errno.ENOSPC}):
+        if expected:
+            monkeypatch.setattr(contents_module, "write_stream", full_disk)
+        numbers = [Number(1 + len(expected)) for _ in range(2)]
+        threads = [threading.Thread(target=work, args=(rank, number)) for rank, number in enumerate(numbers)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert failures == expected
+        assert [number.made for number in numbers] == [2, 2]  # or one would wait for the other
         assert names(tmp_path) == ["000000000020"]
     assert resume(tmp_path) == (20, 1)
 
@@ -179,19 +273,21 @@ def test_failure_of_one_process_is_the_failure_of_all(tmp_path: Path) -> None:
 def test_other_architecture_or_data_is_refused_in_one_line(tmp_path: Path) -> None:
     config: dict[str, Any] = {"model": {"widths": (32, 64), "groups": 8}, "process": {"prediction": "eps"}, "seed": 0}
     began = State(samples_seen=10, architecture=architecture_of(config, {}), data="a" * 64)
-    Checkpoints(tmp_path, ALONE, 1).save({}, began)
+    Checkpoints(tmp_path, ALONE, keeping(1)).save({}, began)
     same = State(architecture=architecture_of(json.loads(json.dumps({**config, "seed": 1})), {}), data="a" * 64)
-    assert Checkpoints(tmp_path, ALONE, 1).resume({}, same).samples_seen == 10
+    assert Checkpoints(tmp_path, ALONE, keeping(1)).resume({}, same).samples_seen == 10
 
     wider = {**config, "model": {"widths": (64, 64), "groups": 8}}
     with pytest.raises(UserError) as caught:
-        Checkpoints(tmp_path, ALONE, 1).resume({}, State(architecture=architecture_of(wider, {}), data="a" * 64))
+        Checkpoints(tmp_path, ALONE, keeping(1)).resume(
+            {}, State(architecture=architecture_of(wider, {}), data="a" * 64)
+        )
     message = str(caught.value)
     assert f"output_dir='{tmp_path}'" in message
     assert "model.widths was [32, 64], is [64, 64]" in message
     assert "\n" not in message
     with pytest.raises(UserError, match="data set was aaaaaaaaaaaa, is bbbbbbbbbbbb"):
-        Checkpoints(tmp_path, ALONE, 1).resume({}, State(architecture=began.architecture, data="b" * 64))
+        Checkpoints(tmp_path, ALONE, keeping(1)).resume({}, State(architecture=began.architecture, data="b" * 64))
 
 
 def test_done_is_read_as_it_was_written(tmp_path: Path) -> None:

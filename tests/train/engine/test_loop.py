@@ -26,6 +26,7 @@ from conf.schema import (
     WandbMode,
 )
 from train.engine import loop
+from train.engine.contents import Contents
 from train.engine.journal import Journal
 from train.engine.runtime import Runtime, start, stop
 from train.engine.trainable import Trainable
@@ -89,16 +90,16 @@ class LineStage:
         self.net = Trainable(runtime, nn.Linear(3, 1), cfg.optim, cfg.batch, SAMPLES, ema=ema, name="net")
         self.trainables = {"net": self.net}
         self.evaluations: list[int] = []
-        self.saved = self.net.save
-        self.net.save = self.save  # type: ignore[method-assign]
+        self.contents = self.net.contents
+        self.net.contents = self.saved_contents  # type: ignore[method-assign]
 
     def reach(self, moment: str) -> None:
         if self.interruption is not None:
             self.interruption.reach(moment)
 
-    def save(self, folder: Path) -> None:
-        self.saved(folder)
+    def saved_contents(self) -> Contents:
         self.reach("save")
+        return self.contents()
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         self.reach("step")

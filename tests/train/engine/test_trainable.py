@@ -1,6 +1,5 @@
 """What holds of one trainable on one process, under DDP and ZeRO; equality with plain torch: test_zero_equality.py."""
 
-import errno
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.schema import BatchConfig, Device, EmaConfig, OptimConfig, RuntimeConfig
-from train.engine import trainable as module_under_test
+from train.engine.contents import HostMemory
 from train.engine.runtime import Runtime, start
 from train.engine.trainable import Trainable
 
@@ -139,15 +138,26 @@ def test_foreign_checkpoint_is_refused_by_name(runtime: Runtime, tmp_path: Path,
         t.load(tmp_path)
 
 
-def test_failed_write_is_reported_and_leaves_no_half_file(
-    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full_disk(tensors: dict[str, Tensor], path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("stage", LAYOUTS)
+def test_stream_makes_what_weights_holds(runtime: Runtime, stage: int | None) -> None:
+    t = make(runtime, network(), stage, ema=EmaConfig(half_life_samples=10.0))
+    train(t)
+    for ema in (False, True):
+        stream, whole = t.stream(ema), t.weights(ema)
+        assert stream.specs.keys() == whole.keys()
+        for name, tensor in zip(stream.specs, stream.tensors, strict=True):
+            assert torch.equal(tensor, whole[name])
 
-    t = make(runtime, network())
-    monkeypatch.setattr(module_under_test, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        t.save(tmp_path)
-    assert not list((tmp_path / "model").iterdir())
+
+@pytest.mark.parametrize("stage", LAYOUTS)
+def test_copy_in_memory_is_what_was_when_it_was_made(runtime: Runtime, tmp_path: Path, stage: int | None) -> None:
+    t = make(runtime, network(), stage, ema=EmaConfig(half_life_samples=10.0))
+    memory: HostMemory = {}
+    for name in ("first", "second"):  # the second fills the memory of the first again
+        train(t)
+        t.save(tmp_path / name)
+        copy = t.contents().held(memory, runtime)
+        train(t)
+        copy.write(tmp_path / f"{name}-copy")
+        for path in (tmp_path / name / "model").iterdir():
+            assert path.read_bytes() == (tmp_path / f"{name}-copy" / "model" / path.name).read_bytes()
