@@ -131,12 +131,21 @@ class LoopConfig:
     log_every: int = 2560  # between two lines of metrics (means over the interval)
     evaluate_every: int = 100_000  # between two evaluations with pictures; one more at the end
     checkpoint_every: int = 100_000  # between two checkpoints; one more at the end and on a signal
-    keep_checkpoints: int = 2  # complete checkpoints left on disk
+    keep_checkpoints: int = 2  # complete checkpoints left on disk: the newest, and what the next two options add
+    keep_every: int = 0  # samples: the first checkpoint at or after every multiple stays; 0: none
+    keep_best: str | None = None  # metric of the evaluations (eval/loss) whose best checkpoint stays
+    best_is_highest: bool = False  # of keep_best: more is better (eval/psnr); false: less is
     async_checkpoints: bool = True  # train on while they are written; the main process holds a copy in host memory
 
     def __post_init__(self) -> None:
         names = ("samples", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")
         require_positive(self, *names, group="loop.")
+        require(self.keep_every >= 0, f"loop.keep_every={self.keep_every}: must be 0 (off) or positive")
+        require(
+            self.keep_best is None or self.evaluate_every % self.checkpoint_every == 0,
+            f"loop.keep_best={self.keep_best}: every evaluation needs its checkpoint; "
+            "make loop.evaluate_every a multiple of loop.checkpoint_every",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -26,6 +27,8 @@ from conf.schema import LoopConfig
 from data.shards import sync
 from models.tensor_stream import write_bytes
 from train.engine.contents import Contents, HostMemory, joined
+from train.engine.journal import METRICS
+from train.engine.retention import kept, scores_of
 from train.engine.runtime import Runtime
 from train.engine.state import State, require_same_run
 from train.engine.trainable import Trainable
@@ -134,15 +137,17 @@ class Checkpoints:
 
         """
         self.wait()
+        scores = self._together(lambda: scores_of(self.output_dir / METRICS, self.cfg) if self.runtime.is_main else {})
         parts = [trainable.contents() for trainable in trainables.values()]
         contents = joined(parts, {STATE: asdict(state)})
         target = self.root / f"{state.samples_seen:012d}"
         if self.cfg.async_checkpoints and not wait:
             copy = self._together(lambda: contents.held(self.memory, self.runtime))
             if self.runtime.is_main:
-                self.pending = self.thread.submit(self._write, target, copy)
+                self.pending = self.thread.submit(self._write, target, copy, scores)
         else:
-            self._together(lambda: self._write(target, contents) if self.runtime.is_main else contents.drain())
+            write = partial(self._write, target, contents, scores) if self.runtime.is_main else contents.drain
+            self._together(write)
 
     @property
     def failed(self) -> bool:
@@ -154,7 +159,7 @@ class Checkpoints:
         pending, self.pending = self.pending, None
         self._together(lambda: None if pending is None else pending.result())
 
-    def _write(self, target: Path, contents: Contents) -> None:
+    def _write(self, target: Path, contents: Contents, scores: Mapping[int, float]) -> None:
         """The whole checkpoint, by the main process, in either thread."""
         try:
             with filled(target) as staging:
@@ -162,7 +167,7 @@ class Checkpoints:
                 write_bytes(staging / MARKER, json.dumps({"schema": 1, "files": prints}, indent=1).encode())
         finally:
             contents.drain()
-        self._prune(target)
+        self._prune(target, scores)
 
     def _folders(self) -> list[Path]:
         """Checkpoints by name, newest first, as the main process sees them; it clears what a kill left behind."""
@@ -202,20 +207,18 @@ class Checkpoints:
             failure = error
             if isinstance(error, OSError):  # a full disk names no file
                 error.filename = error.filename or str(self.root)
-        described = (
-            (failure.errno, failure.strerror, failure.filename) if isinstance(failure, OSError) else str(failure)
-        )
-        others = [d for d in self.runtime.gather_objects(failure and described) if d]
-        if failure is not None:
-            raise failure
-        if others:
-            raise OSError(*others[0]) if isinstance(others[0], tuple) else RuntimeError(others[0])
+        told = failure if isinstance(failure, OSError | UserError) else failure and RuntimeError(str(failure))
+        failures = [other for other in self.runtime.gather_objects(told) if other is not None]
+        if failure is not None or failures:
+            raise failure or failures[0]
         return result
 
-    def _prune(self, newest: Path) -> None:
-        """Remove what `keep` leaves out. A broken one does not count as kept, and goes once a newer one is complete."""
-        older = [path for path in self.root.iterdir() if path.name.isdecimal() and path.name <= newest.name]
-        complete = sorted((path for path in older if path not in self.broken or path == newest), reverse=True)
-        for path in set(older) - set(complete[: self.cfg.keep_checkpoints]):
+    def _prune(self, newest: Path, scores: Mapping[int, float]) -> None:
+        """Remove what is not kept. A broken one does not count, and goes once a newer one is complete."""
+        older = {int(path.name): path for path in self.root.iterdir() if path.name.isdecimal()}
+        older = {samples: path for samples, path in older.items() if samples <= int(newest.name)}
+        complete = [samples for samples, path in older.items() if path not in self.broken or path == newest]
+        for samples in older.keys() - kept(complete, self.cfg, scores):
+            path = older[samples]
             doomed = path.rename(path.with_name(f"{TEMPORARY}{path.name}"))  # never half a checkpoint under its name
             shutil.rmtree(doomed, ignore_errors=True)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 WANDB_INIT_TIMEOUT_S = 60.0  # then the run goes on offline
 WANDB_FINISH_TIMEOUT_S = 300.0  # for the last upload
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # where `wandb login` goes unless $WANDB_BASE_URL is set
-X_AXIS = "samples_seen"
+METRICS, X_AXIS = "metrics.jsonl", "samples_seen"
 
 
 def say(stage: str, text: str) -> None:
@@ -70,7 +70,7 @@ class Journal:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         atomic_write(self.output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
-        self.path = self.output_dir / "metrics.jsonl"
+        self.path = self.output_dir / METRICS
         rows = [row for row in read_metrics(self.path) if row[X_AXIS] <= samples_seen]
         atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self.latest = [row for row in rows if row[X_AXIS] == rows[-1][X_AXIS]]

@@ -127,15 +127,21 @@ class LineStage:
         self.reach("export")
 
 
-def config(folder: Path, micro: int = 0, **loop_options: int) -> ClipRun:
-    options = {"samples": SAMPLES, "log_every": 20, "evaluate_every": 32, "checkpoint_every": 24, **loop_options}
+def config(folder: Path, micro: int = 0, **loop_options: Any) -> ClipRun:
+    options: dict[str, Any] = {
+        "samples": SAMPLES,
+        "log_every": 20,
+        "evaluate_every": 32,
+        "checkpoint_every": 24,
+        **loop_options,
+    }
     return ClipRun(
         run_dir=str(folder),
         output_dir=str(folder / "line"),
         shards="none",
         optim=OptimConfig(lr=0.05, warmup_samples=16),
         batch=BatchConfig(global_batch_size=SIZE, micro_batch_size=micro),
-        loop=LoopConfig(**options),
+        loop=LoopConfig(**options | loop_options),
         wandb=WandbConfig(mode=WandbMode.disabled),
     )
 
@@ -233,6 +239,15 @@ def test_finished_stage_returns_at_once_unless_the_run_grew(
     longer = config(tmp_path, samples=64)
     assert loop.run(LineStage(longer, runtime), longer, runtime).samples_seen == 64
     assert [r["samples_seen"] for r in rows(tmp_path) if "eval/sum" in r] == [32, 64]
+
+
+def test_best_checkpoint_outlives_later_ones(tmp_path: Path, runtime: Runtime) -> None:
+    cfg = config(tmp_path, evaluate_every=16, checkpoint_every=16, keep_checkpoints=1, keep_best="eval/sum")
+    loop.run(LineStage(cfg, runtime), cfg, runtime)
+    sums = {r["samples_seen"]: r["eval/sum"] for r in rows(tmp_path) if "eval/sum" in r and r["samples_seen"] < 96}
+    best = min(sums, key=lambda seen: sums[seen])
+    left = {int(path.name) for path in (tmp_path / "line" / "checkpoints").iterdir()}
+    assert left == {best, 96}
 
 
 def test_other_network_or_data_in_the_folder_is_refused(tmp_path: Path, runtime: Runtime) -> None:
