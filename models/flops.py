@@ -1,10 +1,23 @@
-"""How many floating-point operations a U-Net takes, from its configuration alone.
+"""How many floating-point operations a network takes: a U-Net from its configuration alone, others counted by torch.
 
 Convolutions, matrix products and attention, a multiplication and an addition counted apart; norms, activations and
 sums are left out, as torch's own counter leaves them out. Shapes: h x w the latent, L the tokens of the text.
 """
 
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
 from conf.networks import UNetConfig, resizes_in_resnet
+
+
+def counted_flops(network: nn.Module, *inputs: Tensor) -> int:
+    """Of one forward pass on `inputs`, which are on the meta device: nothing is computed."""
+    state = {name: tensor.to("meta") for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        functional_call(network, state, inputs)
+    return int(counter.get_total_flops())
 
 
 def unet_flops(cfg: UNetConfig, height: int, width: int, tokens: int = 0) -> int:

@@ -38,10 +38,12 @@ class RuntimeConfig:
     gradient_checkpointing: bool = False  # train the U-Net in half the memory and a quarter more time
     threads: int = 0  # CPU threads per process; 0: torch's own choice
     timeout_s: float = 1800.0  # seconds after which a collective operation that does not return is an error
+    watchdog_s: float = 600.0  # seconds without a step after which all say what they are doing, and where; 0: off
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), f"runtime.zero_stage={self.zero_stage}: must be 0, 1, 2 or 3")
         require(self.timeout_s > 0, f"runtime.timeout_s={self.timeout_s}: must be positive")
+        require(self.watchdog_s >= 0, f"runtime.watchdog_s={self.watchdog_s}: must be 0 (off) or positive")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -135,10 +137,11 @@ class LoopConfig:
     keep_every: int = 0  # samples: the first checkpoint at or after every multiple stays; 0: none
     keep_best: str | None = None  # metric of the evaluations (eval/loss) whose best checkpoint stays
     best_is_highest: bool = False  # of keep_best: more is better (eval/psnr); false: less is
+    most_skipped_steps: int = 20  # in a row, not finite: then back to the last checkpoint, and if that fails the end
     async_checkpoints: bool = True  # train on while they are written; the main process holds a copy in host memory
 
     def __post_init__(self) -> None:
-        names = ("samples", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")
+        names = ("samples", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "most_skipped_steps")
         require_positive(self, *names, group="loop.")
         require(self.keep_every >= 0, f"loop.keep_every={self.keep_every}: must be 0 (off) or positive")
         require(

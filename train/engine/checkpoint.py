@@ -36,6 +36,7 @@ from train.engine.trainable import Trainable
 MARKER = "COMPLETE"
 STATE = "state.json"
 TEMPORARY = ".tmp-"
+CARRIED = ("samples_seen", "seconds", "device_hours", "wandb_run_id", "interval")
 
 Result = TypeVar("Result")
 
@@ -114,7 +115,7 @@ class Checkpoints:
                 require_same_run(saved, fresh, self.output_dir)
                 for trainable in trainables.values():
                     trainable.load(folder)
-                carried = {name: saved[name] for name in ("samples_seen", "seconds", "wandb_run_id", "interval")}
+                carried = {name: saved[name] for name in CARRIED if name in saved}  # older ones have fewer
                 return State(**carried, architecture=fresh.architecture, data=fresh.data, config=fresh.config)
             self.broken.append(folder)
             if self.runtime.is_main:
@@ -148,6 +149,10 @@ class Checkpoints:
         else:
             write = partial(self._write, target, contents, scores) if self.runtime.is_main else contents.drain
             self._together(write)
+
+    def any(self) -> bool:
+        """Whether there is a checkpoint to go back to."""
+        return bool(self._folders())
 
     @property
     def failed(self) -> bool:

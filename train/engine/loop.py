@@ -1,65 +1,55 @@
-"""The one loop of all trainings: fetch, step, log, checkpoint, evaluate, stop on a signal; then export and DONE."""
+"""The one loop of all trainings: step, log, checkpoint, evaluate, stop on a signal; then export and DONE."""
 
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
-
-from conf.errors import UserError
-from conf.schema import AutoencoderRun, ClipRun, UNetRun
+from conf.entry import to_plain
 from data.loader import batches
 from train.engine.checkpoint import Checkpoints, staged
 from train.engine.journal import Journal, say
-from train.engine.meter import Meter, left_out
+from train.engine.meter import Meter
 from train.engine.runtime import Runtime
 from train.engine.signals import StopFlag, stop_on_signal
 from train.engine.state import Outcome, Stage, State, architecture_of, digest, read_done, require_same_run, write_done
-
-Cfg = AutoencoderRun | ClipRun | UNetRun
+from train.engine.step import Cfg, Diverged, Stepper
+from train.engine.watchdog import Watchdog
 
 
 def run(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
     """Train a stage to `loop.samples`, from its newest checkpoint if there is one.
 
     Raises:
-        UserError: batch or data set too small, the folder holds another run, or the loss is not finite.
+        UserError: batch or data set too small, the folder holds another run, or too many steps were not finite.
         OSError: a checkpoint could not be written; the previous ones are as they were.
 
     """
-    output_dir = Path(cfg.output_dir)
-    config: Any = OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True, enum_to_str=True)
-    state = State(
-        architecture=architecture_of(config, stage.trainables),
-        data=stage.dataset.digest,
-        config=digest(config),
-    )
+    output_dir, config = Path(cfg.output_dir), to_plain(cfg)
+    architecture = architecture_of(config, stage.trainables)
+    fresh = State(architecture=architecture, data=stage.dataset.digest, config=digest(config))
     done = read_done(output_dir, cfg.loop.samples)
     if done is not None:
-        require_same_run(done, state, output_dir)
+        require_same_run(done, fresh, output_dir)
         if runtime.is_main:
             say(stage.name, f"already done at {done['samples_seen']:,} samples: {output_dir / 'DONE'}")
         return Outcome(finished=True, samples_seen=done["samples_seen"], metrics=done["metrics"])
-    checkpoints = Checkpoints(output_dir, runtime, cfg.loop)
-    state = checkpoints.resume(stage.trainables, state)
-    batch, (micro, _) = cfg.batch, cfg.batch.split(runtime.world)
-    place = (runtime.rank, runtime.world, state.samples_seen, batch.workers)
-    source = batches(stage.dataset, batch.global_batch_size, micro, *place)  # refuses too few samples
-    journal = Journal(output_dir, cfg.wandb, stage.name, config, runtime.is_main, state.samples_seen)
-    state.wandb_run_id = journal.run_id
-    if runtime.is_main and state.samples_seen:
-        say(stage.name, f"continues from the checkpoint at {state.samples_seen:,} samples")
-    exit_code = 1
-    try:
-        with stop_on_signal() as stop, checkpoints:
-            outcome = _Training(stage, cfg, runtime, source, checkpoints, state, journal, stop).run()
-        exit_code = 0
-    finally:
-        journal.finish(exit_code)
-    return outcome
+    diverged_at = 0
+    watchdog = Watchdog(runtime, output_dir / "hang", cfg.runtime.watchdog_s)
+    with Checkpoints(output_dir, runtime, cfg.loop) as checkpoints, stop_on_signal() as stop, watchdog:
+        while True:
+            state = checkpoints.resume(stage.trainables, fresh)
+            journal = Journal(output_dir, cfg.wandb, stage.name, config, runtime.is_main, state.samples_seen)
+            try:
+                return _Training(stage, cfg, runtime, checkpoints, state, journal, stop, watchdog).run()
+            except Diverged as error:
+                # Once more from the last checkpoint: a machine's fault does not come again, one of the data does.
+                checkpoints.wait()
+                if error.samples_seen <= diverged_at or not checkpoints.any():
+                    raise
+                diverged_at = error.samples_seen
+                if runtime.is_main:
+                    say(stage.name, f"{diverged_at:>11,}  back to the last checkpoint, once")
 
 
 @dataclass(slots=True)
@@ -67,63 +57,75 @@ class _Training:
     stage: Stage
     cfg: Cfg
     runtime: Runtime
-    source: Iterator[dict[str, Any]]  # this process's micro-batches from `state` on
     checkpoints: Checkpoints
     state: State  # where to begin; follows the run
     journal: Journal
     stop: StopFlag
+    watchdog: Watchdog
+    clock: float = 0.0  # when the state's times were brought up to date
 
     def run(self) -> Outcome:
-        """Steps from `state` to the end of the run or to a signal."""
-        state, loop, runtime = self.state, self.cfg.loop, self.runtime
-        meter, began = Meter(state.interval), time.monotonic() - state.seconds
+        """From `state` to the end of the run or to a signal, with the journal closed after it."""
+        state, batch, exit_code = self.state, self.cfg.batch, 1
+        try:
+            place = (self.runtime.rank, self.runtime.world, state.samples_seen, batch.workers)
+            micro, _ = batch.split(self.runtime.world)
+            source = batches(self.stage.dataset, batch.global_batch_size, micro, *place)  # refuses too few samples
+            state.wandb_run_id, self.clock = self.journal.run_id, time.monotonic()
+            if self.runtime.is_main and state.samples_seen:
+                say(self.stage.name, f"continues from the checkpoint at {state.samples_seen:,} samples")
+            outcome = self._steps(Stepper(self.stage, self.cfg, self.runtime, source, self.watchdog))
+            exit_code = 0
+        finally:
+            self.journal.finish(exit_code)
+        return outcome
+
+    def _steps(self, stepper: Stepper) -> Outcome:
+        state, loop, meter = self.state, self.cfg.loop, Meter(self.state.interval)
         while state.samples_seen < loop.samples:
             if self._due(loop.evaluate_every):  # before the step: a kill during an evaluation costs only that
                 self._evaluate()
-            stopping = self._step(meter)
+            stopping = self._step(stepper, meter)
             over = state.samples_seen >= loop.samples
             if over or self._due(loop.log_every):
-                self.journal.log(state.samples_seen, meter.report(runtime, max(0, loop.samples - state.samples_seen)))
+                self._log(meter)
             if over or stopping or self._due(loop.checkpoint_every):
-                state.seconds, state.interval = time.monotonic() - began, meter.state(runtime)
+                self.watchdog.note("at a checkpoint")
+                state.interval = meter.state(self.runtime)
                 self.checkpoints.save(self.stage.trainables, state, wait=over or stopping)
             if stopping:
                 return self._stopped()
         metrics = self._evaluate()
-        state.seconds = time.monotonic() - began
-        with staged(Path(self.cfg.output_dir) / "export", runtime) as folder:
+        self.watchdog.note("exporting")
+        with staged(Path(self.cfg.output_dir) / "export", self.runtime) as folder:
             self.stage.export(folder)
-        if runtime.is_main:
+        if self.runtime.is_main:
             write_done(Path(self.cfg.output_dir), state, metrics)
-        runtime.barrier()
+        self.runtime.barrier()
         return Outcome(finished=True, samples_seen=state.samples_seen, metrics=metrics)
 
-    def _step(self, meter: Meter) -> bool:
+    def _step(self, stepper: Stepper, meter: Meter) -> bool:
         """One optimiser step; True when a process was asked to stop."""
-        begin, wait_s, sound, seen = time.perf_counter(), 0.0, True, self.state.samples_seen
-        micro, accumulation = self.cfg.batch.split(self.runtime.world)
-        for index in range(accumulation):
-            asked = time.perf_counter()
-            batch = next(self.source)
-            wait_s += time.perf_counter() - asked
-            meter.add(left_out(self.stage.name, batch, micro))
-            metrics = self.stage.micro_step(batch, index == accumulation - 1, seen)
-            sound &= all(bool(v.isfinite().all()) for name, v in metrics.items() if name.endswith("loss"))
-            meter.add(metrics)
-        stopping = False
-        if self.runtime.any(bool(self.stop) or not sound or self.checkpoints.failed):  # all processes decide alike
+        sound, stopping = stepper.forward_backward(meter, self.state.samples_seen), False
+        # One exchange in an ordinary step, so that all processes decide alike.
+        if self.runtime.any(bool(self.stop) or not sound or self.checkpoints.failed):
             self.checkpoints.wait()
             stopping = self.runtime.any(bool(self.stop))
-            if self.runtime.any(not sound):
-                raise UserError(
-                    f"{self.stage.name}: the loss is not finite at samples_seen={seen}: lower optim.lr, set "
-                    "optim.grad_clip or runtime.precision=fp32; a new start continues from the last checkpoint"
-                )
-        size = self.cfg.batch.global_batch_size
-        meter.add(self.stage.finish_step(seen + size))
-        meter.tick(size, time.perf_counter() - begin, wait_s)
-        self.state.samples_seen += size
+            sound = not self.runtime.any(not sound)
+        self.state.samples_seen += self.cfg.batch.global_batch_size
+        stepper.update(meter, sound, self.state.samples_seen)
+        self.state.pass_time(time.monotonic() - self.clock, self.runtime.world)
+        self.clock = time.monotonic()
         return stopping
+
+    def _log(self, meter: Meter) -> None:
+        state, stage = self.state, self.stage
+        own_s = sum(trainable.clock.read() for trainable in stage.trainables.values())
+        left = max(0, self.cfg.loop.samples - state.samples_seen)
+        metrics = meter.report(self.runtime, left, own_s, stage.flops_per_sample)
+        metrics["perf/device_hours"] = state.device_hours
+        metrics["train/skipped_steps"] = float(sum(t.skipped_steps for t in stage.trainables.values()))
+        self.journal.log(state.samples_seen, metrics)
 
     def _due(self, every: int) -> bool:
         """Whether the step before this moment passed a multiple of `every` samples."""
@@ -136,6 +138,7 @@ class _Training:
         recorded: dict[str, float] = self.runtime.gather_objects(self.journal.recorded(seen))[0]
         if recorded:
             return recorded
+        self.watchdog.note("evaluating")
         metrics = self.stage.evaluate(seen, self.journal)
         self.journal.log(seen, metrics)
         return metrics

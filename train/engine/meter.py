@@ -1,58 +1,114 @@
 """Means of metrics and timings over the steps between two log lines."""
 
 import resource
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from train.engine.journal import say
 from train.engine.runtime import Runtime
 
+PERCENTILES = (50, 95, 100)  # of the steps' times
+
 
 class Meter:
     """Adds up on the device; nothing is read back before `report` or `state`.
 
-    `interval` is what `state` of an earlier start returned: the interval goes on where it was interrupted.
+    A metric is a number, whose mean over the steps counts, or a tensor [2]: a sum and how much it is the sum of, for
+    means over what not every micro-batch has.
+
+    Args:
+        interval: what `state` of an earlier start returned; the interval goes on where it was interrupted.
     """
 
     def __init__(self, interval: Mapping[str, list[float]]) -> None:
-        self.sums: dict[str, Tensor] = {k: torch.tensor(v[0], dtype=torch.float64) for k, v in interval.items()}
-        self.counts: dict[str, int] = {name: int(count) for name, (_, count) in interval.items()}
-        self.steps, self.samples, self.step_s, self.wait_s = 0, 0, 0.0, 0.0
+        self.totals: dict[str, Tensor] = {k: torch.tensor(v, dtype=torch.float64) for k, v in interval.items()}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.samples, self.wait_s, self.step_s = 0, 0.0, list[float]()
 
     def add(self, metrics: Mapping[str, Tensor | float]) -> None:
         """One more value of each metric."""
         for name, value in metrics.items():
-            term = torch.as_tensor(value, dtype=torch.float64).detach()
-            self.sums[name] = self.sums[name].to(term.device) + term if name in self.sums else term
-            self.counts[name] = self.counts.get(name, 0) + 1
+            value = torch.as_tensor(value, dtype=torch.float64).detach()
+            term = torch.stack([value, torch.ones_like(value)]) if value.ndim == 0 else value
+            self.totals[name] = self.totals[name].to(term.device) + term if name in self.totals else term
 
     def tick(self, samples: int, step_s: float, wait_s: float) -> None:
         """One step over `samples` took `step_s` seconds, `wait_s` of them waiting for data."""
-        self.steps, self.samples = self.steps + 1, self.samples + samples
-        self.step_s, self.wait_s = self.step_s + step_s, self.wait_s + wait_s
+        self.samples, self.wait_s = self.samples + samples, self.wait_s + wait_s
+        self.step_s.append(step_s)
 
-    def report(self, runtime: Runtime, samples_left: int) -> dict[str, float]:
-        """Means over the interval and over the processes, with `perf/…`; a new interval begins. Collective."""
-        images_per_s = self.samples / self.step_s
+    def report(self, runtime: Runtime, samples_left: int, own_s: float, flops_per_sample: float) -> dict[str, float]:
+        """Means over the interval and over the processes, with `perf/…`; a new interval begins. Collective.
+
+        Args:
+            own_s: seconds of this interval in which this process waited for nobody; tells the slowest process.
+            flops_per_sample: of training; 0 where nobody counted them.
+        """
+        total_s = sum(self.step_s)
+        images_per_s = self.samples / total_s
+        ranks = runtime.gather_objects((own_s + self.wait_s, self.wait_s / total_s, peak_memory_gib(runtime.device)))
+        own, waits, memory = (list(values) for values in zip(*ranks, strict=True))
         perf = {
             "perf/images_per_s": images_per_s,
-            "perf/step_ms": 1000 * self.step_s / self.steps,
-            "perf/data_wait_share": self.wait_s / self.step_s,
-            "perf/memory_gib": peak_memory_gib(runtime.device),
+            "perf/step_ms": 1000 * total_s / len(self.step_s),
+            "perf/data_wait_share": sum(waits) / len(waits),
+            "perf/memory_gib": max(memory),
+            "perf/slowest_rank": float(np.argmax(own)),
+            "perf/slowest_rank_lag": max(own) * len(own) / sum(own) - 1 if sum(own) > 0 else 0.0,
             "perf/eta_s": samples_left / images_per_s,
         }
-        means: dict[str, Tensor | float] = {name: self.sums[name] / self.counts[name] for name in self.sums}
-        self.sums, self.counts = {}, {}
-        self.steps, self.samples, self.step_s, self.wait_s = 0, 0, 0.0, 0.0
-        return runtime.mean({**means, **perf})
+        for percent, value in zip(PERCENTILES, np.percentile(self.step_s, PERCENTILES), strict=True):
+            perf[f"perf/step_ms_p{percent}"] = 1000 * float(value)
+        if flops_per_sample > 0:
+            perf["perf/tflops_per_device"] = images_per_s * flops_per_sample / runtime.world / 1e12
+        means = {name: value / weight for name, (value, weight) in self.state(runtime).items() if weight > 0}
+        self.totals = {}
+        self._begin()
+        return means | perf
 
     def state(self, runtime: Runtime) -> dict[str, list[float]]:
-        """[sum, count] of each metric, the sum averaged over the processes. Collective."""
-        sums = runtime.mean(self.sums)
-        return {name: [float(sums[name]), self.counts[name]] for name in sums}
+        """[sum, weight] of each metric over the processes, for one of them. Collective."""
+        parts = {f"{name}/{i}": total[i] for name, total in self.totals.items() for i in (0, 1)}
+        sums = runtime.sum(parts)
+        return {name: [sums[f"{name}/0"] / runtime.world, sums[f"{name}/1"] / runtime.world] for name in self.totals}
+
+
+class Clock:
+    """Seconds spent in a part of the work, by the clock of the device that does it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[Any] = []  # beginnings and ends in turn: seconds, or events of the GPU
+
+    def _mark(self) -> None:
+        if not self.on_gpu:
+            self.marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    def __enter__(self) -> None:
+        self._mark()
+
+    def __exit__(self, *exception: object) -> None:
+        self._mark()
+
+    def read(self) -> float:
+        """Seconds since the last call."""
+        pairs = list(zip(self.marks[::2], self.marks[1::2], strict=True))
+        self.marks = []
+        if not self.on_gpu:
+            return float(sum(end - begin for begin, end in pairs))
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
 
 
 def left_out(stage: str, batch: dict[str, Any], micro: int) -> dict[str, float]:

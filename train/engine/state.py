@@ -24,6 +24,7 @@ class Stage(Protocol):
 
     name: str
     trainables: dict[str, Trainable]
+    flops_per_sample: float  # of a training step's forward and backward passes; 0: nobody counted them
 
     @property
     def dataset(self) -> Dataset:
@@ -31,7 +32,8 @@ class Stage(Protocol):
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of a micro-batch of the step that begins at `samples_seen`; metrics, the same
-        names on all processes. One whose name ends in `loss` must be finite.
+        names on all processes; numbers, or tensors [2] of a sum and its weight. The step is left out where one whose
+        name ends in `loss` is not finite.
         """
 
     def finish_step(self, samples_seen: int) -> dict[str, float]:
@@ -59,11 +61,17 @@ class State:
 
     samples_seen: int = 0
     seconds: float = 0.0  # of work in this stage, over all its starts
+    device_hours: float = 0.0  # likewise, times the processes of each start
     architecture: dict[str, Any] = field(default_factory=dict)  # dotted option → value
     data: str = ""  # digest of the data set's manifest
     config: str = ""  # digest of the whole configuration
     wandb_run_id: str = ""
-    interval: dict[str, list[float]] = field(default_factory=dict)  # metric → [sum, count] since the last log line
+    interval: dict[str, list[float]] = field(default_factory=dict)  # metric → [sum, weight] since the last log line
+
+    def pass_time(self, seconds: float, world: int) -> None:
+        """So much more work by so many processes."""
+        self.seconds += seconds
+        self.device_hours += seconds * world / 3600
 
 
 def architecture_of(config: Mapping[str, Any], trainables: Mapping[str, Trainable]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from train.engine.contents import Contents, read_into, stream
 from train.engine.ddp import DdpBackend
 from train.engine.ema import Ema
 from train.engine.layout import Layout
+from train.engine.meter import Clock
 from train.engine.optim import lr_at
 from train.engine.precision import LossScale
 from train.engine.runtime import Runtime
@@ -65,6 +66,7 @@ class Trainable:
         self.runtime, self.module, self.name = runtime, module, name
         self.optim, self.batch, self.total_samples = optim, batch, total_samples
         self.lr = 0.0  # of the latest step
+        self.clock = Clock(runtime.device)  # of forward passes, in which a process waits for no other
         self.skipped_steps = 0  # updates dropped because a gradient was not finite
         micro, accumulation = batch.split(runtime.world)
         self.backend: Backend
@@ -78,7 +80,8 @@ class Trainable:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass in the run's precision; floating outputs come back in fp32."""
-        return self.backend.forward(*args, **kwargs)
+        with self.clock:
+            return self.backend.forward(*args, **kwargs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Backward pass of one micro-batch; `loss` is its mean. `last`: the step follows."""

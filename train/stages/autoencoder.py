@@ -23,6 +23,7 @@ from models.discriminator import (
     lecam_penalty,
     r1_penalty,
 )
+from models.flops import counted_flops
 from models.losses import perceptual_distance, psnr, ssim
 from models.single_file import is_single_file, load_autoencoder_file
 from models.vq import Quantised, VQAutoencoder, codebook_use
@@ -60,7 +61,10 @@ class AutoencoderStage:
         self.autoencoder = build_autoencoder(cfg.model)
         if cfg.init_from is not None:
             self.autoencoder = begin_from(cfg.init_from, cfg.model)
-        total = cfg.loop.samples
+        side, total = cfg.images.resolution, cfg.loop.samples
+        picture = torch.empty(1, cfg.model.in_channels, side, side, device="meta")
+        latent = torch.empty(1, *self.latent_shape(picture), device="meta")
+        self.flops_per_sample = 3.0 * counted_flops(self.autoencoder, picture, latent)  # of the autoencoder alone
         self.generator = Trainable(runtime, self.autoencoder, cfg.optim, cfg.batch, total, name="generator")
         self.trainables = {"generator": self.generator}
         self.adversarial = cfg.loss.adversarial_weight > 0
@@ -80,12 +84,15 @@ class AutoencoderStage:
         if self.perceptual is not None:
             self.perceptual.to(runtime.device)
 
+    def latent_shape(self, images: Tensor) -> tuple[int, int, int]:
+        """(C, h, w) of one latent of images [B, 3, H, W]."""
+        factor = self.cfg.model.downscale
+        return self.cfg.model.cached_channels, images.shape[2] // factor, images.shape[3] // factor
+
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of one micro-batch through both networks."""
         images = batch["image"].to(self.runtime.device)  # [B, 3, H, W]
-        factor = self.cfg.model.downscale
-        shape = (self.cfg.model.cached_channels, images.shape[2] // factor, images.shape[3] // factor)
-        noise = normal(self.cfg.seed, batch["position"], shape, "posterior").to(images.device)
+        noise = normal(self.cfg.seed, batch["position"], self.latent_shape(images), "posterior").to(images.device)
         reconstruction, latents = self.generator(images, noise)
         metrics, likelihood, loss = self.reconstruction_loss(images, reconstruction, latents)
         self.judging = self.adversarial and samples_seen >= self.cfg.loss.adversarial_start
@@ -129,7 +136,8 @@ class AutoencoderStage:
         total = self.runtime.sum({"real": real, "fake": fake})
         keep = 0.5 ** (self.cfg.batch.global_batch_size / LECAM_HALF_LIFE)
         now = torch.tensor([total["real"], total["fake"]], device=self.runtime.device) / self.runtime.world
-        self.verdict_means.lerp_(now, 1 - keep)
+        if now.isfinite().all():  # a step that is left out leaves no trace
+            self.verdict_means.lerp_(now, 1 - keep)
         self.verdicts.clear()
 
     def reconstruction_loss(

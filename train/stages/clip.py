@@ -11,6 +11,7 @@ from conf.schema import ClipRun
 from data.datasets import ImageDataset
 from data.streams import image_stream
 from models.clip import Clip, contrastive_loss, top1_accuracy
+from models.flops import counted_flops
 from train.engine.journal import Journal
 from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
@@ -35,6 +36,8 @@ class ClipStage:
         self.heldout = ImageDataset(f"{cfg.shards}/heldout", cfg.images, cfg.seed, cfg.stream)
         torch.manual_seed(cfg.seed)  # initial weights
         self.clip = Clip.from_config(cfg.model)
+        side, tokens = self.clip.config.image_size, self.clip.tokenize([""]).to("meta")
+        self.flops_per_sample = 3.0 * counted_flops(self.clip, torch.empty(1, 3, side, side, device="meta"), tokens)
         self.towers = Trainable(runtime, self.clip, cfg.optim, cfg.batch, cfg.loop.samples, name="clip")
         self.trainables = {"clip": self.towers}
 

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from conf.networks import UNetConfig
 from conf.schema import UNetRun
 from data.latent_dataset import LatentDataset
 from data.streams import latent_stream
 from models.autoencoder import load_autoencoder, sample_moments
+from models.flops import unet_flops
 from models.pipeline import TextToImage
 from models.process import Process
 from models.single_file import is_single_file, load_unet_file
@@ -39,6 +41,13 @@ def begin_from(source: str, cfg: UNetConfig) -> UNet:
     return network
 
 
+def by_timestep(losses: Tensor, times: Tensor) -> dict[str, Tensor]:
+    """Sum and number [2] of the losses [B] in each quarter of the times [B] in [0, 1); 4 is nearly all noise."""
+    quarters = F.one_hot((4 * times).long().clamp(0, 3), 4).to(losses.dtype)  # [B, 4]
+    pairs = torch.stack([losses @ quarters, quarters.sum(dim=0)], dim=1)  # [4, 2]
+    return {f"train/loss_by_timestep/{quarter}": pair for quarter, pair in enumerate(pairs, start=1)}
+
+
 class UNetStage:
     """Denoising under DeepSpeed ZeRO, with an average of the weights."""
 
@@ -52,6 +61,8 @@ class UNetStage:
         self.mean, self.std = (self.channels(values) for values in (self.info.latent_mean, self.info.latent_std))
         self.null_text = self.info.null_text(cfg.latents).to(runtime.device)  # [L, D]
         self.process = Process(cfg.process)
+        side = cfg.model.sample_size
+        self.flops_per_sample = 3.0 * unet_flops(cfg.model, side, side, len(self.null_text))  # backward: twice forward
         torch.manual_seed(cfg.seed)  # initial weights
         self.network = UNet(cfg.model)
         if cfg.init_from is not None:
@@ -93,9 +104,13 @@ class UNetStage:
         dropped = uniform(seed, batch["position"], "caption_drop") < self.cfg.caption_drop  # [B]
         context = torch.where(dropped.to(x0.device)[:, None, None], self.null_text, self.context(batch))
         prediction = self.unet(self.process.add_noise(x0, noise, timesteps), timesteps, context)
-        loss = self.process.loss(prediction, x0, noise, timesteps).mean()
+        losses = self.process.loss(prediction, x0, noise, timesteps)  # [B]
+        loss = losses.mean()
         self.unet.backward(loss, last)
-        return {"train/loss": loss.detach()}
+        return {
+            "train/loss": loss.detach(),
+            **by_timestep(losses.detach(), timesteps / self.cfg.process.train_timesteps),
+        }
 
     def finish_step(self, samples_seen: int) -> dict[str, float]:
         """One optimiser step and one of the average."""

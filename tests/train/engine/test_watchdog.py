@@ -1,0 +1,91 @@
+"""A process that hangs is named, whether it stands still as a whole or waits somewhere in its own code."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.schema import Device, RuntimeConfig
+from train.engine.runtime import start
+from train.engine.watchdog import Watchdog
+
+RANK = """
+import sys, time
+from pathlib import Path
+from conf.schema import Device, RuntimeConfig
+from train.engine.runtime import start
+from train.engine.watchdog import Watchdog
+
+def lost_in_thought():
+    while True:
+        time.sleep(0.05)
+
+runtime = start(RuntimeConfig(device=Device.cpu, timeout_s=120))
+with Watchdog(runtime, Path(sys.argv[1]), patience_s=2.0) as watchdog:
+    watchdog.note("in a training step")
+    runtime.barrier()
+    (Path(sys.argv[1]).parent / f"ready-{runtime.rank}").touch()
+    if runtime.rank == 1:
+        watchdog.note("waiting for data")
+        lost_in_thought()
+    runtime.barrier()
+"""
+
+
+def ranks(tmp_path: Path) -> list[subprocess.Popen[str]]:
+    """Two processes, of which the second never comes to the second barrier."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    shared["MASTER_PORT"] = str(20000 + os.getpid() % 20000)
+    (tmp_path / "rank.py").write_text(RANK)
+    return [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "rank.py"), str(tmp_path / "hang")],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": os.getcwd()},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def warning_of(processes: list[subprocess.Popen[str]]) -> str:
+    """The line that the first process prints."""
+    stream = processes[0].stderr
+    assert stream is not None
+    return next(line for line in stream if line.startswith("warning: no step"))
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["in its own code", "as a whole"])
+def test_the_process_that_hangs_is_named_with_stack_traces(tmp_path: Path, stopped: bool) -> None:
+    processes = ranks(tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not all((tmp_path / f"ready-{rank}").exists() for rank in range(2)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if stopped:
+            processes[1].send_signal(signal.SIGSTOP)
+        told = warning_of(processes)
+        hanging = f"rank 1 ({os.uname().nodename}, pid {processes[1].pid})"
+        assert f"DOES NOT ANSWER: {hanging}" in told if stopped else hanging in told
+        assert "in a training step for " in told and f"rank 0 ({os.uname().nodename}, pid {processes[0].pid})" in told
+        assert "barrier" in (tmp_path / "hang" / "rank-00000.txt").read_text()
+        if not stopped:
+            assert "waiting for data for" in told
+            assert "lost_in_thought" in (tmp_path / "hang" / "rank-00001.txt").read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_process_that_goes_on_is_not_suspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Watchdog(start(RuntimeConfig(device=Device.cpu)), tmp_path / "hang", patience_s=1.0) as watchdog:
+        for _ in range(20):
+            watchdog.note("in a training step")
+            time.sleep(0.1)
+    assert capsys.readouterr().err == "" and not (tmp_path / "hang").exists()
