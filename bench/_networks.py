@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 THREADS = 2
+PRODUCT = 2048  # rows and columns of the matrices that show what the machine can multiply
 BAR = 0.85  # for seconds and for bytes, ours / the peer's
 
 
@@ -49,6 +50,13 @@ def seconds(work: Callable[[], object]) -> Callable[[], float]:
     """A measurement: how long `work` takes."""
     per_second = rate(1, work)
     return lambda: 1 / per_second()
+
+
+def product_seconds(flops: float) -> Callable[[], float]:
+    """A measurement: how long so many operations take as products of two large matrices in fp32."""
+    left, right = torch.randn(2, PRODUCT, PRODUCT).unbind()
+    measure = seconds(lambda: left @ right)
+    return lambda: measure() * flops / (2 * PRODUCT**3)
 
 
 def peak_bytes(work: Callable[[], object]) -> Callable[[], float]:

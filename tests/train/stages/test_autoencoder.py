@@ -90,7 +90,7 @@ def test_accumulation_takes_the_step_of_the_whole_batch(scenes: Any, runtime: Ru
         norms.append(stage.finish_step(16)["train/grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     for name, tensor in whole.generator.weights().items():
-        torch.testing.assert_close(tensor, parts.generator.weights()[name], rtol=0, atol=2e-4)  # a tenth of lr
+        torch.testing.assert_close(tensor, parts.generator.weights()[name], rtol=0, atol=4e-4)  # a fifth of lr
 
 
 def test_loss_is_its_terms_with_their_weights(scenes: Any, runtime: Runtime) -> None:
