@@ -3,9 +3,11 @@
 The networks have the sizes of `experiment=demo` and random weights; the latents are those of rendered scenes.
 """
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -188,15 +190,26 @@ def encoding_each_step(folder: Path) -> tuple[Callable[[], float], Callable[[], 
 
 def comparisons(folder: Path, runtime: Runtime) -> Iterator[Comparison]:
     """Each in seconds; the bars are the project's own."""
-    prepare(folder, runtime)
+    with redirect_stdout(sys.stderr):
+        prepare(folder, runtime)
     for name, pair, bar in (
         ("step_of_our_loop_against_bare_torch", (our_loop(folder, runtime), bare_loop(folder)), 1.03),
         ("stall_by_a_checkpoint_in_steps", checkpoint_stall(folder, runtime), 1.0),
         ("average_of_the_weights_in_steps", average_share(folder, runtime), 0.02),
         ("step_on_cached_latents_against_encoding", encoding_each_step(folder), 1.0),
     ):
-        ours, peer = pair
+        ours, peer = map(quietly, pair)
         yield Comparison(name=name, ours=ours, peer=peer, unit="s", bar=bar, lower_is_better=True, pairs=5)
+
+
+def quietly(measure: Callable[[], float]) -> Callable[[], float]:
+    """The same with the console lines of a training on stderr: stdout has the comparisons alone."""
+
+    def run() -> float:
+        with redirect_stdout(sys.stderr):
+            return measure()
+
+    return run
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ WANDB_INIT_TIMEOUT_S = 60.0  # then the run goes on offline
 WANDB_FINISH_TIMEOUT_S = 300.0  # for the last upload
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # where `wandb login` goes unless $WANDB_BASE_URL is set
 METRICS, X_AXIS = "metrics.jsonl", "samples_seen"
+DETAILS = ("perf/", "train/loss_by_timestep/")  # for the dashboard only
 
 
 def say(stage: str, text: str) -> None:
@@ -140,8 +141,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def describe(samples_seen: int, metrics: Mapping[str, float]) -> str:
-    """One console line; of the timings only speed and time left."""
-    shown = {n.removeprefix("train/"): f"{v:.4g}" for n, v in metrics.items() if not n.startswith("perf/")}
+    """One console line; of the timings only speed and time left, of the rest what is no detail."""
+    shown = {n.removeprefix("train/"): f"{v:.4g}" for n, v in metrics.items() if not n.startswith(DETAILS)}
+    if metrics.get("train/skipped_steps") == 0:
+        del shown["skipped_steps"]
     parts = [f"{samples_seen:>11,}", *(f"{name} {value}" for name, value in shown.items())]
     if "perf/images_per_s" in metrics:
         parts.append(f"{metrics['perf/images_per_s']:.4g} images/s")
