@@ -25,7 +25,7 @@ from conf.schema.choices import (
 )
 from conf.schema.data import BucketConfig, BuildRun, FilterConfig, MixedSource, PrecomputeRun, PreviewRun
 from conf.schema.pipeline import PipelineRun
-from conf.schema.sampling import EvaluateRun, ExportRun, SampleRun
+from conf.schema.sampling import AverageRun, EvaluateRun, ExportRun, SampleRun
 from conf.schema.sections import (
     BatchConfig,
     EmaConfig,
@@ -44,6 +44,7 @@ __all__ = [
     "Adversarial",
     "AutoencoderLossConfig",
     "AutoencoderRun",
+    "AverageRun",
     "BatchConfig",
     "BetaSchedule",
     "BucketConfig",

@@ -50,6 +50,27 @@ class ExportRun:
 
 
 @dataclass(kw_only=True, slots=True)
+class AverageRun:
+    """`train/average.py`: an export of the U-Net with another average of its weights."""
+
+    run_dir: str = MISSING
+    name: str = MISSING
+    seed: int = 0
+    output_dir: str = MISSING
+    trained: str = MISSING  # folder of the U-Net's training, which is finished
+    sigma_rel: float | None = None  # width relative to the run, of an average put together from those of ema.posthoc
+    half_life_samples: float | None = None  # instead: one of ema.half_life_samples and ema.more_half_lives
+    samples_seen: int | None = None  # moment in the run; None: its end, or the newest checkpoint
+
+    def __post_init__(self) -> None:
+        require(
+            (self.sigma_rel is None) != (self.half_life_samples is None),
+            "which average: set either sigma_rel, such as 0.08, or half_life_samples",
+        )
+        require(self.sigma_rel is None or 0 < self.sigma_rel < 0.28, f"sigma_rel={self.sigma_rel}: in (0, 0.28)")
+
+
+@dataclass(kw_only=True, slots=True)
 class EvaluateRun:
     """`train/evaluate.py`: pictures of held-out prompts against held-out images."""
 

@@ -153,10 +153,30 @@ class LoopConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EmaConfig:
-    """Exponential moving average of the weights; its decay is a function of samples."""
+    """Moving averages of the weights; decays are functions of samples. Each costs 4 bytes a parameter."""
 
     half_life_samples: float = 100_000.0  # samples after which a weight counts half; 0: no average
     warmup_ratio: float = 0.05  # the half-life never exceeds this part of the samples seen so far (EDM2)
+    more_half_lives: list[float] = field(default_factory=list)  # samples; of averages kept in the checkpoints, too
+    posthoc: list[float] = field(default_factory=list)  # widths, relative to the run so far, of EDM2's: [0.05,0.1]
+    on_cpu: bool = False  # keep the averages in host memory: less on the GPU, and every step copies the weights
+
+    def __post_init__(self) -> None:
+        more, widths = self.more_half_lives, self.posthoc
+        require(self.half_life_samples >= 0, f"ema.half_life_samples={self.half_life_samples}: must be 0 or positive")
+        require(
+            self.half_life_samples > 0 or not (more or widths),
+            "ema.more_half_lives and ema.posthoc: need an ema.half_life_samples above 0",
+        )
+        different = len({round(value) for value in [0, self.half_life_samples, *more]}) == 2 + len(more)
+        require(
+            not more or (different and min(more) > 0),
+            f"ema.more_half_lives={more}: must be whole, positive, and all different, from ema.half_life_samples too",
+        )
+        require(
+            all(0 < width < 0.28 for width in widths) and len(set(widths)) == len(widths) != 1,
+            f"ema.posthoc={widths}: two or more different widths in (0, 0.28), such as [0.05,0.1], or none",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

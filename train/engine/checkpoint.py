@@ -10,76 +10,32 @@ processes make the tensors together, the main process alone writes: by default a
 training goes on. No collective operation may happen in that thread.
 """
 
-import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from conf.errors import UserError
 from conf.schema import LoopConfig
-from data.shards import sync
 from models.tensor_stream import write_bytes
 from train.engine.contents import Contents, HostMemory, joined
+from train.engine.files import MARKER, TEMPORARY, damage_of, filled
 from train.engine.journal import METRICS
+from train.engine.posthoc import forget_copies, keep_copies
 from train.engine.retention import kept, scores_of
 from train.engine.runtime import Runtime
 from train.engine.state import State, require_same_run
 from train.engine.trainable import Trainable
 
-MARKER = "COMPLETE"
 STATE = "state.json"
-TEMPORARY = ".tmp-"
 CARRIED = ("samples_seen", "seconds", "device_hours", "wandb_run_id", "interval")
 
 Result = TypeVar("Result")
-
-
-@contextmanager
-def filled(target: Path) -> Iterator[Path]:
-    """A new folder for this process to fill, which becomes `target` afterwards, or nothing after an exception."""
-    staging = target.with_name(f"{TEMPORARY}{target.name}")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        yield staging
-        _publish(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def staged(target: Path, runtime: Runtime) -> Iterator[Path]:
-    """Likewise for all processes to fill together; collective."""
-    with filled(target) if runtime.is_main else nullcontext(target) as staging:
-        runtime.barrier()
-        yield staging
-        runtime.barrier()
-    runtime.barrier()
-
-
-def _publish(staging: Path, target: Path) -> None:
-    for folder in {staging, *(path.parent for path in staging.rglob("*"))}:
-        sync(folder)
-    old = target.with_name(f"{TEMPORARY}old-{target.name}")
-    if target.exists():
-        target.rename(old)
-    staging.rename(target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fingerprint(path: Path) -> list[Any]:
-    """[bytes, sha256] of a file."""
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 class Checkpoints:
@@ -115,6 +71,7 @@ class Checkpoints:
                 require_same_run(saved, fresh, self.output_dir)
                 for trainable in trainables.values():
                     trainable.load(folder)
+                self._forget_copies(saved["samples_seen"])
                 carried = {name: saved[name] for name in CARRIED if name in saved}  # older ones have fewer
                 return State(**carried, architecture=fresh.architecture, data=fresh.data, config=fresh.config)
             self.broken.append(folder)
@@ -124,6 +81,7 @@ class Checkpoints:
             raise UserError(
                 f"no checkpoint in '{self.root}' is readable: restore one, or delete the folder to begin anew"
             )
+        self._forget_copies(0)
         return fresh
 
     def save(self, trainables: Mapping[str, Trainable], state: State, wait: bool = True) -> None:
@@ -169,6 +127,7 @@ class Checkpoints:
         try:
             with filled(target) as staging:
                 prints = contents.write(staging)
+                keep_copies(staging, self.output_dir, int(target.name), prints)
                 write_bytes(staging / MARKER, json.dumps({"schema": 1, "files": prints}, indent=1).encode())
         finally:
             contents.drain()
@@ -185,22 +144,13 @@ class Checkpoints:
                     names.append(entry.name)
         return [self.root / name for name in sorted(self.runtime.gather_objects(names)[0], reverse=True)]
 
+    def _forget_copies(self, samples_seen: int) -> None:
+        if self.runtime.is_main:
+            forget_copies(self.output_dir, samples_seen)
+
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, None for nothing; each process reads its share of the files."""
-        found: str | None = None
-        try:
-            files = json.loads((folder / MARKER).read_bytes())["files"]
-            if STATE not in files:
-                found = f"its {MARKER} does not list {STATE}"
-            for name in sorted(files)[self.runtime.rank :: self.runtime.world]:
-                if _fingerprint(folder / name) != files[name]:
-                    found = f"{name} is not what was written (size or sha256 differs)"
-        except FileNotFoundError as error:
-            found = f"{Path(error.filename).relative_to(folder)} is missing"
-        except OSError as error:
-            found = f"it cannot be read ({error.strerror})"
-        except (ValueError, KeyError, TypeError):
-            found = f"its {MARKER} is damaged"
+        found = damage_of(folder, slice(self.runtime.rank, None, self.runtime.world), STATE)
         return next((damage for damage in self.runtime.gather_objects(found) if damage), None)
 
     def _together(self, part: Callable[[], Result]) -> Result:

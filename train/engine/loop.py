@@ -7,7 +7,8 @@ from pathlib import Path
 
 from conf.entry import to_plain
 from data.loader import batches
-from train.engine.checkpoint import Checkpoints, staged
+from train.engine.checkpoint import Checkpoints
+from train.engine.files import staged
 from train.engine.journal import Journal, say
 from train.engine.meter import Meter
 from train.engine.runtime import Runtime

@@ -1,8 +1,8 @@
 """One network in training: weights, AdamW and the average of the weights, alike under DDP and ZeRO.
 
-Checkpoint files, in a folder named after the trainable: `weights`, `exp_avg`, `exp_avg_sq` and, with an average,
-`ema.safetensors`, whole fp32 tensors by parameter name, and `optimizer.json`. They know nothing of processes or
-ZeRO stages, so any layout resumes from them; the same layout resumes bit-exactly.
+Checkpoint files, in a folder named after the trainable: `weights`, `exp_avg`, `exp_avg_sq` and each average (`ema`,
+`ema-50000`, `posthoc-0.05`) as `.safetensors`, whole fp32 tensors by parameter name, and `optimizer.json`. They know
+nothing of processes or ZeRO stages, so any layout resumes from them; the same layout resumes bit-exactly.
 """
 
 import json
@@ -24,7 +24,7 @@ from train.engine.optim import lr_at
 from train.engine.precision import LossScale
 from train.engine.runtime import Runtime
 
-WEIGHTS, AVERAGE, SCALARS = "weights.safetensors", "ema.safetensors", "optimizer.json"
+WEIGHTS, SCALARS = "weights.safetensors", "optimizer.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
 
 
@@ -124,8 +124,8 @@ class Trainable:
         streams = {WEIGHTS: self.stream()}
         for key in MOMENTS:
             streams[f"{key}.safetensors"] = stream(layout, [state[key] for state in states], {})
-        if self.ema is not None:
-            streams[AVERAGE] = stream(layout, self.ema.shards, {})
+        for average, shards in self._averages().items():
+            streams[f"{average}.safetensors"] = stream(layout, shards, {})
         scalars = {
             "step": int(states[0]["step"].item()),
             "skipped_steps": self.skipped_steps,
@@ -157,8 +157,8 @@ class Trainable:
         read_into(folder / WEIGHTS, layout, self.backend.masters, self._others())
         for key in MOMENTS:
             read_into(folder / f"{key}.safetensors", layout, [state[key] for state in states], {})
-        if self.ema is not None:
-            read_into(folder / AVERAGE, layout, self.ema.shards, {})
+        for average, shards in self._averages().items():
+            read_into(folder / f"{average}.safetensors", layout, shards, {})
         scalars = json.loads((folder / SCALARS).read_bytes())
         for state in states:
             state["step"].fill_(scalars["step"])
@@ -173,6 +173,9 @@ class Trainable:
         if self.ema is None:
             raise ValueError(f"{self.name} keeps no average of its weights")
         return self.ema.shards
+
+    def _averages(self) -> dict[str, list[Tensor]]:
+        return {} if self.ema is None else self.ema.averages
 
     def _others(self) -> dict[str, Tensor]:
         """Frozen parameters and persistent buffers: the same on all processes."""

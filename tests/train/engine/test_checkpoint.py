@@ -21,6 +21,7 @@ from conf.schema import LoopConfig, Precision
 from models.tensor_stream import TensorStream, write_stream
 from train.engine import checkpoint as checkpoint_module
 from train.engine import contents as contents_module
+from train.engine import files as files_module
 from train.engine.checkpoint import Checkpoints
 from train.engine.contents import Contents
 from train.engine.runtime import Runtime
@@ -125,6 +126,30 @@ def test_retention_keeps_the_newest_and_never_counts_a_broken_one(tmp_path: Path
     assert names(tmp_path) == ["000000000020", "000000000035"]
 
 
+def test_copies_of_power_function_averages_outlive_their_checkpoints(tmp_path: Path) -> None:
+    class Averaged(Number):
+        def contents(self) -> Contents:
+            specs = {"all": self.value}
+            streams = {f"number/{name}": TensorStream(specs, iter([self.value])) for name in ("weights", "posthoc-0.1")}
+            return Contents(streams, {})
+
+    def copies() -> list[str]:
+        return sorted(path.name for path in (tmp_path / "averages").iterdir())
+
+    checkpoints = Checkpoints(tmp_path, ALONE, keeping(1))
+    for seen in (10, 20, 30):
+        checkpoints.save({"number": Averaged(seen)}, State(samples_seen=seen))  # type: ignore[dict-item]
+    assert names(tmp_path) == ["000000000030"]
+    assert copies() == ["000000000010", "000000000020", "000000000030"]
+    kept = tmp_path / "averages" / "000000000010" / "number"
+    assert [path.name for path in kept.iterdir()] == ["posthoc-0.1"]
+    assert load_file(kept / "posthoc-0.1")["all"][0] == 10
+    save(tmp_path, 40)
+    (tmp_path / "averages" / "000000000050").mkdir()  # of a checkpoint that a kill prevented
+    assert resume(tmp_path) == (40, 4)
+    assert copies() == ["000000000010", "000000000020", "000000000030"]
+
+
 def full_disk(path: Path, stream: TensorStream) -> Any:
     path.write_bytes(b"half")
     next(stream.tensors)
@@ -192,14 +217,16 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
 def killed_in(folder: Path, moment: str) -> None:
     """Save two checkpoints in the background, the second of which never gets past `moment`."""
 
-    def kill(*arguments: Any) -> Any:
+    def kill(path: Path, *rest: Any) -> Any:
+        if moment != "_publish":
+            path.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
     with Checkpoints(folder, ALONE, keeping(1)) as checkpoints:
         checkpoints.save({"number": Number(1)}, State(samples_seen=10), wait=False)  # type: ignore[dict-item]
         checkpoints.wait()
-        module = contents_module if moment == "write_stream" else checkpoint_module
-        setattr(module, moment, kill)
+        modules = {"write_stream": contents_module, "write_bytes": checkpoint_module, "_publish": files_module}
+        setattr(modules[moment], moment, kill)
         checkpoints.save({"number": Number(2)}, State(samples_seen=20), wait=False)  # type: ignore[dict-item]
 
 

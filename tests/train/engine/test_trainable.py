@@ -57,6 +57,22 @@ def test_checkpoint_carries_weights_moments_and_buffers(runtime: Runtime, tmp_pa
     assert first.module[1].num_batches_tracked == second.module[1].num_batches_tracked == 4
 
 
+@pytest.mark.parametrize("stage", LAYOUTS)
+def test_every_average_is_carried_on(runtime: Runtime, tmp_path: Path, stage: int | None) -> None:
+    ema = EmaConfig(half_life_samples=10.0, more_half_lives=[3.0], posthoc=[0.05, 0.1], on_cpu=True)
+    first, second = (make(runtime, network(seed), stage, ema=ema) for seed in (0, 1))
+    train(first)
+    first.save(tmp_path)
+    names = {"ema", "ema-3", "posthoc-0.05", "posthoc-0.1"}
+    assert {path.stem for path in (tmp_path / "model").iterdir()} > names
+    second.load(tmp_path)
+    for t in (first, second):
+        train(t)
+    assert first.ema is not None and second.ema is not None and first.ema.averages.keys() == names
+    for name, shards in first.ema.averages.items():
+        assert all(torch.equal(a, b) for a, b in zip(shards, second.ema.averages[name], strict=True))
+
+
 def test_channels_last_network_resumes(runtime: Runtime, tmp_path: Path) -> None:
     first, second = (make(runtime, nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)) for _ in range(2))
     for t in (first, first, second):
