@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import EmaConfig
-from train.engine.posthoc import name_of, power_decay
+from train.engine.posthoc import gamma_of, name_of, power_decay
 
 MAIN = "ema"  # the average that is evaluated and exported
 Decay = Callable[[int, int], float]  # (samples seen, batch size) -> factor on the average at that step
@@ -38,7 +38,7 @@ def decays(cfg: EmaConfig) -> dict[str, Decay]:
         name: partial(half_life_decay, half_life=value, warmup_ratio=cfg.warmup_ratio)
         for name, value in half_lives.items()
     }
-    return named | {name_of(value): partial(power_decay, sigma_rel=value) for value in cfg.posthoc}
+    return named | {name_of(value): partial(power_decay, gamma=gamma_of(value)) for value in cfg.posthoc}
 
 
 class Ema:

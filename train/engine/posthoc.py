@@ -37,9 +37,9 @@ def gamma_of(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
 
-def power_decay(samples_seen: int, batch_size: int, sigma_rel: float) -> float:
+def power_decay(samples_seen: int, batch_size: int, gamma: float) -> float:
     """Factor on the average at the step that brings the run to `samples_seen`: (1 - 1/t)^(gamma + 1)."""
-    return float((1.0 - batch_size / samples_seen) ** (gamma_of(sigma_rel) + 1.0))
+    return float((1.0 - batch_size / samples_seen) ** (gamma + 1.0))
 
 
 def inner_products(profiles: Sequence[Profile], others: Sequence[Profile]) -> NDArray[np.float64]:
