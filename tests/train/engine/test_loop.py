@@ -1,9 +1,11 @@
 """One loop for all trainings: whatever interrupts it, the run that goes on is the run that was never interrupted."""
 
+import errno
 import hashlib
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from conf.schema import (
     WandbConfig,
     WandbMode,
 )
-from train.engine import loop
+from train.engine import contents, loop
 from train.engine.contents import Contents
 from train.engine.journal import Journal
 from train.engine.runtime import Runtime, start, stop
@@ -159,6 +161,12 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {f"{name}/{k}": v for name in ("ema", "weights") for k, v in torch.load(export / f"{name}.pt").items()}
 
 
+def equal_to(undisturbed: Path, folder: Path) -> bool:
+    expected, found = weights(undisturbed), weights(folder)
+    same = expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    return same and rows(folder) == rows(undisturbed)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
@@ -207,11 +215,38 @@ def test_interrupted_run_equals_the_uninterrupted_one(
         first = False
     assert first == (act is terminate and (moment, count) == ("evaluate", 3))  # all steps were done
     assert loop.run(LineStage(cfg, runtime), cfg, runtime).finished
-    assert rows(tmp_path) == rows(undisturbed)
-    expected, found = weights(undisturbed), weights(tmp_path)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert equal_to(undisturbed, tmp_path)
     assert not list((tmp_path / "line").rglob(".*"))
+
+
+def test_checkpoint_that_cannot_be_written_ends_the_run_soon(
+    tmp_path: Path, undisturbed: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    def full_disk(path: Path, stream: Any) -> Any:
+        failed.set()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cfg = config(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(contents, "write_stream", full_disk)
+        interruption = Interruption("step", 5, lambda: failed.wait(60))
+        with pytest.raises(OSError, match=r"No space left.*checkpoints"):
+            loop.run(LineStage(cfg, runtime, interruption), cfg, runtime)
+    assert rows(tmp_path)[-1]["samples_seen"] <= 40  # before the next checkpoint
+    assert list((tmp_path / "line" / "checkpoints").iterdir()) == []
+    loop.run(LineStage(cfg, runtime), cfg, runtime)
+    assert equal_to(undisturbed, tmp_path)
+
+
+def test_waiting_for_every_checkpoint_changes_nothing(tmp_path: Path, undisturbed: Path, runtime: Runtime) -> None:
+    cfg = config(tmp_path, async_checkpoints=False)
+    with pytest.raises(Killed):
+        loop.run(LineStage(cfg, runtime, Interruption("step", 11, kill)), cfg, runtime)
+    assert {p.name for p in (tmp_path / "line" / "checkpoints").iterdir()} == {"000000000048", "000000000072"}
+    loop.run(LineStage(cfg, runtime), cfg, runtime)
+    assert equal_to(undisturbed, tmp_path)
 
 
 def test_signal_ends_after_the_step_with_a_checkpoint_and_asks_for_a_requeue(
