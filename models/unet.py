@@ -105,10 +105,12 @@ class UNet(nn.Module):
         given = Given(self._vector(sample, timesteps, class_labels, pooled, sizes), context, attn_control)
         skips = [self.conv_in(laid_out(sample))]  # [B, widths[0], h, w]
         for level in self.down_blocks:
-            level(skips, given)
+            skips += level(skips[-1], given)
         x = self.mid_block(skips[-1], given)  # [B, widths[-1], h/f, w/f]
         for level in self.up_blocks:
-            x = level(x, skips, given)
+            own = skips[-self.cfg.layers_per_block - 1 :]  # ZeRO-3 copies lists: what a level takes would stay here
+            del skips[-len(own) :]
+            x = level(x, own, given)
         return self.conv_out(self.conv_norm_out(x))
 
     def _vector(

@@ -93,12 +93,13 @@ class DownLevel(Level):
                 self._resnet(self.channels, halve) if in_resnet else Downsample(self.channels, padding=1)
             )
 
-    def forward(self, skips: list[Tensor], given: Given) -> None:
-        """Go on from the last of `skips`; append every result."""
+    def forward(self, x: Tensor, given: Given) -> list[Tensor]:
+        """`x` [B, C', h, w] -> every result on the way, [B, C, h, w], the last one [B, C, h/2, w/2]."""
+        results = []
         for resnet, attention in zip_longest(self.resnets, self.attentions):
-            skips.append(self._block(resnet, attention, skips[-1], given))
-        for downsample in self.downsamplers:
-            skips.append(_resized(downsample, skips[-1], given.time))  # [B, C, h/2, w/2]
+            x = self._block(resnet, attention, x, given)
+            results.append(x)
+        return results + [_resized(downsample, x, given.time) for downsample in self.downsamplers]
 
 
 class UpLevel(Level):
@@ -113,7 +114,7 @@ class UpLevel(Level):
             self.upsamplers.append(self._resnet(self.channels, double) if in_resnet else Upsample(self.channels))
 
     def forward(self, x: Tensor, skips: list[Tensor], given: Given) -> Tensor:
-        """`x` [B, C', h, w] -> [B, C, 2h, 2w]; each residual block takes the last of `skips`."""
+        """`x` [B, C', h, w] -> [B, C, 2h, 2w]; each residual block takes the last of its `skips`."""
         for resnet, attention in zip_longest(self.resnets, self.attentions):
             x = self._block(resnet, attention, torch.cat([x, skips.pop()], dim=1), given)
         for upsample in self.upsamplers:

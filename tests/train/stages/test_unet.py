@@ -62,7 +62,7 @@ def test_export_holds_the_average_and_what_sampling_needs(project: Any) -> None:
     assert info.process_config() == project.config("unet").process
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_accumulation_takes_the_step_of_the_whole_batch(latents: Any, runtime: Runtime, zero_stage: int) -> None:
     weights, norms = [], []
     for micro in (16, 4):
