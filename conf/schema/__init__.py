@@ -6,6 +6,7 @@ turns its composed configuration into these objects, before torch is imported.
 """
 
 from conf.schema.choices import (
+    Accelerator,
     Adversarial,
     BetaSchedule,
     CacheDtype,
@@ -25,6 +26,7 @@ from conf.schema.choices import (
 )
 from conf.schema.data import BucketConfig, BuildRun, FilterConfig, MixedSource, PrecomputeRun, PreviewRun
 from conf.schema.pipeline import PipelineRun
+from conf.schema.planning import PlanRun
 from conf.schema.sampling import AverageRun, EvaluateRun, ExportRun, SampleRun
 from conf.schema.sections import (
     BatchConfig,
@@ -41,6 +43,7 @@ from conf.schema.sections import (
 from conf.schema.training import AutoencoderLossConfig, AutoencoderRun, ClipRun, UNetRun
 
 __all__ = [
+    "Accelerator",
     "Adversarial",
     "AutoencoderLossConfig",
     "AutoencoderRun",
@@ -66,6 +69,7 @@ __all__ = [
     "OptimConfig",
     "Perceptual",
     "PipelineRun",
+    "PlanRun",
     "Precision",
     "PrecomputeRun",
     "Prediction",

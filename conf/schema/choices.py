@@ -94,3 +94,16 @@ class CacheDtype(Enum):
     fp16 = "fp16"
     bf16 = "bf16"
     fp32 = "fp32"
+
+
+class Accelerator(Enum):
+    """A GPU and the machine that it usually stands in; `train/stages/accelerators.py` has its figures."""
+
+    v100 = "v100"
+    a100_40gb = "a100_40gb"
+    a100 = "a100"  # 80 GB
+    l40s = "l40s"
+    rtx4090 = "rtx4090"
+    h100 = "h100"
+    h200 = "h200"
+    b200 = "b200"

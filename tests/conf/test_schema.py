@@ -16,7 +16,9 @@ CONF = Path(__file__).parents[2] / "conf"
 COMMANDS = {stage.name: stage for stage in STAGES}
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "none")
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
-SCHEMA = [f"schema/{name}.py" for name in ("choices", "sections", "data", "training", "sampling", "pipeline")]
+SCHEMA = [
+    f"schema/{name}.py" for name in ("choices", "sections", "data", "training", "sampling", "pipeline", "planning")
+]
 
 
 def test_all_files_of_the_schema_are_read() -> None:

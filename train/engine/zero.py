@@ -19,12 +19,12 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from conf.schema import OptimConfig
+from train.engine.footprint import BUCKET
 from train.engine.layout import Layout, Piece, whole
 from train.engine.optim import adamw, unscale_and_clip
 from train.engine.precision import AUTOCAST, LossScale
 from train.engine.runtime import Runtime
 
-BUCKET = 50_000_000  # most elements that one collective operation moves
 SMALL_NETWORK = 20_000_000  # up to so many parameters stage 3 cuts all tensors, above it leaves the small ones whole
 
 
