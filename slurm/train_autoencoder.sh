@@ -14,4 +14,4 @@
 #SBATCH --output=slurm/logs/%x-%j.out
 
 source slurm/common.sh || exit 2 # not found: submit from the repository, or with --chdir=REPOSITORY
-run srun --kill-on-bad-exit=1 "${TORCHRUN[@]}" train/train_autoencoder.py runtime=gpu "$@"
+run "${TORCHRUN[@]}" train/train_autoencoder.py runtime=gpu "$@"

@@ -38,7 +38,7 @@ class Slurm:
     def __init__(self, conf: Path, folder: Path) -> None:
         self.folder = folder
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
-        path = os.pathsep.join([str(Path(sys.executable).parent), inherited["PATH"]])
+        path = os.pathsep.join([str(HERE / "cluster/bin"), str(Path(sys.executable).parent), inherited["PATH"]])
         # one process per node: its pretended 8 GPUs would start 8 on this machine's cores
         self.env = inherited | {"SLURM_CONF": str(conf), "PATH": path, "NPROC": "1", "OMP_NUM_THREADS": "1"}
 
@@ -107,10 +107,11 @@ def slurm(slurm_conf: Path) -> Iterator[Slurm]:
 
 @pytest.fixture
 def stand_in(slurm_conf: Path, tmp_path: Path) -> Iterator[Slurm]:
-    """SLURM as used from a copy of the repository's batch scripts whose four programs are stand_in.py."""
+    """SLURM as used from a copy of the repository's batch scripts whose programs are all stand_in.py."""
     shutil.copytree(REPOSITORY / "slurm", tmp_path / "slurm", ignore=lambda folder, _: {"logs"})
     (tmp_path / "slurm/logs").mkdir()
-    for program in ("train/train_unet", "train/train_autoencoder", "train/train_clip", "data/precompute_latents"):
+    trainings = ("train/train_autoencoder", "train/train_clip", "train/train_unet")
+    for program in (*trainings, "data/build_shards", "data/precompute_latents", "train/evaluate"):
         (tmp_path / program).parent.mkdir(exist_ok=True)
         shutil.copy(HERE / "stand_in.py", tmp_path / f"{program}.py")
     commands = Slurm(slurm_conf, tmp_path)

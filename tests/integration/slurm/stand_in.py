@@ -1,7 +1,7 @@
-"""Stands in for a training program in the tests of the batch scripts: steps, checkpoints on a signal, resumes.
+"""Stands in for all programs in the tests of the batch scripts: steps, checkpoints on a signal, resumes.
 
-Started like the real ones by torchrun on every node, but imports nothing heavy. Reads the overrides `steps=N` and
-`events=FILE`; each process appends a line of JSON per event to that file.
+Started like the real ones, by torchrun on every node or alone, but imports nothing heavy. Reads the overrides `steps=N`
+and `events=FILE`; each process appends a line of JSON per event to that file.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 program, overrides = Path(sys.argv[0]).stem, sys.argv[1:]
 options = dict(override.split("=", 1) for override in overrides)
-rank = int(os.environ["RANK"])
+rank = int(os.environ.get("RANK", "0"))
 stopped = False
 
 
@@ -37,7 +37,7 @@ log(
     "start",
     step=step,
     node=os.environ["SLURMD_NODENAME"],
-    world=os.environ["WORLD_SIZE"],
+    world=os.environ.get("WORLD_SIZE", "1"),
     rendezvous=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
     gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
     overrides=overrides,

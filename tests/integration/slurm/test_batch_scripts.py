@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,19 @@ def events(slurm: Any, name: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
-def wait_for_starts(slurm: Any, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(events(slurm, "start")) < count:
-        assert time.monotonic() < deadline, f"fewer than {count} processes started"
+def wait_for(condition: Callable[[], bool], otherwise: str, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
         time.sleep(0.1)
+
+
+def wait_for_starts(slurm: Any, count: int) -> None:
+    wait_for(lambda: len(events(slurm, "start")) >= count, f"fewer than {count} processes started")
 
 
 def wait_until_gone(slurm: Any, job: str) -> None:
-    deadline = time.monotonic() + 60
-    while job in slurm.run("squeue", "-h", "-o", "%i").split():
-        assert time.monotonic() < deadline, f"job {job} is still in the queue"
-        time.sleep(0.1)
+    wait_for(lambda: job not in slurm.run("squeue", "-h", "-o", "%i").split(), f"job {job} is still in the queue")
 
 
 def steps(found: list[dict[str, Any]]) -> dict[int, int]:
@@ -54,29 +56,52 @@ def test_resources_and_overrides_reach_every_process(stand_in):
     assert facts["StdOut"] == str(stand_in.folder / f"slurm/logs/train_unet-{job}.out")
 
 
-def test_job_that_runs_out_of_time_goes_on_from_its_checkpoint(stand_in):
-    job = stand_in.sbatch("slurm/train_unet.sh", "events=events.jsonl", LONG)
-    wait_for_starts(stand_in, 2)
-    # what the script's --signal=B:USR1@300 does as the end of its time comes near
-    stand_in.run("scancel", "--signal=USR1", "--batch", job)
-    wait_for_starts(stand_in, 4)
-    assert {event["name"] for event in events(stand_in, "signal")} == {"SIGUSR1"}
-    stopped, resumed = events(stand_in, "end"), events(stand_in, "start")[2:]
+def check_resumed(slurm: Any, job: str) -> None:
+    """That two processes went on from the steps at which they had stopped."""
+    wait_for_starts(slurm, 4)
+    stopped, resumed = events(slurm, "end"), events(slurm, "start")[2:]
     assert steps(stopped) == steps(resumed) and stopped[0]["step"] > 0
-    facts = stand_in.job(job)
-    assert facts["Restarts"] == "1"
-    log = Path(facts["StdOut"]).read_text()
+    assert slurm.job(job)["Restarts"] == "1"
+
+
+def test_job_that_runs_out_of_time_goes_on_from_its_checkpoint(stand_in):
+    # SLURM's own signal: it counts time in minutes and looks every half of one
+    job = stand_in.sbatch("--time=1", "--signal=B:USR1@50", "slurm/train_unet.sh", "events=events.jsonl", LONG)
+    wait_for_starts(stand_in, 2)
+    wait_for(lambda: stand_in.job(job)["Restarts"] == "1", "the job was not requeued", timeout_s=90)
+    check_resumed(stand_in, job)
+    assert {event["name"] for event in events(stand_in, "signal")} == {"SIGUSR1"}
+    log = Path(stand_in.job(job)["StdOut"]).read_text()
     assert "attempt 1:" in log and "attempt 2:" in log  # one log for both
     assert "srun: error" not in log  # torchrun outlived the signal
 
 
-def test_preempted_job_goes_on_from_its_checkpoint(stand_in):
+def test_job_that_an_admin_requeues_goes_on_from_its_checkpoint(stand_in):
     job = stand_in.sbatch("slurm/train_unet.sh", "events=events.jsonl", LONG)
     wait_for_starts(stand_in, 2)
-    stand_in.run("scontrol", "requeue", job)  # TERM to everything, then KILL: what a preemption does
-    wait_for_starts(stand_in, 4)
-    assert steps(events(stand_in, "end")) == steps(events(stand_in, "start")[2:])
-    assert stand_in.job(job)["Restarts"] == "1"
+    stand_in.run("scontrol", "requeue", job)
+    check_resumed(stand_in, job)
+
+
+def test_job_that_a_more_urgent_one_preempts_goes_on_from_its_checkpoint(stand_in):
+    job = stand_in.sbatch("slurm/train_unet.sh", "events=events.jsonl", LONG)
+    wait_for_starts(stand_in, 2)
+    urgent = stand_in.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    stand_in.wait(urgent)
+    check_resumed(stand_in, job)
+
+
+def test_job_whose_node_fails_goes_on_on_another(stand_in):
+    job = stand_in.sbatch("--nodes=1", "slurm/train_unet.sh", "events=events.jsonl", LONG)
+    wait_for_starts(stand_in, 1)
+    node = events(stand_in, "start")[0]["node"]
+    stand_in.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    try:
+        wait_for_starts(stand_in, 2)
+    finally:
+        stand_in.run("scontrol", "update", f"nodename={node}", "state=resume")
+    assert {start["node"] for start in events(stand_in, "start")} == {"node1", "node2"}
+    assert events(stand_in, "start")[1]["attempt"] == "1" and stand_in.job(job)["Restarts"] == "1"
 
 
 def test_latents_job_that_runs_out_of_time_is_ended_and_started_again(stand_in):
@@ -98,32 +123,46 @@ def test_cancelled_job_checkpoints_and_stays_cancelled(stand_in):
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
 
 
-def test_pipeline_runs_stages_in_order_and_gives_each_its_overrides(stand_in):
-    overrides = ("events=events.jsonl", "steps=1", "unet.optim.lr=1e-4")
-    lines = stand_in.run("slurm/pipeline.sh", "--nodes=1", *overrides).splitlines()
-    jobs = {stage: job for job, stage in map(str.split, lines)}
-    assert list(jobs) == ["autoencoder", "clip", "latents", "unet"]
-    stand_in.wait(jobs["unet"])
+def submitted(slurm: Any, *arguments: str) -> dict[str, str]:
+    """The jobs of a pipeline by their stages; all on one node, with the events in one file."""
+    common = ("--nodes=1", "events=events.jsonl", "steps=1", "build.events=events.jsonl", "build.steps=1")
+    lines = slurm.run("slurm/pipeline.sh", *common, *arguments).splitlines()
+    return {stage: job for job, stage in map(str.split, lines)}
+
+
+def test_pipeline_runs_stages_in_order_and_gives_each_its_arguments(stand_in):
+    arguments = ("run_dir=run", "unet.optim.lr=1e-4", "latents.--array=0-1", "evaluate.--comment=last")
+    jobs = submitted(stand_in, *arguments)
+    assert list(jobs) == ["build", "autoencoder", "clip", "latents", "unet", "evaluate"]
+    assert stand_in.wait(jobs["evaluate"])["Comment"] == "last"
+    assert "Comment" not in stand_in.job(jobs["unet"])
     seen = [event["program"] for event in events(stand_in, "end")]
-    assert set(seen[:2]) == {"train_autoencoder", "train_clip"} and seen[2:] == ["precompute_latents", "train_unet"]
-    given = {start["program"]: start["overrides"][3:] for start in events(stand_in, "start")}
-    assert given.pop("train_unet") == ["optim.lr=1e-4"] and set(map(tuple, given.values())) == {()}
+    assert seen[0] == "build_shards" and set(seen[1:3]) == {"train_autoencoder", "train_clip"}
+    assert seen[3:] == ["precompute_latents", "precompute_latents", "train_unet", "evaluate"]
+    given = {start["program"]: start["overrides"] for start in events(stand_in, "start")}
+    assert given.pop("build_shards") == ["events=events.jsonl", "steps=1", "run_dir=run"]  # of the others only run_dir
+    own = {program: overrides[4:] for program, overrides in given.items()}
+    assert own.pop("train_unet") == ["optim.lr=1e-4"] and set(map(tuple, own.values())) == {()}
+
+
+def test_pipeline_with_shards_has_no_build(stand_in):
+    (stand_in.folder / "run/shards/train").mkdir(parents=True)
+    for arguments in (["run_dir=run"], ["shards=elsewhere"]):
+        assert "build" not in submitted(stand_in, "--hold", *arguments)
 
 
 def test_pipeline_with_a_failed_stage_is_cancelled(stand_in):
-    overrides = ("events=events.jsonl", "steps=1", "clip.steps=none")
-    lines = stand_in.run("slurm/pipeline.sh", "--nodes=1", *overrides).splitlines()
-    jobs = {stage: job for job, stage in map(str.split, lines)}
-    stand_in.wait(jobs["unet"], "CANCELLED")
-    stand_in.wait(jobs["latents"], "CANCELLED")
+    jobs = submitted(stand_in, "clip.steps=none")
+    for stage in ("evaluate", "unet", "latents"):
+        stand_in.wait(jobs[stage], "CANCELLED")
     assert stand_in.wait(jobs["clip"], "FAILED")["Restarts"] == "0"
-    assert {event["program"] for event in events(stand_in, "end")} <= {"train_autoencoder"}
+    assert {event["program"] for event in events(stand_in, "end")} <= {"build_shards", "train_autoencoder"}
 
 
 def test_pipeline_leaves_no_job_when_sbatch_refuses_one(stand_in):
     (stand_in.folder / "slurm/precompute_latents.sh").unlink()
     out = stand_in.run("slurm/pipeline.sh", "--hold", "events=events.jsonl", "steps=1", check=False)
-    assert len(out.splitlines()) == 2  # autoencoder and clip had been submitted
+    assert len(out.splitlines()) == 3  # build, autoencoder and clip had been submitted
     for line in out.splitlines():
         stand_in.wait(line.split()[0], "CANCELLED")
 
@@ -142,6 +181,17 @@ def test_virtual_environment_by_name_where_sbatch_exports_nothing_else(stand_in)
     export = f"--export=LATENTLINE_VENV={sys.prefix},NPROC=1"
     script = ("--nodes=1", "slurm/train_unet.sh", "events=events.jsonl", "steps=1")
     stand_in.wait(stand_in.sbatch(export, *script, PATH="/usr/bin:/bin", VIRTUAL_ENV=""))
+    assert len(events(stand_in, "end")) == 1
+
+
+def test_command_runs_inside_the_container(stand_in):
+    inside = stand_in.folder / "container"  # stands in for `apptainer exec FILE`
+    inside.write_text('#!/bin/bash\necho "inside $1"\nshift\nexec "$@"\n')
+    inside.chmod(0o755)
+    script = ("--nodes=1", "slurm/train_unet.sh", "events=events.jsonl", "steps=1")
+    job = stand_in.sbatch(*script, CONTAINER=f"--no-kill {inside} image.sif")  # options of srun may come before
+    facts = stand_in.wait(job)
+    assert "0: inside image.sif" in Path(facts["StdOut"]).read_text()
     assert len(events(stand_in, "end")) == 1
 
 
