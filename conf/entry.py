@@ -1,32 +1,37 @@
 """From a command line to a checked configuration object: what every entry script shares.
 
     @entry("train_unet", UNetRun)
-    def main(cfg: UNetRun) -> None: ...
+    def main(cfg: UNetRun) -> float: ...
 
-A misspelt option, a wrong type or an impossible combination ends the command with one line and exit code 2, before
-torch is imported. So does every `UserError` and every operating-system error later on.
+What `main` returns is the objective of the command, of which less is better; a command may have none. A misspelt
+option, a wrong type or an impossible combination ends the command with one line and exit code 2, before torch is
+imported. So does every `UserError` and every operating-system error later on. `-m` starts a sweep (`conf.sweep`).
 """
 
 import difflib
-import errno
 import functools
 import hashlib
+import inspect
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.ending import fail, first_line, leave, tell
 from conf.errors import UserError
+from conf.slurm_launcher import check_launcher, prepare_launcher
+from conf.sweep import report, run_member
 
 CONF = Path(__file__).parent
 Run = TypeVar("Run")
@@ -38,31 +43,64 @@ def entry(config_name: str, schema: type[Run]) -> Callable[[Callable[[Run], Any]
     register(config_name, schema)
 
     def wrap(main: Callable[[Run], Any]) -> Callable[[], None]:
+        program, sweep = str(Path(inspect.getfile(main)).resolve()), os.urandom(8).hex()
+
         @functools.wraps(main)
         def task(composed: DictConfig) -> Any:
             try:
-                if HydraConfig.get().mode is RunMode.MULTIRUN:  # members of a sweep share all but their results
-                    composed.output_dir = HydraConfig.get().runtime.output_dir
-                return main(to_object(composed))
+                if HydraConfig.get().mode is RunMode.MULTIRUN:
+                    return run_member(program, composed, sweep)
+                objective = main(to_object(composed))
+                if os.environ.get("RANK", "0") == "0":
+                    tell(objective=objective)
+                return objective
             except (UserError, OSError) as error:
                 fail(error)
 
         @functools.wraps(main)
         def command() -> None:
             sys.argv[1:] = map(whole_dictionary, sys.argv[1:])
-            overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+            flags, overrides = ([a for a in sys.argv[1:] if a.startswith("-") is flag] for flag in (True, False))
+            start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
             try:
-                if len(overrides) == len(sys.argv) - 1:  # no flag such as --help or --multirun
+                prepare_launcher(overrides)
+                if flags in (["-m"], ["--multirun"]):
+                    sys.exit(start_sweep(start, config_name, schema, overrides, sweep))
+                if not flags:  # such as --help
                     compose(config_name, schema, overrides)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 fail(error)
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
+            start()
             if "RANK" in os.environ:
                 leave(0)
 
         return command
 
     return wrap
+
+
+def start_sweep(start: Callable[[], Any], config_name: str, schema: type, overrides: list[str], sweep: str) -> int:
+    """Run a sweep, whose members are named when it is over; returns the exit status, 1 if a member failed.
+
+    Raises:
+        UserError: an option or the launcher is wrong; no member was started then.
+
+    """
+    if "RANK" in os.environ:
+        raise UserError("-m under torchrun: start a sweep with python; NPROC=8 gives each member 8 processes")
+    register(config_name, schema)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through that it would print by itself
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            parsed = OverridesParser.create().parse_overrides(overrides)
+            fixed = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
+            settings = hydra.compose(config_name, fixed, return_hydra_config=True).hydra
+            folder = Path(settings.sweep.dir)
+        check_launcher(settings.launcher)
+        start()
+    except HydraException as error:
+        raise UserError(explain(error, schema)) from error
+    return report(folder, sweep)
 
 
 def register(config_name: str, schema: type) -> None:
@@ -150,46 +188,3 @@ def options(node: DictConfig, prefix: str = "") -> list[str]:
         if isinstance(child, DictConfig) and not child._is_none():
             names += options(child, prefix + key + ".")
     return names
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def fail(error: Exception) -> NoReturn:
-    """End the command with one line that a person can act on."""
-    if os.environ.get("LATENTLINE_TRACEBACK"):
-        raise error
-    message = first_line(error)
-    if isinstance(error, OSError) and error.strerror:
-        where = f" '{error.filename}'" if error.filename else ""
-        message = f"{error.strerror}{where}: {remedy(error)}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    if "RANK" in os.environ:
-        leave(2)
-    sys.exit(2)
-
-
-def leave(status: int) -> NoReturn:
-    """End one of several processes at once.
-
-    No process group that still waits for this rank keeps it alive, and no thread of torch meets an interpreter that is
-    being torn down, which aborts the process now and then after all work is done.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def remedy(error: OSError) -> str:
-    remedies = {
-        errno.ENOSPC: "free some space or set run_dir= to another disk; what was complete is kept",
-        errno.EDQUOT: "your quota is used up: free some space or set run_dir= to another disk",
-        errno.EFBIG: "larger than the largest file allowed here (ulimit -f, or the disk's own limit): raise it",
-        errno.EACCES: "no permission: set run_dir= (or output_dir=) to a folder that you may write",
-        errno.EPERM: "no permission: set run_dir= (or output_dir=) to a folder that you may write",
-        errno.EROFS: "a read-only disk: set run_dir= (or output_dir=) to a folder that you may write",
-        errno.ENOENT: "check the path in the options",
-        errno.ENOTDIR: "a file stands where a folder is needed: set run_dir= (or output_dir=) to another path",
-    }
-    return remedies.get(error.errno or 0, "check the disk and the paths in the options")

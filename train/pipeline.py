@@ -9,7 +9,8 @@ is not the pipeline's own, for every stage that has this option. All stages are 
 
 import sys
 
-from conf.entry import entry, fail
+from conf.ending import fail
+from conf.entry import entry
 from conf.errors import UserError
 from conf.schema import PipelineRun
 from train.stages.pipeline import run

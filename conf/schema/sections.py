@@ -51,6 +51,8 @@ class WandbConfig:
     mode: WandbMode = WandbMode.auto  # auto: $WANDB_MODE, else online when logged in, else offline
     project: str = "latentline"  # where W&B files the runs
     entity: str | None = None  # team or user; None: the login's default
+    group: str | None = None  # runs that are shown together; None: the name of run_dir, and of a sweep its folder's too
+    name: str | None = None  # of the run; None: name of run_dir and stage, of a sweep's member its overrides
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conf import entry
+from conf import ending, entry
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import AutoencoderRun, BuildRun, SampleRun, UNetRun
@@ -135,7 +135,7 @@ def test_an_error_of_the_system_names_the_file_and_a_remedy(
     monkeypatch.delenv("LATENTLINE_TRACEBACK", raising=False)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as ended:
-        entry.fail(OSError(number, os.strerror(number), "/data/run"))
+        ending.fail(OSError(number, os.strerror(number), "/data/run"))
     told = capsys.readouterr().err
     assert ended.value.code == 2
     assert len(told.splitlines()) == 1
@@ -148,14 +148,14 @@ def test_an_error_of_several_lines_is_told_in_one(
     monkeypatch.delenv("LATENTLINE_TRACEBACK", raising=False)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit):
-        entry.fail(UserError("the first line\nand a second"))
+        ending.fail(UserError("the first line\nand a second"))
     assert capsys.readouterr().err == "error: the first line\n"
 
 
 def test_a_developer_gets_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATENTLINE_TRACEBACK", "1")
     with pytest.raises(UserError, match="why"):
-        entry.fail(UserError("why"))
+        ending.fail(UserError("why"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # works where the project is not installed, too
 
-from conf.entry import leave
+from conf.ending import leave
 from conf.schema import BatchConfig, EmaConfig, OptimConfig, Precision, RuntimeConfig
 from train.engine.runtime import Runtime, start, stop
 from train.engine.trainable import Trainable

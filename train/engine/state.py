@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,6 +124,7 @@ def read_done(output_dir: Path | str, samples: int) -> dict[str, Any] | None:
     """Content of DONE (samples_seen, seconds, metrics, architecture, data); None when less than `samples` are done."""
     try:
         done: dict[str, Any] = json.loads((Path(output_dir) / DONE).read_bytes())
+        done["metrics"] = {name: math.nan if value is None else value for name, value in done["metrics"].items()}
         return done if done["samples_seen"] >= samples else None
     except (FileNotFoundError, ValueError):
         return None

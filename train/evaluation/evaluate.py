@@ -27,8 +27,8 @@ GRID_PICTURES = 64
 PROBE_FLOOR = 0.97  # a probe that reads real images worse than this proves nothing
 
 
-def run(cfg: EvaluateRun, runtime: Runtime) -> None:
-    """Draw, measure, and log to the U-Net's own W&B run; writes `metrics.json` and `grid.png`.
+def run(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
+    """Draw, measure, and log to the U-Net's own W&B run; writes `metrics.json` and `grid.png`, returns the metrics.
 
     Raises:
         UserError: networks that do not belong together, too few pictures, or a probe on images without attributes.
@@ -58,6 +58,7 @@ def run(cfg: EvaluateRun, runtime: Runtime) -> None:
         chosen = sorted(drawn)[:GRID_PICTURES]
         grid = captioned(np.stack([drawn[i] for i in chosen]), [heldout.at(i)["caption"] for i in chosen])
         report(cfg, folder, seen, metrics, grid, protocol(cfg, heldout, extractors, count))
+    return metrics
 
 
 def distances(heldout: ImageDataset, images: Tensor, extractors: list[Extractor], runtime: Runtime) -> dict[str, float]:

@@ -323,7 +323,7 @@ def test_done_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_done(tmp_path, state, {"eval/psnr": 24.0, "eval/other": float("nan")})
     done = read_done(tmp_path, 100)
     assert done is not None
-    assert done["metrics"] == {"eval/psnr": 24.0, "eval/other": None}
+    assert done["metrics"] == {"eval/psnr": 24.0, "eval/other": pytest.approx(float("nan"), nan_ok=True)}
     assert (done["samples_seen"], done["seconds"]) == (100, 2.5)
     require_same_run(done, state, tmp_path)
     assert read_done(tmp_path, 101) is None  # loop.samples grew

@@ -104,6 +104,19 @@ def test_offline_wandb_says_what_the_file_says_and_a_resume_continues_the_run(
     assert [(r["samples_seen"], r["train/loss"]) for r in wandb_history(tmp_path)] == [(10, 0.5), (20, 0.125)]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "group", "name"),
+    [({}, "x", "x/unet"), ({"group": "x/sweep", "name": "optim.lr=1e-4"}, "x/sweep", "optim.lr=1e-4")],
+    ids=["alone", "member of a sweep"],
+)
+def test_wandb_shows_together_what_belongs_together(
+    tmp_path: Path, open_journal: Opener, chosen: dict[str, str], group: str, name: str
+) -> None:
+    journal = open_journal(tmp_path, WandbConfig(mode=WandbMode.offline, **chosen))
+    assert journal.wandb is not None and journal.wandb.run is not None
+    assert (journal.wandb.run.group, journal.wandb.run.name) == (group, name)
+
+
 def test_unreachable_server_costs_one_warning_and_the_run_goes_on_offline(
     tmp_path: Path,
     open_journal: Opener,

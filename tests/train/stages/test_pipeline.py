@@ -65,7 +65,8 @@ if NAME in ("sample", "evaluate"):
 
 DRIVER = """
 import sys
-from conf.entry import compose, fail
+from conf.ending import fail
+from conf.entry import compose
 from conf.schema import PipelineRun
 from dataclasses import replace
 from pathlib import Path

@@ -1,0 +1,159 @@
+"""Members of a sweep: each is a command of its own, so that one that dies takes nothing else with it.
+
+    RUN/sweep/MEMBER/member.json    which start of the sweep ran it last, its overrides, and how it ended
+
+A command's objective is such that less is better; that of a member that failed is infinite.
+"""
+
+import ctypes
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import DictConfig
+
+from conf.ending import OUTCOME
+from conf.slurm_launcher import lost_jobs
+
+RECORD = "member.json"
+NAME_LENGTH = 128  # characters that W&B shows of a run's name
+SHUTDOWN_S = 300  # torchrun kills processes that take longer to end
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+LIBC = ctypes.CDLL(None)
+
+
+def run_member(program: str, composed: DictConfig, sweep: str) -> float | None:
+    """Run one member to its end; returns its objective, or None if the command has none."""
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
+    record = {"sweep": sweep, "name": folder.name, "overrides": list(settings.overrides.task)}
+    write(folder / RECORD, record | {"error": "ended with the process that looked after it"})
+    outcome_file, requeue_file = folder / ".outcome", folder / ".requeue"
+    for file in (outcome_file, requeue_file):
+        file.unlink(missing_ok=True)
+    environment = os.environ | {OUTCOME: str(outcome_file)}
+    if in_a_job():
+        environment["REQUEUE_FILE"] = str(requeue_file)
+    command = [*launcher(), program, *record["overrides"], *placement(folder, composed)]
+    status = follow(command, environment, requeue_file)
+    outcome = read(outcome_file) or {}
+    outcome_file.unlink(missing_ok=True)
+    objective = outcome.get("objective")
+    if status:
+        objective, error = math.inf, outcome.get("error") or ending(status)
+    elif objective is not None and not math.isfinite(objective):
+        objective, error = math.inf, "no finite objective: diverged, or stopped before its end"
+    else:
+        error = None
+    write(folder / RECORD, record | {"objective": objective, "error": error})
+    return objective
+
+
+def in_a_job() -> bool:
+    """Whether this process is a job that submitit started."""
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
+def launcher() -> list[str]:
+    """Python, under torchrun where several processes are wanted: NPROC, or one per GPU that SLURM gave."""
+    processes = int(os.environ.get("NPROC") or os.environ.get("SLURM_GPUS_ON_NODE") or "1")
+    if processes == 1:
+        return [sys.executable]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    return [sys.executable, *torchrun, f"--nproc-per-node={processes}", f"--shutdown-timeout={SHUTDOWN_S}"]
+
+
+def placement(folder: Path, composed: DictConfig) -> list[str]:
+    """Overrides that give a member its folder and its place in W&B, as far as the command line leaves that open."""
+    chosen = {"output_dir": str(folder)}
+    if "wandb" in composed:
+        where = {"group": f"{Path(composed.run_dir).name}/{folder.parent.name}", "name": folder.name[:NAME_LENGTH]}
+        chosen |= {f"wandb.{name}": value for name, value in where.items() if composed.wandb[name] is None}
+    return [f"{name}={QuotedString(value, Quote.single).with_quotes()}" for name, value in chosen.items()]
+
+
+def follow(command: Sequence[str], environment: dict[str, str], requeue_file: Path) -> int:
+    """Run a command to its end; returns its exit status.
+
+    A signal that asks this process to end is passed on as SIGTERM, upon which a training writes a checkpoint; only then
+    has it its effect here. In a job, SLURM signals all processes: submitit waits for USR2, a training hears TERM.
+    """
+    received: list[int] = []
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, env=environment, process_group=0, preexec_fn=_as_a_member
+    )
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        child.terminate()
+
+    ends = [signal.SIGUSR2] if in_a_job() else [signal.SIGINT, signal.SIGTERM]
+    previous = {number: signal.signal(number, pass_on) for number in ends}
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if in_a_job():
+        if (received or requeue_file.exists()) and still_running():
+            signal.raise_signal(signal.SIGUSR2)  # submitit requeues the job
+    elif received:
+        signal.raise_signal(received[0])
+    return status
+
+
+def _as_a_member() -> None:
+    """In the new process: USR2 is not for it, and it ends, with a checkpoint, should this one be killed."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def still_running() -> bool:
+    """Whether SLURM calls the job running: requeuing one that scancel ended would bring it back."""
+    command = ["scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"]]
+    return " JobState=RUNNING " in subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+
+
+def ending(status: int) -> str:
+    return f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(content))
+    draft.replace(path)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """Content of a file that may not be there."""
+    with suppress(FileNotFoundError, ValueError):
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+    return None
+
+
+def report(folder: Path, sweep: str) -> int:
+    """Print the members of a sweep, the best first and the failed last; returns the exit status, 1 if one failed."""
+    records = [record for path in folder.glob(f"*/{RECORD}") if (record := read(path)) and record["sweep"] == sweep]
+    failed = [record for record in records if record["error"]]
+    finished = [record for record in records if not record["error"]]
+    print("\nobjective   member")
+    for record in sorted(finished, key=lambda record: record["objective"] or 0):
+        print(f"{'-' if record['objective'] is None else format(record['objective'], '.6g'):<12}{record['name']}")
+    for record in failed:
+        print(f"failed      {record['name']}: {record['error']}")
+    for line in lost_jobs:
+        print(f"lost        {line}")
+    sys.stdout.flush()
+    return 1 if failed or lost_jobs else 0

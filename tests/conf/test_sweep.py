@@ -1,0 +1,143 @@
+"""A sweep outlives its members, tells how they ended, and hands their objectives to Hydra's sweepers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# A training without torch: the learning rate says how it ends. Each start leaves a line.
+PROGRAM = """
+import math, os, signal, sys, time
+from pathlib import Path
+from conf.entry import entry
+from conf.errors import UserError
+from conf.schema import UNetRun
+
+@entry("train_unet", UNetRun)
+def main(cfg):
+    with (Path(cfg.run_dir) / "starts").open("a") as file:
+        print(cfg.optim.lr, cfg.output_dir, cfg.wandb.group, cfg.wandb.name, sep=" | ", file=file)
+    if cfg.optim.lr == 5:
+        raise UserError("the data are missing")
+    if cfg.optim.lr == 6:
+        raise RuntimeError("a bug")
+    if cfg.optim.lr == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if cfg.optim.lr == 8:
+        return math.nan
+    if cfg.optim.lr == 9:
+        signal.signal(signal.SIGTERM, lambda number, frame: (Path(cfg.run_dir, "checkpoint").touch(), sys.exit()))
+        Path(cfg.run_dir, "ready").touch()
+        time.sleep(60)
+    return 10 - cfg.optim.lr
+
+main()
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> list[str]:
+    """A command line of that training, in whose run_dir it works."""
+    path = tmp_path / "training.py"
+    path.write_text(PROGRAM)
+    return [sys.executable, str(path), "-m", f"run_dir={tmp_path}/run"]
+
+
+def environment() -> dict[str, str]:
+    outer = ("LATENTLINE_", "NPROC", "SLURM_", "SUBMITIT_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
+    return kept | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def sweep(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env=environment() | variables, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def table(output: str) -> list[list[str]]:
+    """Objective, or how it failed, and name of each member, as printed at the end."""
+    lines = output[output.index("objective   member") :].splitlines()[1:]
+    return [line.split(maxsplit=1) for line in lines]
+
+
+def test_members_that_die_do_not_end_the_sweep(program: list[str], tmp_path: Path) -> None:
+    ended = sweep(*program, "optim.lr=5,6,7,8,-1,2,3")
+    assert ended.returncode == 1, ended.stderr
+    assert table(ended.stdout)[:2] == [["7", "optim.lr=3"], ["8", "optim.lr=2"]]  # the best first
+    failed = {name.split(":")[0]: name for state, name in table(ended.stdout)[2:] if state == "failed"}
+    assert failed["optim.lr=5"].endswith(": the data are missing")
+    assert failed["optim.lr=6"].endswith(": exit status 1") and "RuntimeError: a bug" in ended.stderr
+    assert failed["optim.lr=7"].endswith(": ended by SIGKILL")
+    assert failed["optim.lr=8"].endswith(": no finite objective: diverged, or stopped before its end")
+    assert failed["optim.lr=-1"].endswith(": optim.lr=-1.0: must be positive")
+    record = json.loads((tmp_path / "run/sweep/optim.lr=3/member.json").read_text())
+    assert (record["objective"], record["error"]) == (7, None) and "optim.lr=3" in record["overrides"]
+
+
+def test_a_member_has_its_own_folder_and_its_place_in_wandb(program: list[str], tmp_path: Path) -> None:
+    ended = sweep(*program, "optim.lr=1,2", 'stream.cache_dir="it\'s, odd"')
+    assert ended.returncode == 0, ended.stderr
+    ended = sweep(*program, "optim.lr=3", "wandb.group=mine")
+    assert ended.returncode == 0, ended.stderr
+    starts = [line.split(" | ") for line in (tmp_path / "run/starts").read_text().splitlines()]
+    assert [rate for rate, *_ in starts] == ["1.0", "2.0", "3.0"]
+    for _, folder, _, name in starts:
+        assert Path(folder).parent == tmp_path / "run/sweep" and (Path(folder) / "member.json").exists()
+        assert name == Path(folder).name
+    assert [group for _, _, group, _ in starts] == ["run/sweep", "run/sweep", "mine"]
+
+
+def test_a_sweep_that_cannot_be_composed_starts_no_member(program: list[str], tmp_path: Path) -> None:
+    for argument, message in {
+        "optim.lrr=1,2": "no option 'optim.lrr': did you mean optim.lr",
+        "optim.lr=1,fast": "optim.lr=fast",
+        "loop.samples=many": "loop.samples=many",
+        "hydra.launcher.partition=a100": "no option 'hydra.launcher.partition'",
+    }.items():
+        ended = sweep(*program, "seed=1,2", argument)
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("error: ") and message in ended.stderr
+        assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert not (tmp_path / "run/starts").exists()
+
+
+def test_a_sweep_that_is_ended_lets_its_member_write_a_checkpoint(program: list[str], tmp_path: Path) -> None:
+    process = subprocess.Popen([*program, "optim.lr=9,1"], cwd=ROOT, env=environment())
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run/ready").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == -signal.SIGTERM
+    assert (tmp_path / "run/checkpoint").exists()
+    assert len((tmp_path / "run/starts").read_text().splitlines()) == 1  # the next member was not started
+
+
+def test_without_its_package_the_launcher_is_named(program: list[str], tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent("""
+        import importlib.util
+        real = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: None if name == "submitit" else real(name, *rest)
+        """)
+    )
+    path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    ended = sweep(*program, "seed=1,2", "hydra/launcher=submitit_slurm", PYTHONPATH=path)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [
+        "error: hydra/launcher=submitit_slurm: its package is missing: pip install 'latentline[slurm]'"
+    ]
+
+
+def test_several_processes_start_no_sweep_each(program: list[str]) -> None:
+    ended = sweep(*program, "seed=1,2", RANK="0")
+    assert ended.returncode == 2 and "error: -m under torchrun: start a sweep with python" in ended.stderr
