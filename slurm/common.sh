@@ -38,11 +38,12 @@ rm -f "$REQUEUE_FILE"
 
 SRUN=(srun --kill-on-bad-exit=1 "${container[@]}")
 # One torchrun per node. Its agent would die of USR1, which is for the workers: they set their own handlers.
-# MAX_RESTARTS: how often it starts its processes again when one of them dies.
+# At a TERM it would kill them after 30 s. MAX_RESTARTS: how often it starts them again when one of them dies.
 # shellcheck disable=SC2016,SC2034  # expanded on each node; used by the scripts
 TORCHRUN=("${SRUN[@]}" bash -c 'trap "" USR1
   exec python -m torch.distributed.run --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$NPROC" \
-    --max-restarts="${MAX_RESTARTS:-0}" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" "$@"' torchrun)
+    --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --max-restarts="${MAX_RESTARTS:-0}" \
+    --shutdown-timeout=300 "$@"' torchrun)
 
 # Run a command and pass on what only this shell hears: USR1 (the time is nearly over) and TERM (preemption). Both reach the
 # processes as USR1, since srun answers TERM by killing them. If a checkpoint was then written, requeue the job.

@@ -42,6 +42,29 @@ def main(cfg):
 main()
 """
 
+# What optuna's plugin is to Hydra: it launches a member, is told its objective, and chooses the next one by it.
+SWEEPER = """
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+class Greedy(Sweeper):
+    def setup(self, *, hydra_context, task_function, config):
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments):
+        rates, found = [1, 2, 5], []
+        while rates and (not found or found[-1] < 9.5):
+            (member,) = self.launcher.launch([[*arguments, f"optim.lr={rates.pop(0)}"]], initial_job_idx=len(found))
+            found.append(member.return_value)
+        print("told", *found)
+
+node = {"_target_": "hydra_plugins.greedy.Greedy"}
+ConfigStore.instance().store(group="hydra/sweeper", name="greedy", node=node, provider="greedy")
+"""
+
 
 @pytest.fixture
 def program(tmp_path: Path) -> list[str]:
@@ -81,6 +104,15 @@ def test_members_that_die_do_not_end_the_sweep(program: list[str], tmp_path: Pat
     assert failed["optim.lr=-1"].endswith(": optim.lr=-1.0: must be positive")
     record = json.loads((tmp_path / "run/sweep/optim.lr=3/member.json").read_text())
     assert (record["objective"], record["error"]) == (7, None) and "optim.lr=3" in record["overrides"]
+
+
+def test_a_sweeper_of_hydra_is_told_the_objectives(program: list[str], tmp_path: Path) -> None:
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins/greedy.py").write_text(SWEEPER)
+    path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    ended = sweep(*program, "hydra/sweeper=greedy", PYTHONPATH=path)
+    assert ended.stdout.splitlines()[0] == "told 9.0 8.0 inf", ended.stderr
+    assert [name for _, name in table(ended.stdout)][:2] == ["optim.lr=2", "optim.lr=1"]
 
 
 def test_a_member_has_its_own_folder_and_its_place_in_wandb(program: list[str], tmp_path: Path) -> None:

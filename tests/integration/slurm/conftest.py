@@ -42,7 +42,7 @@ class Slurm:
         # one process per node: its pretended 8 GPUs would start 8 on this machine's cores
         self.env = inherited | {"SLURM_CONF": str(conf), "PATH": path, "NPROC": "1", "OMP_NUM_THREADS": "1"}
 
-    def run(self, *command: object, check: bool = True, **env: str) -> str:
+    def run(self, *command: object, check: bool = True, timeout_s: float = 60, **env: str) -> str:
         done = subprocess.run(
             [str(c) for c in command],
             env=self.env | env,
@@ -50,7 +50,7 @@ class Slurm:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=timeout_s,
         )
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
