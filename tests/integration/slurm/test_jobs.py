@@ -1,17 +1,21 @@
-"""The four jobs with the real programs on two pretended nodes, one CPU process each."""
+"""The jobs with the real programs on two pretended nodes, one CPU process each."""
 
 import json
-import subprocess
+import os
+import signal
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
+pytestmark = pytest.mark.timeout(600)  # the chain of all jobs is one test's
 REPOSITORY = Path(__file__).resolve().parents[3]
-STAGES = ["autoencoder", "clip", "latents", "unet"]
+STAGES = ["build", "autoencoder", "clip", "latents", "unet", "evaluate"]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -26,25 +30,30 @@ def wait_for_samples(folder: Path, samples: int) -> None:
         time.sleep(0.2)
 
 
+def wait_for(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with image shards."""
-    folder = tmp_path_factory.mktemp("run")
-    build = [sys.executable, "data/build_shards.py", "experiment=smoke", f"run_dir={folder}"]
-    subprocess.run(build, cwd=REPOSITORY, stdin=subprocess.DEVNULL, check=True, timeout=120)
-    return folder
+    """An empty project."""
+    return tmp_path_factory.mktemp("run")
 
 
 @pytest.fixture
 def trained(slurm: Any, run_dir: Path) -> Path:
-    """The project after all four jobs, chained by pipeline.sh; once for the module."""
-    if not (run_dir / "unet/DONE").exists():
+    """The project after all jobs, chained by pipeline.sh; once for the module."""
+    if not (run_dir / "evaluation/metrics.json").exists():
         overrides = ("experiment=smoke", "runtime=cpu", f"run_dir={run_dir}", "unet.optim.lr=1.5e-4")
-        lines = slurm.run("slurm/pipeline.sh", f"--output={run_dir}/%x.log", *overrides).splitlines()
-        jobs = {stage: job for job, stage in map(str.split, lines)}
+        output = f"--output={run_dir}/%x.log"
+        lines = slurm.run("slurm/pipeline.sh", output, "latents.--array=0-1", "latents.--nodes=1", *overrides)
+        jobs = {stage: job for job, stage in map(str.split, lines.splitlines())}
         assert list(jobs) == STAGES
         for stage in STAGES:
-            slurm.wait(jobs[stage], timeout_s=200)
+            slurm.wait(jobs[stage], timeout_s=300)
     return run_dir
 
 
@@ -64,18 +73,53 @@ def test_pipeline_trains_every_stage_on_two_nodes(trained):
         assert images["samples"] == latents["samples"] > 0
 
 
-def test_array_of_precompute_jobs_makes_the_cache_of_one(slurm, trained, tmp_path):
+def claimants(folder: Path) -> dict[int, str]:
+    """Processes that work on a shard of a cache: the task of the array that each belongs to."""
+    found = {}
+    for claim in folder.glob("*/.parts/claims/*.claim"):
+        with suppress(OSError, ValueError):  # given back, or ended, this moment
+            pid = json.loads(claim.read_text())["pid"]
+            environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            found[pid] = dict(line.split("=", 1) for line in environment if "=" in line)["SLURM_ARRAY_TASK_ID"]
+    return found
+
+
+def test_array_of_precompute_jobs_makes_the_cache_of_one_although_tasks_are_killed(slurm, trained, tmp_path):
     overrides = ("experiment=smoke", "runtime=cpu", f"run_dir={trained}", f"output_dir={tmp_path}/latents")
     script = "slurm/precompute_latents.sh"
     array = slurm.sbatch("--array=0-2", "--nodes=1", f"--output={tmp_path}/%a.log", script, *overrides)
-    for task in range(3):
-        slurm.wait(f"{array}_{task}", timeout_s=200)
+    deadline = time.monotonic() + 60
+    while not (working := claimants(tmp_path / "latents")):
+        assert time.monotonic() < deadline, "no task claimed a shard"
+        time.sleep(0.005)
+    pid, killed = working.popitem()
+    os.kill(pid, signal.SIGKILL)  # out of memory: torchrun starts it again
+    cancelled, other = (task for task in "012" if task != killed)
+    slurm.run("scancel", f"{array}_{cancelled}")
+    for task in (killed, other):
+        slurm.wait(f"{array}_{task}", timeout_s=300)
+    assert slurm.wait(f"{array}_{cancelled}", "CANCELLED")["Restarts"] == "0"
+    assert "exitcode: -9" in (tmp_path / f"{killed}.log").read_text()
     files = [path.relative_to(trained) for path in sorted((trained / "latents").glob("*/*.tar"))]
     assert len(files) > 3
     for file in files:
         assert (tmp_path / file).read_bytes() == (trained / file).read_bytes()
     made = [json.loads((folder / "latents/train/manifest.json").read_text()) for folder in (tmp_path, trained)]
     assert made[0] == made[1]
+
+
+def test_sweep_of_jobs_ends_with_the_objectives_of_those_that_lived(slurm, trained):
+    inputs = ("experiment=smoke", "runtime=cpu", f"run_dir={trained}", "loop.samples=64", "sample_prompts=0")
+    swept = ("hydra/launcher=submitit_slurm", "batch.global_batch_size=16,100000")  # more than there are samples
+    output = slurm.run(
+        sys.executable, "train/train_unet.py", "-m", *inputs, *swept, "wandb.mode=offline", check=False, timeout_s=200
+    )
+    best, failed = output[output.index("objective   member") :].splitlines()[1:]
+    (done,) = (trained / "sweep").glob("*/DONE")
+    assert best.split() == [f"{json.loads(done.read_text())['metrics']['eval/loss']:.6g}", done.parent.name]
+    assert failed.startswith("failed") and "samples, fewer than batch.global_batch_size=100000" in failed
+    wandb = OmegaConf.load(done.parent / "config.yaml").wandb
+    assert (wandb.group, wandb.name) == (f"{trained.name}/sweep", done.parent.name)
 
 
 def test_unet_job_requeued_before_its_time_limit_resumes_and_cancelled_stays_cancelled(slurm, trained, tmp_path):
@@ -86,6 +130,7 @@ def test_unet_job_requeued_before_its_time_limit_resumes_and_cancelled_stays_can
     wait_for_samples(unet, 64)
     slurm.run("scancel", "--signal=USR1", "--batch", job)
     slurm.wait(job, "PENDING")
+    run_id = (unet / "wandb_run_id").read_text()
     saved = [int(folder.name) for folder in (unet / "checkpoints").iterdir()]
     assert len(saved) == 1 and saved[0] >= 64
     wait_for_samples(unet, saved[0] + 32)
@@ -93,11 +138,12 @@ def test_unet_job_requeued_before_its_time_limit_resumes_and_cancelled_stays_can
     assert seen == list(range(16, len(seen) * 16 + 1, 16))  # one curve: nothing trained twice, nothing left out
     assert OmegaConf.load(unet / "config.yaml").optim.lr == 1e-4
 
+    assert [path.name.rpartition("-")[2] for path in unet.glob("wandb/offline-run-*")] == [
+        run_id
+    ] * 2  # one per attempt
+
     slurm.run("scancel", job)
-    deadline = time.monotonic() + 60
-    while job in slurm.run("squeue", "-h", "-o", "%i").split():
-        assert time.monotonic() < deadline, f"job {job} is still in the queue"
-        time.sleep(0.2)
+    wait_for(lambda: job not in slurm.run("squeue", "-h", "-o", "%i").split(), f"job {job} is still in the queue")
     facts = slurm.job(job)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "1")
     assert max(int(folder.name) for folder in (unet / "checkpoints").iterdir()) > saved[0]
