@@ -183,13 +183,22 @@ def test_two_processes_with_zero_2_have_the_loss_curve_of_one(
     assert len(evaluations[0]) == 2 and evaluations[0] == pytest.approx(evaluations[1], rel=1e-3)
 
 
-def test_sweep_gives_each_member_its_own_folder(smoke: tuple[Path, str], tmp_path: Path) -> None:
+def test_sweep_gives_each_member_its_own_folder_and_trains_none_twice(smoke: tuple[Path, str], tmp_path: Path) -> None:
     run_dir, _ = smoke
     inputs = [f"latents={run_dir}/latents", f"autoencoder={run_dir}/autoencoder/export", f"clip={run_dir}/clip/export"]
     short = ["loop.samples=64", "loop.log_every=64", "sample_prompts=0", "wandb.mode=disabled"]
-    finish(
-        "train/train_unet.py", "-m", "experiment=smoke", f"run_dir={tmp_path}", *inputs, *short, "optim.lr=1e-4,1e-2"
-    )
-    members = (tmp_path / "sweep").glob("*/DONE")
-    rates = sorted(rows(path.parent)[0]["train/lr"] for path in members)
+    sweep = ["-m", "experiment=smoke", f"run_dir={tmp_path}", *inputs, *short, "optim.lr=1e-4,1e-2"]
+    first = finish("train/train_unet.py", *sweep)
+    members = [path.parent for path in (tmp_path / "sweep").glob("*/DONE")]
+    rates = sorted(rows(member)[0]["train/lr"] for member in members)
     assert rates == pytest.approx([1e-4, 1e-2])
+    second = finish("train/train_unet.py", *sweep)
+    assert second.count("already done at 64 samples") == 2
+    table = second[second.index("objective   member") :]
+    assert table == first[first.index("objective   member") :]
+    losses = sorted(
+        (json.loads((member / "DONE").read_text())["metrics"]["eval/loss"], member.name) for member in members
+    )
+    assert [line.split(maxsplit=1) for line in table.splitlines()[1:]] == [
+        [f"{loss:.6g}", name] for loss, name in losses
+    ]
