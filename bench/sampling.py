@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from conf.entry import compose
-from conf.schema import AutoencoderRun, ClipRun, Prediction, ProcessConfig, Sampler, UNetRun
+from conf.schema import AutoencoderRun, ClipRun, Prediction, ProcessConfig, Sampler, SamplingConfig, UNetRun
 from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.pipeline import TextToImage, picture_noise
@@ -55,7 +55,8 @@ def comparisons(folder: Path) -> Iterator[Comparison]:
     noise = torch.from_numpy(np.stack([picture_noise(prompt, 0, 0, shape) for prompt in PROMPTS]))
 
     def mine(steps: int) -> Tensor:
-        return model(PROMPTS, seeds, sampler=Sampler.ddim, steps=steps, guidance_scale=GUIDANCE_SCALE)
+        sampling = SamplingConfig(sampler=Sampler.ddim, steps=steps, guidance_scale=GUIDANCE_SCALE)
+        return model(PROMPTS, seeds, sampling)
 
     def theirs(steps: int) -> Tensor:
         options = {"height": side, "width": side, "guidance_scale": GUIDANCE_SCALE, "output_type": "pt"}

@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conf.schema import Sampler
+from conf.errors import UserError
+from conf.schema import SamplingConfig
 from models.autoencoder import AnyAutoencoder, finite
-from models.guidance import classifier_free
-from models.process import Process
-from models.samplers import SAMPLERS, Callback
+from models.guidance import Joined, classifier_free, within
+from models.process import Network, Process
+from models.prompts import Prompt, parse, plain, text_states
+from models.samplers import sampler_of
+from models.solvers.common import Callback
 from models.text import TextTower
 from models.tiles import check_tile, decode_in_tiles
 from models.unet import UNet
@@ -57,11 +60,9 @@ class TextToImage:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
+        sampling: SamplingConfig | None = None,
         *,
         indices: Sequence[int] | None = None,
-        sampler: Sampler = Sampler.dpmpp_2m,
-        steps: int = 30,
-        guidance_scale: float = 3.0,
         callback: Callback | None = None,
     ) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] of B prompts, all in one batch.
@@ -71,22 +72,20 @@ class TextToImage:
         Args:
             prompts: B captions.
             seeds: one per prompt.
+            sampling: solver, steps and guidance; None: the defaults.
             indices: number of the picture among those of one prompt and seed; None: all 0.
-            sampler: the solver.
-            steps: calls of the U-Net, each on 2B latents with guidance.
-            guidance_scale: of classifier-free guidance; 1: none.
             callback: sees each step's normalised latents (`models.samplers`).
 
         Raises:
-            UserError: more steps than the process has timesteps.
+            UserError: steps, spacing or shift that the process cannot have; a prompt with broken syntax.
         """
-        sigmas = self.process.sigmas(steps)
-        contexts = self._contexts(prompts, guidance_scale != 1)
-        network = classifier_free(self.unet, *contexts, guidance_scale, self.unet.keys_values)
-        noise = self._noise(prompts, seeds, indices if indices is not None else [0] * len(prompts))
-        x = self.process.initial(noise, float(sigmas[0]))
-        latents = SAMPLERS[sampler](self.process.denoiser(network), x, sigmas, callback)  # [B, C, h, w]
-        return self.decode(latents)
+        sampling = SamplingConfig() if sampling is None else sampling
+        sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)
+        network = self._guided(prompts, sampling)
+        noise = partial(self._noise, prompts, seeds, [0] * len(prompts) if indices is None else indices)
+        x = self.process.initial(noise(0), float(sigmas[0]))
+        sample = sampler_of(sampling.sampler, lambda step: noise(step + 1), sampling.eta, self.process.fade)
+        return self.decode(sample(self.process.denoiser(network), x, sigmas, callback))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] of normalised latents [B, C, h, w]."""
@@ -94,22 +93,44 @@ class TextToImage:
         decode = partial(decode_in_tiles, network.decode, side=self.tile, downscale=network.cfg.downscale)
         return finite(decode, latents * self.latent_std + self.latent_mean).clamp(-1, 1)
 
-    def _contexts(self, prompts: Sequence[str], guided: bool) -> tuple[Tensor, Tensor]:
-        """Text states of the prompts [B, L, D] and, if guided, of the empty caption [1, L, D] (else [0, L, D])."""
-        captions = [*prompts, ""] if guided else list(prompts)
-        states = self.text_tower.text_states(self.text_tower.tokenize(captions).to(self.device))
-        return states[: len(prompts)], states[len(prompts) :]
+    def _guided(self, texts: Sequence[str], sampling: SamplingConfig) -> Network:
+        """The U-Net with its prompts and guidance."""
+        read = parse if sampling.prompt_syntax else plain
+        pictures = [read(text) for text in texts]
+        negative = read(sampling.negative_prompt)
+        if len(negative) > 1:
+            raise UserError(f"negative_prompt={sampling.negative_prompt}: takes no AND; separate the words with commas")
+        prompts = [prompt for picture in pictures for prompt in picture]
+        joined = self._joined(pictures) if any(len(picture) > 1 for picture in pictures) else None
+        guided = sampling.guidance_scale != 1 or joined is not None
+        states = text_states(self.text_tower, prompts + negative * guided, self.device)
+        bound = partial(
+            classifier_free, self.unet, states[: len(prompts)], states[len(prompts) :], prepare=self.unet.keys_values
+        )
+        network = bound(scale=sampling.guidance_scale, rescale=sampling.guidance_rescale, joined=joined)
+        if not sampling.guidance_interval:
+            return network
+        low, high = (self.process.timestep(sigma) if sigma > 0 else -1.0 for sigma in sampling.guidance_interval)
+        return within((low, high), network, bound(scale=1.0, joined=joined))
 
-    def _noise(self, prompts: Sequence[str], seeds: Sequence[int], indices: Sequence[int]) -> Tensor:
+    def _joined(self, pictures: list[list[Prompt]]) -> Joined:
+        owners = [number for number, picture in enumerate(pictures) for _ in picture]
+        weights = [prompt.weight for picture in pictures for prompt in picture]
+        return Joined(torch.tensor(owners, device=self.device), torch.tensor(weights, device=self.device))
+
+    def _noise(self, prompts: Sequence[str], seeds: Sequence[int], indices: Sequence[int], draw: int) -> Tensor:
         side = self.unet.cfg.sample_size
         shape = (self.unet.cfg.in_channels, side, side)
         pictures = zip(prompts, seeds, indices, strict=True)
-        noise = np.stack([picture_noise(prompt, seed, index, shape) for prompt, seed, index in pictures])
+        noise = np.stack([picture_noise(prompt, seed, index, shape, draw) for prompt, seed, index in pictures])
         return torch.from_numpy(noise).to(self.device)  # [B, C, h, w]
 
 
-def picture_noise(prompt: str, seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal float32 noise that belongs to a picture, not to a batch, a position or a device."""
+def picture_noise(prompt: str, seed: int, index: int, shape: tuple[int, ...], draw: int = 0) -> np.ndarray:
+    """Standard normal float32 noise that belongs to a picture, not to a batch, a position or a device.
+
+    Draw 0 is what sampling begins with, draw n + 1 what step n adds.
+    """
     key = hashlib.sha256(f"{seed}/{prompt}/{index}".encode()).digest()[:16]
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    return generator.standard_normal(shape, dtype=np.float32)
+    bits = np.random.Philox(key=int.from_bytes(key, "little"), counter=[0, 0, 0, draw])
+    return np.random.Generator(bits).standard_normal(shape, dtype=np.float32)

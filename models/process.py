@@ -1,14 +1,14 @@
-"""The diffusion process: noise levels, and what the network predicts. Only this file knows eps, v and flow.
+"""The diffusion process: noise levels, and what the network predicts. Only this file knows eps, v, x0 and flow.
 
 Notation: a noised latent is x_t = alpha(t) x0 + std(t) noise. Training works on x_t. Samplers work on x = x_t / alpha,
 the variance-exploding form x = x0 + sigma noise with sigma = std / alpha (Karras et al. 2022, "EDM", eq. 1 and
 appendix B; the convention of k-diffusion), in which every process looks the same:
 
-    eps, v   alpha^2 + std^2 = 1    alpha^2 = cumulative product of 1 - beta_t for t in 0 .. T-1 (Ho et al. 2020, eq. 4)
-    flow     alpha + std = 1        std = t / T (Liu et al. 2023, "Rectified flow", eq. 1)
+    eps, v, x0   alpha^2 + std^2 = 1    alpha^2 = product of 1 - beta_s for s in 0 .. t (Ho et al. 2020, eq. 4)
+    flow         alpha + std = 1        std = t / T (Liu et al. 2023, "Rectified flow", eq. 1)
 
-Timesteps are always in the unit that the network takes, [0, T): whole numbers in training for eps and v, fractions
-for flow.
+Timesteps are always in the unit that the network takes, [0, T): whole numbers in training for eps, v and x0,
+fractions for flow.
 """
 
 import math
@@ -16,14 +16,19 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+import torch.nn.functional as F
 from torch import Tensor
 
 from conf.errors import UserError
-from conf.schema import BetaSchedule, Prediction, ProcessConfig, TimestepSampling
+from conf.schema import BetaSchedule, Distance, Prediction, ProcessConfig, Spacing, TimestepSampling
+from models.noise_schedules import Levels, alphas_cumprod, shifted_betas
+from models.schedules import spaced_sigmas, spaced_timesteps
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], timesteps [B]) -> prediction [B, ...]
 Denoise = Callable[[Tensor, float], Tensor]  # (x [B, ...], sigma) -> x0 [B, ...]
+HIGHEST_SIGMA = 65536.0  # where sampling begins if the last timestep is noise alone, whose sigma is infinite
+BETA_NAMES = {BetaSchedule.linear: "linear", BetaSchedule.scaled_linear: "scaled_linear"}  # in diffusers
+BETA_NAMES[BetaSchedule.cosine] = "squaredcos_cap_v2"
 
 
 class Process:
@@ -32,23 +37,31 @@ class Process:
     def __init__(self, cfg: ProcessConfig) -> None:
         self.cfg = cfg
         self.flow = cfg.prediction is Prediction.flow
-        alphas_cumprod = np.cumprod(1.0 - betas(cfg))  # [T] float64
-        self._alpha = torch.from_numpy(np.sqrt(alphas_cumprod))
-        self._std = torch.from_numpy(np.sqrt(1.0 - alphas_cumprod))
-        self._sigma = np.sqrt((1.0 - alphas_cumprod) / alphas_cumprod)  # ascending
+        # samplers go straight on in (1 - fade tau) x0 + tau noise, which 1 keeps small where sigma is unbounded
+        self.fade = 1.0 if self.flow or cfg.zero_terminal_snr else 0.0
+        levels = alphas_cumprod(cfg)  # [T] float64
+        self._alpha = torch.from_numpy(np.sqrt(levels))
+        self._std = torch.from_numpy(np.sqrt(1.0 - levels))
+        levels = np.maximum(levels, 1.0 / (1.0 + HIGHEST_SIGMA**2))
+        self._sigma = np.sqrt((1.0 - levels) / levels)  # ascending
         self._log_sigma = np.log(self._sigma)
 
     def draw_timesteps(self, u: Tensor) -> Tensor:
         """Timesteps [B] float32 as a pure function of one uniform draw in [0, 1] per sample, u [B].
 
-        logit_normal: the sigmoid of a standard normal, here the inverse normal cdf of u (Esser et al. 2024, eq. 19).
+        logit_normal: the sigmoid of a normal, here the inverse normal cdf of u (Esser et al. 2024, eq. 19). A flow's
+        shift moves them (eq. 23); the others' is in their noise levels.
         """
-        if self.cfg.timestep_sampling is TimestepSampling.logit_normal:
-            u = torch.sigmoid(torch.special.ndtri(u.double()))
-        timesteps = u.double() * self.cfg.train_timesteps
-        if not self.flow:
-            timesteps = timesteps.floor().clamp(max=self.cfg.train_timesteps - 1)
-        return timesteps.float()
+        cfg, t = self.cfg, u.double()
+        if cfg.timestep_sampling is TimestepSampling.logit_normal:
+            t = torch.sigmoid(cfg.logit_mean + cfg.logit_std * torch.special.ndtri(t))
+        if self.flow:
+            return (cfg.train_timesteps * cfg.shift * t / (1.0 + (cfg.shift - 1.0) * t)).float()
+        return (t * cfg.train_timesteps).floor().clamp(max=cfg.train_timesteps - 1).float()
+
+    def with_offset(self, noise: Tensor, offset: Tensor) -> Tensor:
+        """Noise [B, C, h, w] whose mean per channel varies, offset [B, C, 1, 1] (Guttenberg 2023, "Offset noise")."""
+        return noise + self.cfg.offset_noise * offset
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t [B, ...] of x0 and noise [B, ...] at timesteps [B]."""
@@ -56,49 +69,75 @@ class Process:
         return alpha * x0 + std * noise
 
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network shall predict [B, ...]: noise, v (Salimans & Ho 2022, appendix D) or the flow's velocity."""
+        """What the network shall predict [B, ...]: noise, x0, v (Salimans & Ho 2022, appendix D) or the velocity."""
         if self.cfg.prediction is Prediction.eps:
             return noise
+        if self.cfg.prediction is Prediction.x0:
+            return x0
         if self.flow:
             return noise - x0
         alpha, std = self._levels(timesteps, x0)
         return alpha * noise - std * x0
 
     def weight(self, timesteps: Tensor) -> Tensor:
-        """Weights [B] of the squared error: min-SNR-gamma (Hang et al. 2023, eq. 5 and section 3.4), or ones.
+        """Weights [B] of the squared error: min-SNR-gamma (Hang et al. 2023, eq. 5 and section 3.4), P2, or ones.
 
-        The paper weighs the error of x0 by min(SNR, gamma); the error of eps is SNR times that of x0, of v SNR + 1.
+        Both are weights of the error of x0: min(SNR, gamma), or SNR / (k + SNR)^gamma (Choi et al. 2022, eq. 8, on top
+        of the plain loss of eps). The error of eps is SNR times that of x0, of v SNR + 1.
         """
-        gamma = self.cfg.min_snr_gamma
-        if gamma == 0:
+        cfg = self.cfg
+        if cfg.min_snr_gamma == 0 and cfg.p2_gamma == 0:
             return torch.ones_like(timesteps, dtype=torch.float32)
         alpha, std = self._levels(timesteps, timesteps)
         snr = (alpha / std) ** 2
-        return snr.clamp(max=gamma) / (snr if self.cfg.prediction is Prediction.eps else snr + 1)
+        p2 = cfg.p2_gamma > 0
+        weight = snr / (cfg.p2_k + snr) ** cfg.p2_gamma if p2 else snr.clamp(max=cfg.min_snr_gamma)
+        return weight / {Prediction.eps: snr, Prediction.v: snr + 1}.get(cfg.prediction, 1.0)
 
     def loss(self, prediction: Tensor, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Weighted mean squared error per sample [B], in float32 or better."""
-        error = prediction.to(x0.dtype) - self.target(x0, noise, timesteps)
-        return self.weight(timesteps) * error.square().flatten(1).mean(1)
+        """Weighted mean distance to the target per sample [B], in float32 or better."""
+        prediction, target = prediction.to(x0.dtype), self.target(x0, noise, timesteps)
+        if self.cfg.loss is Distance.huber:
+            distance = F.huber_loss(prediction, target, reduction="none", delta=self.cfg.huber_delta)
+        elif self.cfg.loss is Distance.l1:
+            distance = (prediction - target).abs()
+        else:
+            distance = (prediction - target).square()
+        return self.weight(timesteps) * distance.flatten(1).mean(1)
 
-    def sigmas(self, steps: int) -> Tensor:
-        """Noise levels [steps + 1] float64, descending from the noisiest to 0.
+    def sigmas(self, steps: int, spacing: Spacing = Spacing.trailing, shift: float | None = None) -> Tensor:
+        """Noise levels [steps + 1] float64, descending from the noisiest to 0 (`models.schedules`).
 
-        Evenly spaced timesteps that begin at the last one ("trailing" in diffusers: Lin et al. 2024, section 3.3, show
-        that leading or linspace spacing starts from a level, or leaves out a step, that training did not mean). Flow,
-        whose sigma is infinite at t = T, starts one T-th before it, as diffusers' solvers do.
+        The default is "trailing": Lin et al. 2024, section 3.3, show that leading or linspace spacing starts from a
+        level, or leaves out a step, that training did not mean. Flow, whose sigma is infinite at t = T, starts one T-th
+        before it, as diffusers' solvers do.
 
         Raises:
-            UserError: more steps than timesteps of a discrete process.
+            UserError: more steps than timesteps of a discrete process, or a spacing or shift that it cannot have.
         """
+        total, by_level = self.cfg.train_timesteps, spacing in (Spacing.karras, Spacing.exponential)
         if self.flow:
-            t = np.linspace(1.0 - 1.0 / self.cfg.train_timesteps, 0.0, steps + 1)
-            return torch.from_numpy(t / (1.0 - t))
-        total = self.cfg.train_timesteps
-        if steps > total:
+            sigma = self._flow_sigmas(steps, spacing, self.cfg.shift if shift is None else shift)
+        elif shift is not None:
+            raise UserError(f"shift={shift}: only for process.prediction=flow; leave it at null")
+        elif by_level:
+            sigma = spaced_sigmas(spacing, steps, self._sigma[-1], self._sigma[0])
+        elif steps > total:
             raise UserError(f"steps={steps}: must not exceed process.train_timesteps={total}")
-        trailing = np.round(total - np.arange(steps) * (total / steps)).astype(np.int64) - 1
-        return torch.from_numpy(np.append(self._sigma[trailing], 0.0))
+        else:
+            sigma = self._sigma[spaced_timesteps(spacing, steps, total)]
+        return torch.from_numpy(np.append(sigma, 0.0))
+
+    def _flow_sigmas(self, steps: int, spacing: Spacing, shift: float) -> Levels:
+        last = 1.0 / self.cfg.train_timesteps
+        if spacing is Spacing.leading:
+            raise UserError("spacing=leading: would end at a flow's last level, 0; choose trailing or linspace")
+        if spacing in (Spacing.karras, Spacing.exponential):
+            return spaced_sigmas(spacing, steps, shift * (1.0 / last - 1.0), shift / (1.0 / last - 1.0))
+        t = np.linspace(1.0 - last, last, steps)
+        if spacing is Spacing.trailing:
+            t = np.linspace(1.0 - last, 0.0, steps + 1)[:-1]
+        return shift * t / (1.0 - t)
 
     def timestep(self, sigma: float) -> float:
         """The network's time input at a noise level; between two levels of a discrete process linear in log sigma."""
@@ -121,6 +160,8 @@ class Process:
             prediction = network(x_t, timesteps).to(x.dtype)
             if self.cfg.prediction is Prediction.eps:
                 return (x_t - std * prediction) / alpha
+            if self.cfg.prediction is Prediction.x0:
+                return prediction
             if self.flow:
                 return x_t - std * prediction
             return alpha * x_t - std * prediction
@@ -139,15 +180,19 @@ class Process:
                 "solver_order": 2,
                 "steps_offset": 1,
                 "use_flow_sigmas": True,
+                "flow_shift": self.cfg.shift,
             }
-        squared_cosine = self.cfg.schedule is BetaSchedule.cosine
+        named = self.cfg.schedule in BETA_NAMES and self.cfg.shift == 1
+        names = {Prediction.eps: "epsilon", Prediction.v: "v_prediction", Prediction.x0: "sample"}
         return {
             "_class_name": "DDIMScheduler",
             "num_train_timesteps": total,
-            "beta_schedule": "squaredcos_cap_v2" if squared_cosine else self.cfg.schedule.value,
+            "beta_schedule": BETA_NAMES.get(self.cfg.schedule, "linear"),
+            "trained_betas": None if named else shifted_betas(self.cfg).tolist(),
+            "rescale_betas_zero_snr": self.cfg.zero_terminal_snr,
             "beta_start": self.cfg.beta_start,
             "beta_end": self.cfg.beta_end,
-            "prediction_type": "epsilon" if self.cfg.prediction is Prediction.eps else "v_prediction",
+            "prediction_type": names[self.cfg.prediction],
             "timestep_spacing": "trailing",
             "steps_offset": 1,  # without effect on this spacing, but pipelines warn of another value
             "set_alpha_to_one": True,
@@ -165,16 +210,3 @@ class Process:
             std = self._std.to(index.device, torch.float32)[index]
         shape = (-1,) + (1,) * (like.ndim - 1)
         return alpha.view(shape), std.view(shape)
-
-
-def betas(cfg: ProcessConfig) -> NDArray[np.float64]:
-    """Variances [T] float64 that the forward process adds per timestep."""
-    total = cfg.train_timesteps
-    if cfg.schedule is BetaSchedule.linear:
-        return np.linspace(cfg.beta_start, cfg.beta_end, total)
-    if cfg.schedule is BetaSchedule.scaled_linear:
-        return np.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, total) ** 2
-    t = np.arange(total + 1) / total  # Nichol & Dhariwal 2021, eq. 17
-    alphas_cumprod = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
-    steps: NDArray[np.float64] = np.minimum(1.0 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.999)
-    return steps

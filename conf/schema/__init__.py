@@ -6,12 +6,14 @@ turns its composed configuration into these objects, before torch is imported.
 """
 
 from conf.schema.choices import (
+    STOCHASTIC,
     Accelerator,
     Adversarial,
     BetaSchedule,
     CacheDtype,
     Crop,
     Device,
+    Distance,
     ExportFormat,
     ImageFormat,
     LrDecay,
@@ -21,6 +23,7 @@ from conf.schema.choices import (
     Reconstruction,
     Sampler,
     Source,
+    Spacing,
     TimestepSampling,
     WandbMode,
 )
@@ -43,6 +46,7 @@ from conf.schema.sections import (
 from conf.schema.training import AutoencoderLossConfig, AutoencoderRun, ClipRun, UNetRun
 
 __all__ = [
+    "STOCHASTIC",
     "Accelerator",
     "Adversarial",
     "AutoencoderLossConfig",
@@ -56,6 +60,7 @@ __all__ = [
     "ClipRun",
     "Crop",
     "Device",
+    "Distance",
     "EmaConfig",
     "EvaluateRun",
     "ExportFormat",
@@ -81,6 +86,7 @@ __all__ = [
     "Sampler",
     "SamplingConfig",
     "Source",
+    "Spacing",
     "StreamConfig",
     "TimestepSampling",
     "UNetRun",

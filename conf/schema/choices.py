@@ -71,13 +71,21 @@ class Perceptual(Enum):
 class Prediction(Enum):
     eps = "eps"
     v = "v"
+    x0 = "x0"
     flow = "flow"
+
+
+class Distance(Enum):
+    l2 = "l2"
+    l1 = "l1"
+    huber = "huber"  # half of l2 for small differences, linear beyond process.huber_delta
 
 
 class BetaSchedule(Enum):
     linear = "linear"
     scaled_linear = "scaled_linear"  # linear in the square root of beta: what the LDM code calls linear
     cosine = "cosine"
+    sigmoid = "sigmoid"
 
 
 class TimestepSampling(Enum):
@@ -86,8 +94,30 @@ class TimestepSampling(Enum):
 
 
 class Sampler(Enum):
+    ddpm = "ddpm"
     ddim = "ddim"
+    pndm = "pndm"
+    euler = "euler"
+    euler_ancestral = "euler_ancestral"
+    heun = "heun"
+    dpm2 = "dpm2"
+    dpmpp_2s = "dpmpp_2s"
     dpmpp_2m = "dpmpp_2m"
+    dpmpp_2m_sde = "dpmpp_2m_sde"
+    dpmpp_3m_sde = "dpmpp_3m_sde"
+    unipc = "unipc"
+
+
+WITH_ETA = {Sampler.ddim, Sampler.euler_ancestral, Sampler.dpmpp_2m_sde, Sampler.dpmpp_3m_sde}
+STOCHASTIC = WITH_ETA | {Sampler.ddpm}
+
+
+class Spacing(Enum):
+    trailing = "trailing"
+    leading = "leading"
+    linspace = "linspace"
+    karras = "karras"
+    exponential = "exponential"
 
 
 class CacheDtype(Enum):

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from conf.schema.choices import CacheDtype, ExportFormat, Sampler
-from conf.schema.sections import ImageConfig, RuntimeConfig, WandbConfig, require
+from conf.schema.choices import CacheDtype, ExportFormat
+from conf.schema.sections import ImageConfig, RuntimeConfig, SamplingConfig, WandbConfig, require
 
 
 @dataclass(kw_only=True, slots=True)
-class SampleRun:
+class SampleRun(SamplingConfig):
     """`train/sample.py`: prompts to PNGs and a captioned grid."""
 
     run_dir: str = MISSING
@@ -24,14 +24,12 @@ class SampleRun:
     images_per_prompt: int = 1  # pictures drawn of each prompt
     batch_size: int = 32  # pictures made together; changes no picture
     tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
-    sampler: Sampler = Sampler.dpmpp_2m
-    steps: int = 30
-    guidance_scale: float = 3.0
+    prompt_syntax: bool = True
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
+        SamplingConfig.__post_init__(self)
         require(bool(self.prompts) or bool(self.prompts_file), 'no prompts: set prompts=["..."] or prompts_file=FILE')
-        require(self.steps > 0, f"steps={self.steps}: must be positive")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,7 +69,7 @@ class AverageRun:
 
 
 @dataclass(kw_only=True, slots=True)
-class EvaluateRun:
+class EvaluateRun(SamplingConfig):
     """`train/evaluate.py`: pictures of held-out prompts against held-out images."""
 
     run_dir: str = MISSING
@@ -86,9 +84,6 @@ class EvaluateRun:
     samples: int = 128  # held-out prompts to draw
     batch_size: int = 32
     tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
-    sampler: Sampler = Sampler.dpmpp_2m
-    steps: int = 30
-    guidance_scale: float = 3.0
     inception: str | None = None  # file with the Inception weights of the FID; None: only offline metrics
     prompt_following: bool = False  # train the probe and score kind, background and colour (demo set only)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -4,13 +4,16 @@ from dataclasses import dataclass, field
 
 from conf.errors import UserError
 from conf.schema.choices import (
+    WITH_ETA,
     BetaSchedule,
     Crop,
     Device,
+    Distance,
     LrDecay,
     Precision,
     Prediction,
     Sampler,
+    Spacing,
     TimestepSampling,
     WandbMode,
 )
@@ -193,30 +196,84 @@ class ImageConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ProcessConfig:
-    """What the network predicts and at which noise levels it learns."""
+    """What the network predicts, at which noise levels it learns, and how its errors count."""
 
-    prediction: Prediction = Prediction.eps  # noise, velocity (v), or the straight flow from image to noise
-    train_timesteps: int = 1000  # T of the discrete process (eps, v); scale of the time input (flow)
-    schedule: BetaSchedule = BetaSchedule.scaled_linear  # of the noise variances beta (eps, v)
+    prediction: Prediction = Prediction.eps  # noise, velocity (v), picture (x0), or the flow from picture to noise
+    train_timesteps: int = 1000  # T of the discrete process (eps, v, x0); scale of the time input (flow)
+    schedule: BetaSchedule = BetaSchedule.scaled_linear  # of the noise variances beta (eps, v, x0)
     beta_start: float = 0.00085  # variance of the noise added at the first timestep
     beta_end: float = 0.012  # likewise at the last; the cosine schedule uses neither
+    zero_terminal_snr: bool = False  # rescale the schedule so that the last timestep is noise alone (v, x0)
+    shift: float = 1.0  # factor of all noise levels std/alpha: for larger pictures the ratio of the sides, or its root
     timestep_sampling: TimestepSampling = TimestepSampling.uniform  # logit_normal favours the middle
+    logit_mean: float = 0.0  # of the normal whose sigmoid logit_normal draws; above 0 favours noise
+    logit_std: float = 1.0  # its standard deviation
+    offset_noise: float = 0.0  # standard deviation of noise that is the same for all pixels of a channel; 0: off
+    loss: Distance = Distance.l2  # between prediction and target
+    huber_delta: float = 0.1  # difference at which loss=huber becomes linear
     min_snr_gamma: float = 0.0  # Hang et al. 2023, eq. 5; 0: off
+    p2_gamma: float = 0.0  # exponent of P2 weights (Choi et al. 2022, eq. 8): 1 or 0.5; 0: off
+    p2_k: float = 1.0  # added to the signal-to-noise ratio in them
 
     def __post_init__(self) -> None:
+        name = self.prediction.value
+        require_positive(self, "train_timesteps", "shift", "logit_std", "huber_delta", "p2_k", group="process.")
+        for option in ("offset_noise", "min_snr_gamma", "p2_gamma"):
+            value = getattr(self, option)
+            require(value >= 0, f"process.{option}={value}: must be 0 (off) or positive")
+        for option in ("min_snr_gamma", "p2_gamma"):
+            weighs = getattr(self, option) > 0
+            require(
+                not (weighs and self.prediction is Prediction.flow),
+                f"process.{option}: not defined for process.prediction=flow; set it to 0",
+            )
+            require(
+                not (weighs and self.loss is not Distance.l2),
+                f"process.{option}: weighs squared errors; set process.loss=l2 or process.{option}=0",
+            )
         require(
-            not (self.prediction is Prediction.flow and self.min_snr_gamma > 0),
-            "process.min_snr_gamma: not defined for process.prediction=flow; set it to 0",
+            self.min_snr_gamma == 0 or self.p2_gamma == 0,
+            "process.min_snr_gamma and process.p2_gamma: two weights of the same errors; set one of them to 0",
         )
-        require(self.train_timesteps > 0, f"process.train_timesteps={self.train_timesteps}: must be positive")
+        require(
+            not (self.zero_terminal_snr and self.prediction in (Prediction.eps, Prediction.flow)),
+            f"process.zero_terminal_snr: not with process.prediction={name}; set it to false or predict v or x0",
+        )
         require(0 < self.beta_start <= self.beta_end < 1, "process: needs 0 < beta_start <= beta_end < 1")
 
 
 @dataclass(kw_only=True, slots=True)
 class SamplingConfig:
-    sampler: Sampler = Sampler.dpmpp_2m  # DDIM or DPM-Solver++ 2M
-    steps: int = 30  # calls of the network per picture (twice that with guidance)
+    """From noise to pictures."""
+
+    sampler: Sampler = Sampler.dpmpp_2m  # docs/sampling.md compares them
+    steps: int = 30  # per picture; heun, dpm2 and dpmpp_2s call the network twice in each
+    eta: float | None = None  # noise that ddim, euler_ancestral and the SDE samplers add, 0-1; None: 0 for ddim, else 1
+    spacing: Spacing = Spacing.trailing  # of the noise levels: by timesteps, or by the levels themselves
+    shift: float | None = None  # factor of a flow's noise levels; None: that of the training
     guidance_scale: float = 3.0  # 1: no classifier-free guidance
+    guidance_rescale: float = 0.0  # 0-1: how far guidance keeps the contrast that the picture has without it
+    guidance_interval: list[float] = field(default_factory=list)  # noise levels std/alpha, [above, up to]; []: all
+    negative_prompt: str = ""  # what guidance leads away from, instead of the empty caption
+    prompt_syntax: bool = False  # read (words:1.3), [words] and AND in prompts; False: prompts are plain text
 
     def __post_init__(self) -> None:
-        require(self.steps > 0, f"sampling.steps={self.steps}: must be positive")
+        require_positive(self, "steps")
+        require(self.shift is None or self.shift > 0, f"shift={self.shift}: must be positive")
+        require(self.eta is None or 0 <= self.eta <= 1, f"eta={self.eta}: must be in [0, 1]")
+        allowed = ", ".join(sorted(sampler.value for sampler in WITH_ETA))
+        require(
+            self.eta is None or self.sampler in WITH_ETA,
+            f"eta={self.eta}: sampler={self.sampler.value} has none; choose {allowed}, or eta=null",
+        )
+        rescale, interval = self.guidance_rescale, self.guidance_interval
+        require(0 <= rescale <= 1, f"guidance_rescale={rescale}: must be in [0, 1]")
+        require(
+            interval == [] or (len(interval) == 2 and 0 <= interval[0] < interval[1]),
+            f"guidance_interval={interval}: must be two noise levels, [lower,higher], or []",
+        )
+        for option in ("guidance_rescale", "guidance_interval", "negative_prompt"):
+            require(
+                self.guidance_scale != 1 or not getattr(self, option),
+                f"{option}: without effect at guidance_scale=1; set another scale",
+            )

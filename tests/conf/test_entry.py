@@ -12,7 +12,7 @@ import pytest
 from conf import ending, entry
 from conf.entry import compose
 from conf.errors import UserError
-from conf.schema import AutoencoderRun, BuildRun, SampleRun, UNetRun
+from conf.schema import AutoencoderRun, BuildRun, EvaluateRun, SampleRun, UNetRun
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,12 +78,25 @@ def test_a_wrong_option_is_one_line_and_exit_code_2_before_torch(
         ("caption_drop=[1", r"cannot read 'caption_drop=\[1'"),
         ("loop.samples=many", r"loop\.samples=many"),
         ("batch.global_batch_size=0.5", r"batch\.global_batch_size=0\.5"),
-        ("process.prediction=x0", r"process\.prediction=x0"),
+        ("process.prediction=score", r"process\.prediction=score"),
+        ("sampling.sampler=plms", r"sampling\.sampler=plms.*ddpm, ddim, pndm"),
         ("model.block_out_channels=wide", r"model\.block_out_channels=wide"),
         ("runtime=tpu", "choose one of auto, cpu, gpu"),
         ("runtime.zero_stage=4", r"runtime\.zero_stage=4: must be"),
         ("caption_drop=1.0", r"caption_drop=1\.0"),
         ("process={prediction: flow, min_snr_gamma: 5}", "process.min_snr_gamma: not defined for"),
+        ("process={prediction: flow, p2_gamma: 1}", "process.p2_gamma: not defined for process.prediction=flow"),
+        ("process={min_snr_gamma: 5, p2_gamma: 1}", "process.min_snr_gamma and process.p2_gamma: two weights"),
+        ("process={min_snr_gamma: 5, loss: l1}", "process.min_snr_gamma: weighs squared errors; set process.loss=l2"),
+        ("process.zero_terminal_snr=true", "process.zero_terminal_snr: not with process.prediction=eps"),
+        ("process.offset_noise=-0.1", r"process\.offset_noise=-0\.1: must be 0 \(off\) or positive"),
+        ("process.shift=0", r"process\.shift=0\.0: must be positive"),
+        ("sampling={eta: 0.5, sampler: heun}", r"eta=0\.5: sampler=heun has none; choose ddim, dpmpp_2m_sde"),
+        ("sampling={eta: 1.5, sampler: ddim}", r"eta=1\.5: must be in \[0, 1\]"),
+        ("sampling.guidance_interval=[5,1]", r"guidance_interval=\[5\.0, 1\.0\]: must be two noise levels"),
+        ("sampling.guidance_rescale=2", r"guidance_rescale=2\.0: must be in \[0, 1\]"),
+        ("sampling={negative_prompt: blur, guidance_scale: 1}", "negative_prompt: without effect at guidance_scale=1"),
+        ("sampling.steps=0", "steps=0: must be positive"),
         ("model.head_channels=0", r"model\.head_channels=0: must be at least 1"),
         ("model.num_class_embeds=10", r"model\.num_class_embeds=10: .*captions only"),
         ("model.attention_head_dim=[1,2,3]", r"model\.attention_head_dim: needs 1 or 4"),
@@ -103,6 +116,8 @@ def test_the_line_names_the_option(argument: str, message: str) -> None:
         ("build_shards", BuildRun, "source=folder", "source=folder needs path="),
         ("build_shards", BuildRun, "source=demo", "source=demo needs samples="),
         ("sample", SampleRun, "steps=5", "no prompts: set prompts="),
+        ("sample", SampleRun, "steps=0", "steps=0: must be positive"),
+        ("evaluate", EvaluateRun, "eta=1", "eta=1.0: sampler=dpmpp_2m has none"),
     ],
 )
 def test_an_option_that_another_one_needs_is_asked_for(config: str, schema: type, argument: str, message: str) -> None:

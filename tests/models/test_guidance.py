@@ -1,9 +1,10 @@
-"""Classifier-free guidance: its formula and the number of calls."""
+"""Guidance: its formulas, and the number of calls."""
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from models.guidance import classifier_free
+from models.guidance import Joined, classifier_free, within
 
 
 class Recorder:
@@ -54,3 +55,37 @@ def test_texts_are_prepared_once_for_all_calls(scale: float) -> None:
     assert torch.equal(guided(X, T), guided(X, T))
     assert len(prepared) == 1
     torch.testing.assert_close(guided(X, T), classifier_free(Recorder(), 2 * COND, 2 * NULL, scale)(X, T))
+
+
+@pytest.mark.parametrize("rescale", [0.3, 0.7, 1.0])
+def test_rescaled_guidance_equals_diffusers(rescale: float) -> None:
+    cond, plain = (classifier_free(Recorder(), COND, NULL, scale)(X, T) for scale in (1.0, 7.0))
+    actual = classifier_free(Recorder(), COND, NULL, 7.0, rescale=rescale)(X, T)
+    torch.testing.assert_close(actual, rescale_noise_cfg(plain, cond, rescale))
+    if rescale == 1:
+        torch.testing.assert_close(actual.std((1, 2, 3)), cond.std((1, 2, 3)))
+
+
+def test_guidance_is_limited_to_its_interval() -> None:
+    network = Recorder()
+    inside, outside = (classifier_free(network, COND, NULL, scale) for scale in (3.0, 1.0))
+    limited = within((200.0, 600.0), inside, outside)
+    for timestep in (100.0, 200.0, 200.5, 600.0, 600.5):
+        limited(X, torch.full((3,), timestep))
+    assert network.batches == [3, 3, 6, 6, 3]
+    t = torch.full((3,), 400.0)
+    assert torch.equal(limited(X, t), inside(X, t))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_prompts_of_one_picture_are_composed_with_their_weights(scale: float) -> None:
+    """Liu et al. 2022, eq. 11, for a picture of one prompt and one of two."""
+    network = Recorder()
+    joined = Joined(torch.tensor([0, 1, 1]), torch.tensor([1.0, 1.0, -0.5]))
+    actual = classifier_free(network, COND, NULL, scale, joined=joined)(X[:2], T[:2])
+    assert network.batches == [5]
+    uncond, first = Recorder()(X[:2], T[:2], NULL.expand(2, -1, -1)), Recorder()(X[:2], T[:2], COND[:2])
+    second = Recorder()(X[1:2], T[1:2], COND[2:])
+    torch.testing.assert_close(actual[0], uncond[0] + scale * (first[0] - uncond[0]))
+    apart = (first[1] - uncond[1]) - 0.5 * (second[0] - uncond[1])
+    torch.testing.assert_close(actual[1], uncond[1] + scale * apart)

@@ -7,7 +7,7 @@ import torch
 
 from conf.errors import UserError
 from conf.networks import AutoencoderConfig, UNetConfig
-from conf.schema import Prediction, ProcessConfig, Sampler
+from conf.schema import STOCHASTIC, Prediction, ProcessConfig, Sampler, SamplingConfig, Spacing
 from models.autoencoder import Autoencoder
 from models.pipeline import TextToImage, picture_noise
 from models.process import Process
@@ -60,22 +60,17 @@ PIPELINE = build()
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("sampler", list(Sampler))
 def test_picture_does_not_depend_on_its_batch(sampler: Sampler, guidance_scale: float) -> None:
-    options = {"sampler": sampler, "steps": 4, "guidance_scale": guidance_scale}
+    sampling = SamplingConfig(sampler=sampler, steps=4, guidance_scale=guidance_scale)
     prompts, seeds, indices = ["a red planet", "a hill", "a red planet", "a monster"], [5, 5, 5, 6], [0, 0, 1, 0]
-    together = PIPELINE(prompts, seeds, indices=indices, **options)  # type: ignore[arg-type]
+    together = PIPELINE(prompts, seeds, sampling, indices=indices)
     for position in (3, 0, 2):
-        alone = PIPELINE(
-            [prompts[position]],
-            [seeds[position]],
-            indices=[indices[position]],
-            **options,  # type: ignore[arg-type]
-        )
+        alone = PIPELINE([prompts[position]], [seeds[position]], sampling, indices=[indices[position]])
         torch.testing.assert_close(alone[0], together[position], rtol=0, atol=1e-4)
     assert (together[0] - together[2]).abs().max() > 0.01  # another index, another picture
 
 
 def test_pictures_are_in_range_and_of_the_right_size() -> None:
-    images = PIPELINE(["a", "b"], [0, 0], steps=2)
+    images = PIPELINE(["a", "b"], [0, 0], SamplingConfig(steps=2))
     assert images.shape == (2, 3, 16, 16)
     assert images.dtype == torch.float32
     assert images.abs().max() <= 1
@@ -84,11 +79,68 @@ def test_pictures_are_in_range_and_of_the_right_size() -> None:
 @pytest.mark.parametrize("prediction", list(Prediction))
 def test_prompt_and_guidance_change_the_picture(prediction: Prediction) -> None:
     pipeline = build(prediction)
-    contexts = pipeline._contexts(["a red planet"], guided=True)
-    assert torch.equal(contexts[1], pipeline.text_tower.text_states(pipeline.text_tower.tokenize([""])))
-    plain, guided = (pipeline(["a red planet"], [0], steps=3, guidance_scale=scale) for scale in (1.0, 4.0))
+    plain, guided, other = (
+        pipeline([prompt], [0], SamplingConfig(steps=3, guidance_scale=scale))
+        for prompt, scale in (("a red planet", 1.0), ("a red planet", 4.0), ("a hill", 1.0))
+    )
     assert plain.isfinite().all()
     assert (plain - guided).abs().max() > 1e-3
+    assert (plain - other).abs().max() > 1e-3
+
+
+def drawn(prompt: str = "a red planet", **options: object) -> torch.Tensor:
+    options = {"steps": 3, "guidance_scale": 4.0} | options
+    return PIPELINE([prompt], [0], SamplingConfig(**options))[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_rescale": 0.7},
+        {"guidance_interval": [0.3, 5.0]},
+        {"negative_prompt": "a hill"},
+        {"spacing": Spacing.karras},
+        {"shift": 3.0},
+        {"sampler": Sampler.ddim, "eta": 0.5},
+    ],
+    ids=str,
+)
+def test_every_option_changes_the_picture(options: dict[str, object]) -> None:
+    plain = drawn(sampler=options.get("sampler", Sampler.dpmpp_2m))
+    assert (drawn(**options) - plain).abs().max() > 1e-4
+
+
+def test_guidance_at_all_levels_is_guidance_without_interval() -> None:
+    assert torch.equal(drawn(guidance_interval=[0.0, 1e6]), drawn())
+    torch.testing.assert_close(drawn(guidance_interval=[1e5, 1e6]), drawn(guidance_scale=1.0))
+    assert torch.equal(drawn(negative_prompt=""), drawn())
+
+
+def test_prompts_are_plain_text_unless_their_syntax_is_asked_for() -> None:
+    plain, read = (drawn("a (red:1.5) planet", prompt_syntax=syntax) for syntax in (False, True))
+    assert (plain - read).abs().max() > 1e-3
+    assert torch.equal(drawn("a red planet", prompt_syntax=True), drawn("a red planet"))
+
+
+def test_prompts_of_one_picture_do_not_disturb_the_others() -> None:
+    sampling = SamplingConfig(steps=3, prompt_syntax=True)
+    prompts = ["a hill", "a red planet AND a hill :0.5", "a moon"]
+    together = PIPELINE(prompts, [0, 0, 0], sampling)
+    for prompt, picture in zip(prompts, together, strict=True):
+        torch.testing.assert_close(PIPELINE([prompt], [0], sampling)[0], picture, rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match=r"^negative_prompt=a AND b: takes no AND"):
+        drawn(negative_prompt="a AND b", prompt_syntax=True)
+
+
+@pytest.mark.parametrize("sampler", sorted(STOCHASTIC - {Sampler.ddim}, key=lambda sampler: sampler.value))
+def test_noise_of_the_steps_belongs_to_the_picture(sampler: Sampler) -> None:
+    """With the noise of other steps it would be another picture; each step's is drawn once."""
+    draws: list[int] = []
+    model = build()
+    original = model._noise
+    model._noise = lambda *of, **named: (draws.append(of[-1]), original(*of, **named))[1]  # type: ignore[method-assign,func-returns-value]
+    model(["a", "b"], [0, 0], SamplingConfig(sampler=sampler, steps=4))
+    assert draws == [0, 1, 2, 3]  # the last step ends without noise
 
 
 def test_latents_are_denormalised_per_channel_before_decoding() -> None:
@@ -107,6 +159,8 @@ def test_noise_of_a_picture_is_fixed_for_all_time() -> None:
         picture_noise("a red planet", 7, 1, (2,)),
         picture_noise("a red planet", 8, 0, (2,)),
         picture_noise("a", 7, 0, (2,)),
+        picture_noise("a red planet", 7, 0, (2,), draw=1),
+        picture_noise("a red planet", 7, 0, (2,), draw=2),
     ]
     assert all(abs(other[0] - noise.ravel()[0]) > 1e-6 for other in others)
 
@@ -138,4 +192,4 @@ def test_what_overflows_in_fp16_is_decoded_in_fp32() -> None:
 
 def test_one_seed_per_prompt_is_required() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        PIPELINE(["a", "b"], [0], steps=1)
+        PIPELINE(["a", "b"], [0], SamplingConfig(steps=1))

@@ -1,12 +1,16 @@
 """The process against diffusers' schedulers and the formulas of the papers."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
 from conf.errors import UserError
-from conf.schema import BetaSchedule, Prediction, ProcessConfig, TimestepSampling
+from conf.schema import BetaSchedule, Distance, Prediction, ProcessConfig, Spacing, TimestepSampling
 from models.process import Network, Process
+from models.solvers.ancestral import sample_ddim
 
 # diffusers 0.42 calls np.array(tensor), which numpy 2 finds fault with
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -32,20 +36,31 @@ def recording(inputs: list[torch.Tensor], answer: torch.Tensor) -> Network:
     return network
 
 
+NAMES = {
+    BetaSchedule.linear: "linear",
+    BetaSchedule.scaled_linear: "scaled_linear",
+    BetaSchedule.cosine: "squaredcos_cap_v2",
+    BetaSchedule.sigmoid: "sigmoid",
+}
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("schedule", list(BetaSchedule))
-def test_noising_and_velocity_equal_diffusers(schedule: BetaSchedule) -> None:
-    process = process_of(Prediction.v, schedule=schedule)
-    config = process.scheduler_config()
+def test_noising_and_velocity_equal_diffusers(schedule: BetaSchedule, zero_terminal_snr: bool) -> None:
+    process = process_of(Prediction.v, schedule=schedule, zero_terminal_snr=zero_terminal_snr)
     peer = DDPMScheduler(
-        **{key: config[key] for key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")}
+        beta_schedule=NAMES[schedule],
+        beta_start=0.00085,
+        beta_end=0.012,
+        rescale_betas_zero_snr=zero_terminal_snr,
     )
     x0, noise = batch()
     timesteps = torch.tensor([0, 1, 250, 500, 998, 999])
     torch.testing.assert_close(
-        process.add_noise(x0, noise, timesteps.float()), peer.add_noise(x0, noise, timesteps), rtol=0, atol=1e-5
+        process.add_noise(x0, noise, timesteps.float()), peer.add_noise(x0, noise, timesteps), rtol=0, atol=5e-5
     )
     torch.testing.assert_close(
-        process.target(x0, noise, timesteps.float()), peer.get_velocity(x0, noise, timesteps), rtol=0, atol=1e-5
+        process.target(x0, noise, timesteps.float()), peer.get_velocity(x0, noise, timesteps), rtol=0, atol=5e-5
     )
 
 
@@ -71,6 +86,7 @@ def test_perfect_prediction_has_no_loss_and_denoises_exactly(prediction: Predict
         answer = {
             Prediction.eps: unit,
             Prediction.v: alpha * unit - alpha * sigma * clean,
+            Prediction.x0: clean,
             Prediction.flow: unit - clean,
         }[prediction]
         inputs: list[torch.Tensor] = []
@@ -80,18 +96,66 @@ def test_perfect_prediction_has_no_loss_and_denoises_exactly(prediction: Predict
         torch.testing.assert_close(inputs[1], timestep)
 
 
-@pytest.mark.parametrize("prediction", [Prediction.eps, Prediction.v])
-def test_min_snr_weights_follow_the_formula(prediction: Prediction) -> None:
-    process = process_of(prediction, min_snr_gamma=5.0)
+@pytest.mark.parametrize("weighting", ["min_snr", "p2"])
+@pytest.mark.parametrize("prediction", [Prediction.eps, Prediction.v, Prediction.x0])
+def test_weights_follow_the_formulas_on_the_ratio_of_diffusers(prediction: Prediction, weighting: str) -> None:
+    options = {"min_snr_gamma": 5.0} if weighting == "min_snr" else {"p2_gamma": 0.5, "p2_k": 2.0}
+    process = process_of(prediction, **options)
     timesteps = torch.arange(0, 1000, 37)
-    alphas_cumprod = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
-    snr = alphas_cumprod[timesteps] / (1 - alphas_cumprod[timesteps])
-    expected = torch.minimum(snr, torch.tensor(5.0)) / (snr + (prediction is Prediction.v))
+    snr = compute_snr(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), timesteps)
+    of_x0 = snr.clamp(max=5.0) if weighting == "min_snr" else snr / (2 + snr).sqrt()
+    expected = of_x0 / {Prediction.eps: snr, Prediction.v: snr + 1, Prediction.x0: torch.ones_like(snr)}[prediction]
     torch.testing.assert_close(process.weight(timesteps.float()), expected, rtol=1e-4, atol=1e-7)
     x0, noise = batch(2)
     errors = process.loss(torch.zeros_like(x0), x0, noise, timesteps[:2].float())
     targets = process.target(x0, noise, timesteps[:2].float()).square().flatten(1).mean(1)
     torch.testing.assert_close(errors, expected[:2] * targets, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["min_snr_gamma", "p2_gamma"])
+def test_weighted_losses_of_all_predictions_are_the_same_loss(weighting: str) -> None:
+    """Of one and the same guess x0, whatever the network calls it."""
+    x0, noise = batch()
+    timesteps = torch.tensor([5.0, 100.0, 300.0, 500.0, 700.0, 950.0])
+    guess = x0 + 0.1 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(3))
+    losses = []
+    for prediction in (Prediction.eps, Prediction.v, Prediction.x0):
+        process = process_of(prediction, **{weighting: 1.0})
+        x_t = process.add_noise(x0, noise, timesteps).double()
+        alpha, std = (level.double() for level in process._levels(timesteps, x0))
+        told = (x_t - alpha * guess) / std  # the noise that belongs to the guess
+        losses.append(process.loss(process.target(guess.double(), told, timesteps), x0.double(), noise, timesteps))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("loss", list(Distance))
+def test_losses_equal_those_of_torch(loss: Distance) -> None:
+    process = process_of(Prediction.x0, loss=loss, huber_delta=0.5)
+    x0, noise = batch()
+    peers = {
+        Distance.l2: torch.nn.functional.mse_loss,
+        Distance.l1: torch.nn.functional.l1_loss,
+        Distance.huber: partial(torch.nn.functional.huber_loss, delta=0.5),
+    }
+    actual = process.loss(noise, x0, noise, torch.full((6,), 500.0))
+    expected = torch.stack([peers[loss](*pair) for pair in zip(noise, x0, strict=True)])
+    torch.testing.assert_close(actual, expected)
+
+
+def test_x0_prediction_is_what_diffusers_calls_sample() -> None:
+    process = process_of(Prediction.x0)
+    x0, noise = batch()
+    assert torch.equal(process.target(x0, noise, torch.zeros(6)), x0)
+    assert process.scheduler_config()["prediction_type"] == "sample"
+
+
+def test_offset_noise_moves_whole_channels() -> None:
+    process = process_of(Prediction.eps, offset_noise=0.1)
+    _, noise = batch()
+    offset = torch.randn(6, 4, 1, 1)
+    moved = process.with_offset(noise, offset) - noise
+    torch.testing.assert_close(moved, 0.1 * offset.expand_as(noise), rtol=0, atol=1e-6)
 
 
 def test_weights_are_one_without_gamma() -> None:
@@ -121,7 +185,7 @@ def test_discrete_noise_levels_equal_diffusers_trailing_spacing(prediction: Pred
     config = {
         k: v
         for k, v in process.scheduler_config().items()
-        if k not in ("_class_name", "set_alpha_to_one", "clip_sample")
+        if k not in ("_class_name", "set_alpha_to_one", "clip_sample", "rescale_betas_zero_snr")
     }
     peer = DPMSolverMultistepScheduler(**config)
     peer.set_timesteps(steps)
@@ -129,6 +193,130 @@ def test_discrete_noise_levels_equal_diffusers_trailing_spacing(prediction: Pred
     torch.testing.assert_close(sigmas.float(), peer.sigmas, rtol=1e-5, atol=1e-6)
     timesteps = [process.timestep(sigma) for sigma in sigmas.tolist()[:-1]]
     torch.testing.assert_close(torch.tensor(timesteps), peer.timesteps.float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 50])
+@pytest.mark.parametrize("spacing", [Spacing.trailing, Spacing.leading, Spacing.linspace])
+def test_timesteps_equal_those_of_diffusers_ddim(spacing: Spacing, steps: int) -> None:
+    process = process_of(Prediction.eps)
+    config = {k: v for k, v in process.scheduler_config().items() if k != "_class_name"}
+    peer = DDIMScheduler(**config | {"timestep_spacing": spacing.value})
+    peer.set_timesteps(steps)
+    timesteps = [round(process.timestep(sigma), 3) for sigma in process.sigmas(steps, spacing).tolist()[:-1]]
+    if (steps, spacing) == (1, Spacing.linspace):  # theirs is a single step at the first timestep
+        assert timesteps == [999]
+    else:
+        assert timesteps == peer.timesteps.tolist()
+
+
+@pytest.mark.parametrize("spacing", [Spacing.karras, Spacing.exponential])
+@pytest.mark.parametrize("prediction", [Prediction.eps, Prediction.v])
+def test_spaced_noise_levels_equal_diffusers(prediction: Prediction, spacing: Spacing) -> None:
+    process = process_of(prediction)
+    config = {k: v for k, v in process.scheduler_config().items() if k not in ("_class_name", "set_alpha_to_one")}
+    del config["clip_sample"], config["rescale_betas_zero_snr"]
+    peer = DPMSolverMultistepScheduler(**config | {f"use_{spacing.value}_sigmas": True})
+    peer.set_timesteps(12)
+    torch.testing.assert_close(process.sigmas(12, spacing).float(), peer.sigmas, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", [spacing for spacing in Spacing if spacing is not Spacing.leading])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+@pytest.mark.parametrize("prediction", list(Prediction))
+def test_noise_levels_descend_to_zero(prediction: Prediction, steps: int, spacing: Spacing) -> None:
+    process = process_of(prediction)
+    sigmas = process.sigmas(steps, spacing)
+    assert len(sigmas) == steps + 1 and sigmas[-1] == 0
+    assert (sigmas.diff() < 0).all()
+    assert sigmas[0] == pytest.approx(float(process.sigmas(1)[0]))
+
+
+@pytest.mark.parametrize("steps", [500, 999, 1000])
+def test_leading_timesteps_stay_within_the_process(steps: int) -> None:
+    assert (process_of(Prediction.eps).sigmas(steps, Spacing.leading).diff() < 0).all()
+
+
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_flow_shift_equals_diffusers(shift: float) -> None:
+    peer = FlowMatchEulerDiscreteScheduler(shift=shift)
+    t = process_of(Prediction.flow).sigmas(9)
+    t = t / (1 + t)
+    peer.set_timesteps(sigmas=t[:-1].tolist())
+    for sigmas in (
+        process_of(Prediction.flow).sigmas(9, shift=shift),
+        process_of(Prediction.flow, shift=shift).sigmas(9),
+    ):
+        torch.testing.assert_close((sigmas / (1 + sigmas)).float(), peer.sigmas, rtol=0, atol=1e-6)
+
+
+def test_shifted_timesteps_of_training_equal_diffusers() -> None:
+    u = torch.linspace(1e-3, 1, 50)
+    drawn = process_of(Prediction.flow, shift=3.0).draw_timesteps(u)
+    peer = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    peer.set_timesteps(sigmas=u.tolist())
+    torch.testing.assert_close(drawn / 1000, peer.sigmas[:-1], rtol=0, atol=1e-6)
+
+
+def test_shift_of_a_discrete_process_is_a_shift_of_its_noise_levels() -> None:
+    plain, twice = process_of(Prediction.v), process_of(Prediction.v, shift=2.0)
+    torch.testing.assert_close(twice.sigmas(1000), 2 * plain.sigmas(1000))
+    with pytest.raises(UserError, match=r"^shift=2\.0: only for process\.prediction=flow; leave it at null$"):
+        plain.sigmas(10, shift=2.0)
+
+
+def test_logit_normal_timesteps_are_distributed_as_those_of_diffusers() -> None:
+    process = process_of(
+        Prediction.flow, timestep_sampling=TimestepSampling.logit_normal, logit_mean=0.5, logit_std=0.8
+    )
+    peer = compute_density_for_timestep_sampling(
+        "logit_normal", 20_000, logit_mean=0.5, logit_std=0.8, generator=torch.Generator().manual_seed(0)
+    )
+    at = torch.linspace(0.05, 0.95, 19)
+    torch.testing.assert_close(process.draw_timesteps(at) / 1000, peer.quantile(at), rtol=0, atol=0.01)
+
+
+def test_zero_terminal_snr_ends_in_noise_alone() -> None:
+    process = process_of(Prediction.v, zero_terminal_snr=True, min_snr_gamma=5.0)
+    x0, noise = batch()
+    last = torch.full((6,), 999.0)
+    assert torch.equal(process.add_noise(x0, noise, last), noise)
+    assert torch.equal(process.target(x0, noise, last), -x0)
+    assert process.weight(last).tolist() == [0.0] * 6
+    assert process.sigmas(10).isfinite().all()
+    assert process.timestep(float(process.sigmas(10)[0])) == 999
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": BetaSchedule.sigmoid},
+        {"shift": 2.0},
+        {"zero_terminal_snr": True},
+        {"schedule": BetaSchedule.cosine, "shift": 0.5, "zero_terminal_snr": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("prediction", [Prediction.v, Prediction.x0])
+def test_exported_scheduler_has_our_noise_levels_and_draws_our_pictures(
+    prediction: Prediction, options: dict[str, object]
+) -> None:
+    process = process_of(prediction, **options)
+    peer = DDIMScheduler.from_config(process.scheduler_config())
+    x0, noise = batch()
+    timesteps = torch.tensor([0, 1, 250, 500, 998, 999])
+    expected = peer.add_noise(x0, noise, timesteps)
+    torch.testing.assert_close(process.add_noise(x0, noise, timesteps.float()), expected, rtol=0, atol=1e-4)
+
+    def network(x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x_t) * (1 - timesteps.view(-1, 1, 1, 1) / 2000)
+
+    sigmas = process.sigmas(10)
+    drawn = sample_ddim(process.denoiser(network), process.initial(noise, float(sigmas[0])), sigmas)
+    peer.set_timesteps(10)
+    x = noise
+    for timestep in peer.timesteps:
+        x = peer.step(network(x, torch.full((len(x),), float(timestep))), timestep, x).prev_sample
+    torch.testing.assert_close(drawn, x, rtol=0, atol=1e-4)
 
 
 def test_flow_noise_levels_are_even_in_time_and_start_as_those_of_diffusers() -> None:
@@ -158,6 +346,8 @@ def test_timestep_between_two_levels_is_linear_in_log_sigma() -> None:
 def test_more_steps_than_timesteps_is_refused() -> None:
     with pytest.raises(UserError, match=r"steps=1001: must not exceed process\.train_timesteps=1000"):
         process_of(Prediction.eps).sigmas(1001)
+    with pytest.raises(UserError, match=r"^spacing=leading: would end at a flow's last level, 0; choose"):
+        process_of(Prediction.flow).sigmas(10, Spacing.leading)
 
 
 def test_bfloat16_predictions_give_float32_losses() -> None:

@@ -21,7 +21,7 @@ from train.engine.provenance import UNetInfo
 from train.engine.runtime import Runtime
 from train.evaluation.frechet import Extractor, collect, compare, efficientnet, inception, merged
 from train.evaluation.probe import Probe, accuracy, train_probe
-from train.evaluation.sampling import load_model, pictures
+from train.evaluation.sampling import load_model, pictures, sampling_facts
 
 GRID_PICTURES = 64
 PROBE_FLOOR = 0.97  # a probe that reads real images worse than this proves nothing
@@ -97,9 +97,7 @@ def protocol(cfg: EvaluateRun, heldout: ImageDataset, extractors: list[Extractor
         "reference_samples": heldout.samples,
         "extractors": {e.metric: {"sha256": e.weights_sha256, "resize": e.resize} for e in extractors},
         "resolution": cfg.images.resolution,
-        "sampler": cfg.sampler.value,
-        "steps": cfg.steps,
-        "guidance_scale": cfg.guidance_scale,
+        **sampling_facts(cfg),
         "weights": UNetInfo.load(cfg.unet).weights,
         "seed": cfg.seed,
     }

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from conf.entry import to_plain
 from conf.errors import UserError
-from conf.schema import EvaluateRun, SampleRun
+from conf.schema import EvaluateRun, SampleRun, SamplingConfig
 from data.shards import atomic_path
 from models.autoencoder import AnyAutoencoder, load_autoencoder
 from models.pipeline import TextToImage
 from models.process import Process
+from models.prompts import parse
 from models.text import load_text_tower
 from models.unet import UNet
 from train.engine.journal import say
@@ -43,14 +46,7 @@ def pictures(model: TextToImage, cfg: SampleRun | EvaluateRun, jobs: Sequence[tu
     for start in range(0, len(jobs), cfg.batch_size):
         prompts, numbers = zip(*jobs[start : start + cfg.batch_size], strict=True)
         with autocast(model.device, cfg.runtime.precision):
-            images = model(
-                prompts,
-                [cfg.seed] * len(prompts),
-                indices=numbers,
-                sampler=cfg.sampler,
-                steps=cfg.steps,
-                guidance_scale=cfg.guidance_scale,
-            )
+            images = model(prompts, [cfg.seed] * len(prompts), cfg, indices=numbers)
         yield images
 
 
@@ -64,6 +60,9 @@ def read_prompts(cfg: SampleRun) -> list[str]:
         prompts += [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"prompts_file={cfg.prompts_file}: holds no prompt; write one a line")
+    if cfg.prompt_syntax:
+        for prompt in prompts:
+            parse(prompt)  # before any network is loaded
     return prompts
 
 
@@ -93,11 +92,15 @@ def parameters(cfg: SampleRun, unet: str, prompt: str, number: int) -> dict[str,
         "prompt": prompt,
         "seed": cfg.seed,
         "number": number,
-        "sampler": cfg.sampler.value,
-        "steps": cfg.steps,
-        "guidance_scale": cfg.guidance_scale,
+        **sampling_facts(cfg),
         "unet": unet,
     }
+
+
+def sampling_facts(cfg: SamplingConfig) -> dict[str, Any]:
+    """The options between noise and picture, in plain values."""
+    plain = to_plain(cfg)
+    return {option.name: plain[option.name] for option in fields(SamplingConfig)}
 
 
 def write_png(path: Path, image: np.ndarray, facts: dict[str, Any]) -> None:

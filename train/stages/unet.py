@@ -1,6 +1,5 @@
 """The third training: the cross-attention U-Net learns to denoise cached latents (LDM paper, eq. 3)."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +86,9 @@ class UNetStage:
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         z = sample_moments(moments, normal(seed, positions, shape, "posterior").to(device))
         noise = normal(seed, positions, shape, "noise").to(device)
+        if self.process.cfg.offset_noise > 0:
+            offset = normal(seed, positions, (shape[0], 1, 1), "offset_noise").to(device)
+            noise = self.process.with_offset(noise, offset)
         timesteps = self.process.draw_timesteps(uniform(seed, positions, "timestep").to(device))
         return (z - self.mean) / self.std, noise, timesteps
 
@@ -140,7 +142,7 @@ class UNetStage:
         autoencoder = self.frozen(load_autoencoder(cfg.autoencoder))
         tower = self.text_tower or self.frozen(load_text_tower(cfg.clip))
         model = TextToImage(network, autoencoder, tower, self.process, self.mean.flatten(), self.std.flatten())
-        images = model(prompts, [cfg.seed] * len(prompts), **asdict(cfg.sampling))
+        images = model(prompts, [cfg.seed] * len(prompts), cfg.sampling)
         journal.image("prompts", np.asarray(captioned(to_uint8(images), prompts)), samples_seen, "held-out captions")
 
     def export(self, folder: Path) -> None:

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 from conf.entry import compose
 from conf.errors import UserError
-from conf.schema import ExportRun, Sampler
+from conf.schema import ExportRun, Sampler, SamplingConfig
 from models.clip import Clip
 from models.clip_format import text_from_hugging_face, text_to_hugging_face
 from models.pipeline import picture_noise
@@ -52,7 +52,7 @@ def test_pipeline_of_diffusers_draws_our_pictures(
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     model = sampling.load_model(project.config("sample", "prompts=[x]", f"unet={unet}"), runtime.device)
-    ours = model(PROMPTS, [0, 0], sampler=Sampler(sampler), steps=steps, guidance_scale=3.0)
+    ours = model(PROMPTS, [0, 0], SamplingConfig(sampler=Sampler(sampler), steps=steps, guidance_scale=3.0))
     shape = (model.unet.cfg.in_channels, model.unet.cfg.sample_size, model.unet.cfg.sample_size)
     noise = torch.from_numpy(np.stack([picture_noise(prompt, 0, 0, shape) for prompt in PROMPTS]))
     side = ours.shape[-1]

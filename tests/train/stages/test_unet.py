@@ -137,7 +137,20 @@ def test_without_cached_text_the_tower_gives_the_same_context(latents: Any, runt
     torch.testing.assert_close(stage.text_tower.text_states(tokens)[0], stage.null_text)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
+def test_offset_noise_is_one_number_per_sample_and_channel(latents: Any, runtime: Runtime) -> None:
+    """Drawn for the sample's position, beside the noise that it has without."""
+    plain, offset = make(latents, runtime), make(latents, runtime, "process.offset_noise=0.5")
+    parts = [offset.noisy(offset.dataset.batch(range(start, start + 8)), seed=0)[1] for start in (0, 8)]
+    batch = plain.dataset.batch(range(16))
+    moved = torch.cat(parts) - plain.noisy(batch, seed=0)[1]  # [16, C, h, w]
+    means = moved.mean((2, 3), keepdim=True)
+    torch.testing.assert_close(moved, means.expand_as(moved), rtol=0, atol=1e-5)
+    assert means.unique().numel() == means.numel()
+    assert 0.3 < float(means.std()) < 0.7
+    torch.testing.assert_close(offset.noisy(batch, seed=0)[1], torch.cat(parts))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0", "flow"])
 def test_every_prediction_trains(latents: Any, runtime: Runtime, prediction: str) -> None:
     options = [f"process.prediction={prediction}", "process.timestep_sampling=uniform", "optim.lr=3e-3"]
     options += [] if prediction == "flow" else ["process.min_snr_gamma=5"]
