@@ -40,7 +40,7 @@ def classifier_free(
         scale: 1 is the plain conditional network, called once per picture; more follows the prompt more closely.
         prepare: what of the texts to compute once for all calls, such as `UNet.keys_values`.
         rescale: 0-1, how far the result gets the standard deviation of the conditional prediction (`rescaled`).
-        joined: prompts that share a picture; cond is then uncond + sum of weight (cond_i - uncond) (their eq. 11).
+        joined: prompts that share a picture; cond is then uncond + sum of weight (cond_i - uncond).
     """
     if scale == 1 and joined is None:
         prepared = prepare(context)
@@ -62,7 +62,7 @@ def classifier_free(
 
 
 def rescaled(guided: Tensor, cond: Tensor, share: float) -> Tensor:
-    """Guided predictions [B, C, h, w] with the deviation of those without guidance (Lin et al. 2024, eq. 15 and 16)."""
+    """Guided predictions [B, C, h, w] with the deviation of those without guidance (Lin et al. 2024, section 3.4)."""
     if share == 0:
         return guided
     dims = tuple(range(1, guided.ndim))
@@ -71,7 +71,7 @@ def rescaled(guided: Tensor, cond: Tensor, share: float) -> Tensor:
 
 
 def within(interval: tuple[float, float], inside: Network, outside: Network) -> Network:
-    """Guidance in a limited interval (Kynkäänniemi et al. 2024, eq. 5): `inside` at low < timestep <= high.
+    """Guidance in a limited interval (Kynkäänniemi et al. 2024): `inside` at low < timestep <= high.
 
     All timesteps of a call are the same, as they are in sampling.
     """

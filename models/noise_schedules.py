@@ -15,7 +15,7 @@ def betas(cfg: ProcessConfig) -> Levels:
         return np.linspace(cfg.beta_start, cfg.beta_end, total)
     if cfg.schedule is BetaSchedule.scaled_linear:
         return np.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, total) ** 2
-    if cfg.schedule is BetaSchedule.sigmoid:  # Xu et al. 2022, "GeoDiff", appendix
+    if cfg.schedule is BetaSchedule.sigmoid:  # as "GeoDiff" (Xu et al. 2022) has it
         return cfg.beta_start + (cfg.beta_end - cfg.beta_start) / (1.0 + np.exp(-np.linspace(-6, 6, total)))
     t = np.arange(total + 1) / total  # Nichol & Dhariwal 2021, eq. 17
     alphas_cumprod = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -24,7 +24,7 @@ def betas(cfg: ProcessConfig) -> Levels:
 
 
 def shifted_betas(cfg: ProcessConfig) -> Levels:
-    """`betas` [T] of the schedule whose sigmas are `shift` times larger (Hoogeboom et al. 2023, section 2.1)."""
+    """`betas` [T] of the schedule whose sigmas are `shift` times larger (Hoogeboom et al. 2023)."""
     if cfg.shift == 1:
         return betas(cfg)
     alphas_cumprod = np.cumprod(1.0 - betas(cfg))

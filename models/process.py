@@ -82,7 +82,7 @@ class Process:
     def weight(self, timesteps: Tensor) -> Tensor:
         """Weights [B] of the squared error: min-SNR-gamma (Hang et al. 2023, eq. 5 and section 3.4), P2, or ones.
 
-        Both are weights of the error of x0: min(SNR, gamma), or SNR / (k + SNR)^gamma (Choi et al. 2022, eq. 8, on top
+        Both are weights of the error of x0: min(SNR, gamma), or SNR / (k + SNR)^gamma (Choi et al. 2022, on top
         of the plain loss of eps). The error of eps is SNR times that of x0, of v SNR + 1.
         """
         cfg = self.cfg

@@ -212,7 +212,7 @@ class ProcessConfig:
     loss: Distance = Distance.l2  # between prediction and target
     huber_delta: float = 0.1  # difference at which loss=huber becomes linear
     min_snr_gamma: float = 0.0  # Hang et al. 2023, eq. 5; 0: off
-    p2_gamma: float = 0.0  # exponent of P2 weights (Choi et al. 2022, eq. 8): 1 or 0.5; 0: off
+    p2_gamma: float = 0.0  # exponent of P2 weights (Choi et al. 2022): 1 or 0.5; 0: off
     p2_k: float = 1.0  # added to the signal-to-noise ratio in them
 
     def __post_init__(self) -> None:

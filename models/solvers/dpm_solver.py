@@ -1,11 +1,11 @@
 """DPM-Solver++ (Lu et al. 2022): exponential integrators in lambda = -log sigma that extrapolate the guess x0.
 
 In the variance-exploding form, alpha = 1, the equation dx/dlambda = x0 - x is linear but for x0. Its exact solution
-over a step h of lambda (their eq. 9) is
+over a step h of lambda (their proposition 4.1) is
 
     x' = exp(-h) x + integral over tau from 0 to h of exp(tau - h) x0(tau)
 
-and solvers differ in what they take for x0(tau). With eta > 0 it is the stochastic equation (their section 5): x fades
+and solvers differ in what they take for x0(tau). With eta > 0 it is the stochastic equation: x fades
 faster, with exp(-(1 + eta) h), and gets sigma' sqrt(1 - exp(-2 eta h)) of noise instead.
 """
 
@@ -50,7 +50,7 @@ def sample_dpmpp_2m_sde(
     noise: Noise = no_noise,
     eta: float = 1.0,
 ) -> Tensor:
-    """SDE-DPM-Solver++(2M) (section 5 and appendix): `sample_dpmpp_2m` with noise."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022): `sample_dpmpp_2m` with noise."""
     previous_x0, previous_h = None, 0.0
     for step, sigma, following in intervals(sigmas):
         x0 = first_guess(denoise, x, sigma, step, callback)
@@ -75,8 +75,8 @@ def sample_dpmpp_3m_sde(
 ) -> Tensor:
     """SDE-DPM-Solver++(3M), as k-diffusion made it of DPM-Solver-3: x0 and two of its differences in lambda.
 
-    The curvature has half the weight that a parabola through three guesses has. All implementations agree on it; it
-    leaves the order at 2, with smaller errors than 2M.
+    The curvature has half the weight that a parabola through three guesses has, in all implementations alike. That
+    and the first step, one of Euler's, leave the order at 2, with smaller errors than 2M.
     """
     guesses: list[Tensor] = []  # newest first, with the step that followed each
     lengths: list[float] = []

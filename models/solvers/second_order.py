@@ -11,7 +11,7 @@ from torch import Tensor
 from models.process import Denoise
 from models.solvers.common import Callback, first_guess, intervals
 
-# of Adams and Bashforth for evenly spaced steps, the newest slope first (Liu et al. 2022, eq. 9 and 12)
+# of Adams and Bashforth for evenly spaced steps, the newest slope first (Liu et al. 2022)
 WEIGHTS = [(1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)]
 
 
@@ -65,7 +65,7 @@ def sample_dpm2(
 def sample_pndm(
     denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None, *, fade: float = 0.0
 ) -> Tensor:
-    """PNDM without Runge-Kutta steps, also called PLMS (Liu et al. 2022, section 3.3): up to four slopes in memory.
+    """PNDM without Runge-Kutta steps, also called PLMS (Liu et al. 2022): up to four slopes in memory.
 
     One call per step and one more: the first step is one of Heun's. The weights are those of even steps, hence the
     second order.

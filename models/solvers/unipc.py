@@ -11,7 +11,7 @@ Point = tuple[float, Tensor]  # (lambda, x0)
 
 
 def sample_unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
-    """UniPC-2 for x0 with B(h) = exp(h) - 1 (algorithms 5 to 8). Third order with one call per step.
+    """UniPC-2 for x0 with B(h) = exp(h) - 1. Third order with one call per step.
 
     The callback sees x before its correction; the step to sigma = 0 is the guess x0 itself.
     """
@@ -39,7 +39,10 @@ def predicted(x: Tensor, points: list[Point], end: float) -> Tensor:
 
 
 def corrected(x: Tensor, points: list[Point], end: Point) -> Tensor:
-    """UniC: x at `end` again, now that the guess there is known; weights from eq. 5 for one or two points."""
+    """UniC: x at `end` again, now that the guess there is known.
+
+    With two points the weights are exact where x0 is a parabola in lambda; with one it is the mean of both ends.
+    """
     (now, x0), h = points[0], end[0] - points[0][0]
     new, old = 0.5 * (end[1] - x0), x0.new_zeros(())
     if len(points) == 2:

@@ -129,6 +129,12 @@ def peer_of(sampler: Sampler, prediction: Prediction, steps: int) -> Any:
     return scheduler
 
 
+def start_of(scheduler: Any, steps: int) -> torch.Tensor:
+    """What its sampling begins with so that the network's first input is NOISE."""
+    sigma = float(Process(ProcessConfig()).sigmas(steps)[0])
+    return NOISE * (1 + sigma**2) ** 0.5 if type(scheduler).__name__ in VARIANCE_EXPLODING else NOISE
+
+
 @pytest.fixture
 def same_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """`same_noise(scheduler)`: its n-th draw is our noise of step n."""
@@ -144,18 +150,28 @@ def same_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
 @pytest.mark.parametrize("steps", [5, 20])
 @pytest.mark.parametrize("prediction", [Prediction.eps, Prediction.v, Prediction.x0])
-@pytest.mark.parametrize("sampler", list(Sampler))
+@pytest.mark.parametrize("sampler", [sampler for sampler in Sampler if sampler not in ON_EPS])
 def test_discrete_sampling_equals_diffusers(
     sampler: Sampler, prediction: Prediction, steps: int, same_noise: Callable[[Any], None]
 ) -> None:
-    theirs = Prediction.eps if sampler in ON_EPS else prediction
-    scheduler = peer_of(sampler, theirs, steps)
+    scheduler = peer_of(sampler, prediction, steps)
     same_noise(scheduler)
-    sigma = float(Process(ProcessConfig(prediction=prediction)).sigmas(steps)[0])
-    scale = (1 + sigma**2) ** 0.5 if type(scheduler).__name__ in VARIANCE_EXPLODING else 1.0
-    expected = by_diffusers(scheduler, exact_network(theirs), scale * NOISE)
+    expected = by_diffusers(scheduler, exact_network(prediction), start_of(scheduler, steps))
     actual = ours(prediction, sampler, steps, eta=PEERS[sampler][2])
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize("sampler", ON_EPS)
+def test_sampling_with_any_prediction_equals_diffusers_with_eps(
+    sampler: Sampler, steps: int, same_noise: Callable[[Any], None]
+) -> None:
+    scheduler = peer_of(sampler, Prediction.eps, steps)
+    same_noise(scheduler)
+    expected = by_diffusers(scheduler, exact_network(Prediction.eps), start_of(scheduler, steps))
+    for prediction in (Prediction.eps, Prediction.v, Prediction.x0):
+        actual = ours(prediction, sampler, steps, eta=PEERS[sampler][2])
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [5, 20])
@@ -245,7 +261,7 @@ def test_heun_for_flow_equals_diffusers(steps: int) -> None:
 
 @pytest.mark.parametrize("sampler", [Sampler.pndm, Sampler.dpm2])
 def test_slopes_of_a_flow_are_its_velocity(sampler: Sampler) -> None:
-    """The same formulas in x_t and t, where diffusers has no scheduler: Liu et al. 2022, eq. 9 and 12; midpoint."""
+    """The same formulas in x_t and t, where diffusers has no scheduler: Adams-Bashforth (Liu et al. 2022), midpoint."""
     network, steps = exact_network(Prediction.flow), 6
     times = torch.linspace(0.999, 0, steps + 1).tolist()
 

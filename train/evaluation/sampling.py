@@ -61,7 +61,7 @@ def read_prompts(cfg: SampleRun) -> list[str]:
     if not prompts:
         raise UserError(f"prompts_file={cfg.prompts_file}: holds no prompt; write one a line")
     if cfg.prompt_syntax:
-        for prompt in prompts:
+        for prompt in (*prompts, cfg.negative_prompt):
             parse(prompt)  # before any network is loaded
     return prompts
 
