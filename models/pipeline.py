@@ -103,7 +103,7 @@ class TextToImage:
         prompts = [prompt for picture in pictures for prompt in picture]
         joined = self._joined(pictures) if any(len(picture) > 1 for picture in pictures) else None
         guided = sampling.guidance_scale != 1 or joined is not None
-        states = text_states(self.text_tower, prompts + negative * guided, self.device)
+        states = text_states(self.text_tower, prompts + (negative if guided else []), self.device)
         bound = partial(
             classifier_free, self.unet, states[: len(prompts)], states[len(prompts) :], prepare=self.unet.keys_values
         )

@@ -62,6 +62,7 @@ class UNetStage:
         self.process = Process(cfg.process)
         side = cfg.model.sample_size
         self.flops_per_sample = 3.0 * unet_flops(cfg.model, side, side, len(self.null_text))  # backward: twice forward
+        self.process.sigmas(cfg.sampling.steps, cfg.sampling.spacing, cfg.sampling.shift)  # refused now or in hours
         torch.manual_seed(cfg.seed)  # initial weights
         self.network = UNet(cfg.model)
         if cfg.init_from is not None:

@@ -42,7 +42,8 @@ def trained_as(project: Any, folder: Path, prediction: str) -> Path:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' scheduler, numpy 2
 @pytest.mark.parametrize(
-    ("prediction", "sampler", "steps"), [("eps", "ddim", 8), ("v", "ddim", 8), ("flow", "dpmpp_2m", 27)]
+    ("prediction", "sampler", "steps"),
+    [("eps", "ddim", 8), ("v", "ddim", 8), ("x0", "ddim", 8), ("flow", "dpmpp_2m", 27)],
 )
 def test_pipeline_of_diffusers_draws_our_pictures(
     project: Any, runtime: Runtime, tmp_path: Path, prediction: str, sampler: str, steps: int

@@ -137,6 +137,23 @@ def test_without_cached_text_the_tower_gives_the_same_context(latents: Any, runt
     torch.testing.assert_close(stage.text_tower.text_states(tokens)[0], stage.null_text)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("sampling.spacing=leading", "^spacing=leading: would end at a flow's last level"),
+        (
+            "process={prediction: v, train_timesteps: 10, timestep_sampling: uniform}",
+            r"^steps=30: must not exceed process\.train_timesteps=10",
+        ),
+    ],
+)
+def test_sampling_that_the_process_cannot_do_is_refused_at_the_start(
+    latents: Any, runtime: Runtime, option: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make(latents, runtime, option, "sampling.steps=30")
+
+
 def test_offset_noise_is_one_number_per_sample_and_channel(latents: Any, runtime: Runtime) -> None:
     """Drawn for the sample's position, beside the noise that it has without."""
     plain, offset = make(latents, runtime), make(latents, runtime, "process.offset_noise=0.5")
