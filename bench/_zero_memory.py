@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works where the project is not installed, too
 
-from conf.entry import leave
+from conf.ending import leave
 from conf.networks import UNetConfig
 from conf.schema import BatchConfig, Device, EmaConfig, OptimConfig, Precision, RuntimeConfig
 from models.activations import Activations, StorageCounter, unet_activations
@@ -91,7 +91,8 @@ def _train(setting: Setting, stage: int, runtime: Runtime) -> None:
     network.checkpoint_gradients(setting.checkpointing)
     batch = BatchConfig(global_batch_size=micro * passes * runtime.world, micro_batch_size=micro)
     average = EmaConfig(half_life_samples=100)
-    unet = Trainable(runtime, network, OptimConfig(), batch, 1000, stage, average, name="unet")
+    cfg_of_stage = RuntimeConfig(zero_stage=stage)
+    unet = Trainable(runtime, network, OptimConfig(), batch, 1000, cfg_of_stage, average, name="unet")
     sample = torch.randn(micro, cfg.in_channels, cfg.sample_size, cfg.sample_size)
     timesteps, context = torch.linspace(0, 999, micro), torch.randn(micro, TOKENS, cfg.cross_attention_dim or 0)
     for step in range(STEPS):

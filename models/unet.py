@@ -107,10 +107,10 @@ class UNet(nn.Module):
         for level in self.down_blocks:
             skips += level(skips[-1], given)
         x = self.mid_block(skips[-1], given)  # [B, widths[-1], h/f, w/f]
+        blocks = self.cfg.layers_per_block + 1  # of a level on the way up
         for level in self.up_blocks:
-            own = skips[-self.cfg.layers_per_block - 1 :]  # ZeRO-3 copies lists: what a level takes would stay here
-            del skips[-len(own) :]
-            x = level(x, own, given)
+            skips, taken = skips[:-blocks], skips[-blocks:]
+            x = level(x, taken, given)
         return self.conv_out(self.conv_norm_out(x))
 
     def _vector(

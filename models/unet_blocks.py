@@ -94,12 +94,16 @@ class DownLevel(Level):
             )
 
     def forward(self, x: Tensor, given: Given) -> list[Tensor]:
-        """`x` [B, C', h, w] -> every result on the way, [B, C, h, w], the last one [B, C, h/2, w/2]."""
-        results = []
+        """Every result on the way; the next level goes on from the last one.
+
+        They are returned, not appended to a list that is given: ZeRO stage 3 hands a module a copy of its lists.
+        """
+        results = [x]
         for resnet, attention in zip_longest(self.resnets, self.attentions):
-            x = self._block(resnet, attention, x, given)
-            results.append(x)
-        return results + [_resized(downsample, x, given.time) for downsample in self.downsamplers]
+            results.append(self._block(resnet, attention, results[-1], given))
+        for downsample in self.downsamplers:
+            results.append(_resized(downsample, results[-1], given.time))  # [B, C, h/2, w/2]
+        return results[1:]
 
 
 class UpLevel(Level):
@@ -114,7 +118,7 @@ class UpLevel(Level):
             self.upsamplers.append(self._resnet(self.channels, double) if in_resnet else Upsample(self.channels))
 
     def forward(self, x: Tensor, skips: list[Tensor], given: Given) -> Tensor:
-        """`x` [B, C', h, w] -> [B, C, 2h, 2w]; each residual block takes the last of its `skips`."""
+        """`x` [B, C', h, w] -> [B, C, 2h, 2w]; each residual block takes its own of `skips`, the last first."""
         for resnet, attention in zip_longest(self.resnets, self.attentions):
             x = self._block(resnet, attention, torch.cat([x, skips.pop()], dim=1), given)
         for upsample in self.upsamplers:

@@ -15,6 +15,18 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
+class BackendName(Enum):
+    deepspeed = "deepspeed"  # ZeRO, in stages
+    fsdp = "fsdp"  # torch's FSDP2: what ZeRO stage 3 does, without DeepSpeed
+    ddp = "ddp"  # torch's plain data parallelism: every process holds everything
+
+
+class Offload(Enum):
+    none = "none"
+    optimizer = "optimizer"  # master weights, AdamW's moments and the average; the CPU makes the step
+    parameters = "parameters"  # the weights between their uses, too
+
+
 class LrDecay(Enum):
     constant = "constant"
     linear = "linear"

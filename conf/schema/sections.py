@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from conf.errors import UserError
 from conf.schema.choices import (
     WITH_ETA,
+    BackendName,
     BetaSchedule,
     Crop,
     Device,
     Distance,
     LrDecay,
+    Offload,
     Precision,
     Prediction,
     Sampler,
@@ -37,7 +39,10 @@ class RuntimeConfig:
 
     device: Device = Device.auto  # auto: cuda when there is one
     precision: Precision = Precision.fp32  # of the forward and backward pass; master weights stay fp32
-    zero_stage: int = 0  # DeepSpeed ZeRO stage of the U-Net, 0-3; the other networks train with plain DDP
+    backend: BackendName = BackendName.deepspeed  # what shards the U-Net; the other networks train with plain DDP
+    zero_stage: int = 0  # 0-3, of backend=deepspeed: shards 1 the optimizer, 2 gradients too, 3 weights too
+    offload: Offload = Offload.none  # what of the U-Net's training waits in the CPU's memory, for want of a GPU's
+    compile: bool = False  # train the U-Net through torch.compile, which needs a C++ compiler
     gradient_checkpointing: bool = False  # train the U-Net in half the memory and a quarter more time
     threads: int = 0  # CPU threads per process; 0: torch's own choice
     timeout_s: float = 1800.0  # seconds after which a collective operation that does not return is an error
@@ -45,8 +50,36 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), f"runtime.zero_stage={self.zero_stage}: must be 0, 1, 2 or 3")
+        self._check_offload()
+        require(
+            not (self.compile and self.backend is BackendName.deepspeed and self.zero_stage == 3),
+            "runtime.compile=true: ZeRO stage 3 breaks the graph at every layer; set runtime.backend=fsdp or "
+            "runtime.zero_stage=2",
+        )
         require(self.timeout_s > 0, f"runtime.timeout_s={self.timeout_s}: must be positive")
         require(self.watchdog_s >= 0, f"runtime.watchdog_s={self.watchdog_s}: must be 0 (off) or positive")
+
+    def _check_offload(self) -> None:
+        """Each backend can offload its shards only, and FSDP2 all of them or nothing."""
+        chosen = f"runtime.offload={self.offload.value}: "
+        if self.offload is Offload.none:
+            return
+        require(
+            self.backend is not BackendName.ddp,
+            chosen + "plain DDP shards nothing that could wait elsewhere; set runtime.backend=deepspeed or fsdp",
+        )
+        if self.backend is BackendName.fsdp:
+            require(
+                self.offload is Offload.parameters,
+                chosen + "FSDP2 keeps weights and optimizer in one place; set runtime.offload=parameters",
+            )
+            return
+        least = 3 if self.offload is Offload.parameters else 1
+        remedy = f"set runtime.zero_stage={least}" + (" or runtime.offload=optimizer" * (0 < self.zero_stage < least))
+        require(
+            self.zero_stage >= least,
+            chosen + f"ZeRO stage {self.zero_stage} does not shard them; {remedy}",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

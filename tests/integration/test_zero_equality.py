@@ -1,6 +1,7 @@
-"""DDP and every ZeRO stage, on one and two processes, against a plain torch loop; and resumes between all of them.
+"""DDP, FSDP2 and every ZeRO stage, on 1, 2 and 4 processes, against a plain torch loop; and resumes between them.
 
-Each number of processes is launched once; the tests read what the launches left.
+Each number of processes is launched once; the tests read what the launches left. What does not depend on a number that
+high is tried on 1 and 2 processes only.
 """
 
 import importlib.util
@@ -19,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 WORKER = Path(__file__).with_name("zero_worker.py")
-LAYOUTS = ("ddp", "zero0", "zero1", "zero2", "zero3")
 PROCESSES = (1, 2)
+pytestmark = pytest.mark.timeout(900)  # of which the first test has four launches
 
 
 def load_worker() -> ModuleType:
@@ -32,6 +33,7 @@ def load_worker() -> ModuleType:
 
 
 worker = load_worker()
+LAYOUTS = tuple(worker.LAYOUTS)
 
 
 class Run:
@@ -57,13 +59,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
     }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     found: dict[int, Run] = {}
-    for processes, command in ((2, [*torchrun, "--nproc-per-node=2"]), (1, [sys.executable])):
+    previous: list[str] = []
+    for processes in worker.CHAIN:
         out = base / str(processes)
         out.mkdir()
-        arguments = [str(WORKER), str(out), *(str(run.folder) for run in found.values())]
+        command = [sys.executable] if processes == 1 else [*torchrun, f"--nproc-per-node={processes}"]
+        arguments = [str(WORKER), str(out), *previous]
         done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        found[processes] = Run(out, done.stdout + done.stderr)
+        found[processes], previous = Run(out, done.stdout + done.stderr), [str(out)]
     assert not (base / "extensions").exists(), "something was compiled"
     return found
 
@@ -114,7 +118,7 @@ def plain() -> tuple[list[tuple[float, float]], Any, Any]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("processes", PROCESSES)
+@pytest.mark.parametrize("processes", [1, 2, 4])
 def test_training_equals_plain_torch(runs: dict[int, Run], plain: Any, processes: int, layout: str) -> None:
     history, weights, average = plain
     run = runs[processes]
@@ -139,16 +143,26 @@ def test_accumulation_equals_one_batch(runs: dict[int, Run], plain: Any, process
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("processes", PROCESSES)
+@pytest.mark.parametrize("processes", [1, 2, 4])
 def test_resume_in_the_same_layout_is_bit_exact(runs: dict[int, Run], processes: int, layout: str) -> None:
     run = runs[processes]
+    # DDP sums the gradients of its first step in another order than those of later steps; two summands do not mind.
+    bound = 1e-6 if layout == "ddp" and processes > 2 else 0
     for suffix in ("end", "end-ema"):
-        assert difference(run.weights(f"{layout}-resumed-{suffix}"), run.weights(f"{layout}-{suffix}")) == 0
+        assert difference(run.weights(f"{layout}-resumed-{suffix}"), run.weights(f"{layout}-{suffix}")) <= bound
 
 
-@pytest.mark.parametrize("change", ["zero1-to-zero3", "zero3-to-zero2", "ddp-to-zero1", "zero2-to-ddp"])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if not layout.startswith("zero3")])
 @pytest.mark.parametrize("processes", PROCESSES)
-def test_resume_in_another_stage_continues_the_run(
+def test_compiled_network_equals_plain_torch(runs: dict[int, Run], plain: Any, processes: int, layout: str) -> None:
+    numbers = runs[processes].numbers
+    assert relative(numbers[f"{layout}/compiled"], plain[0][: worker.SHORT]) < 1e-5
+    assert numbers[f"{layout}/graphs"] == (2 if layout.startswith("fsdp") else 1), "FSDP2: one for each of the blocks"
+
+
+@pytest.mark.parametrize("change", [f"{old}-to-{new}" for old, new in worker.CHANGES])
+@pytest.mark.parametrize("processes", PROCESSES)
+def test_resume_in_another_layout_continues_the_run(
     runs: dict[int, Run], plain: Any, processes: int, change: str
 ) -> None:
     assert difference(runs[processes].weights(f"{change}-end"), plain[1]) < 1e-5
@@ -161,9 +175,12 @@ def test_resume_reaches_tensors_that_stage_3_leaves_whole(runs: dict[int, Run], 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_resume_on_fewer_processes_continues_the_run(runs: dict[int, Run], plain: Any, layout: str) -> None:
-    assert difference(runs[1].weights(f"other-{layout}-end"), plain[1]) < 1e-5
-    assert difference(runs[1].weights(f"other-{layout}-end-ema"), plain[2]) < 1e-5
+def test_other_processes_continue_the_run_again_and_again(runs: dict[int, Run], plain: Any, layout: str) -> None:
+    history, weights, average = plain
+    assert list(worker.CHAIN) == list(runs) == [4, 2, 1, 3]
+    assert relative([step for run in runs.values() for step in run.numbers[f"{layout}/chain"]], history) < 1e-5
+    assert difference(runs[3].weights(f"{layout}-chain-end"), weights) < 1e-5
+    assert difference(runs[3].weights(f"{layout}-chain-end-ema"), average) < 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -194,6 +211,10 @@ def test_fp16_lowers_a_scale_that_overflows(runs: dict[int, Run], processes: int
     assert 3 <= runs[processes].numbers[f"{layout}/fp16/skipped"] < 20
 
 
-@pytest.mark.parametrize("processes", PROCESSES)
+def test_without_deepspeed_nothing_imports_it(runs: dict[int, Run]) -> None:
+    assert not any(run.numbers["deepspeed imported"] for run in runs.values())
+
+
+@pytest.mark.parametrize("processes", worker.CHAIN)
 def test_console_stays_silent(runs: dict[int, Run], processes: int) -> None:
     assert runs[processes].console == ""

@@ -1,6 +1,7 @@
 """One process of test_zero_equality.py: trains a small network in every layout and leaves what came out.
 
-Usage: python zero_worker.py OUT [OTHER], alone or under torchrun. OTHER: what a run of other processes left.
+Usage: python zero_worker.py OUT [PREVIOUS], alone or under torchrun. PREVIOUS: what the launch before left, with other
+processes, whose runs this one goes on with.
 """
 
 import json
@@ -15,30 +16,51 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))  # works where the project is not installed, too
 
 from conf.ending import leave
-from conf.schema import BatchConfig, EmaConfig, OptimConfig, Precision, RuntimeConfig
+from conf.schema import BackendName, BatchConfig, EmaConfig, Offload, OptimConfig, Precision, RuntimeConfig
+from train.engine import backend
 from train.engine.runtime import Runtime, start, stop
 from train.engine.trainable import Trainable
 
-LAYOUTS: dict[str, int | None] = {"ddp": None, "zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
-BATCH, STEPS, SAVED_AT, SHORT = 8, 50, 40, 8
-OPTIM = {"lr": 5e-3, "weight_decay": 0.1, "grad_clip": 0.4, "warmup_samples": 80}
-HALF_LIFE, EMA_WARMUP = 60.0, 0.5
+FSDP = BackendName.fsdp
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "ddp": {"backend": BackendName.ddp},
+    "fsdp": {"backend": FSDP},
+    "fsdp-offload": {"backend": FSDP, "offload": Offload.parameters},
+    "zero0": {"zero_stage": 0},
+    "zero1": {"zero_stage": 1},
+    "zero2": {"zero_stage": 2},
+    "zero3": {"zero_stage": 3},
+    "zero1-offload": {"zero_stage": 1, "offload": Offload.optimizer},
+    "zero2-offload": {"zero_stage": 2, "offload": Offload.optimizer},
+    "zero3-offload": {"zero_stage": 3, "offload": Offload.optimizer},
+    "zero3-offload-all": {"zero_stage": 3, "offload": Offload.parameters},
+}
+CHANGES = (("zero1", "zero3"), ("zero3", "fsdp"), ("ddp", "zero1"), ("zero2", "ddp"), ("fsdp", "zero2-offload"))
+CHAIN = {4: (0, 13), 2: (13, 26), 1: (26, 38), 3: (38, 50)}  # processes: the part of a run that they do in turn
+BATCH, STEPS, SAVED_AT, SHORT = 12, 50, 40, 8
+OPTIM = {"lr": 5e-3, "weight_decay": 0.1, "grad_clip": 0.4, "warmup_samples": 120}
+HALF_LIFE, EMA_WARMUP = 90.0, 0.5
 
 
 class Network(nn.Module):
-    """Odd sizes, so that no shard ends with a parameter; a single number and a buffer."""
+    """Odd sizes, so that no shard ends with a parameter; a list of blocks, a single number and a buffer."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.first = nn.Conv2d(3, 9, 3, padding=1)
-        self.norm = nn.GroupNorm(3, 9)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(3, 9), nn.SiLU(), nn.Conv2d(9, 9, size, padding=size // 2)) for size in (3, 1)
+        )
         self.gain = nn.Parameter(torch.tensor([1.3]))
         self.last = nn.Conv2d(9, 3, 3, padding=1)
         self.register_buffer("shift", torch.full((3, 1, 1), 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(nn.functional.silu(self.norm(self.first(x)))) * self.gain + self.shift
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x) * self.gain + self.shift
 
 
 def data(step: int) -> tuple[Tensor, Tensor]:
@@ -48,14 +70,16 @@ def data(step: int) -> tuple[Tensor, Tensor]:
     return x, x.flip(1) * 0.5 + 0.1 * torch.randn(x.shape, generator=generator)
 
 
-def trainable(runtime: Runtime, layout: str, micro: int = 0, seed: int = 0, **optim: Any) -> Trainable:
+def trainable(
+    runtime: Runtime, layout: str, micro: int = 0, seed: int = 0, compiled: bool = False, **optim: Any
+) -> Trainable:
     return Trainable(
         runtime,
         Network(seed),
         OptimConfig(**OPTIM | optim),
         BatchConfig(global_batch_size=BATCH, micro_batch_size=micro),
         total_samples=BATCH * STEPS,
-        zero_stage=LAYOUTS[layout],
+        cfg=RuntimeConfig(**LAYOUTS[layout], compile=compiled),
         ema=EmaConfig(half_life_samples=HALF_LIFE, warmup_ratio=EMA_WARMUP),
         name="network",
     )
@@ -81,11 +105,16 @@ class Report:
     def __init__(self, runtime: Runtime, folder: Path) -> None:
         self.runtime, self.folder = runtime, folder
         self.numbers: dict[str, Any] = {}
+        self.graphs = 0  # that torch.compile made
 
     def weights(self, name: str, t: Trainable, ema: bool = False) -> None:
         tensors = t.weights(ema)
         if self.runtime.is_main:
             save_file(tensors, self.folder / f"{name}.safetensors")
+
+    def ends(self, name: str, t: Trainable) -> None:
+        self.weights(f"{name}-end", t)
+        self.weights(f"{name}-end-ema", t, ema=True)
 
     def close(self) -> None:
         if self.runtime.is_main:
@@ -102,25 +131,39 @@ def curve(report: Report, runtime: Runtime, layout: str) -> None:
             t.save(report.folder / layout)
             runtime.barrier()
     report.numbers[f"{layout}/curve"] = history
-    report.weights(f"{layout}-end", t)
-    report.weights(f"{layout}-end-ema", t, ema=True)
-    continued(report, runtime, report.folder / layout, layout, f"{layout}-resumed")
+    report.ends(layout, t)
+    continued(report, runtime, layout, layout, f"{layout}-resumed")
 
 
-def continued(report: Report, runtime: Runtime, folder: Path, layout: str, name: str) -> None:
+def continued(report: Report, runtime: Runtime, saved: str, layout: str, name: str) -> None:
     t = trainable(runtime, layout, seed=1)
-    t.load(folder)
+    t.load(report.folder / saved)
     for index in range(SAVED_AT, STEPS):
         step(t, runtime, index)
-    report.weights(f"{name}-end", t)
-    report.weights(f"{name}-end-ema", t, ema=True)
+    report.ends(name, t)
+
+
+def chain(report: Report, runtime: Runtime, previous: Path | None, layout: str) -> None:
+    """Go on for a while with the run that the launch before, with other processes, left."""
+    t = trainable(runtime, layout, seed=0 if previous is None else 1)
+    if previous is not None:
+        t.load(previous / f"{layout}-chain")
+    report.numbers[f"{layout}/chain"] = [step(t, runtime, index) for index in range(*CHAIN[runtime.world])]
+    t.save(report.folder / f"{layout}-chain")
+    report.ends(f"{layout}-chain", t)
 
 
 def short_runs(report: Report, runtime: Runtime, layout: str) -> None:
-    """Accumulation, no clipping, and a step with a gradient that is not finite."""
+    """Accumulation, torch.compile, no clipping, and a step with a gradient that is not finite."""
     micro = BATCH // runtime.world // 2
     t = trainable(runtime, layout, micro)
     report.numbers[f"{layout}/accumulated"] = [step(t, runtime, index, micro) for index in range(SHORT)]
+    if not layout.startswith("zero3"):
+        torch._dynamo.reset()
+        report.graphs = 0
+        t = trainable(runtime, layout, compiled=True)
+        report.numbers[f"{layout}/compiled"] = [step(t, runtime, index) for index in range(SHORT)]
+        report.numbers[f"{layout}/graphs"] = report.graphs
     t = trainable(runtime, layout, grad_clip=0.0)
     report.numbers[f"{layout}/unclipped"] = [step(t, runtime, index) for index in range(SHORT)]
     report.weights(f"{layout}-unclipped", t)
@@ -140,6 +183,7 @@ def low_precision(report: Report, runtime: Runtime, layout: str) -> None:
         t.backend.scale.value = 2.0**26  # overflows until it was halved often enough
         while t.skipped_steps == len(history) < 30:
             history.append(step(t, runtime, 0))
+        t.backend.scale.value /= 2  # later gradients may be larger
         report.numbers[f"{layout}/fp16/skipped"] = t.skipped_steps
         history = history[-1:]
     history += [step(t, runtime, index) for index in range(len(history), SHORT)]
@@ -154,25 +198,42 @@ def low_precision(report: Report, runtime: Runtime, layout: str) -> None:
     )
 
 
-def main(out: Path, other: Path | None) -> None:
+def compile_eagerly(report: Report) -> None:
+    """Trace and guard as torch.compile does, without the minutes of code generation; count the traces."""
+    real = torch.compile
+
+    def traced(graph: Any, inputs: Any) -> Any:
+        report.graphs += 1
+        return graph.forward
+
+    torch.compile = lambda function, **options: real(function, **options | {"backend": traced})  # type: ignore
+    backend.require_compiler = lambda: None
+
+
+def main(out: Path, previous: Path | None) -> None:
     runtime = start(RuntimeConfig(threads=1, timeout_s=60))
     report = Report(runtime, out)
+    compile_eagerly(report)
     for layout in LAYOUTS:
-        curve(report, runtime, layout)
-        short_runs(report, runtime, layout)
-    for old, new in (("zero1", "zero3"), ("zero3", "zero2"), ("ddp", "zero1"), ("zero2", "ddp")):
-        continued(report, runtime, out / old, new, f"{old}-to-{new}")
-    from train.engine import zero  # DeepSpeed is to be imported by the engine, after `start` told it the device
+        chain(report, runtime, previous, layout)
+        if runtime.world != 3:
+            curve(report, runtime, layout)
+        if runtime.world <= 2:
+            short_runs(report, runtime, layout)
+        if layout == "fsdp-offload":
+            report.numbers["deepspeed imported"] = "deepspeed" in sys.modules
+    if runtime.world <= 2:
+        for old, new in CHANGES:
+            continued(report, runtime, old, new, f"{old}-to-{new}")
+        from train.engine import zero  # DeepSpeed is to be imported by the engine, after `start` told it the device
 
-    zero.SMALL_NETWORK = 0  # stage 3 leaves small tensors whole
-    continued(report, runtime, out / "zero2", "zero3", "zero2-to-persistent")
-    if other is not None:
-        for layout in LAYOUTS:
-            continued(report, runtime, other / layout, layout, f"other-{layout}")
-    for precision in (Precision.bf16, Precision.fp16):
-        runtime = start(RuntimeConfig(threads=1, precision=precision))
-        for layout in LAYOUTS:
-            low_precision(report, runtime, layout)
+        small, zero.SMALL_NETWORK = zero.SMALL_NETWORK, 0  # stage 3 leaves small tensors whole
+        continued(report, runtime, "zero2", "zero3", "zero2-to-persistent")
+        zero.SMALL_NETWORK = small
+        for precision in (Precision.bf16, Precision.fp16):
+            runtime = start(RuntimeConfig(threads=1, precision=precision))
+            for layout in LAYOUTS:
+                low_precision(report, runtime, layout)
     report.close()
     stop()
 

@@ -70,6 +70,13 @@ class Layout:
         target.copy_(full.reshape(-1)[piece.start : piece.start + piece.numel])
 
 
+def require_cuttable(parameters: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for what no sharding backend can cut."""
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad or parameter.ndim == 0:
+            raise ValueError(f"'{name}' is frozen or a scalar, which cannot be sharded: use plain DDP, or shape [1]")
+
+
 def whole(parameters: Mapping[str, Tensor], device: torch.device) -> Layout:
     """The layout of plain torch: shard i is parameter i."""
     return Layout(

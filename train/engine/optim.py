@@ -1,7 +1,7 @@
 """AdamW and its learning rate, a pure function of the samples seen."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +39,19 @@ def adamw(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
-def unscale_and_clip(parameters: Iterable[Tensor], limit: float, scale: float) -> float:
+def unscale_and_clip(
+    parameters: Iterable[Tensor], limit: float, scale: float, over_processes: Callable[[Tensor], float] = float
+) -> float:
     """Divide the gradients by the loss scale and bound their global norm; returns that norm before clipping.
 
     Args:
         limit: largest norm; 0 for no clipping.
         scale: what the loss was multiplied by.
+        over_processes: from the norm of this process's gradients to that of all, where each has a part of them.
 
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = float(nn.utils.get_total_norm(gradients)) / scale
+    norm = over_processes(nn.utils.get_total_norm(gradients)) / scale
     factor = (min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0) / scale
     if factor != 1.0:
         torch._foreach_mul_(gradients, factor)

@@ -1,52 +1,37 @@
-"""One network in training: weights, AdamW and the average of the weights, alike under DDP and ZeRO.
+"""One network in training: weights, AdamW and the average of the weights, alike under every backend.
 
 Checkpoint files, in a folder named after the trainable: `weights`, `exp_avg`, `exp_avg_sq` and each average (`ema`,
 `ema-50000`, `posthoc-0.05`) as `.safetensors`, whole fp32 tensors by parameter name, and `optimizer.json`. They know
-nothing of processes or ZeRO stages, so any layout resumes from them; the same layout resumes bit-exactly.
+nothing of processes or backends, so any layout resumes from them; the same layout resumes bit-exactly.
 """
 
 import json
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conf.schema import BatchConfig, EmaConfig, OptimConfig
+from conf.schema import BackendName, BatchConfig, EmaConfig, OptimConfig, RuntimeConfig
 from models.tensor_stream import TensorStream
+from train.engine.backend import distribute
 from train.engine.contents import Contents, read_into, stream
-from train.engine.ddp import DdpBackend
 from train.engine.ema import Ema
-from train.engine.layout import Layout
 from train.engine.meter import Clock
 from train.engine.optim import lr_at
-from train.engine.precision import LossScale
 from train.engine.runtime import Runtime
 
 WEIGHTS, SCALARS = "weights.safetensors", "optimizer.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
-
-
-class Backend(Protocol):
-    """What a way of distributing a network offers to `Trainable`."""
-
-    optimizer: torch.optim.AdamW
-    masters: list[Tensor]  # fp32 tensors that the optimiser updates: whole parameters or this process's shards
-    layout: Layout  # of the masters
-    scale: LossScale
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
-    def backward(self, loss: Tensor, last: bool) -> None: ...
-    def step(self) -> float: ...
-    def publish(self) -> None: ...
+PLAIN = RuntimeConfig(backend=BackendName.ddp)
 
 
 class Trainable:
     """ONE module with AdamW and, on demand, an average of its weights.
 
     Args:
-        zero_stage: DeepSpeed ZeRO stage 0-3; None for plain DDP.
+        cfg: which backend, and with which of its options; None for plain DDP.
         ema: None, or a half-life of 0, for no average.
         name: of the network, in files and messages.
 
@@ -59,7 +44,7 @@ class Trainable:
         optim: OptimConfig,
         batch: BatchConfig,
         total_samples: int,
-        zero_stage: int | None = None,
+        cfg: RuntimeConfig | None = None,
         ema: EmaConfig | None = None,
         name: str = "model",
     ) -> None:
@@ -68,14 +53,7 @@ class Trainable:
         self.lr = 0.0  # of the latest step
         self.clock = Clock(runtime.device)  # of forward passes, in which a process waits for no other
         self.skipped_steps = 0  # updates dropped because a gradient was not finite
-        micro, accumulation = batch.split(runtime.world)
-        self.backend: Backend
-        if zero_stage is None:
-            self.backend = DdpBackend(runtime, module, optim, accumulation)
-        else:
-            from train.engine.zero import ZeroBackend  # only those who use DeepSpeed wait for its import
-
-            self.backend = ZeroBackend(runtime, module, optim, micro, accumulation, zero_stage)
+        self.backend = distribute(runtime, module, optim, batch, cfg or PLAIN)
         self.ema = Ema(ema, self.backend.masters) if ema is not None and ema.half_life_samples > 0 else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -18,9 +18,9 @@ from accelerate.utils import convert_to_fp32
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from conf.schema import OptimConfig
+from conf.schema import Offload, OptimConfig, RuntimeConfig
 from train.engine.footprint import BUCKET
-from train.engine.layout import Layout, Piece, whole
+from train.engine.layout import Layout, Piece, require_cuttable, whole
 from train.engine.optim import adamw, unscale_and_clip
 from train.engine.precision import AUTOCAST, LossScale
 from train.engine.runtime import Runtime
@@ -32,16 +32,24 @@ class ZeroBackend:
     """A DeepSpeed engine, without its compiled extensions."""
 
     def __init__(
-        self, runtime: Runtime, module: nn.Module, optim: OptimConfig, micro: int, accumulation: int, stage: int
+        self, runtime: Runtime, module: nn.Module, optim: OptimConfig, micro: int, accumulation: int, cfg: RuntimeConfig
     ) -> None:
-        parameters = dict(module.named_parameters())
-        for name, parameter in parameters.items():
-            if not parameter.requires_grad or parameter.ndim == 0:
-                raise ValueError(f"'{name}' is frozen or a scalar, which ZeRO cannot cut: use plain DDP, or shape [1]")
+        parameters, stage = dict(module.named_parameters()), cfg.zero_stage
+        require_cuttable(parameters)
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         elements = sum(shape.numel() for shape in shapes.values())
+        config = {
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": optim.grad_clip if stage else 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # its own is compiled; torch's fused AdamW runs on a CPU, too
+            "steps_per_print": None,
+            "zero_optimization": zero_options(stage, elements) | offload_options(cfg.offload, runtime),
+        }
         dtype = AUTOCAST.get(runtime.precision)
-        config = engine_config(optim.grad_clip, dtype, stage, micro, accumulation, elements)
+        if dtype is not None:
+            config["torch_autocast"] = {"enabled": True, "dtype": str(dtype).removeprefix("torch.")}
         self.stage, self.grad_clip, self.scale = stage, optim.grad_clip, LossScale(runtime.precision)
         self.engine = start_engine(runtime, module, optim, config)
         zero = self.engine.optimizer
@@ -101,29 +109,28 @@ class ZeroBackend:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def engine_config(
-    grad_clip: float, dtype: torch.dtype | None, stage: int, micro: int, accumulation: int, elements: int
-) -> dict[str, Any]:
-    """DeepSpeed's configuration for a network of so many `elements`."""
-    zero: dict[str, Any] = {
+def zero_options(stage: int, elements: int) -> dict[str, Any]:
+    """How DeepSpeed shards a network of so many `elements`."""
+    options: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": min(BUCKET, elements),  # allocated in full
         "allgather_bucket_size": BUCKET,
         "round_robin_gradients": False,  # its shards are read back wrongly
     }
     if stage == 3 and elements <= SMALL_NETWORK:
-        zero["stage3_param_persistence_threshold"] = 0
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": grad_clip if stage else 0.0,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-        "zero_optimization": zero,
+        options["stage3_param_persistence_threshold"] = 0
+    return options
+
+
+def offload_options(offload: Offload, runtime: Runtime) -> dict[str, Any]:
+    """What of the shards DeepSpeed keeps in the CPU's memory; page-locked, where a GPU fetches it."""
+    place = {"device": "cpu", "pin_memory": runtime.device.type == "cuda"}
+    kinds = {
+        Offload.none: [],
+        Offload.optimizer: ["offload_optimizer"],
+        Offload.parameters: ["offload_optimizer", "offload_param"],
     }
-    if dtype is not None:
-        config["torch_autocast"] = {"enabled": True, "dtype": str(dtype).removeprefix("torch.")}
-    return config
+    return dict.fromkeys(kinds[offload], place)
 
 
 def start_engine(runtime: Runtime, module: nn.Module, optim: OptimConfig, config: dict[str, Any]) -> Any:

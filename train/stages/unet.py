@@ -48,7 +48,7 @@ def by_timestep(losses: Tensor, times: Tensor) -> dict[str, Tensor]:
 
 
 class UNetStage:
-    """Denoising under DeepSpeed ZeRO, with an average of the weights."""
+    """Denoising, sharded as `runtime.backend` says, with an average of the weights."""
 
     name = "unet"
 
@@ -69,7 +69,7 @@ class UNetStage:
             self.network = begin_from(cfg.init_from, cfg.model)
         self.network.checkpoint_gradients(cfg.runtime.gradient_checkpointing)
         self.unet = Trainable(
-            runtime, self.network, cfg.optim, cfg.batch, cfg.loop.samples, cfg.runtime.zero_stage, cfg.ema, name="unet"
+            runtime, self.network, cfg.optim, cfg.batch, cfg.loop.samples, cfg.runtime, cfg.ema, name="unet"
         )
         self.trainables = {"unet": self.unet}
         self.text_tower = None if "text" in self.dataset.layout else self.frozen(load_text_tower(cfg.clip))

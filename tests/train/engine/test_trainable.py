@@ -1,4 +1,4 @@
-"""What holds of one trainable on one process, under DDP and ZeRO; equality with plain torch: test_zero_equality.py."""
+"""What holds of one trainable on one process, under each backend; equality with plain torch: test_zero_equality.py."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from conf.schema import BatchConfig, Device, EmaConfig, OptimConfig, RuntimeConfig
+from conf.schema import BackendName, BatchConfig, Device, EmaConfig, OptimConfig, RuntimeConfig
 from train.engine.contents import HostMemory
 from train.engine.runtime import Runtime, start
 from train.engine.trainable import Trainable
 
-LAYOUTS = [None, 2]
+ZERO, FSDP = RuntimeConfig(zero_stage=2), RuntimeConfig(backend=BackendName.fsdp)
+LAYOUTS = pytest.mark.parametrize("cfg", [None, ZERO, FSDP], ids=["ddp", "zero2", "fsdp"])
 
 
 @pytest.fixture
@@ -27,9 +28,11 @@ def network(seed: int = 0, width: int = 5) -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
 
 
-def make(runtime: Runtime, module: nn.Module, stage: int | None = None, micro: int = 0, **rest: Any) -> Trainable:
+def make(
+    runtime: Runtime, module: nn.Module, cfg: RuntimeConfig | None = None, micro: int = 0, **rest: Any
+) -> Trainable:
     batch = BatchConfig(global_batch_size=4, micro_batch_size=micro)
-    return Trainable(runtime, module, OptimConfig(lr=0.01), batch, 100, stage, **rest)
+    return Trainable(runtime, module, OptimConfig(lr=0.01), batch, 100, cfg, **rest)
 
 
 def train(t: Trainable, steps: int = 2) -> None:
@@ -39,16 +42,18 @@ def train(t: Trainable, steps: int = 2) -> None:
         t.step(4 * (index + 1))
 
 
-@pytest.mark.parametrize("stage", LAYOUTS)
-def test_checkpoint_carries_weights_moments_and_buffers(runtime: Runtime, tmp_path: Path, stage: int | None) -> None:
-    first = make(runtime, network(), stage, ema=EmaConfig(half_life_samples=10.0))
+@LAYOUTS
+def test_checkpoint_carries_weights_moments_and_buffers(
+    runtime: Runtime, tmp_path: Path, cfg: RuntimeConfig | None
+) -> None:
+    first = make(runtime, network(), cfg, ema=EmaConfig(half_life_samples=10.0))
     train(first)
     first.save(tmp_path)
     files = {path.name for path in (tmp_path / "model").iterdir()}
     moments = {"exp_avg.safetensors", "exp_avg_sq.safetensors"}
     assert files == moments | {"weights.safetensors", "ema.safetensors", "optimizer.json"}
     assert load_file(tmp_path / "model" / "weights.safetensors").keys() == network().state_dict().keys()
-    second = make(runtime, network(1), stage, ema=EmaConfig(half_life_samples=10.0))
+    second = make(runtime, network(1), cfg, ema=EmaConfig(half_life_samples=10.0))
     second.load(tmp_path)
     for t in (first, second):
         train(t)
@@ -95,8 +100,9 @@ def test_frozen_parameters_stay_and_are_saved(runtime: Runtime, tmp_path: Path) 
     second = make(runtime, other)
     second.load(tmp_path)
     assert torch.equal(module[0].weight, before) and torch.equal(other[0].weight, before)
-    with pytest.raises(ValueError, match=r"'0.weight' is frozen"):
-        make(runtime, other, stage=1)
+    for cfg in (ZERO, FSDP):
+        with pytest.raises(ValueError, match=r"'0.weight' is frozen"):
+            make(runtime, other, cfg)
 
 
 def test_two_networks_train_side_by_side(runtime: Runtime) -> None:
@@ -109,9 +115,9 @@ def test_two_networks_train_side_by_side(runtime: Runtime) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in critic.weights().items())
 
 
-@pytest.mark.parametrize("stage", LAYOUTS)
-def test_misplaced_last_is_refused(runtime: Runtime, stage: int | None) -> None:
-    t = make(runtime, nn.Linear(3, 1), stage, micro=2)
+@LAYOUTS
+def test_misplaced_last_is_refused(runtime: Runtime, cfg: RuntimeConfig | None) -> None:
+    t = make(runtime, nn.Linear(3, 1), cfg, micro=2)
     with pytest.raises(ValueError, match="last"):
         t.backward(t(torch.ones(2, 3)).mean(), last=True)
 

@@ -62,11 +62,13 @@ def test_export_holds_the_average_and_what_sampling_needs(project: Any) -> None:
     assert info.process_config() == project.config("unet").process
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_accumulation_takes_the_step_of_the_whole_batch(latents: Any, runtime: Runtime, zero_stage: int) -> None:
+@pytest.mark.parametrize(
+    "backend", ["runtime.zero_stage=0", "runtime.zero_stage=2", "runtime.zero_stage=3", "runtime.backend=fsdp"]
+)
+def test_accumulation_takes_the_step_of_the_whole_batch(latents: Any, runtime: Runtime, backend: str) -> None:
     weights, norms = [], []
     for micro in (16, 4):
-        stage = make(latents, runtime, f"batch.micro_batch_size={micro}", f"runtime.zero_stage={zero_stage}")
+        stage = make(latents, runtime, f"batch.micro_batch_size={micro}", backend)
         for start in range(0, 16, micro):
             stage.micro_step(stage.dataset.batch(range(start, start + micro)), start == 16 - micro, 0)
         norms.append(stage.finish_step(16)["train/grad_norm"])
