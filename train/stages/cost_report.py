@@ -38,8 +38,8 @@ def facts(cfg: PlanRun, cost: Cost) -> Table:
         "U-Net": f"{cost.parameters:,} parameters, latents of {cfg.model.sample_size} x {cfg.model.sample_size}",
         "machines": f"{cfg.gpus} x {cfg.accelerator.value}, {peak:,.0f} TFLOP/s at {cost.mfu:.2f} MFU, "
         f"{cfg.runtime.precision.value}",
-        "batch": f"{cfg.batch.global_batch_size:,} = {cfg.gpus} GPUs x {cost.micro_batch} samples"
-        f" x {cost.accumulation} forward passes",
+        "batch": f"{cfg.batch.global_batch_size:,} = {cfg.gpus} GPUs x micro-batches of {cost.micro_batch}"
+        f" x accumulation of {cost.accumulation}",
         "arithmetic": f"{cost.flops_per_sample / 1e12:,.3f} TFLOP per sample, forwards and backwards",
         "step": f"{1000 * step_s:,.0f} ms: {1000 * cost.compute_s:,.0f} of arithmetic, "
         f"{1000 * cost.exchange_s:,.0f} of exchange between GPUs ({reached:.2f} MFU in all)",
@@ -57,16 +57,18 @@ def facts(cfg: PlanRun, cost: Cost) -> Table:
 
 def memory(cfg: PlanRun, cost: Cost) -> Table:
     """Of each GPU, by ZeRO stage."""
-    columns = ("ZeRO", "weights", "AdamW", "average", "step", "buffers", "total", "in RAM", "samples")
+    columns = ("ZeRO", "weights", "AdamW", "average", "step", "buffers", "total", "RAM", "samples")
     caption = "step: gradients and activations at their most; samples: the largest micro-batch that fits"
     title = f"GiB per GPU with micro-batches of {cost.micro_batch}"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE)
+    table = Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE, pad_edge=False
+    )
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for option in cost.options:
         part = option.footprint
         sizes = (part.weights, part.optimizer, part.average, part.step, part.buffers, part.total, part.host)
-        name = f"{option.stage}, offload" if option.offload else str(option.stage)
+        name = f"{option.stage}+offload" if option.offload else str(option.stage)
         chosen = option is cost.option(cfg)
         table.add_row(
             f"> {name}" if chosen else name,
