@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from conf.entry import compose
-from conf.schema import PipelineRun
+from conf.schema import Device, PipelineRun, UNetRun
 from train.stages.plan import STAGES, StageCommand, plan, separate
 
 CONF = Path(__file__).parents[2] / "conf"
 COMMANDS = {stage.name: stage for stage in STAGES}
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "none")
+RUNTIMES = sorted((CONF / "runtime").glob("*.yaml"))
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
 SCHEMA = [
     f"schema/{name}.py" for name in ("choices", "sections", "data", "training", "sampling", "pipeline", "planning")
@@ -58,6 +59,15 @@ def test_every_stage_file_composes_for_its_command(path: Path) -> None:
         compose("pipeline", PipelineRun, [f"experiment={path.stem}"])
     else:
         composed(COMMANDS[path.parent.name], path.stem)
+
+
+@pytest.mark.parametrize("path", RUNTIMES, ids=lambda path: path.stem)
+def test_every_runtime_composes_and_says_how_to_launch_it(path: Path) -> None:
+    chosen = [] if path.stem == "auto" else [f"runtime={path.stem}"]
+    runtime = compose("train_unet", UNetRun, chosen).runtime
+    assert (runtime.device is Device.cuda) == (path.stem not in ("auto", "cpu"))
+    header = " ".join(line for line in path.read_text().splitlines() if line.startswith("# "))
+    assert "# Launch" in header and all(choice in header for choice in ["train/train_unet.py", *chosen])
 
 
 def command_of(experiment: str) -> list[str]:

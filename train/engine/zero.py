@@ -2,7 +2,8 @@
 
 DeepSpeed's own bf16 and fp16 modes are not used: at stage 0 they scale the first update, and they need a network whose
 inputs are cast by hand. Its autocast is right at all stages in bf16; in fp16 its gradient scaler is not (the gradients
-are clipped before they are unscaled), so ours takes its place.
+are clipped before they are unscaled), so ours takes its place. At stage 3 it hands each module copies of the lists
+among its arguments, so that what a module does to them is lost.
 """
 
 import logging

@@ -1,5 +1,6 @@
 """What holds of one trainable on one process, under each backend; equality with plain torch: test_zero_equality.py."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,10 @@ def test_checkpoint_carries_weights_moments_and_buffers(
     assert first.module[1].num_batches_tracked == second.module[1].num_batches_tracked == 4
 
 
-@pytest.mark.parametrize("stage", LAYOUTS)
-def test_every_average_is_carried_on(runtime: Runtime, tmp_path: Path, stage: int | None) -> None:
+@LAYOUTS
+def test_every_average_is_carried_on(runtime: Runtime, tmp_path: Path, cfg: RuntimeConfig | None) -> None:
     ema = EmaConfig(half_life_samples=10.0, more_half_lives=[3.0], posthoc=[0.05, 0.1], on_cpu=True)
-    first, second = (make(runtime, network(seed), stage, ema=ema) for seed in (0, 1))
+    first, second = (make(runtime, network(seed), cfg, ema=ema) for seed in (0, 1))
     train(first)
     first.save(tmp_path)
     names = {"ema", "ema-3", "posthoc-0.05", "posthoc-0.1"}
@@ -122,6 +123,20 @@ def test_misplaced_last_is_refused(runtime: Runtime, cfg: RuntimeConfig | None) 
         t.backward(t(torch.ones(2, 3)).mean(), last=True)
 
 
+def test_missing_deepspeed_is_one_line(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "train.engine.zero", raising=False)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=r"runtime\.backend=deepspeed: no module 'deepspeed'; .*runtime\.backend=fsdp"):
+        make(runtime, network(), ZERO)
+
+
+def test_missing_compiler_is_one_line(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"runtime\.compile=true: no C\+\+ compiler"):
+        make(runtime, network(), RuntimeConfig(compile=True))
+
+
 def test_average_that_is_not_kept_is_refused(runtime: Runtime) -> None:
     with pytest.raises(ValueError, match="keeps no average"):
         make(runtime, nn.Linear(3, 1), ema=EmaConfig(half_life_samples=0.0)).weights(ema=True)
@@ -160,9 +175,9 @@ def test_foreign_checkpoint_is_refused_by_name(runtime: Runtime, tmp_path: Path,
         t.load(tmp_path)
 
 
-@pytest.mark.parametrize("stage", LAYOUTS)
-def test_stream_makes_what_weights_holds(runtime: Runtime, stage: int | None) -> None:
-    t = make(runtime, network(), stage, ema=EmaConfig(half_life_samples=10.0))
+@LAYOUTS
+def test_stream_makes_what_weights_holds(runtime: Runtime, cfg: RuntimeConfig | None) -> None:
+    t = make(runtime, network(), cfg, ema=EmaConfig(half_life_samples=10.0))
     train(t)
     for ema in (False, True):
         stream, whole = t.stream(ema), t.weights(ema)
@@ -171,9 +186,11 @@ def test_stream_makes_what_weights_holds(runtime: Runtime, stage: int | None) ->
             assert torch.equal(tensor, whole[name])
 
 
-@pytest.mark.parametrize("stage", LAYOUTS)
-def test_copy_in_memory_is_what_was_when_it_was_made(runtime: Runtime, tmp_path: Path, stage: int | None) -> None:
-    t = make(runtime, network(), stage, ema=EmaConfig(half_life_samples=10.0))
+@LAYOUTS
+def test_copy_in_memory_is_what_was_when_it_was_made(
+    runtime: Runtime, tmp_path: Path, cfg: RuntimeConfig | None
+) -> None:
+    t = make(runtime, network(), cfg, ema=EmaConfig(half_life_samples=10.0))
     memory: HostMemory = {}
     for name in ("first", "second"):  # the second fills the memory of the first again
         train(t)

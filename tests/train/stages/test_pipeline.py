@@ -228,7 +228,7 @@ def test_overrides_reach_the_stages_that_have_the_option(chain: Chain) -> None:
         ("procesess=2", "no option 'procesess': did you mean processes"),
         ("build.samples=many", "stage build: .*samples=many"),
         ("autoencoder.images.resolution=31", "stage autoencoder: images.resolution=31"),
-        ("evaluate.runtime=cpuu", "stage evaluate: .*choose one of auto, cpu, gpu"),
+        ("evaluate.runtime=cpuu", "stage evaluate: .*choose one of auto, cpu, fsdp, gpu"),
         ("output_dir=x", "output_dir: each stage has its own"),
         ("stages=[clipp]", "stages: no stage 'clipp'"),
         ("processes=0", "processes=0: must be positive"),
