@@ -27,7 +27,7 @@ from conf.slurm_launcher import lost_jobs
 
 RECORD = "member.json"
 NAME_LENGTH = 128  # characters that W&B shows of a run's name
-SHUTDOWN_S = 300  # torchrun kills processes that take longer to end
+SHUTDOWN_S = 600  # torchrun kills processes that take longer to end
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 LIBC = ctypes.CDLL(None)
 

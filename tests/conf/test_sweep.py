@@ -10,6 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+
+from conf.errors import UserError
+from conf.slurm_launcher import check_launcher
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,6 +172,20 @@ def test_without_its_package_the_launcher_is_named(program: list[str], tmp_path:
     assert ended.stderr.splitlines() == [
         "error: hydra/launcher=submitit_slurm: its package is missing: pip install 'latentline[slurm]'"
     ]
+
+
+def test_without_slurm_the_launcher_says_where_to_start(program: list[str]) -> None:
+    ended = sweep(*program, "seed=1,2", "hydra/launcher=submitit_slurm", PATH="/nowhere")
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        "error: hydra/launcher=submitit_slurm: no srun here: start the sweep where sbatch works\n",
+    )
+
+
+def test_members_of_several_nodes_are_refused() -> None:
+    check_launcher(OmegaConf.create({"_target_": "the basic one"}))
+    with pytest.raises(UserError, match=r"hydra\.launcher\.nodes=2: must be 1"):
+        check_launcher(OmegaConf.create({"nodes": 2, "tasks_per_node": 1}))
 
 
 def test_several_processes_start_no_sweep_each(program: list[str]) -> None:
