@@ -139,7 +139,7 @@ class CacheDtype(Enum):
 
 
 class Accelerator(Enum):
-    """A GPU and the machine that it usually stands in; `train/stages/accelerators.py` has its figures."""
+    """A GPU and the machine that it usually stands in; `train/engine/accelerators.py` has its figures."""
 
     v100 = "v100"
     a100_40gb = "a100_40gb"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.engine.accelerators import device_name, peak_flops
 from train.engine.journal import say
 from train.engine.runtime import Runtime
 
@@ -67,7 +68,9 @@ class Meter:
         for percent, value in zip(PERCENTILES, np.percentile(self.step_s, PERCENTILES), strict=True):
             perf[f"perf/step_ms_p{percent}"] = 1000 * float(value)
         if flops_per_sample > 0:
-            perf["perf/tflops_per_device"] = images_per_s * flops_per_sample / runtime.world / 1e12
+            flops = images_per_s * flops_per_sample / runtime.world
+            peak = peak_flops(device_name(runtime.device), runtime.precision)
+            perf |= {"perf/tflops_per_device": flops / 1e12} | ({"perf/mfu": flops / peak} if peak else {})
         means = {name: value / weight for name, (value, weight) in self.state(runtime).items() if weight > 0}
         self.totals = {}
         self._begin()

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from conf.schema import PlanRun, Precision
+from conf.schema import Offload, PlanRun, Precision
 from data.latents import LatentWriter
 from models.activations import Activations, unet_activations
 from models.flops import unet_flops
 from models.unet import UNet
+from train.engine.accelerators import SPECIFICATIONS
 from train.engine.footprint import FP32, Footprint, Sharding
 from train.engine.precision import AUTOCAST
-from train.stages.accelerators import SPECIFICATIONS
 
 RESERVE = 0.1  # share of the memory left to the CUDA context, the libraries' workspaces and fragmentation
 LARGEST = 1 << 20  # micro-batch that is looked for
@@ -55,7 +55,8 @@ class Cost:
 
     def option(self, cfg: PlanRun) -> Option:
         """The configured one."""
-        return next(option for option in self.options if option.stage == cfg.runtime.zero_stage and not option.offload)
+        offload = cfg.runtime.offload is not Offload.none
+        return next(o for o in self.options if (o.stage, o.offload) == (cfg.runtime.zero_stage, offload))
 
 
 def estimate(cfg: PlanRun) -> Cost:

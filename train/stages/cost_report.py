@@ -11,7 +11,7 @@ from rich.table import Table
 
 from conf.schema import PlanRun
 from data.shards import atomic_write
-from train.stages.accelerators import SPECIFICATIONS
+from train.engine.accelerators import SPECIFICATIONS
 from train.stages.cost import RESERVE, Cost, Option
 
 PLAN = "plan.json"

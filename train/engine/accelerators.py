@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from conf.schema import Accelerator, Precision
 
 
@@ -31,3 +33,26 @@ SPECIFICATIONS = {
     Accelerator.h200: Specification(989, 67, 141, 450, 400, mfu=0.31),
     Accelerator.b200: Specification(2250, 75, 180, 900, 400),
 }
+
+NAMES = {  # a part of what CUDA calls the device
+    "V100": Accelerator.v100,
+    "A100-SXM4-40GB": Accelerator.a100_40gb,
+    "A100-PCIE-40GB": Accelerator.a100_40gb,
+    "A100": Accelerator.a100,
+    "L40S": Accelerator.l40s,
+    "RTX 4090": Accelerator.rtx4090,
+    "H100": Accelerator.h100,
+    "H200": Accelerator.h200,
+    "B200": Accelerator.b200,
+}
+
+
+def peak_flops(device_name: str, precision: Precision) -> float:
+    """Operations per second at the most, 0 for a device that is not known."""
+    known = next((accelerator for part, accelerator in NAMES.items() if part in device_name), None)
+    return 0.0 if known is None else SPECIFICATIONS[known].flops_per_s(precision)
+
+
+def device_name(device: torch.device) -> str:
+    """What CUDA calls a device; empty for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
