@@ -55,7 +55,7 @@ class UNetInfo:
     latent_std: list[float]
     autoencoder: str  # sha256 of the weights
     clip: str
-    weights: str  # "ema", or "last" where the run kept no average
+    weights: str  # "ema", "last" where the run kept no average, or which one train/average.py took
 
     def save(self, folder: Path) -> None:
         atomic_write(folder / INFO, json.dumps(asdict(self), indent=2).encode())
