@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from conf.schema import Offload, PlanRun, Precision
+from conf.schema import BackendName, Offload, PlanRun, Precision
 from data.latents import LatentWriter
 from models.activations import Activations, unet_activations
 from models.flops import unet_flops
@@ -56,7 +56,12 @@ class Cost:
     def option(self, cfg: PlanRun) -> Option:
         """The configured one."""
         offload = cfg.runtime.offload is not Offload.none
-        return next(o for o in self.options if (o.stage, o.offload) == (cfg.runtime.zero_stage, offload))
+        return next(o for o in self.options if (o.stage, o.offload) == (stage_of(cfg), offload))
+
+
+def stage_of(cfg: PlanRun) -> int:
+    """The ZeRO stage that shards as much as the configured backend."""
+    return {BackendName.ddp: 0, BackendName.fsdp: 3}.get(cfg.runtime.backend, cfg.runtime.zero_stage)
 
 
 def estimate(cfg: PlanRun) -> Cost:
@@ -166,13 +171,13 @@ def exchange_seconds(cfg: PlanRun, elements: int) -> float:
     """
     gpu, number = SPECIFICATIONS[cfg.accelerator], FP32 if cfg.runtime.precision is Precision.fp32 else HALF
     _, accumulation = cfg.batch.split(cfg.gpus)
-    reductions = accumulation if cfg.runtime.zero_stage >= 2 else 1
+    reductions = accumulation if stage_of(cfg) >= 2 else 1
     moved = {
         0: 2 * number,
         1: 2 * number + FP32,
         2: 2 * number * reductions + FP32,
         3: 3 * number * reductions,
-    }[cfg.runtime.zero_stage] * elements  # bytes
+    }[stage_of(cfg)] * elements  # bytes
     inside = min(cfg.gpus, cfg.gpus_per_machine)
     machines = cfg.gpus // inside
     network = (cfg.network_gbps or gpu.network_gbps) * 1e9 / 8
