@@ -11,7 +11,7 @@ from conf.schema.training import UNetRun
 class PlanRun(UNetRun):
     """`train/plan.py`: the options of `train/train_unet.py`, which it does not start, and those of the machines."""
 
-    accelerator: Accelerator = Accelerator.h100
+    accelerator: Accelerator = Accelerator.h100  # whose peak, memory and links count
     gpus: int = 8  # processes, one per GPU
     gpus_per_machine: int = 8  # that exchange gradients without the network
     mfu: float = 0.0  # share of the GPU's peak that the network reaches, in (0, 1]; 0: what is known of the accelerator

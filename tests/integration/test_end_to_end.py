@@ -3,6 +3,7 @@
 The pipeline runs once for all tests; the U-Net's trainings of the other tests read what it left and write elsewhere.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -164,6 +165,19 @@ def test_killed_training_ends_as_the_undisturbed_one(
     assert "continues from the checkpoint at" in output
     assert rows(unet) == undisturbed
     assert (unet / "wandb_run_id").read_text() == run_id and (unet / "DONE").exists()
+
+
+def test_kills_at_random_moments_leave_no_trace(smoke: tuple[Path, str], tmp_path: Path) -> None:
+    """The short form of `chaos.py`: ranks and whole jobs of two processes."""
+    spec = importlib.util.spec_from_file_location("chaos", Path(__file__).with_name("chaos.py"))
+    assert spec and spec.loader
+    chaos = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(chaos)
+    overrides = unet_command(smoke, tmp_path, "runtime.threads=1", "loop.checkpoint_every=48", "sample_prompts=0")[1:]
+    chaos.finish(2, [*overrides, f"output_dir={tmp_path}/undisturbed"])
+    struck = chaos.disturbed(tmp_path / "unet", STEPS * BATCH, 3, 2, overrides)
+    assert len(struck) == 3
+    chaos.compare(tmp_path / "unet", tmp_path / "undisturbed")
 
 
 def test_two_processes_with_zero_2_have_the_loss_curve_of_one(
