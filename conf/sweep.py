@@ -1,6 +1,6 @@
 """Members of a sweep: each is a command of its own, so that one that dies takes nothing else with it.
 
-    RUN/sweep/MEMBER/member.json    which start of the sweep ran it last, its overrides, and how it ended
+    RUN/sweep/COMMAND/MEMBER/member.json    which start of the sweep ran it last, its overrides, and how it ended
 
 A command's objective is such that less is better; that of a member that failed is infinite.
 """
@@ -77,7 +77,8 @@ def placement(folder: Path, composed: DictConfig) -> list[str]:
     """Overrides that give a member its folder and its place in W&B, as far as the command line leaves that open."""
     chosen = {"output_dir": str(folder)}
     if "wandb" in composed:
-        where = {"group": f"{Path(composed.run_dir).name}/{folder.parent.name}", "name": folder.name[:NAME_LENGTH]}
+        group = "/".join([Path(composed.run_dir).name, *folder.parent.parts[-2:]])  # RUN/sweep/COMMAND
+        where = {"group": group, "name": folder.name[:NAME_LENGTH]}
         chosen |= {f"wandb.{name}": value for name, value in where.items() if composed.wandb[name] is None}
     return [f"{name}={QuotedString(value, Quote.single).with_quotes()}" for name, value in chosen.items()]
 

@@ -106,7 +106,7 @@ def test_members_that_die_do_not_end_the_sweep(program: list[str], tmp_path: Pat
     assert failed["optim.lr=7"].endswith(": ended by SIGKILL")
     assert failed["optim.lr=8"].endswith(": no finite objective: diverged, or stopped before its end")
     assert failed["optim.lr=-1"].endswith(": optim.lr=-1.0: must be positive")
-    record = json.loads((tmp_path / "run/sweep/optim.lr=3/member.json").read_text())
+    record = json.loads((tmp_path / "run/sweep/train_unet/optim.lr=3/member.json").read_text())
     assert (record["objective"], record["error"]) == (7, None) and "optim.lr=3" in record["overrides"]
 
 
@@ -127,9 +127,9 @@ def test_a_member_has_its_own_folder_and_its_place_in_wandb(program: list[str], 
     starts = [line.split(" | ") for line in (tmp_path / "run/starts").read_text().splitlines()]
     assert [rate for rate, *_ in starts] == ["1.0", "2.0", "3.0"]
     for _, folder, _, name in starts:
-        assert Path(folder).parent == tmp_path / "run/sweep" and (Path(folder) / "member.json").exists()
+        assert Path(folder).parent == tmp_path / "run/sweep/train_unet" and (Path(folder) / "member.json").exists()
         assert name == Path(folder).name
-    assert [group for _, _, group, _ in starts] == ["run/sweep", "run/sweep", "mine"]
+    assert [group for _, _, group, _ in starts] == ["run/sweep/train_unet", "run/sweep/train_unet", "mine"]
 
 
 def test_a_sweep_that_cannot_be_composed_starts_no_member(program: list[str], tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_sweep_gives_each_member_its_own_folder_and_trains_none_twice(smoke: tup
     short = ["loop.samples=64", "loop.log_every=64", "sample_prompts=0", "wandb.mode=disabled"]
     sweep = ["-m", "experiment=smoke", f"run_dir={tmp_path}", *inputs, *short, "optim.lr=1e-4,1e-2"]
     first = finish("train/train_unet.py", *sweep)
-    members = [path.parent for path in (tmp_path / "sweep").glob("*/DONE")]
+    members = [path.parent for path in (tmp_path / "sweep/train_unet").glob("*/DONE")]
     rates = sorted(rows(member)[0]["train/lr"] for member in members)
     assert rates == pytest.approx([1e-4, 1e-2])
     second = finish("train/train_unet.py", *sweep)

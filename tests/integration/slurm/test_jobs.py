@@ -115,11 +115,11 @@ def test_sweep_of_jobs_ends_with_the_objectives_of_those_that_lived(slurm, train
         sys.executable, "train/train_unet.py", "-m", *inputs, *swept, "wandb.mode=offline", check=False, timeout_s=200
     )
     best, failed = output[output.index("objective   member") :].splitlines()[1:]
-    (done,) = (trained / "sweep").glob("*/DONE")
+    (done,) = (trained / "sweep/train_unet").glob("*/DONE")
     assert best.split() == [f"{json.loads(done.read_text())['metrics']['eval/loss']:.6g}", done.parent.name]
     assert failed.startswith("failed") and "samples, fewer than batch.global_batch_size=100000" in failed
     wandb = OmegaConf.load(done.parent / "config.yaml").wandb
-    assert (wandb.group, wandb.name) == (f"{trained.name}/sweep", done.parent.name)
+    assert (wandb.group, wandb.name) == (f"{trained.name}/sweep/train_unet", done.parent.name)
 
 
 def test_unet_job_requeued_before_its_time_limit_resumes_and_cancelled_stays_cancelled(slurm, trained, tmp_path):

@@ -51,6 +51,6 @@ def test_members_are_jobs_and_one_that_dies_does_not_end_the_sweep(slurm, tmp_pa
     assert failed == ["optim.lr=7: the data are missing", "optim.lr=8: ended with the process that looked after it"]
     (lost,) = [text for state, text in lines[3:] if state == "lost"]
     array, task, state, folder = re.fullmatch(r"job (\d+)_(\d) \((\w+)\): (\S+)", lost).groups()
-    assert (task, state, Path(folder)) == ("1", "FAILED", run_dir / f"sweep/.submitit/{array}_1")
+    assert (task, state, Path(folder)) == ("1", "FAILED", run_dir / f"sweep/train_unet/.submitit/{array}_1")
     facts = slurm.job(f"{array}_0")
     assert (facts["Restarts"], facts["TresPerNode"], facts["CPUs/Task"]) == ("1", "gres:gpu:8", "64")
