@@ -14,7 +14,7 @@ from train.engine.meter import Meter
 from train.engine.runtime import Runtime
 from train.engine.signals import StopFlag, stop_on_signal
 from train.engine.state import Outcome, Stage, State, architecture_of, digest, read_done, require_same_run, write_done
-from train.engine.step import Cfg, Diverged, Stepper
+from train.engine.step import Cfg, Diverged, Stepper, gauges, own_seconds
 from train.engine.watchdog import Watchdog
 
 
@@ -24,7 +24,6 @@ def run(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
     Raises:
         UserError: batch or data set too small, the folder holds another run, or too many steps were not finite.
         OSError: a checkpoint could not be written; the previous ones are as they were.
-
     """
     output_dir, config = Path(cfg.output_dir), to_plain(cfg)
     architecture = architecture_of(config, stage.trainables)
@@ -121,12 +120,9 @@ class _Training:
 
     def _log(self, meter: Meter) -> None:
         state, stage = self.state, self.stage
-        own_s = sum(trainable.clock.read() for trainable in stage.trainables.values())
-        left = max(0, self.cfg.loop.samples - state.samples_seen)
-        metrics = meter.report(self.runtime, left, own_s, stage.flops_per_sample)
-        metrics["perf/device_hours"] = state.device_hours
-        metrics["train/skipped_steps"] = float(sum(t.skipped_steps for t in stage.trainables.values()))
-        self.journal.log(state.samples_seen, metrics)
+        left, own_s = max(0, self.cfg.loop.samples - state.samples_seen), own_seconds(stage)
+        metrics = meter.report(self.runtime, left, own_s, stage.flops_per_sample) | gauges(stage)
+        self.journal.log(state.samples_seen, metrics | {"perf/device_hours": state.device_hours})
 
     def _due(self, every: int) -> bool:
         """Whether the step before this moment passed a multiple of `every` samples."""

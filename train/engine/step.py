@@ -86,3 +86,16 @@ class Stepper:
         if self.in_a_row >= self.cfg.loop.most_skipped_steps:
             named = [key for part in self.runtime.gather_objects(self.suspects[: NAMED + 1]) for key in part]
             raise Diverged(self.stage.name, self.in_a_row, samples_seen, named)
+
+
+def own_seconds(stage: Stage) -> float:
+    """Time in forward passes since the last call, in which a process waits for no other."""
+    return sum(trainable.clock.read() for trainable in stage.trainables.values())
+
+
+def gauges(stage: Stage) -> dict[str, float]:
+    """Metrics that have a value now instead of a mean: steps left out so far and, in fp16, the loss scale."""
+    skipped = sum(trainable.skipped_steps for trainable in stage.trainables.values())
+    scales = {name: trainable.backend.scale for name, trainable in stage.trainables.items()}
+    found = {f"train/loss_scale/{name}": scale.value for name, scale in scales.items() if scale.enabled}
+    return found | {"train/skipped_steps": float(skipped)}
