@@ -3,6 +3,7 @@
 The networks have the sizes of `experiment=demo` and random weights; the latents are those of rendered scenes.
 """
 
+import os
 import sys
 import tempfile
 import time
@@ -11,6 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import _diffusers_example
 import torch
 from _compare import Comparison, main
 from _networks import THREADS, seconds
@@ -33,6 +35,7 @@ from train.stages import latents
 from train.stages.unet import UNetStage
 
 STEPS, WARMUP, NEVER = 12, 3, 10**9
+PLAIN = "runtime.backend=ddp"  # nothing but the network, where there is one process
 SHORT = [f"loop.log_every={NEVER}", f"loop.evaluate_every={NEVER}", f"loop.checkpoint_every={NEVER}"]
 
 
@@ -59,12 +62,13 @@ def training(folder: Path, *overrides: str) -> UNetRun:
     return configured("train_unet", UNetRun, folder, *given)
 
 
-def our_loop(folder: Path, runtime: Runtime) -> Callable[[], float]:
+def our_loop(folder: Path, runtime: Runtime, *overrides: str) -> Callable[[], float]:
     """Seconds per step of the product's own loop, from the end of one optimiser step to the end of a later one."""
 
     def measure() -> float:
         with tempfile.TemporaryDirectory() as output_dir:
-            cfg = training(folder, f"output_dir={output_dir}", f"loop.samples={32 * (WARMUP + STEPS)}")
+            length = f"loop.samples={32 * (WARMUP + STEPS)}"
+            cfg = training(folder, f"output_dir={output_dir}", length, *overrides)
             stage, ends = UNetStage(cfg, runtime), list[float]()
             finish_step = stage.finish_step
 
@@ -193,13 +197,18 @@ def comparisons(folder: Path, runtime: Runtime) -> Iterator[Comparison]:
     with redirect_stdout(sys.stderr):
         prepare(folder, runtime)
     for name, pair, bar in (
-        ("step_of_our_loop_against_bare_torch", (our_loop(folder, runtime), bare_loop(folder)), 1.03),
+        ("step_of_our_loop_against_bare_torch", (our_loop(folder, runtime, PLAIN), bare_loop(folder)), 1.03),
+        ("the_same_under_deepspeed_zero_2", (our_loop(folder, runtime), bare_loop(folder)), 1.03),
         ("stall_by_a_checkpoint_in_steps", checkpoint_stall(folder, runtime), 1.0),
         ("average_of_the_weights_in_steps", average_share(folder, runtime), 0.02),
         ("step_on_cached_latents_against_encoding", encoding_each_step(folder), 1.0),
     ):
         ours, peer = map(quietly, pair)
         yield Comparison(name=name, ours=ours, peer=peer, unit="s", bar=bar, lower_is_better=True, pairs=5)
+    if "DIFFUSERS_EXAMPLE" in os.environ:
+        yield from _diffusers_example.comparisons(folder, os.environ["DIFFUSERS_EXAMPLE"])
+    else:
+        print("DIFFUSERS_EXAMPLE is not set: left out, see bench/_diffusers_example.py", file=sys.stderr)
 
 
 def quietly(measure: Callable[[], float]) -> Callable[[], float]:
