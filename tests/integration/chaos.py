@@ -11,11 +11,11 @@ runs it once undisturbed (in CHAOS/undisturbed) and once with 20 kills, on 2 pro
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +45,30 @@ def started(processes: int, overrides: list[str]) -> subprocess.Popen[str]:
 
 
 def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes of a start."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    return [member for member in family if member.is_running() and "train/train_unet.py" in member.cmdline()[1:2]]
+    """The processes that train; the launcher's command names the program, too."""
+    launcher, found = psutil.Process(process.pid), []
+    for member in (launcher, *launcher.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            command = member.cmdline()
+            if "train/train_unet.py" in command and "torch.distributed.run" not in command:
+                found.append(member)
+    return found
 
 
 def strike(process: subprocess.Popen[str], draw: random.Random) -> str:
     """SIGKILL to one rank, or to all of the job at once; returns after all of it has ended."""
     victims = ranks(process)
-    if draw.random() < 0.5 and len(victims) > 1:
-        victim = draw.choice(victims)
-        victim.kill()
+    if len(victims) > 1 and draw.random() < 0.5:
         struck = "a rank"
+        draw.choice(victims).kill()
     else:
-        os.killpg(process.pid, signal.SIGKILL)
         struck = "the job"
+        process.kill()
+        for victim in victims:
+            with suppress(psutil.NoSuchProcess):
+                victim.kill()
     process.communicate(timeout=WAIT_S)
-    for member in victims:  # orphans of a killed launcher
-        if member.is_running():
-            member.kill()
-            member.wait(60)
+    psutil.wait_procs(victims, timeout=60)
     return struck
 
 
@@ -85,12 +89,13 @@ def disturbed(folder: Path, total: int, kills: int, processes: int, overrides: l
     draw, struck = random.Random(seed), list[str]()
     for place, delay_s in moments(total, kills, draw):
         process, deadline = started(processes, overrides), time.monotonic() + WAIT_S
-        while seen(folder) < place and process.poll() is None:
+        while (seen(folder) < place or not ranks(process)) and process.poll() is None:
             assert time.monotonic() < deadline, f"no progress to {place} samples"
             time.sleep(POLL_S)
         assert process.poll() is None, process.communicate()[0][-5000:]
         time.sleep(delay_s)
         struck.append(f"{strike(process, draw)} at {seen(folder):,} samples")
+        assert place <= seen(folder) < total, f"killed {struck[-1]}, which is too late"
         left = [path.name for path in (folder / "checkpoints").glob("*")] if (folder / "checkpoints").exists() else []
         print(f"killed {struck[-1]}, checkpoints {sorted(left)}", flush=True)
     finish(processes, overrides)

@@ -13,7 +13,7 @@ from torch import nn
 
 from conf.entry import compose
 from conf.errors import UserError
-from conf.schema import BatchConfig, EmaConfig, OptimConfig, PlanRun
+from conf.schema import BatchConfig, EmaConfig, OptimConfig, PlanRun, RuntimeConfig
 from data.latents import LatentWriter
 from models.activations import Activations
 from models.unet import UNet
@@ -89,7 +89,8 @@ def test_state_on_paper_is_what_a_trainable_holds(runtime: Runtime) -> None:
     cfg = config(*SMALL)
     network = UNet(cfg.model)
     elements = sum(parameter.numel() for parameter in network.parameters())
-    t = Trainable(runtime, network, OptimConfig(), BatchConfig(global_batch_size=1), 10, 1, EmaConfig(), "unet")
+    batch, stage_1 = BatchConfig(global_batch_size=1), RuntimeConfig(zero_stage=1)
+    t = Trainable(runtime, network, OptimConfig(), batch, 10, stage_1, EmaConfig(), "unet")
     for master in t.backend.masters:
         t._state_of(master)
     moments = [state[key] for state in t.backend.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]

@@ -74,6 +74,7 @@ def test_manifest_says_who_made_it_from_what(latents: Any) -> None:
             "images": {"resolution": 32, "crop": "center", "flip": False, "range": [-1.0, 1.0]},
             "variants": 1,
             "shapes": [[32, 32]],
+            "tile": None,
             "dtype": "fp16",
             "text_states": True,
             "latent_channels": 4,
