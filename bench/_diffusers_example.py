@@ -43,7 +43,8 @@ class Command:
         with tempfile.TemporaryDirectory() as output_dir, tempfile.TemporaryFile("w+") as log:
             last = f"{self.command[-1]}{steps * self.samples_per_step}"
             command = [part.replace("OUTPUT", output_dir) for part in (*self.command[:-1], last)]
-            environment = os.environ | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+            inherited = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}  # DeepSpeed's mark
+            environment = inherited | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
             started = time.perf_counter()
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
             _, status, usage = os.wait4(process.pid, 0)
