@@ -12,6 +12,7 @@ What is read here has meaning for sampling alone; the captions of a data set are
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ def token_weights(tower: TextTower, prompt: Prompt) -> Tensor:
     *begun, whole, longer = tower.tokenize([*texts, prompt.text + END])
     ends = [common(tokens, whole) for tokens in (*begun, longer)]
     weights = torch.ones(len(whole))
-    for start, end, (_, weight) in zip(ends, ends[1:], prompt.pieces, strict=False):
+    for (start, end), (_, weight) in zip(pairwise(ends), prompt.pieces, strict=True):
         weights[start : min(end, len(whole) - 1)] = weight  # the last one is an end token, also of a text cut off
     return weights
 

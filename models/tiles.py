@@ -8,6 +8,7 @@ Shapes: a cell is one pixel of the latent, or f x f pixels of the picture.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def _faded(
     windows = -(-(cells - share) // (side - share))
     starts = [number * (cells - side) // (windows - 1) for number in range(windows)]
     whole = network(x.narrow(dim, 0, side * cell_in))
-    for start, previous in zip(starts[1:], starts, strict=False):
+    for previous, start in pairwise(starts):
         part = network(x.narrow(dim, start * cell_in, side * cell_in))
         shared = (previous + side - start) * cell_out  # pixels of the output
         old, new = whole.narrow(dim, start * cell_out, shared), part.narrow(dim, 0, shared)
