@@ -1,6 +1,5 @@
 """One network under plain data parallelism."""
 
-import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from conf.schema import OptimConfig
 from train.engine.layout import Layout, whole
-from train.engine.optim import adamw, unscale_and_clip
+from train.engine.optim import adamw, sound_step
 from train.engine.precision import LossScale, autocast
 from train.engine.runtime import Runtime
 
@@ -48,13 +47,8 @@ class DdpBackend:
 
     def step(self) -> float:
         """Clip, update, clear; returns the norm before clipping. Not finite: the update was skipped."""
-        norm = unscale_and_clip(self.masters, self.grad_clip, self.scale.value)
-        if math.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scale.update(norm)
         self.passes = 0
-        return norm
+        return sound_step(self.optimizer, self.masters, self.grad_clip, self.scale)
 
     def publish(self) -> None:
         """Nothing to do: the masters are the weights."""

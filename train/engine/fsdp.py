@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from conf.schema import Offload, OptimConfig, RuntimeConfig
 from train.engine.layout import Layout, Piece, require_cuttable
-from train.engine.optim import adamw, unscale_and_clip
+from train.engine.optim import adamw, sound_step
 from train.engine.precision import AUTOCAST, LossScale, autocast
 from train.engine.runtime import Runtime
 
@@ -65,13 +65,8 @@ class FsdpBackend:
         for parameter, master in zip(self.parameters.values(), self.masters, strict=True):
             master.grad = None if parameter.grad is None else _rows(parameter.grad)
             parameter.grad = None
-        norm = unscale_and_clip(self.masters, self.grad_clip, self.scale.value, self._over_processes)
-        if math.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scale.update(norm)
         self.passes = 0
-        return norm
+        return sound_step(self.optimizer, self.masters, self.grad_clip, self.scale, self._over_processes)
 
     def publish(self) -> None:
         """Nothing to do: the masters are the weights."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import LrDecay, OptimConfig
+from train.engine.precision import LossScale
 
 
 def lr_at(samples_seen: int, cfg: OptimConfig, total_samples: int) -> float:
@@ -55,4 +56,20 @@ def unscale_and_clip(
     factor = (min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0) / scale
     if factor != 1.0:
         torch._foreach_mul_(gradients, factor)
+    return norm
+
+
+def sound_step(
+    optimizer: torch.optim.AdamW,
+    parameters: Iterable[Tensor],
+    limit: float,
+    scale: LossScale,
+    over_processes: Callable[[Tensor], float] = float,
+) -> float:
+    """Clip as `unscale_and_clip`, update, clear; returns the norm. Not finite: the update was skipped."""
+    norm = unscale_and_clip(parameters, limit, scale.value, over_processes)
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    scale.update(norm)
     return norm
