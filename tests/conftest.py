@@ -34,8 +34,8 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
-def history(output_dir: Path) -> list[dict[str, Any]]:
-    """Rows of the newest offline W&B run of a stage folder, nested keys joined by '/'."""
+def whole_log(output_dir: Path) -> list[Any]:
+    """All records of the newest offline W&B run of a stage folder."""
     newest = next((output_dir / "wandb" / "latest-run").resolve().glob("*.wandb"))
     deadline = time.monotonic() + 30
     written = list(records(newest))
@@ -43,14 +43,31 @@ def history(output_dir: Path) -> list[dict[str, Any]]:
         assert time.monotonic() < deadline, f"{newest} has no end"
         time.sleep(0.05)
         written = list(records(newest))
+    return written
+
+
+def history(output_dir: Path) -> list[dict[str, Any]]:
+    """Rows of that run, nested keys joined by '/'."""
     return [
         {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-        for record in written
+        for record in whole_log(output_dir)
         if record.WhichOneof("record_type") == "history"
     ]
+
+
+def configuration(output_dir: Path) -> dict[str, Any]:
+    """Its configuration."""
+    runs = [record.run for record in whole_log(output_dir) if record.WhichOneof("record_type") == "run"]
+    return {item.key: json.loads(item.value_json) for run in runs for item in run.config.update}
 
 
 @pytest.fixture
 def wandb_history() -> Any:
     """`wandb_history(output_dir)`: what an offline W&B run that ended really wrote."""
     return history
+
+
+@pytest.fixture
+def wandb_config() -> Any:
+    """`wandb_config(output_dir)`: likewise, of which configuration."""
+    return configuration

@@ -1,7 +1,7 @@
-"""Metrics of a trained U-Net on held-out prompts: `python train/evaluate.py run_dir=...`."""
+"""Metrics of a trained U-Net or autoencoder on held-out data: `python train/evaluate.py run_dir=...`."""
 
 from conf.entry import entry
-from conf.schema import EvaluateRun
+from conf.schema import EvaluateRun, EvaluationSubject
 
 
 @entry("evaluate", EvaluateRun)
@@ -12,10 +12,12 @@ def main(cfg: EvaluateRun) -> float:
     """
     from train.engine.runtime import start, stop
     from train.evaluation.evaluate import run
+    from train.evaluation.watch import watch
 
-    metrics = run(cfg, start(cfg.runtime))
+    metrics = (watch if cfg.watch else run)(cfg, start(cfg.runtime))
     stop()
-    return metrics["eval/fd_efficientnet" if cfg.inception is None else "eval/fid"]
+    reconstructed = "r" if cfg.subject is EvaluationSubject.autoencoder else ""
+    return metrics[f"eval/{reconstructed}{'fd_efficientnet' if cfg.inception is None else 'fid'}"]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from conf.schema.choices import (
     Crop,
     Device,
     Distance,
+    EvaluationSubject,
     ExportFormat,
     ImageFormat,
     LrDecay,
@@ -30,9 +31,10 @@ from conf.schema.choices import (
     WandbMode,
 )
 from conf.schema.data import BucketConfig, BuildRun, FilterConfig, MixedSource, PrecomputeRun, PreviewRun
+from conf.schema.evaluation import EvaluateRun, LoopEvaluationConfig
 from conf.schema.pipeline import PipelineRun
 from conf.schema.planning import PlanRun
-from conf.schema.sampling import AverageRun, EvaluateRun, ExportRun, SampleRun
+from conf.schema.sampling import AverageRun, ExportRun, SampleRun
 from conf.schema.sections import (
     BatchConfig,
     EmaConfig,
@@ -66,12 +68,14 @@ __all__ = [
     "Distance",
     "EmaConfig",
     "EvaluateRun",
+    "EvaluationSubject",
     "ExportFormat",
     "ExportRun",
     "FilterConfig",
     "ImageConfig",
     "ImageFormat",
     "LoopConfig",
+    "LoopEvaluationConfig",
     "LrDecay",
     "MixedSource",
     "Offload",

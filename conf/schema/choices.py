@@ -132,6 +132,11 @@ class Spacing(Enum):
     exponential = "exponential"
 
 
+class EvaluationSubject(Enum):
+    unet = "unet"  # by the pictures that it draws
+    autoencoder = "autoencoder"  # by those that it gives back
+
+
 class CacheDtype(Enum):
     fp16 = "fp16"
     bf16 = "bf16"

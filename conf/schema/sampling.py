@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from conf.schema.choices import CacheDtype, ExportFormat
-from conf.schema.sections import ImageConfig, RuntimeConfig, SamplingConfig, WandbConfig, require
+from conf.schema.sections import RuntimeConfig, SamplingConfig, require
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,25 +66,3 @@ class AverageRun:
             "which average: set either sigma_rel, such as 0.08, or half_life_samples",
         )
         require(self.sigma_rel is None or 0 < self.sigma_rel < 0.28, f"sigma_rel={self.sigma_rel}: in (0, 0.28)")
-
-
-@dataclass(kw_only=True, slots=True)
-class EvaluateRun(SamplingConfig):
-    """`train/evaluate.py`: pictures of held-out prompts against held-out images."""
-
-    run_dir: str = MISSING
-    name: str = MISSING
-    seed: int = 0
-    output_dir: str = MISSING
-    shards: str = MISSING
-    unet: str = MISSING
-    autoencoder: str = MISSING
-    clip: str = MISSING
-    images: ImageConfig = field(default_factory=ImageConfig)
-    samples: int = 128  # held-out prompts to draw
-    batch_size: int = 32
-    tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
-    inception: str | None = None  # file with the Inception weights of the FID; None: only offline metrics
-    prompt_following: bool = False  # train the probe and score kind, background and colour (demo set only)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)

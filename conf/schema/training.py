@@ -6,6 +6,7 @@ from omegaconf import MISSING
 
 from conf.networks import AutoencoderConfig, ClipConfig, DiscriminatorConfig, UNetConfig
 from conf.schema.choices import Adversarial, Perceptual, Reconstruction
+from conf.schema.evaluation import LoopEvaluationConfig
 from conf.schema.sections import (
     BatchConfig,
     EmaConfig,
@@ -104,6 +105,7 @@ class UNetRun:
     model: UNetConfig = field(default_factory=UNetConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: LoopEvaluationConfig = field(default_factory=LoopEvaluationConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)

@@ -18,7 +18,8 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") 
 RUNTIMES = sorted((CONF / "runtime").glob("*.yaml"))
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
 SCHEMA = [
-    f"schema/{name}.py" for name in ("choices", "sections", "data", "training", "sampling", "pipeline", "planning")
+    f"schema/{name}.py"
+    for name in ("choices", "sections", "data", "training", "evaluation", "sampling", "pipeline", "planning")
 ]
 
 

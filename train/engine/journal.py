@@ -24,6 +24,7 @@ from rich.text import Text
 
 from conf.schema import WandbConfig, WandbMode
 from data.shards import atomic_write
+from train.engine.inbox import Inbox
 
 if TYPE_CHECKING:
     import wandb
@@ -33,6 +34,7 @@ WANDB_FINISH_TIMEOUT_S = 300.0  # for the last upload
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # where `wandb login` goes unless $WANDB_BASE_URL is set
 METRICS, X_AXIS = "metrics.jsonl", "samples_seen"
 DETAILS = ("perf/", "train/loss_by_timestep/")  # for the dashboard only
+SPREAD = ("_low", "_high", "_std")  # likewise, at the end of a name
 
 
 def say(stage: str, text: str) -> None:
@@ -67,6 +69,7 @@ class Journal:
         self.output_dir, self.job_type, self.is_main = Path(output_dir), job_type, is_main
         self.latest: list[dict[str, Any]] = []  # rows of the highest samples_seen so far
         self.wandb: WandbCopy | None = None
+        self.inbox = Inbox(self.output_dir)
         if not is_main:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -97,17 +100,19 @@ class Journal:
         say(self.job_type, describe(samples_seen, metrics))
         if self.wandb is not None:
             self.wandb.log(samples_seen, metrics)
+            self._forward()
 
-    def image(self, name: str, pixels: np.ndarray, samples_seen: int, caption: str = "") -> None:
-        """Record a picture, uint8 [H, W, 3], as samples/<name>-<samples_seen>.png."""
-        if not self.is_main:
-            return
+    def image(self, name: str, pixels: np.ndarray, samples_seen: int, caption: str = "") -> Path:
+        """Record a picture, uint8 [H, W, 3], as samples/<name>-<samples_seen>.png; returns that path."""
         path = self.output_dir / "samples" / f"{name.replace('/', '-')}-{samples_seen:012d}.png"
+        if not self.is_main:
+            return path
         content = io.BytesIO()
         Image.fromarray(pixels).save(content, "PNG")
         atomic_write(path, content.getvalue())
         if self.wandb is not None:
             self.wandb.image(f"samples/{name}", path, samples_seen, caption)
+        return path
 
     def recorded(self, samples_seen: int, prefix: str = "eval/") -> dict[str, float]:
         """What the newest rows say under a prefix, if they are of `samples_seen`; an earlier start may have put it."""
@@ -120,7 +125,18 @@ class Journal:
             return
         self.file.close()
         if self.wandb is not None:
+            self._forward()
             self.wandb.finish(exit_code)
+
+    def _forward(self) -> None:
+        """To W&B what another process, an evaluation of this training, has left in the inbox."""
+        if self.wandb is None:
+            return
+        for message in self.inbox.new():
+            known = {name: value for name, value in message.metrics.items() if value is not None}
+            self.wandb.log(message.samples_seen, known)
+            if message.image is not None:
+                self.wandb.image(f"samples/{message.name}", Path(message.image), message.samples_seen, "")
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
@@ -142,7 +158,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def describe(samples_seen: int, metrics: Mapping[str, float]) -> str:
     """One console line; of the timings only speed and time left, of the rest what is no detail."""
-    shown = {n.removeprefix("train/"): f"{v:.4g}" for n, v in metrics.items() if not n.startswith(DETAILS)}
+    told = {n: v for n, v in metrics.items() if not n.startswith(DETAILS) and not n.endswith(SPREAD)}
+    shown = {n.removeprefix("train/"): f"{v:.4g}" for n, v in told.items()}
     if metrics.get("train/skipped_steps") == 0:
         del shown["skipped_steps"]
     parts = [f"{samples_seen:>11,}", *(f"{name} {value}" for name, value in shown.items())]
@@ -244,8 +261,8 @@ class WandbCopy:
 
         def send() -> None:
             if self.run is not None:
-                # The server refuses steps that it has passed (a kill after the last checkpoint): append those.
-                step = samples_seen if samples_seen >= self.run.step else None
+                # The past (after a kill, or when an evaluation took long) comes as a row of its own.
+                step = samples_seen if samples_seen >= self.run.step else self.run.step + 1
                 self.run.log({X_AXIS: samples_seen, **values}, step=step)
 
         self._attempt(send)

@@ -3,16 +3,24 @@
 It is honest only as far as it is right on real images that it never saw: that accuracy is reported beside every score.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conf.errors import UserError
+from conf.schema import ImageConfig
 from data.datasets import ImageDataset
+from data.shards import atomic_path
+from train.engine.runtime import Runtime
 
 ATTRIBUTES = ("kind", "background", "color")
 STEPS, BATCH = 400, 64
@@ -44,6 +52,20 @@ class Probe:
     network: ProbeNet
     words: dict[str, list[str]]
 
+    def save(self, path: Path) -> None:
+        """One file, whole or not there."""
+        with atomic_path(path) as temporary:
+            save_file(self.network.state_dict(), temporary, {"words": json.dumps(self.words)})
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> "Probe":
+        """What `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            words: dict[str, list[str]] = json.loads(file.metadata()["words"])
+            network = ProbeNet({name: len(listed) for name, listed in words.items()})
+            network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        return cls(network.eval().to(device), words)
+
     @torch.no_grad()
     def correct(self, images: Tensor, metas: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Per attribute, whether [B] the picture shows what its metadata says."""
@@ -53,6 +75,17 @@ class Probe:
             read = [words[i] for i in logits[name].argmax(1).tolist()]
             right[name] = torch.tensor([word == meta[name] for word, meta in zip(read, metas, strict=True)])
         return right
+
+
+def cached_probe(folder: str, images: ImageConfig, seed: int, cache: Path, runtime: Runtime) -> Probe:
+    """The probe of the pictures in a folder of shards, trained once by the main process and kept; collective."""
+    dataset = ImageDataset(folder, images, seed)
+    known = json.dumps([dataset.digest, images.resolution, seed, STEPS])
+    path = cache / f"probe-{hashlib.sha256(known.encode()).hexdigest()[:16]}.safetensors"
+    if runtime.is_main and not path.is_file():
+        train_probe(dataset, seed, runtime.device).save(path)
+    runtime.barrier()
+    return Probe.load(path, runtime.device)
 
 
 def labels(dataset: ImageDataset) -> tuple[Tensor, Tensor, dict[str, list[str]]]:

@@ -15,7 +15,7 @@ from conf.entry import to_plain
 from conf.errors import UserError
 from conf.schema import EvaluateRun, SampleRun, SamplingConfig
 from data.shards import atomic_path
-from models.autoencoder import AnyAutoencoder, load_autoencoder
+from models.autoencoder import load_autoencoder
 from models.pipeline import TextToImage
 from models.process import Process
 from models.prompts import parse
@@ -24,20 +24,22 @@ from models.unet import UNet
 from train.engine.journal import say
 from train.engine.pictures import captioned, to_uint8
 from train.engine.precision import autocast
-from train.engine.provenance import info_of_trained, weights_digest
+from train.engine.provenance import UNetInfo, info_of_trained, weights_digest
 from train.engine.runtime import Runtime
 
 
 def load_model(cfg: SampleRun | EvaluateRun, device: torch.device) -> TextToImage:
     """The exported U-Net with its autoencoder and CLIP; refuses a pair that was not trained together."""
     info = info_of_trained(cfg.unet, cfg.autoencoder, cfg.clip)
-    networks = [UNet.from_pretrained(cfg.unet), load_autoencoder(cfg.autoencoder)]
-    tower = load_text_tower(cfg.clip)
-    for network in (*networks, tower):
+    return put_together(UNet.from_pretrained(cfg.unet), info, cfg, device)
+
+
+def put_together(unet: UNet, info: UNetInfo, cfg: SampleRun | EvaluateRun, device: torch.device) -> TextToImage:
+    """A U-Net with the other networks that it needs."""
+    autoencoder, tower = load_autoencoder(cfg.autoencoder), load_text_tower(cfg.clip)
+    for network in (unet, autoencoder, tower):
         network.eval().requires_grad_(False).to(device)
     mean, std = torch.tensor(info.latent_mean), torch.tensor(info.latent_std)
-    unet, autoencoder = networks
-    assert isinstance(unet, UNet) and isinstance(autoencoder, AnyAutoencoder)
     return TextToImage(unet, autoencoder, tower, Process(info.process_config()), mean, std, cfg.tile)
 
 

@@ -26,6 +26,7 @@ from train.engine.pictures import captioned, to_uint8
 from train.engine.provenance import check_latents, require_same
 from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
+from train.evaluation.in_loop import evaluate_in_loop
 
 VALIDATION = 256  # held-out latents behind the validation loss, at most
 CHUNK = 32  # of them at once
@@ -132,17 +133,25 @@ class UNetStage:
             x0, noise, timesteps = self.noisy(batch, seed=0)
             prediction = network(self.process.add_noise(x0, noise, timesteps), timesteps, self.context(batch))
             total += float(self.process.loss(prediction, x0, noise, timesteps).sum())
+        metrics = {"eval/loss": self.runtime.sum({"loss": total})["loss"] / count}
+        small = self.cfg.evaluation.samples > 0
+        if not small and not (self.runtime.is_main and self.cfg.sample_prompts > 0):
+            return metrics
+        model = self.text_to_image(network)
         if self.runtime.is_main and self.cfg.sample_prompts > 0:
-            self.draw(network, samples_seen, journal)
-        return {"eval/loss": self.runtime.sum({"loss": total})["loss"] / count}
+            self.draw(model, samples_seen, journal)
+        return metrics | (evaluate_in_loop(self.cfg, self.runtime, model, samples_seen) if small else {})
 
-    def draw(self, network: UNet, samples_seen: int, journal: Journal) -> None:
+    def text_to_image(self, network: UNet) -> TextToImage:
+        """A frozen U-Net with the other networks that pictures need."""
+        autoencoder = self.frozen(load_autoencoder(self.cfg.autoencoder))
+        tower = self.text_tower or self.frozen(load_text_tower(self.cfg.clip))
+        return TextToImage(network, autoencoder, tower, self.process, self.mean.flatten(), self.std.flatten())
+
+    def draw(self, model: TextToImage, samples_seen: int, journal: Journal) -> None:
         """Pictures of held-out captions, each with the same noise at every evaluation."""
         cfg = self.cfg
         prompts = [self.heldout.at(i)["caption"] for i in range(min(cfg.sample_prompts, self.heldout.samples))]
-        autoencoder = self.frozen(load_autoencoder(cfg.autoencoder))
-        tower = self.text_tower or self.frozen(load_text_tower(cfg.clip))
-        model = TextToImage(network, autoencoder, tower, self.process, self.mean.flatten(), self.std.flatten())
         images = model(prompts, [cfg.seed] * len(prompts), cfg.sampling)
         journal.image("prompts", np.asarray(captioned(to_uint8(images), prompts)), samples_seen, "held-out captions")
 

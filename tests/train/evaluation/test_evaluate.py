@@ -13,10 +13,15 @@ from conf.errors import UserError
 from data.datasets import ImageDataset
 from data.manifest import Manifest
 from models.features import weights_sha256
+from train.engine.provenance import weights_digest
 from train.engine.runtime import Runtime
-from train.evaluation import evaluate, probe
+from train.evaluation import evaluate, probe, sampling, subjects
+from train.evaluation.extractors import efficientnet
 
-FRECHET = {"eval/fd_efficientnet", "eval/fd_efficientnet_floor"}
+DISTANCES = {"fd_efficientnet", "fd_efficientnet_low", "fd_efficientnet_high", "fd_efficientnet_floor"}
+DISTANCES |= {"kd_efficientnet", "kd_efficientnet_std", "precision_efficientnet", "recall_efficientnet"}
+CLIP = {name.replace("efficientnet", "clip_own") for name in DISTANCES} | {"clip_score_own"}
+SPEED = {"perf/evaluation_s", "perf/pictures_per_s"}
 ATTRIBUTES = ("kind", "background", "color")
 FOLLOWING = {f"eval/prompt_following/{name}" for name in ATTRIBUTES} | {f"probe/accuracy/{name}" for name in ATTRIBUTES}
 
@@ -45,17 +50,19 @@ def evaluated(project: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_metrics_stand_under_their_names(evaluated: Path) -> None:
     metrics = read(evaluated / "metrics.json")
-    assert metrics.keys() == FRECHET | FOLLOWING
+    assert metrics.keys() == {f"eval/{name}" for name in DISTANCES | CLIP} | FOLLOWING | SPEED
     assert all(0 <= metrics[name] <= 1 for name in FOLLOWING)
-    assert metrics["eval/fd_efficientnet"] > 0
+    assert metrics["eval/fd_efficientnet_low"] < metrics["eval/fd_efficientnet"] < metrics["eval/fd_efficientnet_high"]
+    assert not (evaluated / "measured").exists()
 
 
 def test_protocol_says_how_they_were_measured(project: Any, evaluated: Path) -> None:
     facts = read(evaluated / "protocol.json")
-    extractors = facts.pop("extractors")
+    extractors, digest = facts.pop("extractors"), Manifest.load(project.folder / "shards" / "heldout").digest()
     assert facts == {
-        "samples": 7,  # 16 were asked for, so many are held out
-        "reference": Manifest.load(project.folder / "shards" / "heldout").digest(),
+        "samples": 16,
+        "captions": digest,
+        "reference": digest,
         "reference_samples": 7,
         "resolution": 32,
         "sampler": "dpmpp_2m",
@@ -69,10 +76,20 @@ def test_protocol_says_how_they_were_measured(project: Any, evaluated: Path) -> 
         "negative_prompt": "",
         "prompt_syntax": False,
         "weights": "ema",
+        "weights_sha256": weights_digest(str(project.folder / "unet" / "export")),
+        "precision": "fp32",
         "seed": 0,
+        "bootstrap_replicates": 50,
+        "kernel_features": 50_000,
+        "manifold_features": 10_000,
+        "manifold_neighbours": 3,
     }
     assert extractors == {
-        "fd_efficientnet": {"sha256": weights_sha256(), "resize": "bilinear to 128 pixels, larger pictures to 224"}
+        "fd_efficientnet": {"sha256": weights_sha256(), "resize": "bilinear to 128 pixels, larger pictures to 224"},
+        "fd_clip_own": {
+            "sha256": weights_digest(str(project.folder / "clip/export")),
+            "resize": "bicubic to 32 pixels",
+        },
     }
 
 
@@ -82,18 +99,27 @@ def test_same_numbers_are_recorded_at_the_samples_that_the_unet_had_seen(evaluat
     assert row == {"samples_seen": 960, **read(evaluated / "metrics.json")}
     assert (evaluated / "samples" / "evaluation-000000000960.png").is_file()
     with Image.open(evaluated / "grid.png") as grid:
-        assert grid.width >= 7 * 128
+        assert grid.width >= 8 * 128
 
 
 def test_evaluation_joins_the_wandb_run_of_its_unet(
-    project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Any, runtime: Runtime, tmp_path: Path, wandb_history: Any, wandb_config: Any
 ) -> None:
     unet = tmp_path / "unet"
     shutil.copytree(project.folder / "unet", unet)
     (unet / "wandb_run_id").write_text("abc123")
-    evaluate.run(config(project, tmp_path / "out", f"unet={unet}/export", "prompt_following=false"), runtime)
+    small = ["samples=4", "prompt_following=false", "clip_score=null", "bootstrap=0", "wandb.mode=offline"]
+    evaluate.run(config(project, tmp_path / "out", f"unet={unet}/export", *small), runtime)
     assert (tmp_path / "out" / "wandb_run_id").read_text() == "abc123"
-    assert read(tmp_path / "out" / "metrics.json").keys() == FRECHET
+    metrics = read(tmp_path / "out" / "metrics.json")
+    interval = {"fd_efficientnet_low", "fd_efficientnet_high"}
+    assert metrics.keys() == {f"eval/{name}" for name in DISTANCES - interval} | SPEED
+    (row,) = wandb_history(tmp_path / "out")
+    assert {name: row[name] for name in metrics} == pytest.approx(metrics)
+    assert row["samples_seen"] == 960 and row["samples/evaluation/caption"] == "held-out captions"
+    assert wandb_config(tmp_path / "out")["protocol"] == read(tmp_path / "out" / "protocol.json")
+    evaluate.run(config(project, tmp_path / "own", f"unet={unet}/export", *small, "wandb.name=mine"), runtime)
+    assert (tmp_path / "own" / "wandb_run_id").read_text() != "abc123"
 
 
 def test_probe_learns_from_training_images_and_is_measured_on_held_out_ones(
@@ -101,81 +127,81 @@ def test_probe_learns_from_training_images_and_is_measured_on_held_out_ones(
 ) -> None:
     learnt: list[str] = []
     judged: list[list[str]] = []
+    train = probe.train_probe
 
-    class Recorder(probe.Probe):
-        def correct(self, images: torch.Tensor, metas: Any) -> dict[str, torch.Tensor]:
-            judged.append([meta["caption"] for meta in metas])
-            return {name: torch.tensor([len(judged) == 2] * len(metas)) for name in ATTRIBUTES}
-
-    def train(dataset: ImageDataset, seed: int, device: torch.device) -> probe.Probe:
+    def noted(dataset: ImageDataset, seed: int, device: torch.device) -> probe.Probe:
         learnt.extend(dataset.at(i)["caption"] for i in range(dataset.samples))
-        return Recorder(probe.ProbeNet({"kind": 1}), {})
+        return train(dataset, seed, device)
 
-    monkeypatch.setattr(evaluate, "train_probe", train)
-    evaluate.run(config(project, tmp_path), runtime)
+    def correct(self: probe.Probe, images: torch.Tensor, metas: Any) -> dict[str, torch.Tensor]:
+        judged.append([meta["caption"] for meta in metas])
+        return {name: torch.tensor([len(judged) == 2] * len(metas)) for name in ATTRIBUTES}
+
+    monkeypatch.setattr(probe, "STEPS", 2)
+    monkeypatch.setattr(probe, "train_probe", noted)
+    monkeypatch.setattr(probe.Probe, "correct", correct)
+    given = [f"statistics_dir={tmp_path}/statistics", "samples=7", "clip_score=null"]
+    metrics = evaluate.run(config(project, tmp_path / "first", *given), runtime)
     heldout = ImageDataset(project.folder / "shards" / "heldout", project.config("evaluate").images, 0)
     captions = [heldout.at(i)["caption"] for i in range(7)]
     assert judged == [captions, captions]  # pictures drawn of them, then the real ones
     assert len(learnt) == 53 and not set(learnt) & set(captions)
-    metrics = read(tmp_path / "metrics.json")
     assert {metrics[f"eval/prompt_following/{name}"] for name in ATTRIBUTES} == {0.0}
     assert {metrics[f"probe/accuracy/{name}"] for name in ATTRIBUTES} == {1.0}
+    evaluate.run(config(project, tmp_path / "second", *given), runtime)
+    assert len(learnt) == 53  # kept
 
 
-def test_same_caption_twice_is_drawn_as_two_pictures(
+def test_captions_are_used_again_with_other_noise(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+    cfg = config(project, tmp_path, "prompt_following=false", "clip_score=null", "samples=9")
+    drawn = subjects.Drawn(cfg, runtime, sampling.load_model(cfg, runtime.device), {})
+    assert drawn.captions(range(9))[7:] == drawn.captions(range(2))
+    first, again = (drawn.measure(range(start, start + 1))["picture"] for start in (0, 7))
+    assert not torch.equal(first, again)
+
+
+def test_picture_is_the_same_in_every_chunk(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+    cfg = config(project, tmp_path, "prompt_following=false", "clip_score=null")
+    drawn = subjects.Drawn(cfg, runtime, sampling.load_model(cfg, runtime.device), {})
+    together, alone = drawn.measure(range(0, 4)), drawn.measure(range(3, 4))
+    assert (together["picture"][3:].int() - alone["picture"].int()).abs().max() <= 1
+
+
+def test_autoencoder_is_judged_by_what_it_gives_back(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+    metrics = evaluate.run(config(project, tmp_path, "subject=autoencoder", f"output_dir={tmp_path}"), runtime)
+    compared = {"eval/psnr", "eval/ssim", "eval/efficientnet"}
+    assert metrics.keys() == compared | {f"eval/r{name}" for name in DISTANCES} | SPEED
+    stage = project.rows("autoencoder")[-1]  # its own evaluation, of the same held-out pictures
+    assert {name: metrics[name] for name in ("eval/psnr", "eval/ssim")} == pytest.approx(
+        {name: stage[name] for name in ("eval/psnr", "eval/ssim")}, rel=1e-4
+    )
+    assert metrics["eval/rfd_efficientnet"] > metrics["eval/rfd_efficientnet_floor"] / 2
+    facts = read(tmp_path / "protocol.json")
+    assert facts["samples"] == 7 and "sampler" not in facts
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_broken_weights_are_named_before_a_metric_is_made(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs: list[tuple[str, int]] = []
-    draw = evaluate.pictures
+    def broken(self: Any, latents: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(latents), 3, 32, 32), float("nan"))
 
-    def noted(model: Any, cfg: Any, wanted: Any) -> Any:
-        jobs.extend(wanted)
-        return draw(model, cfg, wanted)
+    monkeypatch.setattr(sampling.TextToImage, "decode", broken)
+    with pytest.raises(
+        UserError, match=r"^16 of 16 pictures contain NaN or infinity: .* try runtime.precision=fp32"
+    ) as error:
+        evaluate.run(config(project, tmp_path, "prompt_following=false", "clip_score=null"), runtime)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "metrics.json").exists()
 
-    monkeypatch.setattr(evaluate, "pictures", noted)
-    evaluate.run(config(project, tmp_path, "prompt_following=false", "samples=4"), runtime)
-    assert [number for _, number in jobs] == [0, 1, 2, 3]
 
+def test_bias_of_few_pictures_is_said(project: Any, evaluated: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from train.evaluation.scores import warn_of_bias
 
-def test_rank_without_prompts_adds_nothing(
-    project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent: list[Any] = []
-    facts = {name: getattr(runtime, name) for name in ("local_rank", "device", "precision", "accelerator")}
-
-    class First(Runtime):
-        def gather_objects(self, value: Any) -> list[Any]:
-            sent.append(value)
-            return [value]
-
-        def sum(self, values: Any) -> dict[str, float]:
-            sent.append(values)
-            return dict(values)
-
-    class Last(Runtime):
-        """Rank 8 of 9, of which seven have a picture each; the first one here stands for all of them."""
-
-        def gather_objects(self, value: Any) -> list[Any]:
-            return [sent.pop(0), value]
-
-        def sum(self, values: Any) -> dict[str, float]:
-            first = sent.pop(0)
-            assert first.keys() == values.keys()
-            return {name: first[name] + values[name] for name in first}
-
-    compared: list[tuple[int, int]] = []
-    compare = evaluate.compare
-
-    def noted(extractor: Any, generated: Any, reference: Any) -> dict[str, float]:
-        compared.append((generated.count, reference.count))
-        return compare(extractor, generated, reference)
-
-    monkeypatch.setattr(evaluate, "compare", noted)
-    monkeypatch.setattr(probe, "STEPS", 2)
-    evaluate.run(config(project, tmp_path / "first"), First(rank=0, world=1, **facts))
-    evaluate.run(config(project, tmp_path / "last"), Last(rank=8, world=9, **facts))
-    assert compared == [(7, 7), (7, 7)]
-    assert not (tmp_path / "last").exists()
+    warn_of_bias(efficientnet(), {"fd_efficientnet": 5400.0, "fd_efficientnet_floor": 1472.7}, 16)
+    said = " ".join(capfd.readouterr().out.split())
+    assert "rests on 16 pictures for 976 features: perfect pictures would score about 1472.7" in said
 
 
 def test_export_without_a_finished_training_is_refused_before_the_work(
@@ -195,7 +221,8 @@ def test_images_without_attributes_are_refused_before_a_picture_is_drawn(
         shutil.copytree(project.folder / "shards" / side, tmp_path / "shards" / side)
     at = ImageDataset.at
     monkeypatch.setattr(ImageDataset, "at", lambda *given: at(*given) | {"meta": {}})
-    monkeypatch.setattr(evaluate, "pictures", lambda *_: pytest.fail("pictures were drawn"))
+    monkeypatch.setattr(subjects, "pictures", lambda *_: pytest.fail("pictures were drawn"))
     with pytest.raises(UserError, match=r"^prompt_following=true: sample '.*' names no kind"):
-        evaluate.run(config(project, tmp_path / "out", f"shards={tmp_path}/shards"), runtime)
+        here = [f"shards={tmp_path}/shards", f"statistics_dir={tmp_path}/statistics"]
+        evaluate.run(config(project, tmp_path / "out", *here), runtime)
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,68 @@
+"""The command that measures what was trained, and its small form inside a training."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from conf.schema.choices import EvaluationSubject, Perceptual
+from conf.schema.sections import ImageConfig, RuntimeConfig, SamplingConfig, WandbConfig, require, require_positive
+
+
+@dataclass(kw_only=True, slots=True)
+class LoopEvaluationConfig:
+    """Metrics `eval/loop/…` at each evaluation of a U-Net's training; few pictures, so they only show the direction."""
+
+    samples: int = 0  # pictures drawn of held-out captions, with `sampling`; 0: none, and shards are not needed
+    shards: str = MISSING  # folder whose heldout/ has the captions and the real pictures
+    statistics_dir: str = MISSING  # where what was measured of real pictures is kept
+    inception: str | None = None  # file with the Inception weights of the FID; None: only fd_efficientnet
+    batch_size: int = 32  # pictures made together
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 0, f"evaluation.samples={self.samples}: must be 0 (off) or positive")
+        require(self.samples != 1, "evaluation.samples=1: a distance between sets needs at least 2 pictures")
+        require_positive(self, "batch_size", group="evaluation.")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateRun(SamplingConfig):
+    """`train/evaluate.py`: pictures of held-out prompts, or those that an autoencoder gives back, against real ones."""
+
+    run_dir: str = MISSING
+    name: str = MISSING
+    seed: int = 0  # of the noise
+    output_dir: str = MISSING
+    subject: EvaluationSubject = EvaluationSubject.unet  # what is evaluated
+    shards: str = MISSING
+    captions: str = MISSING  # folder of image shards: its captions are drawn, or its pictures given back
+    reference: str = MISSING  # real pictures: a folder of image shards, or statistics in a .safetensors or .npz file
+    statistics_dir: str = MISSING  # where what was measured of real pictures is kept
+    unet: str = MISSING
+    autoencoder: str = MISSING
+    clip: str = MISSING
+    images: ImageConfig = field(default_factory=ImageConfig)
+    samples: int = 128  # pictures; a caption is drawn again, with other noise, where there are fewer
+    batch_size: int = 32  # pictures made together
+    tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
+    inception: str | None = None  # file with the Inception weights of the FID; None: only offline metrics
+    clip_score: str | None = None  # CLIP that compares pictures with captions: a folder, or open_clip's NAME/TAG
+    perceptual: Perceptual = Perceptual.efficientnet  # distance between a picture and what an autoencoder gives back
+    prompt_following: bool = False  # train the probe and score kind, background and colour (demo set only)
+    bootstrap: int = 50  # sets drawn again for the 95 % interval of a Fréchet distance; 0: no interval
+    watch: bool = False  # evaluate the checkpoints of a training as they appear, until it is finished
+    watch_s: float = 30.0  # seconds between two looks
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)  # without wandb.name: the training's own W&B run
+
+    def __post_init__(self) -> None:
+        SamplingConfig.__post_init__(self)
+        require_positive(self, "batch_size", "watch_s")
+        require(self.samples > 1, f"samples={self.samples}: a distance between sets needs at least 2 pictures")
+        require(self.bootstrap == 0 or self.bootstrap > 1, f"bootstrap={self.bootstrap}: must be 0 (off) or above 1")
+        if self.subject is EvaluationSubject.autoencoder:
+            for option in ("watch", "prompt_following", "clip_score"):
+                require(not getattr(self, option), f"{option}: is for a U-Net; leave it out with subject=autoencoder")
+        require(
+            self.inception is not None or not self.reference.endswith(".npz"),
+            f"reference={self.reference}: holds statistics of Inception's features; set inception=PATH",
+        )

@@ -1,0 +1,58 @@
+"""A small evaluation at each evaluation of a U-Net's training: `eval/loop/…`, with the functions of the large one."""
+
+from pathlib import Path
+
+from conf.schema import EvaluateRun, ImageConfig, SamplingConfig, UNetRun
+from models.pipeline import TextToImage
+from train.engine.runtime import Runtime
+from train.evaluation.chunks import Chunks
+from train.evaluation.evaluate import metrics_of, references_of
+from train.evaluation.sampling import sampling_facts
+from train.evaluation.subjects import Drawn
+
+REPLICATES = 50
+GROUP = "eval/loop/"
+
+
+def evaluate_in_loop(cfg: UNetRun, runtime: Runtime, model: TextToImage, samples_seen: int) -> dict[str, float]:
+    """Distances of pictures of held-out captions, drawn with `cfg.sampling`; all processes draw their share.
+
+    Their names say that they are of this evaluation: with another number of pictures they would be other numbers.
+    """
+    small = as_command(cfg, model)
+    subject = Drawn(small, runtime, model, {"samples_seen": samples_seen})
+    references = references_of(small, subject, runtime)
+    chunks = Chunks(Path(cfg.output_dir) / "measured", subject.facts, subject.total, small.batch_size)
+    chunks.fill(subject.measure, runtime, "unet")
+    metrics: dict[str, float] = {}
+    if runtime.is_main:
+        metrics = metrics_of(subject, chunks, references, REPLICATES)
+        chunks.remove()
+    found: dict[str, float] = runtime.gather_objects(metrics)[0]
+    return {name.replace("eval/", GROUP): value for name, value in found.items()}
+
+
+def as_command(cfg: UNetRun, model: TextToImage) -> EvaluateRun:
+    """The evaluation as `train/evaluate.py` would be asked for it."""
+    small, side = cfg.evaluation, cfg.model.sample_size * model.autoencoder.cfg.downscale
+    heldout = f"{small.shards}/heldout"
+    sampling = {name: getattr(cfg.sampling, name) for name in sampling_facts(SamplingConfig())}
+    return EvaluateRun(
+        run_dir=cfg.run_dir,
+        name=cfg.name,
+        seed=cfg.seed,
+        output_dir=cfg.output_dir,
+        shards=small.shards,
+        captions=heldout,
+        reference=heldout,
+        statistics_dir=small.statistics_dir,
+        unet=cfg.output_dir,
+        autoencoder=cfg.autoencoder,
+        clip=cfg.clip,
+        images=ImageConfig(resolution=side),
+        samples=small.samples,
+        batch_size=small.batch_size,
+        inception=small.inception,
+        runtime=cfg.runtime,
+        **sampling,
+    )

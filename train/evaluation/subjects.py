@@ -1,0 +1,185 @@
+"""What can be evaluated: a U-Net by the pictures that it draws, an autoencoder by those that it gives back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from conf.errors import UserError
+from conf.schema import EvaluateRun, Perceptual
+from data.datasets import ImageDataset
+from models.autoencoder import load_autoencoder
+from models.clip import DESCRIPTION_NAME, Clip
+from models.losses import perceptual_distance, psnr, ssim
+from models.pipeline import TextToImage
+from train.engine.pictures import to_uint8
+from train.engine.precision import autocast
+from train.engine.provenance import weights_digest
+from train.engine.runtime import Runtime
+from train.evaluation.chunks import Chunks
+from train.evaluation.extractors import Extractor, efficientnet, inception
+from train.evaluation.metrics import clip_score
+from train.evaluation.probe import Probe, accuracy, cached_probe
+from train.evaluation.sampling import pictures, sampling_facts
+
+SHOWN = 64  # pictures in the grid
+
+
+class Subject(Protocol):
+    """What `evaluate` asks of either."""
+
+    total: int  # pictures
+    prefix: str  # of its distances' names: "" or "r", of reconstructions
+    facts: dict[str, Any]  # what the pictures depend on, in plain values
+    extractors: list[Extractor]
+
+    def measure(self, numbers: range) -> dict[str, Tensor]:
+        """Columns [B, ...] of these pictures, features and others; `picture`, uint8, of the first ones."""
+
+    def metrics(self, measured: Chunks) -> dict[str, float]:
+        """Made of its other columns, by their full names."""
+
+    def captions(self, numbers: range) -> list[str]:
+        """What stands below these pictures in the grid."""
+
+
+class Drawn:
+    """Pictures of captions; each has noise of its own, and a caption is used again when all have been."""
+
+    prefix = ""
+
+    def __init__(self, cfg: EvaluateRun, runtime: Runtime, model: TextToImage, facts: dict[str, Any]) -> None:
+        self.cfg, self.runtime, self.model, self.total = cfg, runtime, model, cfg.samples
+        self.prompts = ImageDataset(cfg.captions, cfg.images, cfg.seed)
+        self.extractors, self.clip = extractors_of(cfg, runtime.device), None
+        if cfg.clip_score is not None:
+            self.clip = Clip.from_pretrained(cfg.clip_score).eval().requires_grad_(False).to(runtime.device)
+            self.extractors.append(clip_extractor(self.clip, cfg.clip_score))
+        self.probe: Probe | None = None
+        if cfg.prompt_following:
+            self.probe = cached_probe(f"{cfg.shards}/train", cfg.images, cfg.seed, Path(cfg.statistics_dir), runtime)
+        self.facts = {
+            "captions": self.prompts.digest,
+            "resolution": cfg.images.resolution,
+            **sampling_facts(cfg),
+            "seed": cfg.seed,
+            "precision": cfg.runtime.precision.value,
+            **facts,
+        }
+
+    def measure(self, numbers: range) -> dict[str, Tensor]:
+        """Draw and look."""
+        items = self.items(numbers)
+        jobs = [(item["caption"], number) for item, number in zip(items, numbers, strict=True)]
+        images = torch.cat(list(pictures(self.model, self.cfg, jobs)))
+        columns = looked_at(images, self.extractors)
+        if self.clip is not None:
+            tokens = self.clip.tokenize([item["caption"] for item in items]).to(images.device)
+            with torch.no_grad():
+                columns["clip_text"] = self.clip.encode_text(tokens).cpu()
+        if self.probe is not None:
+            right = self.probe.correct(images, [item["meta"] for item in items])
+            columns |= {f"right/{name}": hits for name, hits in right.items()}
+        return columns | shown(numbers, images)
+
+    def metrics(self, measured: Chunks) -> dict[str, float]:
+        """CLIP score, and the shares of pictures that show the kind, background and colour asked for."""
+        result = {}
+        if self.clip is not None:
+            name = self.extractors[-1].name  # clip or clip_own
+            pairs = (torch.cat(column) for column in zip(*measured.columns(name, "clip_text"), strict=True))
+            result[f"eval/{name.replace('clip', 'clip_score')}"] = clip_score(*pairs)
+        if self.probe is not None:
+            for name in self.probe.words:
+                result[f"eval/prompt_following/{name}"] = measured.whole(f"right/{name}").float().mean().item()
+            result |= accuracy(self.probe, self.prompts, self.runtime.device)
+        return result
+
+    def captions(self, numbers: range) -> list[str]:
+        """The prompts."""
+        return [item["caption"] for item in self.items(numbers)]
+
+    def items(self, numbers: range) -> list[dict[str, Any]]:
+        """The sample of the data set whose caption each picture has."""
+        return [self.prompts.at(number % self.prompts.samples) for number in numbers]
+
+
+class Reconstructed:
+    """Real pictures after encoding, to the mean of the posterior, and decoding."""
+
+    prefix = "r"
+
+    def __init__(self, cfg: EvaluateRun, runtime: Runtime) -> None:
+        self.cfg, self.runtime = cfg, runtime
+        self.originals = ImageDataset(cfg.captions, cfg.images, cfg.seed)
+        self.total = min(cfg.samples, self.originals.samples)
+        self.extractors = extractors_of(cfg, runtime.device)
+        self.autoencoder = load_autoencoder(cfg.autoencoder).eval().requires_grad_(False).to(runtime.device)
+        self.measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
+        perceptual = perceptual_distance(cfg.perceptual)
+        if perceptual is not None:
+            self.measures[cfg.perceptual.value] = perceptual.to(runtime.device)
+        self.facts = {
+            "originals": self.originals.digest,
+            "resolution": cfg.images.resolution,
+            "precision": cfg.runtime.precision.value,
+            "perceptual": cfg.perceptual.value if cfg.perceptual is not Perceptual.none else None,
+            "weights_sha256": weights_digest(cfg.autoencoder),
+        }
+
+    @torch.no_grad()
+    def measure(self, numbers: range) -> dict[str, Tensor]:
+        """Encode, decode and compare."""
+        originals = self.originals.batch_at(numbers)["image"].to(self.runtime.device)
+        with autocast(self.runtime.device, self.cfg.runtime.precision):
+            latents = self.autoencoder.encode(originals).chunk(2, dim=1)[0]
+            images = self.autoencoder.decode(latents).float().clamp(-1, 1)
+        columns = looked_at(images, self.extractors)
+        columns |= {f"compared/{name}": measure(images, originals).cpu() for name, measure in self.measures.items()}
+        return columns | shown(numbers, images)
+
+    def metrics(self, measured: Chunks) -> dict[str, float]:
+        """PSNR, SSIM and the perceptual distance, means over the pictures."""
+        return {f"eval/{name}": measured.whole(f"compared/{name}").mean().item() for name in self.measures}
+
+    def captions(self, numbers: range) -> list[str]:
+        """Of the originals."""
+        return [self.originals.at(number)["caption"] for number in numbers]
+
+
+def extractors_of(cfg: EvaluateRun, device: torch.device) -> list[Extractor]:
+    """Those that the options ask for; a file of Inception's statistics leaves no other to compare with."""
+    found = [] if cfg.inception is None else [inception(cfg.inception, device)]
+    return found if cfg.reference.endswith(".npz") else [*found, efficientnet(device)]
+
+
+def clip_extractor(clip: Clip, source: str) -> Extractor:
+    """Image embeddings of CLIP; one that this program trained itself is called `clip_own`, since nobody else has it."""
+    folder = Path(source)
+    published = not folder.is_dir() or (folder / DESCRIPTION_NAME).is_file()
+    name, device = "clip" if published else "clip_own", clip.mean.device
+    return Extractor(
+        name=name,
+        size=clip.config.embed_dim,
+        weights_sha256=weights_digest(source),
+        resize=f"bicubic to {clip.config.image_size} pixels",
+        network=lambda pixels: {name: clip.encode_image(pixels.to(device).float() / 127.5 - 1)},
+    )
+
+
+def looked_at(images: Tensor, extractors: list[Extractor]) -> dict[str, Tensor]:
+    """Columns of all extractors; raises UserError for pictures that are not finite."""
+    if not images.isfinite().all():
+        broken = int((~images.flatten(1).isfinite().all(dim=1)).sum())
+        raise UserError(
+            f"{broken} of {len(images)} pictures contain NaN or infinity: the weights are broken, or "
+            "runtime.precision=fp16 overflows; try runtime.precision=fp32 or an earlier checkpoint"
+        )
+    return {name: column for extractor in extractors for name, column in extractor(images).items()}
+
+
+def shown(numbers: range, images: Tensor) -> dict[str, Tensor]:
+    """The column of pictures for the grid, of the first chunks alone."""
+    return {"picture": torch.from_numpy(to_uint8(images))} if numbers.start < SHOWN else {}

@@ -1,0 +1,85 @@
+"""Evaluation beside a training: each checkpoint as it appears, the newest first, and at last the export."""
+
+import json
+import time
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from conf.errors import UserError
+from conf.schema import EvaluateRun, UNetRun
+from data.manifest import find_shards
+from models.unet import UNet
+from train.engine.ema import MAIN
+from train.engine.files import MARKER
+from train.engine.journal import METRICS, X_AXIS, read_metrics, say
+from train.engine.provenance import check_latents
+from train.engine.runtime import Runtime
+from train.engine.state import DONE
+from train.engine.trainable import WEIGHTS
+from train.evaluation.evaluate import evaluate, run, samples_seen
+from train.evaluation.sampling import put_together
+from train.evaluation.subjects import Drawn
+
+
+def watch(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
+    """Evaluate what appears until the training is finished; returns the metrics of its end.
+
+    What was evaluated by an earlier start is left out. A checkpoint that the training deletes meanwhile is passed over.
+
+    Raises:
+        UserError: there is no training, or a reason to stop of `evaluate`.
+    """
+    trained = Path(cfg.unet).parent
+    if not (trained / "config.yaml").is_file():
+        raise UserError(f"watch=true: no training in '{trained}'; start train/train_unet.py with that output_dir first")
+    if runtime.is_main:
+        say("evaluation", f"watches {trained / 'checkpoints'}")
+    passed: set[int] = set()
+    metrics: dict[str, float] = {}
+    while not finished(trained, runtime):
+        seen = runtime.gather_objects(newest(trained, Path(cfg.output_dir), passed) if runtime.is_main else None)[0]
+        if seen is None:
+            time.sleep(cfg.watch_s)
+            continue
+        passed.add(seen)
+        subject = of_checkpoint(cfg, runtime, trained, seen)
+        if subject is not None:
+            metrics = evaluate(cfg, subject, runtime, trained, seen)
+    last = max(passed, default=0) >= samples_seen(cfg.unet, "unet")  # the last checkpoint is what was exported
+    return metrics if last and metrics else run(cfg, runtime)
+
+
+def finished(trained: Path, runtime: Runtime) -> bool:
+    """Whether the training is, for all processes alike."""
+    return runtime.any((trained / DONE).is_file())
+
+
+def newest(trained: Path, output_dir: Path, passed: set[int]) -> int | None:
+    """Samples seen of the newest complete checkpoint that was not evaluated yet, None if there is none."""
+    evaluated = passed | {row[X_AXIS] for row in read_metrics(output_dir / METRICS)}
+    found = {int(path.parent.name) for path in (trained / "checkpoints").glob(f"[0-9]*/{MARKER}")}
+    return max(found - evaluated, default=None)
+
+
+def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) -> Drawn | None:
+    """The U-Net as the checkpoint has it, by its average where it keeps one; None if it is gone."""
+    merged = OmegaConf.merge(OmegaConf.structured(UNetRun), OmegaConf.load(trained / "config.yaml"))
+    training = OmegaConf.to_object(merged)
+    assert isinstance(training, UNetRun)
+    info = check_latents(training, find_shards(f"{training.latents}/train", "latents"))
+    name = f"unet/{WEIGHTS if info.weights == 'last' else f'{MAIN}.safetensors'}"
+    folder = trained / "checkpoints" / f"{seen:012d}"
+    network = UNet(training.model)
+    gone = False
+    try:
+        digest = json.loads((folder / MARKER).read_bytes())["files"][name][1]
+        network.load_state_dict(load_file(folder / name))
+    except (OSError, SafetensorError):  # its retention has deleted it
+        gone = True
+    if runtime.any(gone):
+        return None
+    model = put_together(network, info, cfg, runtime.device)
+    return Drawn(cfg, runtime, model, {"weights": info.weights, "weights_sha256": digest})
