@@ -1,6 +1,7 @@
 #!/bin/bash
-# Metrics of a trained U-Net, once.
+# Metrics of a trained U-Net; with watch=true of each checkpoint, from the start of a training to its end.
 #   sbatch slurm/evaluate.sh run_dir=/data/run1 inception=/data/weights-inception-2015-12-05-6726825d.pth
+#   sbatch slurm/evaluate.sh run_dir=/data/run1 protocol=coco30k shards=/data/coco watch=true
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -14,5 +15,5 @@
 #SBATCH --output=slurm/logs/%x-%j.out
 
 source slurm/common.sh || exit 2 # not found: submit from the repository, or with --chdir=REPOSITORY
-RESTARTABLE=yes # it begins again
+RESTARTABLE=yes # what was measured is kept
 run "${TORCHRUN[@]}" train/evaluate.py runtime=gpu "$@"
