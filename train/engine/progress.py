@@ -5,6 +5,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 LINE_EVERY_S = 10.0  # where there is no terminal
 
@@ -50,13 +51,13 @@ class Progress:
             self.told_at = now
             self.console.print(self.line(done, now - self.began), soft_wrap=True)
 
-    def line(self, done: int, seconds: float) -> str:
+    def line(self, done: int, seconds: float) -> Text:
         """What is known after so many seconds."""
         known = [f"{done:,}/{self.total:,} {self.unit}"]
         if done and seconds > 0:
             left = duration((self.total - done) * seconds / done)
             known += [f"{done / seconds:.3g} {self.unit}/s", f"{left} left"]
-        return f"{self.stage:<12}{'  '.join(known)}"
+        return Text.assemble((f"{self.stage:<12}", "bold cyan"), "  ".join(known))
 
 
 def duration(seconds: float) -> str:

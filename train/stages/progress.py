@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-LINE_EVERY_S = 10.0  # where there is no terminal
+from train.engine.progress import LINE_EVERY_S, duration
+
 TAIL_BYTES = 2**16  # of a file that is looked at again and again
 BUILT = re.compile(r"build: (\d+)/(\d+) samples")  # what data/build_shards.py tells where it has no terminal
 COLORS = {"running": "bold cyan", "done": "green", "skipped": "green", "failed": "bold red", "stopped": "yellow"}
@@ -122,12 +123,6 @@ def report(console: Console, paths: Mapping[str, Path], summary: Mapping[str, fl
     console.print("[bold]files[/]")
     for name, path in paths.items():
         console.print(f"  {name:<{width}}{path}", soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """`m:ss` or `h:mm:ss`."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 def tail(path: Path) -> list[dict[str, Any]]:
