@@ -1,5 +1,6 @@
-"""Tensors to pictures that people look at: bytes, and grids with captions."""
+"""Tensors to pictures that people look at: bytes, grids with captions, and film strips."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -65,6 +66,32 @@ def captioned(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> 
     return grid(images, columns, captions, scale=max(1, READABLE // images.shape[2]))
 
 
+def film_strips(frames: np.ndarray, captions: Sequence[str], labels: Sequence[str]) -> Image.Image:
+    """One row per picture: its caption, and below it the frames with their labels.
+
+    Args:
+        frames: uint8 [B, F, H, W, 3].
+        captions: one per picture.
+        labels: one per frame.
+    """
+    width, count = frames.shape[3], frames.shape[1]
+    scale = max(1, READABLE // width)
+    rows = [grid(row, count, labels, scale) for row in frames]
+    margin = max(4, width * scale // 10)  # as that of the grid
+    font_size = min(24, max(14, width * scale // 9))
+    font, line_height = ImageFont.load_default(size=font_size), round(font_size * 1.3)
+    lines = [wrap(caption, font, rows[0].width - 2 * margin, lines=2) for caption in captions]
+    heights = [row.height + len(text) * line_height for row, text in zip(rows, lines, strict=True)]
+    canvas = Image.new("RGB", (rows[0].width, sum(heights) + margin), "white")
+    draw, top = ImageDraw.Draw(canvas), margin
+    for row, text, height in zip(rows, lines, heights, strict=True):
+        for number, line in enumerate(text):
+            draw.text((margin, top + number * line_height), line, fill=_INK, font=font)
+        canvas.paste(row, (0, top + len(text) * line_height))
+        top += height
+    return canvas
+
+
 def wrap(text: str, font: Font, width: int, lines: int = 6) -> list[str]:
     """Break text into at most `lines` lines of at most `width` pixels; what does not fit ends in an ellipsis."""
     wrapped: list[str] = []
@@ -82,6 +109,5 @@ def wrap(text: str, font: Font, width: int, lines: int = 6) -> list[str]:
 def _shorten(text: str, font: Font, width: int) -> str:
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    longer = bisect_right(range(len(text)), float(width), key=lambda length: font.getlength(text[:length] + "…"))
+    return text[: max(0, longer - 1)].rstrip() + "…"

@@ -13,6 +13,7 @@ from conf.schema import UNetRun
 from data.latent_dataset import LatentDataset
 from data.streams import latent_stream
 from models.autoencoder import load_autoencoder, sample_moments
+from models.film import Film
 from models.flops import unet_flops
 from models.pipeline import TextToImage
 from models.process import Process
@@ -22,7 +23,7 @@ from models.unet import UNet
 from models.unet_format import architecture
 from train.engine.draws import normal, uniform
 from train.engine.journal import Journal
-from train.engine.pictures import captioned, to_uint8
+from train.engine.pictures import captioned, film_strips, to_uint8
 from train.engine.provenance import check_latents, require_same
 from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
@@ -30,6 +31,8 @@ from train.evaluation.in_loop import evaluate_in_loop
 
 VALIDATION = 256  # held-out latents behind the validation loss, at most
 CHUNK = 32  # of them at once
+FILMED = 2  # of the pictures drawn at an evaluation
+FILM_FRAMES = 8
 
 
 def begin_from(source: str, cfg: UNetConfig) -> UNet:
@@ -149,11 +152,15 @@ class UNetStage:
         return TextToImage(network, autoencoder, tower, self.process, self.mean.flatten(), self.std.flatten())
 
     def draw(self, model: TextToImage, samples_seen: int, journal: Journal) -> None:
-        """Pictures of held-out captions, each with the same noise at every evaluation."""
+        """Pictures of held-out captions, each with the same noise at every evaluation, and a film of the first two."""
         cfg = self.cfg
         prompts = [self.heldout.at(i)["caption"] for i in range(min(cfg.sample_prompts, self.heldout.samples))]
-        images = model(prompts, [cfg.seed] * len(prompts), cfg.sampling)
+        film = Film(FILM_FRAMES, cfg.sampling.steps, range(len(prompts))[:FILMED])
+        images = model(prompts, [cfg.seed] * len(prompts), cfg.sampling, callback=film)
         journal.image("prompts", np.asarray(captioned(to_uint8(images), prompts)), samples_seen, "held-out captions")
+        frames = np.stack([to_uint8(strip) for strip in film.frames(model, images)])
+        strips = film_strips(frames, prompts[:FILMED], film.labels)
+        journal.image("film", np.asarray(strips), samples_seen, "guesses of the picture during sampling")
 
     def export(self, folder: Path) -> None:
         """Averaged weights in diffusers' format, and beside them what sampling needs to know."""

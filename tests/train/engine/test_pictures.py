@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import ImageFont
 
-from train.engine.pictures import grid, to_uint8, wrap
+from train.engine.pictures import film_strips, grid, to_uint8, wrap
 
 
 def test_range_maps_to_all_bytes_and_clamps() -> None:
@@ -45,3 +45,24 @@ def test_wrapping_keeps_every_word_that_fits_and_marks_what_is_cut() -> None:
     short = wrap(text, font, 100, lines=2)
     assert len(short) == 2 and short[1].endswith("…") and font.getlength(short[1]) <= 100
     assert wrap("", font, 100) == []
+
+
+def test_film_strips_show_every_frame_unchanged_in_its_row() -> None:
+    """Each row below its caption, which is drawn on white; the label of a frame below it."""
+    frames = np.random.default_rng(0).integers(0, 255, (2, 3, 128, 128, 3), dtype=np.uint8)
+    captions = ["a red planet", "a very long caption that goes on and on " * 20]
+    sheet = np.asarray(film_strips(frames, captions, ["step 1", "step 2", "step 4"]))
+    margin = (sheet.shape[1] - 3 * 128) // 4
+    lefts = [margin + (128 + margin) * column for column in range(3)]
+    tops = [
+        next(top for top in range(sheet.shape[0]) if np.array_equal(sheet[top, margin : margin + 128], row[0, 0]))
+        for row in frames
+    ]
+    for row, top in zip(frames, tops, strict=True):
+        for frame, left in zip(row, lefts, strict=True):
+            assert np.array_equal(sheet[top : top + 128, left : left + 128], frame)
+            assert sheet[top + 128 + margin // 2 : top + 128 + 2 * margin, left : left + 128].min() < 100  # its label
+    above = [sheet[: tops[0]], sheet[tops[0] + 128 + 3 * margin : tops[1]]]
+    assert all(part.min() < 100 for part in above)  # the captions, the second one in two lines
+    assert above[1].shape[0] > above[0].shape[0]
+    assert (sheet[:, -margin + 1 :] == 255).all() and (sheet[-margin // 2 :] == 255).all()

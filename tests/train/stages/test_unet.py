@@ -46,7 +46,8 @@ def test_denoising_gets_better(project: Any) -> None:
     metrics = json.loads((project.folder / "unet" / "DONE").read_text())["metrics"]
     assert 0 < metrics["eval/loss"] < losses[0]
     assert {"train/grad_norm", "train/lr"} <= project.rows("unet")[0].keys()
-    assert (project.folder / "unet" / "samples" / "prompts-000000000960.png").is_file()
+    for name in ("prompts", "film"):
+        assert (project.folder / "unet" / "samples" / f"{name}-000000000960.png").is_file()
 
 
 def test_export_holds_the_average_and_what_sampling_needs(project: Any) -> None:
