@@ -98,11 +98,23 @@ class ImageDataset:
         except (UserError, ValueError, RecursionError) as error:
             remedy = "rebuild the shards with data/build_shards.py, which leaves broken samples out"
             raise UserError(f"{self.records.name(index)}: {error}: {remedy}") from None
-        caption = bytes(record["txt"]).decode("utf-8", "replace").strip()
-        return image, {"caption": caption, "key": record["__key__"], "meta": meta}
+        return image, {"caption": caption_of(record), "key": record["__key__"], "meta": meta}
 
     def _tensor(self, image: Image.Image, cut: Cut) -> torch.Tensor:
         return to_tensor(to_pixels(image, self.images.resolution, self.images.resolution, cut))
+
+
+def captions_of(folder: str | Path, samples: int = 0) -> list[str]:
+    """Captions of the first `samples` (0: all) of a folder of image shards; no picture is decoded."""
+    manifest = find_shards(folder, "images")
+    records = RecordStore(folder, manifest, [("txt",)], StreamConfig(window=1))  # of remote shards one at a time
+    count = min(samples or manifest.samples, manifest.samples)
+    return [caption_of(records[index]) for index in range(count)]
+
+
+def caption_of(record: dict[str, Any]) -> str:
+    """The caption of a record, without white space around it."""
+    return bytes(record["txt"]).decode("utf-8", "replace").strip()
 
 
 def order_of(seed: int, sizes: Sequence[int], stream: StreamConfig) -> Order:

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from conf.schema.choices import CacheDtype, ExportFormat
-from conf.schema.sections import RuntimeConfig, SamplingConfig, require
+from conf.schema.sections import RuntimeConfig, SamplingConfig, require, require_positive
 
 
 @dataclass(kw_only=True, slots=True)
 class SampleRun(SamplingConfig):
-    """`train/sample.py`: prompts to PNGs and a captioned grid."""
+    """`train/sample.py`: prompts to PNGs, a captioned grid and a film strip."""
 
     run_dir: str = MISSING
     name: str = MISSING
@@ -21,7 +21,10 @@ class SampleRun(SamplingConfig):
     clip: str = MISSING
     prompts: list[str] = field(default_factory=list)  # on the command line: 'prompts=["a red planet"]'
     prompts_file: str | None = None  # a text file, one prompt a line
+    prompts_from: str | None = None  # folder of image shards, such as RUN/shards/heldout: its captions are prompts
+    prompts_from_samples: int = 64  # of that folder, from its first sample on; 0: all
     images_per_prompt: int = 1  # pictures drawn of each prompt
+    film_frames: int = 0  # of film.png, which shows guesses of the picture from the first step to the last; 0: no film
     batch_size: int = 32  # pictures made together; changes no picture
     tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
     prompt_syntax: bool = True
@@ -29,7 +32,12 @@ class SampleRun(SamplingConfig):
 
     def __post_init__(self) -> None:
         SamplingConfig.__post_init__(self)
-        require(bool(self.prompts) or bool(self.prompts_file), 'no prompts: set prompts=["..."] or prompts_file=FILE')
+        require_positive(self, "images_per_prompt", "batch_size")
+        given = bool(self.prompts) or bool(self.prompts_file) or bool(self.prompts_from)
+        require(given, 'no prompts: set prompts=["..."], prompts_file=FILE or prompts_from=FOLDER')
+        samples, frames = self.prompts_from_samples, self.film_frames
+        require(samples >= 0, f"prompts_from_samples={samples}: must be 0 (all) or positive")
+        require(frames == 0 or frames > 1, f"film_frames={frames}: must be 0 (no film), or 2 or more")
 
 
 @dataclass(kw_only=True, slots=True)

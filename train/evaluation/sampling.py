@@ -1,31 +1,37 @@
-"""Pictures from a trained model: prompts in, PNGs and a captioned grid out."""
+"""Pictures from a trained model: prompts in, PNGs, a captioned grid and a film strip out."""
 
-import json
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from conf.entry import to_plain
 from conf.errors import UserError
 from conf.schema import EvaluateRun, SampleRun, SamplingConfig
-from data.shards import atomic_path
 from models.autoencoder import load_autoencoder
+from models.film import Film
 from models.pipeline import TextToImage
 from models.process import Process
-from models.prompts import parse
 from models.text import load_text_tower
 from models.unet import UNet
 from train.engine.journal import say
-from train.engine.pictures import captioned, to_uint8
+from train.engine.pictures import to_uint8
 from train.engine.precision import autocast
+from train.engine.progress import Progress
 from train.engine.provenance import UNetInfo, info_of_trained, weights_digest
 from train.engine.runtime import Runtime
+from train.evaluation.album import FILMED, Album
+from train.evaluation.prompts import Job, jobs_of, read_prompts
+
+WRITERS = 4  # threads: a PNG takes as long as some pictures on a GPU
+NAMED = 3  # prompts in an error
 
 
 def load_model(cfg: SampleRun | EvaluateRun, device: torch.device) -> TextToImage:
@@ -43,60 +49,80 @@ def put_together(unet: UNet, info: UNetInfo, cfg: SampleRun | EvaluateRun, devic
     return TextToImage(unet, autoencoder, tower, Process(info.process_config()), mean, std, cfg.tile)
 
 
-def pictures(model: TextToImage, cfg: SampleRun | EvaluateRun, jobs: Sequence[tuple[str, int]]) -> Iterator[Tensor]:
-    """Images [B, 3, H, W] in [-1, 1] of (prompt, number) jobs, batch by batch; the seed is the command's."""
+def pictures(model: TextToImage, cfg: SampleRun | EvaluateRun, jobs: Sequence[Job]) -> Iterator[Tensor]:
+    """Images [B, 3, H, W] in [-1, 1] of (prompt, number) jobs, batch by batch; the seed is the command's.
+
+    Raises:
+        UserError: a picture has values that are not finite.
+    """
     for start in range(0, len(jobs), cfg.batch_size):
-        prompts, numbers = zip(*jobs[start : start + cfg.batch_size], strict=True)
-        with autocast(model.device, cfg.runtime.precision):
-            images = model(prompts, [cfg.seed] * len(prompts), cfg, indices=numbers)
+        part = jobs[start : start + cfg.batch_size]
+        images = draw(model, cfg, part)
+        require_finite(cfg, [prompt for (prompt, _), sound in zip(part, finite(images), strict=True) if not sound])
         yield images
 
 
-def read_prompts(cfg: SampleRun) -> list[str]:
-    """Prompts of the command line and of the file, in that order."""
-    prompts = list(cfg.prompts)
-    if cfg.prompts_file is not None:
-        path = Path(cfg.prompts_file)
-        if not path.is_file():
-            raise UserError(f"prompts_file={path}: no such file")
-        prompts += [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"prompts_file={cfg.prompts_file}: holds no prompt; write one a line")
-    if cfg.prompt_syntax:
-        for prompt in (*prompts, cfg.negative_prompt):
-            parse(prompt)  # before any network is loaded
-    return prompts
+def draw(model: TextToImage, cfg: SampleRun | EvaluateRun, jobs: Sequence[Job], film: Film | None = None) -> Tensor:
+    """The pictures of one batch."""
+    prompts, numbers = zip(*jobs, strict=True)
+    with autocast(model.device, cfg.runtime.precision):
+        return model(prompts, [cfg.seed] * len(prompts), cfg, indices=numbers, callback=film)
+
+
+def finite(images: Tensor) -> list[bool]:
+    """Which pictures [B, 3, H, W] have no NaN and no infinity."""
+    return images.flatten(1).isfinite().all(dim=1).tolist()
+
+
+def require_finite(cfg: SampleRun | EvaluateRun, broken: Sequence[str]) -> None:
+    """Name the prompts whose pictures were not finite, if there are any."""
+    if broken:
+        named = ", ".join(f"'{prompt}'" for prompt in broken[:NAMED]) + (" …" if len(broken) > NAMED else "")
+        raise UserError(
+            f"pictures of {named} are NaN or infinite, {len(broken)} in all: set runtime.precision=fp32 or a lower "
+            f"guidance_scale; if that does not help, unet={cfg.unet} is broken"
+        )
 
 
 def run(cfg: SampleRun, runtime: Runtime) -> None:
-    """Write `00000.png` ... with their parameters inside, and `grid.png`; ranks share the pictures."""
-    jobs = [(prompt, number) for prompt in read_prompts(cfg) for number in range(cfg.images_per_prompt)]
+    """Write the pictures, `grid.png` and `film.png`; processes share the pictures.
+
+    One that is there already, with the same parameters, is not drawn again.
+
+    Raises:
+        UserError: no prompts, networks that do not belong together, or pictures that are not finite.
+    """
+    jobs = jobs_of(read_prompts(cfg), cfg.images_per_prompt)
     model = load_model(cfg, runtime.device)
-    folder = Path(cfg.output_dir)
-    mine = list(range(runtime.rank, len(jobs), runtime.world))
-    made = [to_uint8(images) for images in pictures(model, cfg, [jobs[i] for i in mine])]
-    drawn = np.concatenate(made) if made else np.empty((0,))
-    unet = weights_digest(cfg.unet)
-    for index, image in zip(mine, drawn, strict=True):
-        write_png(folder / f"{index:05d}.png", image, parameters(cfg, unet, *jobs[index]))
-    parts = runtime.gather_objects(dict(zip(mine, drawn, strict=True)))
+    album = album_of(cfg, jobs)
+    lacking = [index for index in range(runtime.rank, len(jobs), runtime.world) if not album.holds(index)]
+    lacking = sorted(chain.from_iterable(runtime.gather_objects(lacking)))
+    began = time.monotonic()
+    broken = fill(album, model, cfg, lacking, runtime)
+    broken = sorted(chain.from_iterable(runtime.gather_objects(broken)))  # waits for the pictures of all processes
+    seconds = time.monotonic() - began
+    require_finite(cfg, [jobs[index][0] for index in broken])
     if runtime.is_main:
-        whole = {index: image for part in parts for index, image in part.items()}
-        images = np.stack([whole[index] for index in range(len(jobs))])
-        with atomic_path(folder / "grid.png") as path:
-            captioned(images, [prompt for prompt, _ in jobs]).save(path, "PNG")
-        say("sample", f"{len(jobs)} pictures and {folder / 'grid.png'}")
+        sheets = " and ".join(map(str, album.write_sheets()))
+        say("sample", f"{told(len(jobs), len(lacking), seconds)}: {sheets}")
 
 
-def parameters(cfg: SampleRun, unet: str, prompt: str, number: int) -> dict[str, Any]:
-    """All that makes this picture again; `unet` is the digest of its weights."""
-    return {
-        "prompt": prompt,
-        "seed": cfg.seed,
-        "number": number,
-        **sampling_facts(cfg),
-        "unet": unet,
-    }
+def told(wanted: int, drawn: int, seconds: float) -> str:
+    """The end of the command in words."""
+    if not drawn:
+        return f"all {wanted:,} pictures were there already"
+    there = f"; {wanted - drawn:,} were there already" if drawn < wanted else ""
+    return f"{drawn:,} pictures in {seconds:.1f} s, {drawn / seconds:.3g} pictures/s{there}"
+
+
+def album_of(cfg: SampleRun, jobs: list[Job]) -> Album:
+    """The files that are asked for."""
+    shared = {"seed": cfg.seed, **sampling_facts(cfg), "tile": cfg.tile, "precision": cfg.runtime.precision.value}
+    shared["unet"] = weights_digest(cfg.unet)
+    if not cfg.film_frames:
+        return Album(Path(cfg.output_dir), jobs, shared, range(0), [])
+    filmed = range(0, len(jobs), cfg.images_per_prompt)[:FILMED]
+    return Album(Path(cfg.output_dir), jobs, shared, filmed, Film(cfg.film_frames, cfg.steps, []).labels)
 
 
 def sampling_facts(cfg: SamplingConfig) -> dict[str, Any]:
@@ -105,9 +131,49 @@ def sampling_facts(cfg: SamplingConfig) -> dict[str, Any]:
     return {option.name: plain[option.name] for option in fields(SamplingConfig)}
 
 
-def write_png(path: Path, image: np.ndarray, facts: dict[str, Any]) -> None:
-    """A PNG whose text chunk `parameters` holds `facts` as JSON."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", json.dumps(facts))
-    with atomic_path(path) as temporary:
-        Image.fromarray(image).save(temporary, "PNG", pnginfo=info)
+def fill(album: Album, model: TextToImage, cfg: SampleRun, lacking: Sequence[int], runtime: Runtime) -> list[int]:
+    """Draw this process's share of what is lacking; a batch is written while the next one is drawn.
+
+    Returns the pictures that were not finite, which are left out.
+
+    Raises:
+        UserError: the first batch has no other picture.
+    """
+    mine, broken = lacking[runtime.rank :: runtime.world], []
+    progress = Progress("sample", len(lacking), "pictures", shown=runtime.is_main)
+    with progress, ThreadPoolExecutor(WRITERS) as writers:
+        written: list[Future[None]] = []
+        for start in range(0, len(mine), cfg.batch_size):
+            part = mine[start : start + cfg.batch_size]
+            images, frames = draw_filmed(album, model, cfg, part)
+            kept = [row for row, sound in enumerate(finite(images)) if sound]
+            broken += [index for row, index in enumerate(part) if row not in kept]
+            if start == 0 and not kept:
+                require_finite(cfg, [album.jobs[index][0] for index in broken])
+            pixels = to_uint8(images)
+            finish(written)
+            written = [writers.submit(album.add, part[row], pixels[row], frames.get(row)) for row in kept]
+            progress.update(len(lacking) * (start + len(part)) // len(mine))  # as if all processes were as fast
+        finish(written)
+    return broken
+
+
+def draw_filmed(
+    album: Album, model: TextToImage, cfg: SampleRun, part: Sequence[int]
+) -> tuple[Tensor, dict[int, np.ndarray]]:
+    """The pictures [B, 3, H, W] of some jobs, and by row the frames, uint8 [F, H, W, 3], of those that are filmed."""
+    jobs = [album.jobs[index] for index in part]
+    rows = [row for row, index in enumerate(part) if index in album.filmed]
+    if not rows:
+        return draw(model, cfg, jobs), {}
+    film = Film(cfg.film_frames, cfg.steps, rows)
+    images = draw(model, cfg, jobs, film)
+    with autocast(model.device, cfg.runtime.precision):
+        frames = film.frames(model, images)  # [R, F, 3, H, W]
+    return images, {row: to_uint8(strip) for row, strip in zip(rows, frames, strict=True)}
+
+
+def finish(written: Sequence[Future[None]]) -> None:
+    """Wait for files; raises what went wrong with them."""
+    for file in written:
+        file.result()

@@ -30,7 +30,8 @@ from train.stages.progress import tail
 ROOT = Path(__file__).parents[2]
 SHUTDOWN_S = 600  # that torchrun gives its processes for their checkpoint
 SHARED = ("experiment", "run_dir", "name", "seed")  # options of the pipeline and of every stage
-INPUTS = ("shards", "latents", "autoencoder", "clip", "unet", "prompts_file")  # options that name what a stage reads
+# options that name what a stage reads
+INPUTS = ("shards", "latents", "autoencoder", "clip", "unet", "prompts_file", "prompts_from")
 OVERRIDE = re.compile(r"^(?:\+{1,2}|~)?([^=]*).*", re.DOTALL)
 
 
@@ -130,9 +131,12 @@ def digest(path: Path) -> str:
 
 
 def origin(value: str) -> str:
-    """Digest of what tells versions of an input apart; empty for a pretrained name and for files from elsewhere."""
+    """Digest of what tells versions of an input apart; empty for a pretrained name and for files from elsewhere.
+
+    An input is a file, both sides of shards or latents, one of them, or an export.
+    """
     path = Path(value)
-    proofs = [path, path / "train/manifest.json", path.parent / "DONE"]  # a file, shards or latents, an export
+    proofs = [path, path / "train/manifest.json", path / "manifest.json", path.parent / "DONE"]
     return next((digest(proof) for proof in proofs if proof.is_file()), "")
 
 

@@ -1,0 +1,111 @@
+"""The files of `train/sample.py`: each picture with its parameters inside, and the sheets that show many at once."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from data.shards import atomic_path
+from train.engine.pictures import captioned, film_strips
+from train.evaluation.prompts import Job
+
+GRID_PICTURES = 64
+FILMED = 16  # prompts in film.png
+LARGEST = 512
+PARAMETERS = "parameters"  # the text chunk of a PNG that holds them, as JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Album:
+    """One folder of pictures.
+
+        00000.png …         one per job
+        grid.png            the first of them, with their prompts
+        strips/00000.png …  the frames of a filmed picture side by side
+        film.png            all strips, with their prompts
+
+    Nothing but the jobs is kept in memory.
+    """
+
+    folder: Path
+    jobs: list[Job]
+    shared: dict[str, Any]  # parameters of all pictures
+    filmed: range  # jobs, the first picture of some prompts
+    labels: list[str]  # of the frames
+
+    def parameters(self, index: int) -> dict[str, Any]:
+        """All that makes this picture again."""
+        prompt, number = self.jobs[index]
+        return {"prompt": prompt, "number": number, **self.shared}
+
+    def strip_parameters(self, index: int) -> dict[str, Any]:
+        """Likewise of its strip."""
+        return {**self.parameters(index), "frames": self.labels}
+
+    def picture(self, index: int) -> Path:
+        """File of a picture."""
+        return self.folder / f"{index:05d}.png"
+
+    def strip(self, index: int) -> Path:
+        """File of a filmed picture's frames."""
+        return self.folder / "strips" / f"{index:05d}.png"
+
+    def holds(self, index: int) -> bool:
+        """Whether a picture, and its strip if it is filmed, are there with the parameters that they should have."""
+        if read_parameters(self.picture(index)) != self.parameters(index):
+            return False
+        return index not in self.filmed or read_parameters(self.strip(index)) == self.strip_parameters(index)
+
+    def add(self, index: int, image: np.ndarray, frames: np.ndarray | None) -> None:
+        """Write a picture, uint8 [H, W, 3], and the frames [F, H, W, 3] of a filmed one, which come first."""
+        if frames is not None:
+            write_png(self.strip(index), np.concatenate(list(frames), axis=1), self.strip_parameters(index))
+        write_png(self.picture(index), image, self.parameters(index))
+
+    def write_sheets(self) -> list[Path]:
+        """The grid of the first pictures and the film, read back from their files; returns where they are."""
+        shown = range(min(GRID_PICTURES, len(self.jobs)))
+        images = np.stack([shrunk(read_png(self.picture(index))) for index in shown])
+        sheets = {"grid.png": captioned(images, [self.jobs[index][0] for index in shown])}
+        if self.filmed:
+            frames = np.stack([self._frames(index) for index in self.filmed])
+            sheets["film.png"] = film_strips(frames, [self.jobs[index][0] for index in self.filmed], self.labels)
+        for name, sheet in sheets.items():
+            with atomic_path(self.folder / name) as path:
+                sheet.save(path, "PNG")
+        return [self.folder / name for name in sheets]
+
+    def _frames(self, index: int) -> np.ndarray:
+        """Of a filmed picture, [F, H, W, 3], not larger than a sheet needs."""
+        return np.stack([shrunk(frame) for frame in np.split(read_png(self.strip(index)), len(self.labels), axis=1)])
+
+
+def write_png(path: Path, image: np.ndarray, facts: dict[str, Any]) -> None:
+    """A PNG with `facts` inside."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(PARAMETERS, json.dumps(facts))
+    with atomic_path(path) as temporary:
+        Image.fromarray(image).save(temporary, "PNG", pnginfo=info)
+
+
+def read_parameters(path: Path) -> dict[str, Any] | None:
+    """What a PNG says of itself, without decoding it; None where it says nothing."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return json.loads(image.info.get(PARAMETERS, "null"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_png(path: Path) -> np.ndarray:
+    """Pixels [H, W, 3]."""
+    with Image.open(path, formats=["PNG"]) as image:
+        return np.asarray(image)
+
+
+def shrunk(image: np.ndarray) -> np.ndarray:
+    """A picture on a sheet: less than twice LARGEST pixels high, so that a sheet of large ones fits into memory."""
+    return np.asarray(Image.fromarray(image).reduce(max(1, image.shape[0] // LARGEST)))
