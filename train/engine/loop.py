@@ -28,18 +28,18 @@ def run(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
     output_dir, config = Path(cfg.output_dir), to_plain(cfg)
     architecture = architecture_of(config, stage.trainables)
     fresh = State(architecture=architecture, data=stage.dataset.digest, config=digest(config))
+    record = config | {"hardware": runtime.hardware()}  # which may be another one at the next start
     done = read_done(output_dir, cfg.loop.samples)
     if done is not None:
         require_same_run(done, fresh, output_dir)
         if runtime.is_main:
             say(stage.name, f"already done at {done['samples_seen']:,} samples: {output_dir / 'DONE'}")
         return Outcome(finished=True, samples_seen=done["samples_seen"], metrics=done["metrics"])
-    diverged_at = 0
-    watchdog = Watchdog(runtime, output_dir / "hang", cfg.runtime.watchdog_s)
+    diverged_at, watchdog = 0, Watchdog(runtime, output_dir / "hang", cfg.runtime.watchdog_s)
     with Checkpoints(output_dir, runtime, cfg.loop) as checkpoints, stop_on_signal() as stop, watchdog:
         while True:
             state = checkpoints.resume(stage.trainables, fresh)
-            journal = Journal(output_dir, cfg.wandb, stage.name, config, runtime.is_main, state.samples_seen)
+            journal = Journal(output_dir, cfg.wandb, stage.name, record, runtime.is_main, state.samples_seen)
             try:
                 return _Training(stage, cfg, runtime, checkpoints, state, journal, stop, watchdog).run()
             except Diverged as error:

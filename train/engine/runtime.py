@@ -1,9 +1,11 @@
 """The processes of a run: who am I, on which device, and the few exchanges that stages need."""
 
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +71,15 @@ class Runtime:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def hardware(self) -> dict[str, Any]:
+        """What the run computes on, for its record: kind and number of devices, machines, torch."""
+        return {
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name(),
+            "processes": self.world,
+            "hosts": len(set(self.gather_objects(platform.node()))),
+            "torch": str(torch.__version__),
+        }
+
 
 def start(cfg: RuntimeConfig) -> Runtime:
     """Join the process group that torchrun describes, or make one of this process alone.
@@ -115,6 +126,16 @@ def pick_device(cfg: RuntimeConfig) -> torch.device:
             "start one process per GPU"
         )
     return torch.device("cuda", local_rank)
+
+
+def cpu_name() -> str:
+    """What the system calls the CPU, and how many cores it shows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.machine())}, {os.cpu_count()} cores"
 
 
 def _join(backend: str, timeout: timedelta, device: torch.device) -> None:

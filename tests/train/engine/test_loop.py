@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from conf.errors import UserError
@@ -31,6 +32,7 @@ from train.engine import contents, loop
 from train.engine.contents import Contents
 from train.engine.journal import Journal
 from train.engine.runtime import Runtime, start, stop
+from train.engine.state import digest
 from train.engine.trainable import Trainable
 
 SIZE, SAMPLES = 8, 96  # 12 steps
@@ -187,6 +189,18 @@ def test_lines_stand_where_the_options_say(undisturbed: Path) -> None:
     assert {k.removeprefix("perf/") for k in full if k.startswith("perf/")} == expected
     done = json.loads((undisturbed / "line" / "DONE").read_text())
     assert (done["samples_seen"], done["metrics"]) == (96, {"eval/sum": written[-1]["eval/sum"]})
+
+
+def test_the_record_names_the_hardware_and_the_digest_of_the_options_does_not(
+    undisturbed: Path, runtime: Runtime
+) -> None:
+    record = OmegaConf.to_container(OmegaConf.load(undisturbed / "line" / "config.yaml"))
+    assert isinstance(record, dict)
+    hardware = record.pop("hardware")
+    assert hardware == runtime.hardware()
+    assert hardware.keys() == {"device", "processes", "hosts", "torch"} and "core" in hardware["device"]
+    state = json.loads((undisturbed / "line" / "checkpoints" / "000000000096" / "state.json").read_text())
+    assert state["config"] == digest(record)
 
 
 @pytest.mark.parametrize(
