@@ -34,6 +34,7 @@ from conf.schema.data import BucketConfig, BuildRun, FilterConfig, MixedSource, 
 from conf.schema.evaluation import EvaluateRun, LoopEvaluationConfig
 from conf.schema.pipeline import PipelineRun
 from conf.schema.planning import PlanRun
+from conf.schema.reporting import DashboardRun, ReportRun
 from conf.schema.sampling import AverageRun, ExportRun, SampleRun
 from conf.schema.sections import (
     BatchConfig,
@@ -64,6 +65,7 @@ __all__ = [
     "CacheDtype",
     "ClipRun",
     "Crop",
+    "DashboardRun",
     "Device",
     "Distance",
     "EmaConfig",
@@ -89,6 +91,7 @@ __all__ = [
     "PreviewRun",
     "ProcessConfig",
     "Reconstruction",
+    "ReportRun",
     "RuntimeConfig",
     "SampleRun",
     "Sampler",

@@ -1,0 +1,93 @@
+"""What stands on the page, whatever a run has so far: its numbers, its pictures within their budget, its gaps."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from conf.entry import compose
+from conf.errors import UserError
+from conf.schema import ReportRun
+from train.board import curves, facts, report
+from train.board.panels import Panel
+from train.board.pictures import galleries
+from train.board.run_folder import RunFolder
+
+
+def render(folder: Path, *overrides: str) -> str:
+    return report.render(compose("report", ReportRun, [f"run_dir={folder}", *overrides]), RunFolder.open(folder))
+
+
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"holds no run.*run_dir"):
+            render(folder)
+
+
+def test_a_run_that_has_only_begun_gives_a_page_that_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "autoencoder").mkdir()
+    (tmp_path / "autoencoder/metrics.jsonl").write_text('{"samples_seen": 10, "time": 5, "train/loss": null}\n{"samp')
+    page = render(tmp_path)
+    assert "a CLIP (<code>train/train_clip.py</code>)" in page and "an evaluation" in page
+    assert "No pictures yet" in page and "set <code>shards=FOLDER</code>" in page
+    assert "an autoencoder" not in page
+
+
+def test_pictures_keep_within_their_budget_and_the_frames_within_their_number(tmp_path: Path) -> None:
+    folder = tmp_path / "unet"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"samples_seen": 10, "time": 5}\n')
+    for seen in range(1, 13):
+        noise = Image.effect_noise((350, 200), 90)
+        noise.save(folder / "samples" / f"prompts-{seen:012d}.png")
+    (film,) = galleries(RunFolder.open(tmp_path), most=8, budget=120_000)["samples"]
+    assert [film.frames[0].samples_seen, film.frames[-1].samples_seen, len(film.frames)] == [1, 12, 8]
+    assert sum(len(frame.source) for frame in film.frames) <= 120_000
+    assert all(160 <= frame.width < 350 for frame in film.frames)
+    assert film.frames[0].width / film.frames[0].height == pytest.approx(350 / 200, rel=0.02)
+
+
+def test_a_long_curve_is_thinned_to_means_and_keeps_its_gaps() -> None:
+    points: list[tuple[int, float | None]] = [(i, float(i)) for i in range(1, 1001)]
+    assert curves.thinned(points, 500)[0] == (2, 1.5) and len(curves.thinned(points, 500)) == 500
+    assert curves.thinned(points[:500], 500) == points[:500]
+    gap: list[tuple[int, float | None]] = [(1, None), (2, None), (3, 1.0), (4, None)]
+    assert curves.thinned(gap, 2) == [(2, None), (4, 1.0)]
+
+
+def test_curves_are_named_by_what_tells_them_apart() -> None:
+    def names(*metrics: str) -> list[str]:
+        return [curves.short(metric, Panel("", metrics)) for metric in metrics]
+
+    assert names("train/loss") == ["loss"]
+    assert names("eval/fid", "eval/loop/fid") == ["fid", "loop/fid"]
+    assert names("train/loss_by_timestep/1", "train/loss_by_timestep/2") == ["1", "2"]
+
+
+def test_numbers_of_an_evaluation_beside_a_training_are_those_of_the_most_samples(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    rows = [{"samples_seen": seen, "time": 5, "eval/fid": float(seen)} for seen in (30, 10, 20)]
+    folder.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = RunFolder.open(tmp_path)
+    assert [card.value for card in facts.cards(run) if card.title == "FID"] == ["30.00"]
+    (chart,) = curves.sections(run)["Quality"]
+    assert chart["lines"][0]["points"] == [(10, 10.0), (20, 20.0), (30, 30.0)]
+
+
+def test_addresses_lose_their_credentials() -> None:
+    text = "shards: s3://key:secret@host/a\nother: https://host/x?X-Amz-Signature=abc&b=1\nplain: https://host/x?b=1"
+    shown = facts.without_credentials(text)
+    assert "secret" not in shown and "abc" not in shown and "https://host/x?b=1" in shown
+
+
+def test_a_real_run_fills_the_page(project: object) -> None:
+    folder = project.folder  # type: ignore[attr-defined]
+    page = render(folder, "samples=20")
+    for heading in ("Validation loss", "Loss by quarter of the timesteps", "Held-out pairs that are found"):
+        assert heading in page
+    assert page.count('data-film="unet/samples/prompts"') == 1 and "reconstructions" in page
+    assert "caption length" in page and "unet/config.yaml" in page
+    hardware = RunFolder.open(folder).stages["unet"].config["hardware"]
+    assert hardware["processes"] == hardware["hosts"] == 1 and hardware["device"] in page

@@ -1,0 +1,73 @@
+"""The data set of a run on its page: sizes, distributions, a few pictures, and what was left out."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from conf.errors import UserError
+from conf.schema import ImageConfig, ReportRun
+from data.datasets import ImageDataset
+from data.manifest import MANIFEST, Manifest
+from train.board.facts import flat
+from train.board.pictures import data_uri
+from train.board.run_folder import RunFolder
+from train.stages.preview import SIDE, reason_of, rejects_of, shown, spread, survey_images
+
+SHOWN = 12  # pictures with their captions
+BINS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """One measurement over the samples."""
+
+    name: str
+    quantiles: list[str]  # least, 5 %, median, 95 %, most
+    bars: list[float]  # height of each bin, the highest is 1
+
+
+@dataclass(slots=True)
+class DataFacts:
+    """What the page says of the data."""
+
+    sets: list[tuple[str, Manifest]]  # train, heldout, and likewise of the latents
+    distributions: list[Distribution]
+    measured: int  # samples behind them
+    pictures: list[tuple[str, str]]  # (data URI, caption)
+    left_out: list[tuple[str, str]]  # (reason, samples)
+    provenance: list[tuple[str, str]]
+
+
+def look(cfg: ReportRun, run: RunFolder) -> DataFacts | None:
+    """Nothing where the shards are not here."""
+    shards, latents = Path(cfg.shards), run.path / "latents"
+    folders = {"train": shards / "train", "held out": shards / "heldout"}
+    folders |= {"latents, train": latents / "train", "latents, held out": latents / "heldout"}
+    sets = [(name, Manifest.load(folder)) for name, folder in folders.items() if (folder / MANIFEST).is_file()]
+    try:
+        dataset = ImageDataset(shards / "train", ImageConfig(resolution=SIDE), cfg.seed)
+        pixels, captions = shown(dataset, SHOWN)
+    except UserError:
+        return DataFacts(sets, [], 0, [], [], []) if sets else None
+    survey = survey_images(dataset, spread(dataset.samples, cfg.samples))
+    left_out = Counter(reason_of(reject) for reject in rejects_of(shards / "train")) + survey.broken
+    return DataFacts(
+        sets=sets,
+        distributions=[distribution(name, values) for name, values in survey.numbers.items()],
+        measured=min(cfg.samples, dataset.samples),
+        pictures=[
+            (data_uri(Image.fromarray(picture)), caption) for picture, caption in zip(pixels, captions, strict=True)
+        ],
+        left_out=[(reason, f"{samples:,}") for reason, samples in left_out.most_common()],
+        provenance=flat(dataset.manifest.provenance),
+    )
+
+
+def distribution(name: str, values: list[float]) -> Distribution:
+    """Quantiles and histogram."""
+    counts, _ = np.histogram(values, bins=BINS)
+    quantiles = [f"{quantile:.4g}" for quantile in np.quantile(values, [0, 0.05, 0.5, 0.95, 1])]
+    return Distribution(name, quantiles, [round(float(count / counts.max()), 3) for count in counts])

@@ -1,0 +1,129 @@
+"""Tables and cards of a page: what came out, what it cost, and under which protocol."""
+
+import re
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from train.board.curves import TITLES
+from train.board.panels import bounds
+from train.board.run_folder import ORDER, RunFolder, Stage
+from train.stages.progress import duration
+
+CREDENTIALS = re.compile(
+    r"(?<=://)[^/\s@]+@|(?<=\?)[^\s'\"]*(?:key|sig|token|secret|credential)[^\s'\"]*", re.IGNORECASE
+)
+HARDWARE = ("device", "processes", "hosts", "torch")  # as `Runtime.hardware` names them
+COLUMNS = ("stage", "state", "time", "samples", "images/s", "MFU", "memory", "device hours", *HARDWARE)
+HEADLINES = (  # (title, where it is looked for, in this order: stage and metric; how it is written)
+    ("FID", (("evaluation", "eval/fid"), ("unet", "eval/loop/fid")), "{:.2f}"),
+    (
+        "Fréchet distance, EfficientNet",
+        (("evaluation", "eval/fd_efficientnet"), ("unet", "eval/loop/fd_efficientnet")),
+        "{:,.0f}",
+    ),
+    ("Right kind drawn", (("evaluation", "eval/prompt_following/kind"),), "{:.1%}"),
+    ("Right background", (("evaluation", "eval/prompt_following/background"),), "{:.1%}"),
+    ("Right colour", (("evaluation", "eval/prompt_following/color"),), "{:.1%}"),
+    ("CLIP score", (("evaluation", "eval/clip_score"),), "{:.3f}"),
+    ("Validation loss", (("unet", "eval/loss"),), "{:.4g}"),
+    ("Reconstructions", (("autoencoder_evaluation", "eval/psnr"), ("autoencoder", "eval/psnr")), "{:.1f} dB"),
+    ("Text to image retrieval", (("clip", "eval/retrieval_text_to_image"),), "{:.1%}"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One number that people ask for first."""
+
+    title: str
+    value: str
+    note: str = ""
+
+
+def cards(run: RunFolder) -> list[Card]:
+    """Of the last evaluation; where there is none, of the last one in the training."""
+    found = []
+    for title, places, form in HEADLINES:
+        for name, metric in places:
+            value = run.stages[name].latest(metric) if name in run.stages else None
+            if value is not None:
+                found.append(Card(title, form.format(value), _note(run.stages[name], metric, form)))
+                break
+    unet = run.stages.get("unet")
+    if unet:
+        found.append(Card("Samples seen", f"{unet.samples_seen:,}", state(unet)))
+    hours = [hours for stage in run.stages.values() if (hours := stage.latest("perf/device_hours")) is not None]
+    if hours:
+        found.append(Card("Device time", duration(3600 * sum(hours)), _devices(run)))
+    return found
+
+
+def _note(stage: Stage, metric: str, form: str) -> str:
+    low, high = (stage.latest(name) for name in bounds(metric))
+    if low is None or high is None:
+        return ""
+    return f"{form.format(low)} to {form.format(high)}"
+
+
+def _devices(run: RunFolder) -> str:
+    kinds = {str(stage.config.get("hardware", {}).get("device", "")) for stage in run.stages.values()} - {""}
+    return ", ".join(sorted(kinds))
+
+
+def state(stage: Stage) -> str:
+    """Where a stage is, in words."""
+    if stage.done:
+        return "done"
+    return f"{stage.samples_seen / stage.samples:.0%} of {stage.samples:,}" if stage.samples else "begun"
+
+
+def stage_table(run: RunFolder) -> list[dict[str, str]]:
+    """One row for each stage that left something: how far, how fast, what it took."""
+    rows = [row for name in ("build", *ORDER, "sample") if (row := _stage_row(run, name))]
+    known = [column for column in COLUMNS if any(row[column] for row in rows)]
+    return [{column: row[column] for column in known} for row in rows]
+
+
+def _stage_row(run: RunFolder, name: str) -> dict[str, str]:
+    stage, record = run.stages.get(name), run.records.get("evaluate" if name == "evaluation" else name, {})
+    if stage is None and not record:
+        return {}
+    seconds = record.get("seconds") or (_seconds(stage) if stage else 0.0)
+    row = dict.fromkeys(COLUMNS, "") | {
+        "stage": TITLES.get(name, name),
+        "state": "done" if record.get("outcome") else state(stage) if stage else "begun",
+        "time": duration(seconds) if seconds else "",
+    }
+    if stage is None:
+        return row
+    speed, mfu, memory = (stage.values(f"perf/{metric}") for metric in ("images_per_s", "mfu", "memory_gib"))
+    hours, hardware = stage.latest("perf/device_hours"), stage.config.get("hardware", {})
+    row["samples"] = f"{stage.samples_seen:,}"
+    row["images/s"] = f"{statistics.median(speed):,.0f}" if speed else ""
+    row["MFU"] = f"{statistics.median(mfu):.2f}" if mfu else ""
+    row["memory"] = f"{max(memory):.1f} GiB" if memory else ""
+    row["device hours"] = f"{hours:,.3g}" if hours is not None else ""
+    return row | {name: str(hardware.get(name, "")) for name in HARDWARE}
+
+
+def _seconds(stage: Stage) -> float:
+    """Between the first and the last row, where no pipeline kept the time."""
+    return float(stage.rows[-1]["time"] - stage.rows[0]["time"]) if len(stage.rows) > 1 else 0.0
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted name, value in words) of everything in a nested dictionary."""
+    found: list[tuple[str, str]] = []
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value:
+            found += flat(value, f"{prefix}{name}.")
+        else:
+            found.append((f"{prefix}{name}", "none" if value is None else str(value)))
+    return found
+
+
+def without_credentials(text: str) -> str:
+    """A configuration that can be shown: addresses without their user, password and signature."""
+    return CREDENTIALS.sub("…", text)

@@ -1,0 +1,72 @@
+"""`report.html`: everything that a run folder has, on one page that asks nobody for anything."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from conf.schema import ReportRun
+from data.shards import atomic_write
+from train.board import curves, facts
+from train.board.data_facts import look
+from train.board.pictures import galleries
+from train.board.run_folder import RunFolder
+from train.engine.journal import say
+
+PAGE = Path(__file__).parent / "page"
+REPORT = "report.html"
+MISSING = (  # (what, whether it is there, what brings it)
+    ("an autoencoder", "autoencoder", "train/train_autoencoder.py"),
+    ("a CLIP", "clip", "train/train_clip.py"),
+    ("latents", "latents", "data/precompute_latents.py"),
+    ("a U-Net", "unet", "train/train_unet.py"),
+    ("an evaluation", "evaluation", "train/evaluate.py"),
+)
+
+
+def run(cfg: ReportRun) -> Path:
+    """Write the page and say where it is.
+
+    Raises:
+        UserError: there is no run in the folder.
+    """
+    folder = RunFolder.open(cfg.run_dir)
+    path = Path(cfg.output_dir) / REPORT
+    page = render(cfg, folder)
+    atomic_write(path, page.encode())
+    say("report", f"{len(page.encode()) / 1e6:.1f} MB: {path}")
+    return path
+
+
+def render(cfg: ReportRun, run: RunFolder) -> str:
+    """The page as text. Whatever stands in captions, configurations and names is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["withheld"] = facts.without_credentials
+    return environment.get_template("report.html").render(
+        title=run.path.resolve().name,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        css=Markup((PAGE / "report.css").read_text(encoding="utf-8")),
+        script=Markup((PAGE / "report.js").read_text(encoding="utf-8")),
+        **contents(cfg, run),
+    )
+
+
+def contents(cfg: ReportRun, run: RunFolder) -> dict[str, Any]:
+    """What the template shows."""
+    charts = curves.sections(run)
+    return {
+        "cards": facts.cards(run),
+        "stages": facts.stage_table(run),
+        "quality": charts.pop("Quality", []),
+        "curves": charts,
+        "pictures": galleries(run, cfg.frames, round(cfg.pictures_mb * 1e6)),
+        "data": look(cfg, run),
+        "shards": cfg.shards,
+        "protocols": {name: facts.flat(protocol) for name, protocol in run.protocols.items()},
+        "configs": {name: stage.config_text for name, stage in run.stages.items() if stage.config_text},
+        "missing": [(what, how) for what, stage, how in MISSING if stage not in run.stages],
+    }

@@ -1,0 +1,122 @@
+"""What a run folder has so far; nothing of it needs to be there, and a run may still be writing into it."""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conf.errors import UserError
+from train.board.panels import EVALUATIONS
+from train.engine.journal import METRICS, X_AXIS, read_metrics
+from train.engine.state import DONE
+
+CONFIG, PROTOCOL = "config.yaml", "protocol.json"
+ORDER = ("autoencoder", "clip", "latents", "unet", *EVALUATIONS)  # stages that keep a journal
+PICTURE = re.compile(r"(?P<name>.+)-(?P<samples_seen>\d{12})\.png")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The folder of one stage."""
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """What it recorded."""
+        return read_metrics(self.folder / METRICS)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its resolved configuration."""
+        return yaml.safe_load(self.config_text) or {}
+
+    @cached_property
+    def config_text(self) -> str:
+        """Likewise, as it is written."""
+        path = self.folder / CONFIG
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    @property
+    def done(self) -> bool:
+        """Whether the training came to its end, or the command left its metrics."""
+        return (self.folder / DONE).is_file() or (self.folder / "metrics.json").is_file()
+
+    @property
+    def samples(self) -> int:
+        """Length of the training; 0 for other stages."""
+        return int(self.config.get("loop", {}).get("samples", 0))
+
+    @property
+    def samples_seen(self) -> int:
+        """By the most advanced row; an evaluation may take the newest checkpoint first."""
+        return max((int(row[X_AXIS]) for row in self.rows), default=0)
+
+    @cached_property
+    def pictures(self) -> dict[str, list[tuple[int, Path]]]:
+        """Name → (samples seen, file), in the order of the training."""
+        found: dict[str, list[tuple[int, Path]]] = {}
+        for path in sorted((self.folder / "samples").glob("*.png")):
+            match = PICTURE.fullmatch(path.name)
+            if match:
+                found.setdefault(match["name"], []).append((int(match["samples_seen"]), path))
+        return found
+
+    def latest(self, metric: str) -> float | None:
+        """Finite value of a metric after the most samples."""
+        known = [row for row in self.rows if row.get(metric) is not None]
+        return max(known, key=itemgetter(X_AXIS))[metric] if known else None
+
+    def values(self, metric: str) -> list[float]:
+        """All finite values of a metric."""
+        return [row[metric] for row in self.rows if row.get(metric) is not None]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """All stages below one folder."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path | str) -> "RunFolder":
+        """Raises UserError where there is no run."""
+        run = cls(Path(path))
+        if not run.stages and not (run.path / "shards").is_dir():
+            raise UserError(
+                f"run_dir={path}: holds no run; point it at the folder that a training was given as run_dir, or start "
+                "one with train/pipeline.py"
+            )
+        return run
+
+    @cached_property
+    def stages(self) -> dict[str, Stage]:
+        """Those that have begun, in the order in which they are trained."""
+        found = [Stage(name, self.path / name) for name in ORDER]
+        return {stage.name: stage for stage in found if (stage.folder / METRICS).is_file()}
+
+    @cached_property
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What the pipeline keeps of each stage that it ran."""
+        return {path.stem: read_json(path) for path in sorted((self.path / ".stages").glob("*.json"))}
+
+    @cached_property
+    def protocols(self) -> dict[str, dict[str, Any]]:
+        """Stage → everything that two labs must share to get the same numbers."""
+        paths = {path.parent.name: path for path in sorted(self.path.glob(f"*/{PROTOCOL}"))}
+        return {name: read_json(path) for name, path in paths.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a file; empty where there is none, or not a dictionary."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
