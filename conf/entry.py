@@ -5,7 +5,8 @@
 
 What `main` returns is the objective of the command, of which less is better; a command may have none. A misspelt
 option, a wrong type or an impossible combination ends the command with one line and exit code 2, before torch is
-imported. So does every `UserError` and every operating-system error later on. `-m` starts a sweep (`conf.sweep`).
+imported. So does every `UserError` and every operating-system error later on. `-m` starts a sweep (`conf.sweep`), after
+which `after_sweep(its folder, the id of this start, the configuration without what was swept)` is called.
 """
 
 import difflib
@@ -35,10 +36,13 @@ from conf.sweep import report, run_member
 
 CONF = Path(__file__).parent
 Run = TypeVar("Run")
+AfterSweep = Callable[[Path, str, DictConfig], None]
 LONGEST_NAME = 200  # bytes; file systems allow 255, of which temporary names need some
 
 
-def entry(config_name: str, schema: type[Run]) -> Callable[[Callable[[Run], Any]], Callable[[], None]]:
+def entry(
+    config_name: str, schema: type[Run], after_sweep: AfterSweep | None = None
+) -> Callable[[Callable[[Run], Any]], Callable[[], None]]:
     """Wrap `main(cfg)` into a Hydra command whose primary configuration is `conf/{config_name}.yaml`."""
     register(config_name, schema)
 
@@ -65,7 +69,11 @@ def entry(config_name: str, schema: type[Run]) -> Callable[[Callable[[Run], Any]
             try:
                 prepare_launcher(overrides)
                 if flags in (["-m"], ["--multirun"]):
-                    sys.exit(start_sweep(start, config_name, schema, overrides, sweep))
+                    folder, composed = start_sweep(start, config_name, schema, overrides)
+                    status = report(folder, sweep)
+                    if after_sweep is not None:
+                        after_sweep(folder, sweep, composed)
+                    sys.exit(status)
                 if not flags:  # such as --help
                     compose(config_name, schema, overrides)
             except (UserError, OSError) as error:
@@ -79,8 +87,10 @@ def entry(config_name: str, schema: type[Run]) -> Callable[[Callable[[Run], Any]
     return wrap
 
 
-def start_sweep(start: Callable[[], Any], config_name: str, schema: type, overrides: list[str], sweep: str) -> int:
-    """Run a sweep, whose members are named when it is over; returns the exit status, 1 if a member failed.
+def start_sweep(
+    start: Callable[[], Any], config_name: str, schema: type, overrides: list[str]
+) -> tuple[Path, DictConfig]:
+    """Run a sweep to its end; returns its folder and the configuration without what was swept.
 
     Raises:
         UserError: an option or the launcher is wrong; no member was started then.
@@ -94,13 +104,13 @@ def start_sweep(start: Callable[[], Any], config_name: str, schema: type, overri
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             parsed = OverridesParser.create().parse_overrides(overrides)
             fixed = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
-            settings = hydra.compose(config_name, fixed, return_hydra_config=True).hydra
-            folder = Path(settings.sweep.dir)
-        check_launcher(settings.launcher)
+            composed = hydra.compose(config_name, fixed, return_hydra_config=True)
+            folder = Path(composed.hydra.sweep.dir)
+        check_launcher(composed.hydra.launcher)
         start()
     except HydraException as error:
         raise UserError(explain(error, schema)) from error
-    return report(folder, sweep)
+    return folder, composed
 
 
 def register(config_name: str, schema: type) -> None:

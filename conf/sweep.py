@@ -77,10 +77,14 @@ def placement(folder: Path, composed: DictConfig) -> list[str]:
     """Overrides that give a member its folder and its place in W&B, as far as the command line leaves that open."""
     chosen = {"output_dir": str(folder)}
     if "wandb" in composed:
-        group = "/".join([Path(composed.run_dir).name, *folder.parent.parts[-2:]])  # RUN/sweep/COMMAND
-        where = {"group": group, "name": folder.name[:NAME_LENGTH]}
+        where = {"group": wandb_group(composed.run_dir, folder.parent), "name": folder.name[:NAME_LENGTH]}
         chosen |= {f"wandb.{name}": value for name, value in where.items() if composed.wandb[name] is None}
     return [f"{name}={QuotedString(value, Quote.single).with_quotes()}" for name, value in chosen.items()]
+
+
+def wandb_group(run_dir: str, folder: Path) -> str:
+    """RUN/sweep/COMMAND, of all that belongs to a sweep."""
+    return "/".join([Path(run_dir).name, *folder.parts[-2:]])
 
 
 def follow(command: Sequence[str], environment: dict[str, str], requeue_file: Path) -> int:

@@ -1,10 +1,25 @@
 """Metrics of a trained U-Net or autoencoder on held-out data: `python train/evaluate.py run_dir=...`."""
 
-from conf.entry import entry
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from conf.entry import entry, to_object
 from conf.schema import EvaluateRun, EvaluationSubject
+from conf.sweep import wandb_group
 
 
-@entry("evaluate", EvaluateRun)
+def compare_members(folder: Path, sweep: str, composed: DictConfig) -> None:
+    """After `-m`: tables and plots of the members, in `RUN/sweep/evaluate/pareto/`."""
+    from train.evaluation import pareto
+
+    wandb = to_object(composed.wandb)
+    group = wandb.group or wandb_group(composed.run_dir, folder)
+    pareto.run(folder, sweep, replace(wandb, group=group), composed.run_dir)
+
+
+@entry("evaluate", EvaluateRun, after_sweep=compare_members)
 def main(cfg: EvaluateRun) -> float:
     """Returns the FID where its weights are given, else the distance of the offline features.
 

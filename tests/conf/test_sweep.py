@@ -25,7 +25,11 @@ from conf.entry import entry
 from conf.errors import UserError
 from conf.schema import UNetRun
 
-@entry("train_unet", UNetRun)
+def after(folder, sweep, composed):
+    ran = [path for path in folder.glob("*/member.json") if sweep in path.read_text()]
+    (folder / "after").write_text(f"{len(ran)} members of {composed.run_dir}, seed {composed.seed}")
+
+@entry("train_unet", UNetRun, after_sweep=after)
 def main(cfg):
     with (Path(cfg.run_dir) / "starts").open("a") as file:
         print(cfg.optim.lr, cfg.output_dir, cfg.wandb.group, cfg.wandb.name, sep=" | ", file=file)
@@ -97,7 +101,9 @@ def table(output: str) -> list[list[str]]:
 
 
 def test_members_that_die_do_not_end_the_sweep(program: list[str], tmp_path: Path) -> None:
-    ended = sweep(*program, "optim.lr=5,6,7,8,-1,2,3")
+    ended = sweep(
+        *program, "optim.lr=5,6,7,8,-1,2,3", "seed=4", "hydra.job.config.override_dirname.exclude_keys=[seed,run_dir]"
+    )
     assert ended.returncode == 1, ended.stderr
     assert table(ended.stdout)[:2] == [["7", "optim.lr=3"], ["8", "optim.lr=2"]]  # the best first
     failed = {name.split(":")[0]: name for state, name in table(ended.stdout)[2:] if state == "failed"}
@@ -106,6 +112,7 @@ def test_members_that_die_do_not_end_the_sweep(program: list[str], tmp_path: Pat
     assert failed["optim.lr=7"].endswith(": ended by SIGKILL")
     assert failed["optim.lr=8"].endswith(": no finite objective: diverged, or stopped before its end")
     assert failed["optim.lr=-1"].endswith(": optim.lr=-1.0: must be positive")
+    assert (tmp_path / "run/sweep/train_unet/after").read_text() == f"7 members of {tmp_path}/run, seed 4"
     record = json.loads((tmp_path / "run/sweep/train_unet/optim.lr=3/member.json").read_text())
     assert (record["objective"], record["error"]) == (7, None) and "optim.lr=3" in record["overrides"]
 

@@ -11,7 +11,7 @@ import netrc
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlparse
@@ -274,6 +274,21 @@ class WandbCopy:
             import wandb
 
             self.log(samples_seen, {name: wandb.Image(str(path), caption=caption or None)})
+
+        self._attempt(send)
+
+    def table(
+        self, name: str, rows: Sequence[Mapping[str, Any]], charts: Mapping[str, tuple[str, str]], samples_seen: int
+    ) -> None:
+        """Add a table of rows with the same columns, and named charts of one column (x) and another (y) of it."""
+
+        def send() -> None:
+            import wandb
+
+            values = [list(row.values()) for row in rows]
+            table = wandb.Table(columns=list(rows[0]), data=values, allow_mixed_types=True)
+            points = {title: wandb.plot.scatter(table, x, y, title) for title, (x, y) in charts.items()}
+            self.log(samples_seen, {name: table, **points})
 
         self._attempt(send)
 
