@@ -19,7 +19,10 @@ RUNTIMES = sorted((CONF / "runtime").glob("*.yaml"))
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
 SCHEMA = [
     f"schema/{name}.py"
-    for name in ("choices", "sections", "data", "training", "evaluation", "sampling", "pipeline", "planning", "reporting")
+    for name in (
+        *("choices", "sections", "data", "training", "evaluation"),
+        *("sampling", "pipeline", "planning", "reporting"),
+    )
 ]
 
 

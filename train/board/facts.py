@@ -9,7 +9,7 @@ from typing import Any
 from train.board.curves import TITLES
 from train.board.panels import bounds
 from train.board.run_folder import ORDER, RunFolder, Stage
-from train.stages.progress import duration
+from train.engine.progress import duration
 
 CREDENTIALS = re.compile(
     r"(?<=://)[^/\s@]+@|(?<=\?)[^\s'\"]*(?:key|sig|token|secret|credential)[^\s'\"]*", re.IGNORECASE
