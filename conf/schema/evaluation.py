@@ -37,7 +37,7 @@ class EvaluateRun(SamplingConfig):
     captions: str = MISSING  # folder of image shards: its captions are drawn, or its pictures given back
     reference: str = MISSING  # real pictures: a folder of image shards, or statistics in a .safetensors or .npz file
     statistics_dir: str = MISSING  # where what was measured of real pictures is kept
-    unet: str = MISSING
+    unet: str = MISSING  # folder with the exported U-Net; with watch=true the one that its training will write
     autoencoder: str = MISSING
     clip: str = MISSING
     images: ImageConfig = field(default_factory=ImageConfig)

@@ -1,7 +1,7 @@
 """Pictures from a trained model: prompts in, PNGs, a captioned grid and a film strip out."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from itertools import chain
@@ -49,21 +49,19 @@ def put_together(unet: UNet, info: UNetInfo, cfg: SampleRun | EvaluateRun, devic
     return TextToImage(unet, autoencoder, tower, Process(info.process_config()), mean, std, cfg.tile)
 
 
-def pictures(model: TextToImage, cfg: SampleRun | EvaluateRun, jobs: Sequence[Job]) -> Iterator[Tensor]:
-    """Images [B, 3, H, W] in [-1, 1] of (prompt, number) jobs, batch by batch; the seed is the command's.
+def sound_pictures(model: TextToImage, cfg: SampleRun | EvaluateRun, jobs: Sequence[Job]) -> Tensor:
+    """The pictures [B, 3, H, W] of one batch.
 
     Raises:
-        UserError: a picture has values that are not finite.
+        UserError: one has values that are not finite.
     """
-    for start in range(0, len(jobs), cfg.batch_size):
-        part = jobs[start : start + cfg.batch_size]
-        images = draw(model, cfg, part)
-        require_finite(cfg, [prompt for (prompt, _), sound in zip(part, finite(images), strict=True) if not sound])
-        yield images
+    images = draw(model, cfg, jobs)
+    require_finite(cfg, [prompt for (prompt, _), sound in zip(jobs, finite(images), strict=True) if not sound])
+    return images
 
 
 def draw(model: TextToImage, cfg: SampleRun | EvaluateRun, jobs: Sequence[Job], film: Film | None = None) -> Tensor:
-    """The pictures of one batch."""
+    """The pictures [B, 3, H, W] in [-1, 1] of (prompt, number) jobs, all in one batch; the seed is the command's."""
     prompts, numbers = zip(*jobs, strict=True)
     with autocast(model.device, cfg.runtime.precision):
         return model(prompts, [cfg.seed] * len(prompts), cfg, indices=numbers, callback=film)

@@ -22,7 +22,7 @@ from train.evaluation.chunks import Chunks
 from train.evaluation.extractors import Extractor, efficientnet, inception
 from train.evaluation.metrics import clip_score
 from train.evaluation.probe import Probe, accuracy, cached_probe
-from train.evaluation.sampling import pictures, sampling_facts
+from train.evaluation.sampling import finite, sampling_facts, sound_pictures
 
 SHOWN = 64  # pictures in the grid
 
@@ -73,7 +73,7 @@ class Drawn:
         """Draw and look."""
         items = self.items(numbers)
         jobs = [(item["caption"], number) for item, number in zip(items, numbers, strict=True)]
-        images = torch.cat(list(pictures(self.model, self.cfg, jobs)))
+        images = sound_pictures(self.model, self.cfg, jobs)
         columns = looked_at(images, self.extractors)
         if self.clip is not None:
             tokens = self.clip.tokenize([item["caption"] for item in items]).to(images.device)
@@ -136,6 +136,11 @@ class Reconstructed:
         with autocast(self.runtime.device, self.cfg.runtime.precision):
             latents = self.autoencoder.encode(originals).chunk(2, dim=1)[0]
             images = self.autoencoder.decode(latents).float().clamp(-1, 1)
+        if broken := finite(images).count(False):
+            raise UserError(
+                f"{broken} of {len(images)} pictures that the autoencoder gives back contain NaN or infinity: set "
+                f"runtime.precision=fp32; if that does not help, autoencoder={self.cfg.autoencoder} is broken"
+            )
         columns = looked_at(images, self.extractors)
         columns |= {f"compared/{name}": measure(images, originals).cpu() for name, measure in self.measures.items()}
         return columns | shown(numbers, images)
@@ -170,13 +175,7 @@ def clip_extractor(clip: Clip, source: str) -> Extractor:
 
 
 def looked_at(images: Tensor, extractors: list[Extractor]) -> dict[str, Tensor]:
-    """Columns of all extractors; raises UserError for pictures that are not finite."""
-    if not images.isfinite().all():
-        broken = int((~images.flatten(1).isfinite().all(dim=1)).sum())
-        raise UserError(
-            f"{broken} of {len(images)} pictures contain NaN or infinity: the weights are broken, or "
-            "runtime.precision=fp16 overflows; try runtime.precision=fp32 or an earlier checkpoint"
-        )
+    """Columns of all extractors."""
     return {name: column for extractor in extractors for name, column in extractor(images).items()}
 
 

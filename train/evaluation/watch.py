@@ -2,9 +2,10 @@
 
 import json
 import time
+from dataclasses import fields
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -66,8 +67,10 @@ def newest(trained: Path, output_dir: Path, passed: set[int]) -> int | None:
 
 def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) -> Drawn | None:
     """The U-Net as the checkpoint has it, by its average where it keeps one; None if it is gone."""
-    merged = OmegaConf.merge(OmegaConf.structured(UNetRun), OmegaConf.load(trained / "config.yaml"))
-    training = OmegaConf.to_object(merged)
+    recorded = OmegaConf.load(trained / "config.yaml")
+    assert isinstance(recorded, DictConfig)
+    options = OmegaConf.masked_copy(recorded, [option.name for option in fields(UNetRun)])
+    training = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(UNetRun), options))
     assert isinstance(training, UNetRun)
     info = check_latents(training, find_shards(f"{training.latents}/train", "latents"))
     name = f"unet/{WEIGHTS if info.weights == 'last' else f'{MAIN}.safetensors'}"

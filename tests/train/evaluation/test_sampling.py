@@ -65,7 +65,7 @@ def test_picture_carries_all_that_makes_it_again(project: Any, runtime: Runtime,
     }
     again = project.config("sample", f"seed={facts['seed']}", f"steps={facts['steps']}", "guidance_scale=2.5")
     model = sampling.load_model(again, runtime.device)
-    (made,) = sampling.pictures(model, again, [(facts["prompt"], facts["number"])])
+    made = sampling.sound_pictures(model, again, [(facts["prompt"], facts["number"])])
     assert largest_step([sampling.to_uint8(made)[0]], pictures[5:]) <= 1
 
 
@@ -203,10 +203,8 @@ def test_pictures_that_are_not_finite_are_left_out_and_their_prompts_named(
     with pytest.raises(UserError, match=r"^pictures of 'a green hill, at night', 'b' are NaN or infinite, 2 in all: "):
         draw(project, runtime, tmp_path, prompts, "batch_size=2")  # not even the first batch has a sound one
     cfg = project.config("sample", prompts, "batch_size=2")
-    with pytest.raises(
-        UserError, match=r"^pictures of 'b', 'c' are NaN or infinite"
-    ):  # an evaluation can leave none out
-        next(sampling.pictures(None, cfg, [("b", 0), ("c", 0)]))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^pictures of 'b', 'c' are NaN or infinite"):  # a metric can leave none out
+        sampling.sound_pictures(None, cfg, [("b", 0), ("c", 0)])  # type: ignore[arg-type]
 
 
 def test_grid_shows_every_picture(project: Any, runtime: Runtime, tmp_path: Path) -> None:
