@@ -7,6 +7,7 @@ from pathlib import Path
 from conf.errors import UserError
 from conf.schema import SampleRun
 from data.datasets import captions_of
+from data.manifest import REMEDY
 from models.prompts import parse, plain
 
 Job = tuple[str, int]  # prompt, and the number of the picture among all that are drawn of it
@@ -44,7 +45,11 @@ def prompts_of_file(path: str) -> list[str]:
 
 def captions_with_words(folder: str, samples: int) -> list[str]:
     """Captions of a folder of image shards but for the empty ones."""
-    captions = captions_of(folder, samples)
+    try:
+        captions = captions_of(folder, samples)
+    except UserError as error:
+        remedy = "name a folder of image shards, such as RUN/shards/heldout"
+        raise UserError(f"prompts_from: {str(error).replace(REMEDY['images'], remedy)}") from None
     if not any(captions):
         raise UserError(f"prompts_from={folder}: its first {len(captions)} captions are empty; take another data set")
     return [caption for caption in captions if caption]

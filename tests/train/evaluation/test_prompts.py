@@ -45,7 +45,7 @@ def test_source_without_a_prompt_is_refused_even_beside_another(tmp_path: Path) 
         ("prompts_file={}/nowhere.txt", r"^prompts_file=.*/nowhere\.txt: no such file$"),
         ("prompts_file={}/latin.txt", r"^prompts_file=.*/latin\.txt: is no UTF-8 text"),
         ("prompts_from={}/silent", r"^prompts_from=.*/silent: its first 2 captions are empty"),
-        ("prompts_from={}/nowhere", r"^no shards at '.*/nowhere'"),
+        ("prompts_from={}/nowhere", r"^prompts_from: no shards at '.*/nowhere': name a folder of image shards"),
     ):
         with pytest.raises(UserError, match=message):
             read_prompts(config('prompts=["a moon"]', option.format(tmp_path)))

@@ -18,7 +18,7 @@ from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import PipelineRun
 from train.stages.pipeline import run
-from train.stages.plan import STAGES, StageCommand, separate
+from train.stages.plan import STAGES, StageCommand, Task, separate
 
 ROOT = Path(__file__).parents[3]
 NAMES = [stage.name for stage in STAGES]
@@ -201,6 +201,17 @@ def test_a_longer_training_or_a_deleted_result_runs_again(chain: Chain) -> None:
     with pytest.raises(UserError, match="stage clip: somebody stopped it before its end"):
         chain.run("clip.loop.samples=1024")  # the stand-in stops at 512
     assert chain.order() == ["clip"]
+
+
+def test_other_captions_are_another_input_of_the_pictures(tmp_path: Path) -> None:
+    stage = next(stage for stage in STAGES if stage.name == "sample")
+    cfg = compose("sample", stage.schema, ["experiment=smoke", f"run_dir={tmp_path}", f"prompts_from={tmp_path}/side"])
+    (tmp_path / "side").mkdir()
+    digests = set()
+    for content in ("one data set", "another one"):
+        (tmp_path / "side" / "manifest.json").write_text(content)
+        digests.add(Task(stage, cfg, []).inputs())
+    assert len(digests) == 2
 
 
 def test_overrides_reach_the_stages_that_have_the_option(chain: Chain) -> None:
