@@ -14,7 +14,7 @@ from train.evaluation.prompts import Job
 
 GRID_PICTURES = 64
 FILMED = 16  # prompts in film.png
-LARGEST = 512
+LARGEST = 512  # pixels; pictures of twice that and more are shown smaller
 PARAMETERS = "parameters"  # the text chunk of a PNG that holds them, as JSON
 
 
