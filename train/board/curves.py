@@ -41,7 +41,7 @@ def charts(run: RunFolder, panel: Panel) -> list[dict[str, Any]]:
         lines = [line for metric in panel.metrics for line in lines_of(panel, metric, stages)]
         if lines:
             title = f"{panel.title} · {TITLES[owner]}" if several else panel.title
-            facts = {"title": title, "unit": panel.unit, "logarithmic": panel.logarithmic}
+            facts = {"panel": panel.title, "title": title, "unit": panel.unit, "logarithmic": panel.logarithmic}
             found.append(facts | {"lines": lines})
     return found
 

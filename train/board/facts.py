@@ -56,7 +56,7 @@ def cards(run: RunFolder) -> list[Card]:
         found.append(Card("Samples seen", f"{unet.samples_seen:,}", state(unet)))
     hours = [hours for stage in run.stages.values() if (hours := stage.latest("perf/device_hours")) is not None]
     if hours:
-        found.append(Card("Device time", duration(3600 * sum(hours)), _devices(run)))
+        found.append(Card("Device time", _hours(sum(hours)), _devices(run)))
     return found
 
 
@@ -65,6 +65,10 @@ def _note(stage: Stage, metric: str, form: str) -> str:
     if low is None or high is None:
         return ""
     return f"{form.format(low)} to {form.format(high)}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min" if hours >= 1 / 60 else f"{3600 * hours:.0f} s"
 
 
 def _devices(run: RunFolder) -> str:

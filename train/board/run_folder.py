@@ -11,10 +11,12 @@ from typing import Any
 import yaml
 
 from conf.errors import UserError
+from data.manifest import MANIFEST
 from train.board.panels import EVALUATIONS
 from train.engine.journal import METRICS, X_AXIS, read_metrics
 from train.engine.state import DONE
 
+PROOFS = (DONE, "metrics.json", f"train/{MANIFEST}")  # of a training, an evaluation, latents
 CONFIG, PROTOCOL = "config.yaml", "protocol.json"
 ORDER = ("autoencoder", "clip", "latents", "unet", *EVALUATIONS)  # stages that keep a journal
 PICTURE = re.compile(r"(?P<name>.+)-(?P<samples_seen>\d{12})\.png")
@@ -45,8 +47,8 @@ class Stage:
 
     @property
     def done(self) -> bool:
-        """Whether the training came to its end, or the command left its metrics."""
-        return (self.folder / DONE).is_file() or (self.folder / "metrics.json").is_file()
+        """Whether there is what it leaves at its end."""
+        return any((self.folder / proof).is_file() for proof in PROOFS)
 
     @property
     def samples(self) -> int:
