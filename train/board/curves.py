@@ -16,8 +16,8 @@ TITLES = {
     "clip": "CLIP",
     "latents": "latents",
     "unet": "U-Net",
-    "evaluation": "evaluate",
-    "autoencoder_evaluation": "evaluate autoencoder",
+    "evaluation": "evaluation",
+    "autoencoder_evaluation": "autoencoder evaluation",
 }
 
 Point = tuple[int, float | None]
@@ -58,6 +58,11 @@ def lines_of(panel: Panel, metric: str, stages: Sequence[Stage]) -> list[dict[st
             line["band"] = band(rows, metric)
         lines.append(line)
     return lines
+
+
+def moves(chart: dict[str, Any]) -> bool:
+    """Whether it shows more than one moment."""
+    return any(len(line["points"]) > 1 for line in chart["lines"])
 
 
 def curve(rows: Sequence[dict[str, Any]], metric: str) -> list[Point]:

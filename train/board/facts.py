@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.board.curves import TITLES
-from train.board.panels import bounds
+from train.board.panels import EVALUATIONS, bounds
 from train.board.run_folder import ORDER, RunFolder, Stage
+from train.engine.journal import X_AXIS
 from train.engine.progress import duration
 
 CREDENTIALS = re.compile(
     r"(?<=://)[^/\s@]+@|(?<=\?)[^\s'\"]*(?:key|sig|token|secret|credential)[^\s'\"]*", re.IGNORECASE
 )
+QUALIFIED = ("_low", "_high", "_std", "_floor")  # what stands beside a metric of that name
 HARDWARE = ("device", "processes", "hosts", "torch")  # as `Runtime.hardware` names them
 COLUMNS = ("stage", "state", "time", "samples", "images/s", "MFU", "memory", "device hours", *HARDWARE)
 HEADLINES = (  # (title, where it is looked for, in this order: stage and metric; how it is written)
@@ -65,6 +67,32 @@ def _note(stage: Stage, metric: str, form: str) -> str:
     if low is None or high is None:
         return ""
     return f"{form.format(low)} to {form.format(high)}"
+
+
+def last_evaluations(run: RunFolder) -> dict[str, list[dict[str, str]]]:
+    """Of each kind of evaluation all metrics after the most samples: value, interval, deviation and floor."""
+    found = {}
+    for name in EVALUATIONS:
+        stage = run.stages.get(name)
+        if stage:
+            values: dict[str, float] = {}
+            for row in stage.rows:
+                if row[X_AXIS] == stage.samples_seen:
+                    values |= {metric: value for metric, value in row.items() if "/" in metric and value is not None}
+            found[f"{TITLES[name]} after {stage.samples_seen:,} samples"] = _measured(values)
+    return found
+
+
+def _measured(values: Mapping[str, float]) -> list[dict[str, str]]:
+    rows = []
+    for metric, value in values.items():
+        if not metric.endswith(QUALIFIED):
+            low, high, deviation, floor = (values.get(f"{metric}{suffix}") for suffix in QUALIFIED)
+            row = {"metric": metric.removeprefix("eval/"), "value": f"{value:,.4g}"}
+            row["interval"] = "" if low is None or high is None else f"{low:,.4g} to {high:,.4g}"
+            row["deviation"] = "" if deviation is None else f"{deviation:,.3g}"
+            rows.append(row | {"floor": "" if floor is None else f"{floor:,.4g}"})
+    return rows
 
 
 def _hours(hours: float) -> str:

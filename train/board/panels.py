@@ -31,9 +31,14 @@ class Pictures:
     name: str
 
 
+def both(*names: str) -> tuple[str, ...]:
+    """Metrics of the evaluation and of the small one in the training."""
+    return tuple(f"{prefix}{name}" for prefix in ("eval/", "eval/loop/") for name in names)
+
+
 def distance(title: str, name: str, stages: tuple[str, ...] = JUDGED) -> Panel:
     """A Fréchet distance with its interval: of the evaluation, of the small one in the training, and what is bias."""
-    measured = (f"eval/{name}", f"eval/loop/{name}") if stages is JUDGED else (f"eval/{name}",)
+    measured = both(name) if stages is JUDGED else (f"eval/{name}",)
     return Panel(title, (*measured, f"eval/{name}_floor"), stages, bounded=measured)
 
 
@@ -43,13 +48,14 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         distance("Fréchet distance, EfficientNet", "fd_efficientnet"),
         distance("Fréchet distance, CLIP", "fd_clip"),
         distance("Fréchet distance, the run's own CLIP", "fd_clip_own"),
-        Panel("Kernel distance, Inception (KID)", ("eval/kid", "eval/loop/kid"), JUDGED),
-        Panel("Kernel distance, EfficientNet", ("eval/kd_efficientnet", "eval/loop/kd_efficientnet"), JUDGED),
-        Panel("Inception Score", ("eval/inception_score", "eval/loop/inception_score"), JUDGED),
-        Panel("Precision and recall, Inception", ("eval/precision", "eval/recall"), JUDGED, "share"),
+        Panel("Kernel distance, Inception (KID)", both("kid"), JUDGED),
+        Panel("Kernel distance, EfficientNet", both("kd_efficientnet"), JUDGED),
+        Panel("Kernel distance, CLIP", ("eval/kd_clip", "eval/kd_clip_own"), JUDGED),
+        Panel("Inception Score", both("inception_score"), JUDGED),
+        Panel("Precision and recall, Inception", both("precision", "recall"), JUDGED, "share"),
         Panel(
             "Precision and recall, EfficientNet",
-            ("eval/precision_efficientnet", "eval/recall_efficientnet"),
+            both("precision_efficientnet", "recall_efficientnet"),
             JUDGED,
             "share",
         ),

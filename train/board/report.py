@@ -61,7 +61,8 @@ def contents(cfg: ReportRun, run: RunFolder) -> dict[str, Any]:
     return {
         "cards": facts.cards(run),
         "stages": facts.stage_table(run),
-        "quality": charts.pop("Quality", []),
+        "evaluations": facts.last_evaluations(run),
+        "quality": [chart for chart in charts.pop("Quality", []) if curves.moves(chart)],
         "curves": charts,
         "pictures": galleries(run, cfg.frames, round(cfg.pictures_mb * 1e6)),
         "data": look(cfg, run),

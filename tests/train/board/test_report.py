@@ -72,8 +72,25 @@ def test_numbers_of_an_evaluation_beside_a_training_are_those_of_the_most_sample
     folder.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = RunFolder.open(tmp_path)
     assert [card.value for card in facts.cards(run) if card.title == "FID"] == ["30.00"]
+    assert facts.last_evaluations(run)["evaluation after 30 samples"][0]["value"] == "30"
     (chart,) = curves.sections(run)["Quality"]
     assert chart["lines"][0]["points"] == [(10, 10.0), (20, 20.0), (30, 30.0)]
+
+
+def test_the_last_evaluation_is_a_table_and_no_chart_of_single_points(tmp_path: Path) -> None:
+    row = {"samples_seen": 30, "time": 5, "eval/fid": 12.5, "eval/fid_low": 11.0, "eval/fid_high": 14.0}
+    row |= {"eval/fid_floor": 3.0, "eval/kid": 0.25, "eval/kid_std": 0.125, "eval/recall": None}
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation/metrics.jsonl").write_text(json.dumps(row) + "\n")
+    run = RunFolder.open(tmp_path)
+    assert facts.last_evaluations(run) == {
+        "evaluation after 30 samples": [
+            {"metric": "fid", "value": "12.5", "interval": "11 to 14", "deviation": "", "floor": "3"},
+            {"metric": "kid", "value": "0.25", "interval": "", "deviation": "0.125", "floor": ""},
+        ]
+    }
+    assert curves.sections(run)["Quality"] != []
+    assert '<figure class="chart">' not in render(tmp_path)
 
 
 def test_addresses_lose_their_credentials() -> None:
