@@ -19,7 +19,7 @@ TITLES = {pictures.name: pictures.title for pictures in PICTURES}
 SINGLE = {  # of no training's moment: (section, title) → where they may be
     ("samples", "Prompts of train/sample.py"): ("samples/grid.png",),
     ("strips", "Film strip of train/sample.py"): ("samples/film*.png",),
-    ("pareto", "Quality against cost"): ("pareto*.png", "*/pareto*.png", "*/*/pareto*.png"),
+    ("pareto", "Quality against cost"): ("pareto*.png", "*/pareto*.png", "sweep/*/pareto/*.png"),
 }
 
 

@@ -72,7 +72,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save(picture(number, 300), folder / f"unet/samples/film-{seen:012d}.png")
         save(picture(number), folder / f"autoencoder/samples/reconstructions-{seen:012d}.png")
     (folder / "unet/samples/prompts-000000000600.png").write_bytes(b"half a pict")
-    save(picture(7), folder / "evaluation/pareto.png")
+    save(picture(7), folder / "sweep/evaluate/pareto/pareto.png")
     for side, count in (("train", 30), ("heldout", 4)):
         with ShardWriter(folder / "shards" / side, 100) as writer:
             for i in range(count):
