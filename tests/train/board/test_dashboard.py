@@ -1,5 +1,6 @@
 """The dashboard: its panels show what runs really log, it needs no network, and the server only when asked."""
 
+import ast
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +10,14 @@ import pytest
 
 from conf.entry import compose
 from conf.errors import UserError
-from conf.schema import DashboardRun
+from conf.schema import DashboardRun, Perceptual
 from train.board import dashboard
 from train.board.panels import EVALUATIONS, PICTURES, SECTIONS, TRAININGS, Panel, logged_names
 from train.board.run_folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")  # wandb-workspaces, on import
 
+ROOT = Path(__file__).parents[3]
 CONDITIONAL = {  # by trainings, with some option or on some device only
     "perf/mfu",  # of GPUs whose peak is known
     "data/skipped",  # stream.skip_broken
@@ -138,3 +140,31 @@ def test_a_server_that_refuses_costs_one_line(run_dir: Path, tmp_path: Path, mon
     with pytest.raises(UserError, match=r"permission denied; .*dashboard\.json was written") as refusal:
         dashboard.run(config(run_dir, f"output_dir={tmp_path}", "save=true", "wandb.entity=us"))
     assert "\n" not in str(refusal.value) and "0" * 40 not in str(refusal.value)
+
+
+def literals() -> set[str]:
+    """Pieces of text that the code makes names of: its string constants, and what is fixed in its f-strings."""
+    found: set[str] = set()
+    for path in (ROOT / "train").rglob("*.py"):
+        if path.parent.name != "board":
+            constants = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+            found |= {value for value in constants if isinstance(value, str) and "\n" not in value and " " not in value}
+    return found
+
+
+def made_of(name: str, pieces: set[str]) -> bool:
+    """Whether a name is a row of such pieces."""
+    ends = {0}
+    for end in range(1, len(name) + 1):
+        if any(name[start:end] in pieces for start in ends):
+            ends.add(end)
+    return len(name) in ends
+
+
+def test_every_name_that_trainings_do_not_always_log_can_be_made_by_the_code() -> None:
+    pieces = {piece for piece in literals() if len(piece) > 1} | {"r", "_"}  # of reconstructions; before an extractor
+    assert not any(made_of(name, pieces) for name in ("eval/fud_clip", "train/gan_generators", "eval/fid_lower"))
+    measured = {name for panel in panels() if EVALUATIONS.keys() & set(panel.stages) for name in logged_names(panel)}
+    pieces |= {piece.replace("clip", "clip_score") for piece in pieces}  # as train/evaluation/subjects.py does
+    pieces |= {kind.value for kind in Perceptual}
+    assert [name for name in sorted(measured | CONDITIONAL) if not made_of(name, pieces)] == []
