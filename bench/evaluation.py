@@ -1,10 +1,11 @@
 """Mean and covariance of features for the Fréchet distance: ours against torch-fidelity's way with the same network.
 
-Both go through EfficientNet-Lite0 with batches of the same 64-pixel pictures, each in a process of its own. Ours adds
-up statistics as it goes; torch-fidelity keeps all features.
+Both go through EfficientNet-Lite0 with batches of the same 64-pixel pictures, each in a process of its own. Ours keeps
+features in files, as the evaluation does, and adds up statistics batch by batch; torch-fidelity keeps all features.
 """
 
 import multiprocessing
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +26,9 @@ from torch_fidelity.registry import register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
 from models.features import EfficientNetFeatures
-from train.evaluation.frechet import collect, efficientnet
+from train.evaluation.chunks import Chunks
+from train.evaluation.extractors import efficientnet
+from train.evaluation.frechet import statistics_of
 
 IMAGES, BATCH, SIDE, THREADS = 10_000, 64, 64, 2
 NAME, LAYER = "efficientnet-lite0", "descriptor"
@@ -78,9 +81,11 @@ def ours() -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
 
     def statistics(count: int) -> tuple[np.ndarray, np.ndarray]:
         pictures = Pictures(count)
-        batches = (range(start, min(start + BATCH, count)) for start in range(0, count, BATCH))
-        images = (torch.stack([pictures[i] for i in batch]).float() / 127.5 - 1 for batch in batches)
-        found = collect(extractor, images)
+        with tempfile.TemporaryDirectory() as folder:
+            chunks = Chunks(Path(folder), {}, count, BATCH)
+            for batch in chunks.missing():
+                chunks.write(batch, extractor(torch.stack([pictures[i] for i in batch]).float() / 127.5 - 1))
+            found = statistics_of((column for (column,) in chunks.columns(extractor.name)), extractor.size)
         return found.mean.numpy(), found.covariance.numpy()
 
     return statistics

@@ -51,7 +51,7 @@ class FeatureStatistics:
             return
         total, mean = self.count + len(x), x.mean(dim=0)
         centred, delta = x - mean, mean - self.mean  # [B, D], [D]
-        self.scatter += centred.T @ centred + torch.outer(delta, delta) * (self.count * len(x) / total)
+        self.scatter.addmm_(centred.T, centred).addr_(delta, delta, alpha=self.count * len(x) / total)  # in place
         self.mean += delta * (len(x) / total)
         self.count = total
 
