@@ -197,7 +197,7 @@ def test_pictures_that_are_not_finite_are_left_out_and_their_prompts_named(
     monkeypatch.setattr(sampling, "draw", broken)
     with pytest.raises(UserError, match=rf"^pictures of '{PROMPTS[1]}' are NaN or infinite, 1 in all: set runtime\."):
         draw(project, runtime, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"00000.png", "00002.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"00000.png", "00002.png"}
     monkeypatch.setattr(sampling, "draw", lambda *_: torch.full((2, 3, 32, 32), torch.inf))
     prompts = f"prompts=['{PROMPTS[1]}', b, c, d, e]"
     with pytest.raises(UserError, match=r"^pictures of 'a green hill, at night', 'b' are NaN or infinite, 2 in all: "):
