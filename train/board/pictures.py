@@ -77,8 +77,8 @@ def embed(frames: Sequence[Frame], budget: int) -> None:
         try:
             with Image.open(frame.path) as opened:
                 picture = opened.convert("RGB")
-        except OSError:
-            continue  # still being written, or no picture
+        except (OSError, Image.DecompressionBombError):
+            continue  # still being written, no picture, or one that no page should hold
         frame.source, frame.width, frame.height = fitted(picture, share)
         left -= len(frame.source)
 
