@@ -55,10 +55,12 @@ def history(output_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
-def configuration(output_dir: Path) -> dict[str, Any]:
-    """Its configuration."""
+def description(output_dir: Path) -> dict[str, Any]:
+    """Its names and its configuration."""
     runs = [record.run for record in whole_log(output_dir) if record.WhichOneof("record_type") == "run"]
-    return {item.key: json.loads(item.value_json) for run in runs for item in run.config.update}
+    config = {item.key: json.loads(item.value_json) for run in runs for item in run.config.update}
+    names = {"name": runs[0].display_name, "group": runs[0].run_group, "job_type": runs[0].job_type}
+    return {**names, "project": runs[0].project, "config": config}
 
 
 @pytest.fixture
@@ -68,6 +70,6 @@ def wandb_history() -> Any:
 
 
 @pytest.fixture
-def wandb_config() -> Any:
-    """`wandb_config(output_dir)`: likewise, of which configuration."""
-    return configuration
+def wandb_run() -> Any:
+    """`wandb_run(output_dir)`: likewise, under which names and with which configuration."""
+    return description

@@ -51,6 +51,7 @@ class Journal:
         job_type: the stage's name, in W&B and on the console.
         config: the resolved configuration, plain values only.
         samples_seen: where the run continues; what was recorded after it never happened and is dropped.
+        prefix: begins the lines of the console; empty: the job type.
 
     Raises:
         OSError: the folder cannot be written.
@@ -65,8 +66,9 @@ class Journal:
         config: Mapping[str, Any],
         is_main: bool,
         samples_seen: int = 0,
+        prefix: str = "",
     ) -> None:
-        self.output_dir, self.job_type, self.is_main = Path(output_dir), job_type, is_main
+        self.output_dir, self.prefix, self.is_main = Path(output_dir), prefix or job_type, is_main
         self.latest: list[dict[str, Any]] = []  # rows of the highest samples_seen so far
         self.wandb: WandbCopy | None = None
         self.inbox = Inbox(self.output_dir)
@@ -97,7 +99,7 @@ class Journal:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         self.latest = [*(r for r in self.latest if r[X_AXIS] == samples_seen), row]
-        say(self.job_type, describe(samples_seen, metrics))
+        say(self.prefix, describe(samples_seen, metrics))
         if self.wandb is not None:
             self.wandb.log(samples_seen, metrics)
             self._forward()

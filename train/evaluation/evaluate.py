@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 from PIL import Image
 
 from conf.entry import to_plain
 from conf.errors import UserError
-from conf.schema import EvaluateRun, EvaluationSubject, WandbMode
+from conf.schema import EvaluateRun, EvaluationSubject, WandbConfig, WandbMode
 from data.shards import atomic_path, atomic_write
 from train.engine.inbox import Message, put
 from train.engine.journal import Journal, finite, say
@@ -52,14 +53,15 @@ def evaluate(cfg: EvaluateRun, subject: Subject, runtime: Runtime, trained: Path
     chunks = Chunks(Path(cfg.output_dir) / "measured", subject.facts, subject.total, cfg.batch_size)
     began = time.monotonic()
     drawn = chunks.fill(subject.measure, runtime, "evaluation")
-    drawn_s = time.monotonic() - began
+    drawn_s, hardware = time.monotonic() - began, runtime.hardware()
     metrics: dict[str, float] = {}
     if runtime.is_main:
         metrics = metrics_of(subject, chunks, references, cfg.bootstrap)
         metrics |= {"perf/evaluation_s": time.monotonic() - started}
         if drawn:  # else an earlier start has measured all of them
             metrics["perf/pictures_per_s"] = drawn / drawn_s
-        report(cfg, trained, seen, metrics, grid_of(subject, chunks), protocol(cfg, subject, references))
+        record = {"protocol": protocol(cfg, subject, references), "hardware": hardware}
+        report(cfg, trained, seen, metrics, grid_of(subject, chunks), record)
         chunks.remove()
     return runtime.gather_objects(metrics)[0]
 
@@ -102,27 +104,29 @@ def protocol(cfg: EvaluateRun, subject: Subject, references: dict[str, Reference
 
 
 def report(
-    cfg: EvaluateRun, trained: Path, seen: int, metrics: dict[str, float], grid: Image.Image, facts: dict[str, Any]
+    cfg: EvaluateRun, trained: Path, seen: int, metrics: dict[str, float], grid: Image.Image, record: dict[str, Any]
 ) -> None:
     """Files, console and W&B: the run of the training, at the samples that it had seen."""
     folder, joins = Path(cfg.output_dir), cfg.wandb.name is None
     with atomic_path(folder / "grid.png") as path:
         grid.save(path, "PNG")
-    atomic_write(folder / "protocol.json", json.dumps(facts, indent=1).encode())
+    atomic_write(folder / "protocol.json", json.dumps(record["protocol"], indent=1).encode())
     atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
     run_id = trained / "wandb_run_id"
     if joins and run_id.is_file():
         atomic_write(folder / "wandb_run_id", run_id.read_bytes())
     live = joins and not (trained / DONE).is_file()
-    wandb = replace(cfg.wandb, mode=WandbMode.disabled) if live else cfg.wandb
-    journal = Journal(
-        folder, wandb, "evaluation", {"evaluation": to_plain(cfg), "protocol": facts}, True, samples_seen=sys.maxsize
-    )
+    wandb = run_of(trained, cfg.wandb) if joins else cfg.wandb
+    if live:  # two processes that write to one W&B run overwrite each other
+        wandb = replace(wandb, mode=WandbMode.disabled)
+    record = {"run_dir": cfg.run_dir, "evaluation": to_plain(cfg), **record}
+    job_type = trained.name if joins else "evaluation"
+    journal = Journal(folder, wandb, job_type, record, is_main=True, samples_seen=sys.maxsize, prefix="evaluation")
     exit_code = 1
     try:
         journal.log(seen, metrics)
         picture = journal.image("evaluation", np.asarray(grid), seen, "held-out captions")
-        if live:  # two processes that write to one W&B run overwrite each other
+        if live:  # it passes them on
             put(trained, Message(seen, finite(metrics), "evaluation", str(picture.absolute())))
         exit_code = 0
     finally:
@@ -131,6 +135,18 @@ def report(
         if name.startswith("probe/") and value < PROBE_FLOOR:
             say("evaluation", f"{name}={value:.3f}: below {PROBE_FLOOR}, so prompt following proves nothing")
     say("evaluation", f"{folder / 'metrics.json'} and {folder / 'grid.png'}")
+
+
+def run_of(trained: Path, wandb: WandbConfig) -> WandbConfig:
+    """Where W&B has the run of a training, under the names that it has there."""
+    path = trained / "config.yaml"
+    if not path.is_file():
+        return wandb
+    recorded = OmegaConf.load(path)
+    place = {option: recorded.wandb[option] for option in ("project", "entity", "group", "name")}
+    place["name"] = place["name"] or f"{Path(recorded.run_dir).name}/{trained.name}"
+    place["group"] = place["group"] or Path(recorded.run_dir).name
+    return replace(wandb, **place)
 
 
 def samples_seen(folder: str, option: str) -> int:

@@ -119,7 +119,7 @@ def test_wandb_has_the_fid_the_pictures_and_the_protocol_in_the_run_of_the_unet(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     wandb_history: Any,
-    wandb_config: Any,
+    wandb_run: Any,
 ) -> None:
     unet = tmp_path / "unet"
     shutil.copytree(project.folder / "unet", unet)
@@ -137,10 +137,14 @@ def test_wandb_has_the_fid_the_pictures_and_the_protocol_in_the_run_of_the_unet(
     assert {name: row[name] for name in metrics} == pytest.approx(metrics)
     assert row["samples_seen"] == 960 and row["samples/evaluation/caption"] == "held-out captions"
     facts = read(tmp_path / "out" / "protocol.json")
-    assert wandb_config(tmp_path / "out")["protocol"] == facts
+    run = wandb_run(tmp_path / "out")
+    assert run["config"]["protocol"] == facts
+    names = {"name": f"{project.folder.name}/unet", "group": project.folder.name, "job_type": "unet"}
+    assert {name: run[name] for name in names} == names  # as its training called it
     assert facts["extractors"]["fid"] == {"sha256": "toy", "resize": "none"}
-    evaluate.run(config(project, tmp_path / "own", *small, "samples=4", "bootstrap=0", "wandb.name=mine"), runtime)
+    evaluate.run(config(project, tmp_path / "own", *small, "samples=10", "bootstrap=0", "wandb.name=mine"), runtime)
     assert (tmp_path / "own" / "wandb_run_id").read_text() != "abc123"
+    assert wandb_run(tmp_path / "own")["name"] == "mine"
 
 
 def test_probe_learns_from_training_images_and_is_measured_on_held_out_ones(
