@@ -52,6 +52,12 @@ class Drawn:
 
     def __init__(self, cfg: EvaluateRun, runtime: Runtime, model: TextToImage, facts: dict[str, Any]) -> None:
         self.cfg, self.runtime, self.model, self.total = cfg, runtime, model, cfg.samples
+        side = model.unet.cfg.sample_size * model.autoencoder.cfg.downscale
+        if side != cfg.images.resolution:
+            raise UserError(
+                f"images.resolution={cfg.images.resolution}: this U-Net draws {side} pixels, as the real pictures must "
+                f"have; set images.resolution={side}"
+            )
         self.prompts = ImageDataset(cfg.captions, cfg.images, cfg.seed)
         self.extractors, self.clip = extractors_of(cfg, runtime.device), None
         if cfg.clip_score is not None:

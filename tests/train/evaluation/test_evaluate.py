@@ -239,6 +239,13 @@ def test_export_without_a_finished_training_is_refused_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_real_pictures_of_another_size_are_refused(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^images.resolution=64: this U-Net draws 32 pixels, .* set images.resolution=32"
+    ):
+        evaluate.run(config(project, tmp_path / "out", "images.resolution=64"), runtime)
+
+
 def test_images_without_attributes_are_refused_before_a_picture_is_drawn(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
