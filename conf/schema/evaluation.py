@@ -7,6 +7,15 @@ from omegaconf import MISSING
 from conf.schema.choices import EvaluationSubject, Perceptual
 from conf.schema.sections import ImageConfig, RuntimeConfig, SamplingConfig, WandbConfig, require, require_positive
 
+FEWEST = 4  # pictures; precision and recall need three neighbours of each
+FEWEST_INCEPTION = 10  # likewise; the Inception Score has ten splits
+
+
+def require_enough(what: str, count: int, inception: str | None) -> None:
+    """Refuse before the work so few pictures as a metric would refuse after it."""
+    fewest, given = (FEWEST, "") if inception is None else (FEWEST_INCEPTION, " with inception")
+    require(count >= fewest, f"{what}: the metrics need at least {fewest} pictures{given}")
+
 
 @dataclass(kw_only=True, slots=True)
 class LoopEvaluationConfig:
@@ -20,7 +29,8 @@ class LoopEvaluationConfig:
 
     def __post_init__(self) -> None:
         require(self.samples >= 0, f"evaluation.samples={self.samples}: must be 0 (off) or positive")
-        require(self.samples != 1, "evaluation.samples=1: a distance between sets needs at least 2 pictures")
+        if self.samples:
+            require_enough(f"evaluation.samples={self.samples}", self.samples, self.inception)
         require_positive(self, "batch_size", group="evaluation.")
 
 
@@ -57,7 +67,7 @@ class EvaluateRun(SamplingConfig):
     def __post_init__(self) -> None:
         SamplingConfig.__post_init__(self)
         require_positive(self, "batch_size", "watch_s")
-        require(self.samples > 1, f"samples={self.samples}: a distance between sets needs at least 2 pictures")
+        require_enough(f"samples={self.samples}", self.samples, self.inception)
         require(self.bootstrap == 0 or self.bootstrap > 1, f"bootstrap={self.bootstrap}: must be 0 (off) or above 1")
         if self.subject is EvaluationSubject.autoencoder:
             for option in ("watch", "prompt_following", "clip_score"):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import ImageConfig
+from conf.schema.evaluation import require_enough
 from data.datasets import ImageDataset
 from data.shards import atomic_path
 from train.engine.runtime import Runtime
@@ -59,6 +60,7 @@ def reference_of(
     if source.endswith(".safetensors"):
         return from_file(Path(source), extractor, facts_of("", images, extractor))
     dataset = ImageDataset(source, images, seed=0)
+    require_enough(f"reference={source} holds {dataset.samples}", dataset.samples, None)
     facts = facts_of(dataset.digest, images, extractor)
     chunks = Chunks(statistics_dir / extractor.name, facts, dataset.samples, SIZE)
     path = chunks.folder / STATISTICS

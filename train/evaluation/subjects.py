@@ -9,6 +9,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import EvaluateRun, Perceptual
+from conf.schema.evaluation import require_enough
 from data.datasets import ImageDataset
 from models.autoencoder import load_autoencoder
 from models.clip import DESCRIPTION_NAME, Clip
@@ -121,6 +122,7 @@ class Reconstructed:
         self.cfg, self.runtime = cfg, runtime
         self.originals = ImageDataset(cfg.captions, cfg.images, cfg.seed)
         self.total = min(cfg.samples, self.originals.samples)
+        require_enough(f"captions={cfg.captions} holds {self.total}", self.total, cfg.inception)
         self.extractors = extractors_of(cfg, runtime.device)
         self.autoencoder = load_autoencoder(cfg.autoencoder).eval().requires_grad_(False).to(runtime.device)
         self.measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}

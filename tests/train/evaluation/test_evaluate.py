@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from conf.errors import UserError
+from conf.schema import ImageConfig
 from data.datasets import ImageDataset
 from data.manifest import Manifest
 from models.autoencoder import Autoencoder
@@ -18,6 +19,7 @@ from train.engine.provenance import weights_digest
 from train.engine.runtime import Runtime
 from train.evaluation import evaluate, probe, sampling, subjects
 from train.evaluation.extractors import INCEPTION, LOGITS, Extractor, efficientnet
+from train.evaluation.reference import reference_of
 
 DISTANCES = {"fd_efficientnet", "fd_efficientnet_low", "fd_efficientnet_high", "fd_efficientnet_floor"}
 DISTANCES |= {"kd_efficientnet", "kd_efficientnet_std", "precision_efficientnet", "recall_efficientnet"}
@@ -244,6 +246,24 @@ def test_real_pictures_of_another_size_are_refused(project: Any, runtime: Runtim
         UserError, match=r"^images.resolution=64: this U-Net draws 32 pixels, .* set images.resolution=32"
     ):
         evaluate.run(config(project, tmp_path / "out", "images.resolution=64"), runtime)
+
+
+def test_fewer_pictures_than_a_metric_needs_are_refused_before_the_work(
+    project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"samples=3": 4, "samples=9 inception=FILE": 10}
+    for given, fewest in few.items():
+        with pytest.raises(UserError, match=rf"^samples=.: the metrics need at least {fewest} pictures"):
+            config(project, tmp_path, *given.split())
+    with pytest.raises(UserError, match=r"^evaluation.samples=3: the metrics need at least 4 pictures"):
+        project.config("unet", "evaluation.samples=3")
+    monkeypatch.setattr(subjects, "inception", toy_inception)
+    with pytest.raises(UserError, match=r"^captions=.* holds 7: the metrics need at least 10 pictures with inception"):
+        evaluate.run(config(project, tmp_path, "subject=autoencoder", "inception=toy"), runtime)
+    monkeypatch.setattr("data.manifest.Manifest.samples", property(lambda _: 3))
+    with pytest.raises(UserError, match=r"^reference=.* holds 3: the metrics need at least 4 pictures"):
+        reference_of(f"{project.folder}/shards/heldout", efficientnet(), ImageConfig(resolution=32), tmp_path, runtime)
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_without_attributes_are_refused_before_a_picture_is_drawn(
