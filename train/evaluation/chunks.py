@@ -74,7 +74,8 @@ class Chunks:
     def whole(self, name: str, most: int | None = None) -> Tensor:
         """A column of all pictures, or of `most` of them at even distances."""
         total = self.ranges[-1].stop
-        wanted = torch.arange(total) if most is None or most >= total else torch.linspace(0, total - 1, most).long()
+        most = total if most is None else min(most, total)
+        wanted = torch.arange(most) * (total - 1) // max(1, most - 1)  # in integers, so that none comes twice
         parts = []
         for numbers, (column,) in zip(self.ranges, self.columns(name), strict=True):
             parts.append(column[wanted[(wanted >= numbers.start) & (wanted < numbers.stop)] - numbers.start])

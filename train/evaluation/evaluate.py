@@ -22,7 +22,7 @@ from train.engine.provenance import UNetInfo, weights_digest
 from train.engine.runtime import Runtime
 from train.engine.state import DONE
 from train.evaluation.chunks import Chunks
-from train.evaluation.reference import Reference, reference_of
+from train.evaluation.reference import FILES, Reference, reference_of
 from train.evaluation.sampling import load_model
 from train.evaluation.scores import KERNEL_FEATURES, MANIFOLD_FEATURES, NEIGHBOURS, distances
 from train.evaluation.subjects import SHOWN, Drawn, Reconstructed, Subject
@@ -50,7 +50,7 @@ def evaluate(cfg: EvaluateRun, subject: Subject, runtime: Runtime, trained: Path
     """Metrics of a subject that had seen so many samples, written to files and to the W&B run of `trained`."""
     started = time.monotonic()
     references = references_of(cfg, subject, runtime)
-    chunks = Chunks(Path(cfg.output_dir) / "measured", subject.facts, subject.total, cfg.batch_size)
+    chunks = chunks_of(cfg, subject)
     began = time.monotonic()
     drawn = chunks.fill(subject.measure, runtime, "evaluation")
     drawn_s, hardware = time.monotonic() - began, runtime.hardware()
@@ -67,17 +67,26 @@ def evaluate(cfg: EvaluateRun, subject: Subject, runtime: Runtime, trained: Path
 
 
 def references_of(cfg: EvaluateRun, subject: Subject, runtime: Runtime) -> dict[str, Reference]:
-    """What each extractor compares with; collective."""
+    """What each extractor compares with, of a file only the first one; collective."""
     folder = Path(cfg.statistics_dir)
-    return {e.name: reference_of(cfg.reference, e, cfg.images, folder, runtime) for e in subject.extractors}
+    compared = subject.extractors[:1] if cfg.reference.endswith(FILES) else subject.extractors
+    return {e.name: reference_of(cfg.reference, e, cfg.images, folder, runtime) for e in compared}
+
+
+def chunks_of(cfg: EvaluateRun, subject: Subject) -> Chunks:
+    """Where the measurements are kept; those of other extractors have other columns."""
+    looked_for = {e.name: e.facts() for e in subject.extractors} | {"prompt_following": cfg.prompt_following}
+    facts = subject.facts | {"tile": cfg.tile, "columns": looked_for}
+    return Chunks(Path(cfg.output_dir) / "measured", facts, subject.total, cfg.batch_size)
 
 
 def metrics_of(subject: Subject, chunks: Chunks, references: dict[str, Reference], replicates: int) -> dict[str, float]:
     """All that the measurements say, by full names."""
     found = subject.metrics(chunks)
     for extractor in subject.extractors:
-        values = distances(extractor, chunks, references[extractor.name], replicates)
-        found |= {f"eval/{subject.prefix}{name}": value for name, value in values.items()}
+        if extractor.name in references:
+            values = distances(extractor, chunks, references[extractor.name], replicates)
+            found |= {f"eval/{subject.prefix}{name}": value for name, value in values.items()}
     return found
 
 

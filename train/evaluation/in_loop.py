@@ -1,12 +1,9 @@
 """A small evaluation at each evaluation of a U-Net's training: `eval/loop/…`, with the functions of the large one."""
 
-from pathlib import Path
-
 from conf.schema import EvaluateRun, ImageConfig, SamplingConfig, UNetRun
 from models.pipeline import TextToImage
 from train.engine.runtime import Runtime
-from train.evaluation.chunks import Chunks
-from train.evaluation.evaluate import metrics_of, references_of
+from train.evaluation.evaluate import chunks_of, metrics_of, references_of
 from train.evaluation.sampling import sampling_facts
 from train.evaluation.subjects import Drawn
 
@@ -22,7 +19,9 @@ def evaluate_in_loop(cfg: UNetRun, runtime: Runtime, model: TextToImage, samples
     small = as_command(cfg, model)
     subject = Drawn(small, runtime, model, {"samples_seen": samples_seen})
     references = references_of(small, subject, runtime)
-    chunks = Chunks(Path(cfg.output_dir) / "measured", subject.facts, subject.total, small.batch_size)
+    chunks = chunks_of(small, subject)
+    if runtime.is_main:
+        chunks.remove()  # a killed start may have left some, whose weights nothing here tells from these
     chunks.fill(subject.measure, runtime, "unet")
     metrics: dict[str, float] = {}
     if runtime.is_main:

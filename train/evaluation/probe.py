@@ -88,16 +88,21 @@ def cached_probe(folder: str, images: ImageConfig, seed: int, cache: Path, runti
     return Probe.load(path, runtime.device)
 
 
+def require_attributes(item: dict[str, Any]) -> None:
+    """Refuse a sample that does not say what it shows."""
+    missing = [name for name in ATTRIBUTES if name not in item["meta"]]
+    if missing:
+        raise UserError(
+            f"prompt_following=true: sample '{item['key']}' names no {missing[0]} in its JSON; only the demo set "
+            "does: set prompt_following=false"
+        )
+
+
 def labels(dataset: ImageDataset) -> tuple[Tensor, Tensor, dict[str, list[str]]]:
     """All images [N, 3, H, W], their classes [N, attributes] and the words that the classes stand for."""
     items = [dataset.at(index) for index in range(dataset.samples)]
     for item in items:
-        missing = [name for name in ATTRIBUTES if name not in item["meta"]]
-        if missing:
-            raise UserError(
-                f"prompt_following=true: sample '{item['key']}' names no {missing[0]} in its JSON; only the demo set "
-                "does: set prompt_following=false"
-            )
+        require_attributes(item)
     words = {name: sorted({item["meta"][name] for item in items}) for name in ATTRIBUTES}
     index = {name: {word: i for i, word in enumerate(listed)} for name, listed in words.items()}
     classes = [[index[name][item["meta"][name]] for name in ATTRIBUTES] for item in items]

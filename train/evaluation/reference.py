@@ -31,6 +31,7 @@ from train.evaluation.frechet import statistics_of
 
 SIZE = 64  # pictures per chunk
 STATISTICS = "statistics.safetensors"
+FILES = (".npz", ".safetensors")  # of statistics, each of one extractor
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,10 @@ def from_npz(source: str, extractor: Extractor) -> Reference:
             mean, covariance = (torch.from_numpy(file[name].astype(np.float64)) for name in ("mu", "sigma"))
     except FileNotFoundError:
         raise UserError(f"reference={source}: no such file") from None
-    except (OSError, KeyError, ValueError, BadZipFile) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile) as error:  # TypeError: a lone array
         raise UserError(f"reference={source}: is no .npz with mu and sigma ({type(error).__name__})") from error
     if mean.shape != (extractor.size,) or covariance.shape != (extractor.size, extractor.size):
-        raise UserError(f"reference={source}: is of {len(mean)} features, the FID has {extractor.size}")
+        raise UserError(f"reference={source}: is of {mean.numel()} features, the FID has {extractor.size}")
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise UserError(f"reference={source}: has numbers that are not finite; make or fetch it again")
     return Reference(mean, covariance, None, hashlib.sha256(content).hexdigest())

@@ -22,7 +22,8 @@ from train.engine.runtime import Runtime
 from train.evaluation.chunks import Chunks
 from train.evaluation.extractors import Extractor, efficientnet, inception
 from train.evaluation.metrics import clip_score
-from train.evaluation.probe import Probe, accuracy, cached_probe
+from train.evaluation.probe import Probe, accuracy, cached_probe, require_attributes
+from train.evaluation.reference import FILES
 from train.evaluation.sampling import finite, sampling_facts, sound_pictures
 
 SHOWN = 64  # pictures in the grid
@@ -66,6 +67,7 @@ class Drawn:
             self.extractors.append(clip_extractor(self.clip, cfg.clip_score))
         self.probe: Probe | None = None
         if cfg.prompt_following:
+            require_attributes(self.prompts.at(0))
             self.probe = cached_probe(f"{cfg.shards}/train", cfg.images, cfg.seed, Path(cfg.statistics_dir), runtime)
         self.facts = {
             "captions": self.prompts.digest,
@@ -163,9 +165,9 @@ class Reconstructed:
 
 
 def extractors_of(cfg: EvaluateRun, device: torch.device) -> list[Extractor]:
-    """Those that the options ask for; a file of Inception's statistics leaves no other to compare with."""
+    """Those that the options ask for; a file of statistics leaves the first of them to compare with."""
     found = [] if cfg.inception is None else [inception(cfg.inception, device)]
-    return found if cfg.reference.endswith(".npz") else [*found, efficientnet(device)]
+    return found if found and cfg.reference.endswith(FILES) else [*found, efficientnet(device)]
 
 
 def clip_extractor(clip: Clip, source: str) -> Extractor:

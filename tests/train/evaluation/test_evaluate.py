@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -147,6 +148,30 @@ def test_wandb_has_the_fid_the_pictures_and_the_protocol_in_the_run_of_the_unet(
     evaluate.run(config(project, tmp_path / "own", *small, "samples=10", "bootstrap=0", "wandb.name=mine"), runtime)
     assert (tmp_path / "own" / "wandb_run_id").read_text() != "abc123"
     assert wandb_run(tmp_path / "own")["name"] == "mine"
+
+
+def test_file_of_statistics_serves_the_first_extractor_and_the_others_go_without(
+    project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `protocol=mlperf`: the FID against statistics of others, with a CLIP score."""
+    monkeypatch.setattr(subjects, "inception", toy_inception)
+    images, extractor = project.config("evaluate").images, toy_inception("", torch.device("cpu"))
+    reference_of(f"{project.folder}/shards/heldout", extractor, images, tmp_path / "kept", runtime)
+    (kept,) = (tmp_path / "kept").rglob("statistics.safetensors")
+    np.savez(tmp_path / "others.npz", mu=np.full(12, 127.0), sigma=1000 * np.eye(12))
+    small = ["samples=10", "prompt_following=false", "bootstrap=0", "inception=toy"]
+    for number, (source, further) in enumerate({str(kept): {"fid_floor"}, f"{tmp_path}/others.npz": set()}.items()):
+        metrics = evaluate.run(config(project, tmp_path / str(number), *small, f"reference={source}"), runtime)
+        names = {"fid", "inception_score", "inception_score_std", "clip_score_own"} | further
+        assert metrics.keys() == {f"eval/{name}" for name in names} | SPEED
+
+
+def test_measurements_of_other_extractors_are_not_gone_on_with(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+    given = ["prompt_following=false", "clip_score=null"], ["prompt_following=false"]
+    asked = [config(project, tmp_path, *options) for options in given]
+    drawn = [subjects.Drawn(cfg, runtime, sampling.load_model(cfg, runtime.device), {}) for cfg in asked]
+    folders = {evaluate.chunks_of(cfg, subject).folder for cfg, subject in zip(asked, drawn, strict=True)}
+    assert len(folders) == 2
 
 
 def test_probe_learns_from_training_images_and_is_measured_on_held_out_ones(

@@ -80,6 +80,13 @@ def test_mu_and_sigma_of_others_serve_the_fid_alone(runtime: Runtime, tmp_path: 
     assert found.count is None and found.features is None
     with pytest.raises(UserError, match=r"holds statistics of Inception's features; set inception=PATH"):
         reference_of(str(path), Counting().extractor, IMAGES, tmp_path, runtime)
+    np.savez(path, mu=np.arange(6.0), sigma=np.full((6, 6), np.nan))
+    with pytest.raises(UserError, match=r"has numbers that are not finite"):
+        reference_of(str(path), Counting("inception").extractor, IMAGES, tmp_path, runtime)
+    with path.open("wb") as file:
+        np.save(file, np.eye(6))
+    with pytest.raises(UserError, match=r"is no \.npz with mu and sigma \(TypeError\)"):
+        reference_of(str(path), Counting("inception").extractor, IMAGES, tmp_path, runtime)
     np.savez(path, mu=np.arange(5.0), sigma=np.eye(5))
     with pytest.raises(UserError, match=r"is of 5 features, the FID has 6"):
         reference_of(str(path), Counting("inception").extractor, IMAGES, tmp_path, runtime)
@@ -89,6 +96,7 @@ def test_mu_and_sigma_of_others_serve_the_fid_alone(runtime: Runtime, tmp_path: 
     ("name", "content", "message"),
     [
         ("a.npz", b"no zip", r"^reference=.*: is no .npz with mu and sigma"),
+        ("a.npz", b"", r"^reference=.*: is no .npz with mu and sigma"),
         ("a.npz", None, r"^reference=.*: no such file"),
         ("a.safetensors", b"broken", r"^reference=.*: is no statistics file of this program"),
         ("a.safetensors", None, r"^reference=.*: no such file"),
