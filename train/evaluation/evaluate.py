@@ -16,7 +16,7 @@ from conf.errors import UserError
 from conf.schema import EvaluateRun, EvaluationSubject, WandbConfig, WandbMode
 from data.shards import atomic_path, atomic_write
 from train.engine.inbox import Message, put
-from train.engine.journal import Journal, finite, say
+from train.engine.journal import METRICS, X_AXIS, Journal, finite, read_metrics, say
 from train.engine.pictures import captioned
 from train.engine.provenance import UNetInfo, weights_digest
 from train.engine.runtime import Runtime
@@ -112,15 +112,21 @@ def protocol(cfg: EvaluateRun, subject: Subject, references: dict[str, Reference
     }
 
 
+def write_files(folder: Path, metrics: dict[str, float], grid: Image.Image, facts: dict[str, Any]) -> None:
+    """Metrics, grid and protocol of one evaluation, in the place of those of an earlier one."""
+    with atomic_path(folder / "grid.png") as path:
+        grid.save(path, "PNG")
+    atomic_write(folder / "protocol.json", json.dumps(facts, indent=1).encode())
+    atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+
+
 def report(
     cfg: EvaluateRun, trained: Path, seen: int, metrics: dict[str, float], grid: Image.Image, record: dict[str, Any]
 ) -> None:
     """Files, console and W&B: the run of the training, at the samples that it had seen."""
     folder, joins = Path(cfg.output_dir), cfg.wandb.name is None
-    with atomic_path(folder / "grid.png") as path:
-        grid.save(path, "PNG")
-    atomic_write(folder / "protocol.json", json.dumps(record["protocol"], indent=1).encode())
-    atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+    if not (cfg.watch and any(row[X_AXIS] > seen for row in read_metrics(folder / METRICS))):
+        write_files(folder, metrics, grid, record["protocol"])  # of the newest checkpoint, which watching takes first
     run_id = trained / "wandb_run_id"
     if joins and run_id.is_file():
         atomic_write(folder / "wandb_run_id", run_id.read_bytes())

@@ -1,9 +1,12 @@
 """A small evaluation at each evaluation of a U-Net's training: `eval/loop/…`, with the functions of the large one."""
 
 from conf.schema import EvaluateRun, ImageConfig, SamplingConfig, UNetRun
+from conf.schema.evaluation import require_enough
+from data.datasets import ImageDataset
 from models.pipeline import TextToImage
 from train.engine.runtime import Runtime
 from train.evaluation.evaluate import chunks_of, metrics_of, references_of
+from train.evaluation.extractors import efficientnet, inception
 from train.evaluation.sampling import sampling_facts
 from train.evaluation.subjects import Drawn
 
@@ -29,6 +32,22 @@ def evaluate_in_loop(cfg: UNetRun, runtime: Runtime, model: TextToImage, samples
         chunks.remove()
     found: dict[str, float] = runtime.gather_objects(metrics)[0]
     return {name.replace("eval/", GROUP): value for name, value in found.items()}
+
+
+def require_inputs(cfg: UNetRun) -> None:
+    """Refuse at the start what the first evaluation, hours later, would not find.
+
+    Raises:
+        UserError: no held-out pictures or too few, or no weights of an extractor.
+    """
+    small = cfg.evaluation
+    if small.samples == 0:
+        return
+    heldout = ImageDataset(f"{small.shards}/heldout", ImageConfig(), cfg.seed)
+    require_enough(f"evaluation.shards={small.shards} holds {heldout.samples} in heldout/", heldout.samples, None)
+    efficientnet()
+    if small.inception is not None:
+        inception(small.inception)
 
 
 def as_command(cfg: UNetRun, model: TextToImage) -> EvaluateRun:

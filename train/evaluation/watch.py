@@ -39,7 +39,7 @@ def watch(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
     if runtime.is_main:
         say("evaluation", f"watches {trained / 'checkpoints'}")
     passed: set[int] = set()
-    metrics: dict[str, float] = {}
+    metrics: dict[int, dict[str, float]] = {}  # by samples seen
     while not finished(trained, runtime):
         seen = runtime.gather_objects(newest(trained, Path(cfg.output_dir), passed) if runtime.is_main else None)[0]
         if seen is None:
@@ -48,9 +48,9 @@ def watch(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
         passed.add(seen)
         subject = of_checkpoint(cfg, runtime, trained, seen)
         if subject is not None:
-            metrics = evaluate(cfg, subject, runtime, trained, seen)
-    last = max(passed, default=0) >= samples_seen(cfg.unet, "unet")  # the last checkpoint is what was exported
-    return metrics if last and metrics else run(cfg, runtime)
+            metrics[seen] = evaluate(cfg, subject, runtime, trained, seen)
+    last = samples_seen(cfg.unet, "unet")  # the last checkpoint is what was exported
+    return metrics[last] if last in metrics else run(cfg, runtime)
 
 
 def finished(trained: Path, runtime: Runtime) -> bool:

@@ -27,7 +27,7 @@ from train.engine.pictures import captioned, film_strips, to_uint8
 from train.engine.provenance import check_latents, require_same
 from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
-from train.evaluation.in_loop import evaluate_in_loop
+from train.evaluation.in_loop import evaluate_in_loop, require_inputs
 
 VALIDATION = 256  # held-out latents behind the validation loss, at most
 CHUNK = 32  # of them at once
@@ -67,6 +67,7 @@ class UNetStage:
         side = cfg.model.sample_size
         self.flops_per_sample = 3.0 * unet_flops(cfg.model, side, side, len(self.null_text))  # backward: twice forward
         self.process.sigmas(cfg.sampling.steps, cfg.sampling.spacing, cfg.sampling.shift)  # refused now or in hours
+        require_inputs(cfg)
         torch.manual_seed(cfg.seed)  # initial weights
         self.network = UNet(cfg.model)
         if cfg.init_from is not None:

@@ -11,7 +11,7 @@ import torch
 from conf.errors import UserError
 from train.engine.runtime import Runtime
 from train.evaluation import evaluate, watch
-from train.evaluation.in_loop import evaluate_in_loop
+from train.evaluation.in_loop import evaluate_in_loop, require_inputs
 from train.evaluation.sampling import load_model
 
 SMALL = ["prompt_following=false", "clip_score=null", "samples=4", "watch=true", "watch_s=0.01", "bootstrap=0"]
@@ -59,10 +59,23 @@ def test_checkpoints_are_evaluated_until_the_training_ends(
     assert [message["samples_seen"] for message in left] == [480, 960]
     assert left[1]["metrics"] == {k: v for k, v in found[0].items() if k not in ("samples_seen", "time")}
     assert Path(left[1]["image"]).is_file()
+    newest = json.loads((tmp_path / "out" / "metrics.json").read_text())  # although an older one came after it
+    assert newest == metrics == {k: v for k, v in found[0].items() if k not in ("samples_seen", "time")}
     assert not (tmp_path / "out" / "wandb").exists()  # two writers of one run overwrite each other
     finished = evaluate.run(config(project, tmp_path, "watch=false", f"output_dir={tmp_path}/export"), runtime)
     assert found[0]["eval/fd_efficientnet"] == pytest.approx(finished["eval/fd_efficientnet"], rel=1e-4)
     assert metrics["eval/fd_efficientnet"] == pytest.approx(finished["eval/fd_efficientnet"], rel=1e-4)
+
+
+def test_export_is_evaluated_if_its_checkpoint_was_not(
+    project: Any, runtime: Runtime, tmp_path: Path, live: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint is gone when the evaluation comes to it; an older one was evaluated."""
+    (live / "checkpoints" / "000000000960" / "unet" / "ema.safetensors").unlink()
+    monkeypatch.setattr(watch, "evaluate", lambda *given: {"seen": given[-1]})
+    monkeypatch.setattr(watch, "run", lambda *_: {"seen": "export"})
+    monkeypatch.setattr(watch.time, "sleep", lambda _: shutil.move(tmp_path / "DONE", live / "DONE"))
+    assert watch.watch(config(project, tmp_path), runtime) == {"seen": "export"}
 
 
 def test_next_start_leaves_out_what_was_evaluated(project: Any, runtime: Runtime, tmp_path: Path, live: Path) -> None:
@@ -95,3 +108,13 @@ def test_evaluation_in_the_loop_gives_the_commands_numbers(project: Any, runtime
     assert small.keys() == {name.replace("eval/", "eval/loop/") for name in large if name.startswith("eval/")}
     assert small == pytest.approx({name: large[name.replace("eval/loop/", "eval/")] for name in small})
     assert not (tmp_path / "unet" / "measured").exists()
+
+
+def test_what_the_first_evaluation_would_miss_ends_the_training_at_its_start(project: Any, tmp_path: Path) -> None:
+    require_inputs(project.config("unet"))  # without it nothing is needed
+    asked = ["evaluation.samples=10", f"evaluation.shards={project.folder}/shards"]
+    require_inputs(project.config("unet", *asked))
+    with pytest.raises(UserError, match=r"^inception=.*/none.pth: no such file"):
+        require_inputs(project.config("unet", *asked, f"evaluation.inception={tmp_path}/none.pth"))
+    with pytest.raises(UserError, match=rf"^no shards at '{tmp_path}/heldout'"):
+        require_inputs(project.config("unet", "evaluation.samples=10", f"evaluation.shards={tmp_path}"))
