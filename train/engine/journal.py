@@ -102,7 +102,7 @@ class Journal:
         say(self.prefix, describe(samples_seen, metrics))
         if self.wandb is not None:
             self.wandb.log(samples_seen, metrics)
-            self._forward()
+            self.wandb.forward(self.inbox)
 
     def image(self, name: str, pixels: np.ndarray, samples_seen: int, caption: str = "") -> Path:
         """Record a picture, uint8 [H, W, 3], as samples/<name>-<samples_seen>.png; returns that path."""
@@ -127,18 +127,8 @@ class Journal:
             return
         self.file.close()
         if self.wandb is not None:
-            self._forward()
+            self.wandb.forward(self.inbox)
             self.wandb.finish(exit_code)
-
-    def _forward(self) -> None:
-        """To W&B what another process, an evaluation of this training, has left in the inbox."""
-        if self.wandb is None:
-            return
-        for message in self.inbox.new():
-            known = {name: value for name, value in message.metrics.items() if value is not None}
-            self.wandb.log(message.samples_seen, known)
-            if message.image is not None:
-                self.wandb.image(f"samples/{message.name}", Path(message.image), message.samples_seen, "")
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
@@ -276,6 +266,18 @@ class WandbCopy:
             import wandb
 
             self.log(samples_seen, {name: wandb.Image(str(path), caption=caption or None)})
+
+        self._attempt(send)
+
+    def forward(self, inbox: Inbox) -> None:
+        """Add what another process, an evaluation of this training, has left."""
+
+        def send() -> None:
+            for message in inbox.new():
+                known = {name: value for name, value in message.metrics.items() if value is not None}
+                self.log(message.samples_seen, known)
+                if message.image is not None:
+                    self.image(f"samples/{message.name}", Path(message.image), message.samples_seen, "")
 
         self._attempt(send)
 

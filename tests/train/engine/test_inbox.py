@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from conf.schema import WandbConfig, WandbMode
@@ -42,6 +43,18 @@ def test_metrics_and_picture_stand_in_the_trainings_run(tmp_path: Path, wandb_hi
     again.log(30, {"train/loss": 0.125})
     again.finish()
     assert [row["eval/fid"] for row in wandb_history(folder) if "eval/fid" in row] == [30.0, 20.0]
+
+
+def test_message_that_cannot_be_read_does_not_stop_the_training(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path, message(tmp_path, 10, 30.0))
+    (tmp_path / "inbox" / "000000000010-evaluation.json").write_text('{"of": "another version"}')
+    training = journal(tmp_path)
+    training.log(20, {"train/loss": 0.5})
+    training.finish()
+    assert capfd.readouterr().err.startswith("warning: W&B: ")
+    assert '"train/loss": 0.5' in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_message_is_new_until_it_was_read_and_again_when_it_changes(tmp_path: Path) -> None:
