@@ -42,11 +42,11 @@ class FeatureStatistics:
         """Add a batch of features [B, D]; B = 0 adds nothing.
 
         Raises:
-            ValueError: a feature is not a finite number.
+            UserError: a feature is not a finite number.
         """
         x = features.detach().to("cpu", torch.float64)
         if not torch.isfinite(x).all():
-            raise ValueError("features of a picture are not finite: the pictures contain NaN or infinity")
+            raise UserError("features of a picture are not finite: the pictures contain NaN or infinity")
         if not len(x):
             return
         total, mean = self.count + len(x), x.mean(dim=0)

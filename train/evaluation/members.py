@@ -126,7 +126,8 @@ def read_member(path: Path) -> Member:
     """A member by its member.json, beside which stand its metrics and its protocol."""
     record = read(path) or {"error": f"{RECORD} cannot be read", "overrides": [], "sweep": ""}
     metrics = read(path.with_name("metrics.json"))
-    options = dict(override.lstrip("+").split("=", 1) for override in record["overrides"])
+    given = (override.lstrip("+").partition("=") for override in record["overrides"])  # ~NAME has no value
+    options = {name: text for name, sign, text in given if sign}
     return Member(
         name=path.parent.name,
         sweep=record["sweep"],

@@ -67,7 +67,7 @@ def test_batches_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_non_finite_features_and_single_pictures_are_refused() -> None:
     statistics = FeatureStatistics(3)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         statistics.update(torch.tensor([[1.0, float("nan"), 0.0]]))
     statistics.update(torch.ones(1, 3))
     with pytest.raises(UserError, match="at least 2 pictures"):
