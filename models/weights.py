@@ -46,10 +46,10 @@ def save_folder(
     _atomic(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def save_file_atomic(path: Path, weights: Weights) -> None:
+def save_file_atomic(path: Path, weights: Weights, metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file, whole or not at all."""
     stream = weights if isinstance(weights, TensorStream) else stream_of(weights)
-    _atomic(path, lambda temporary: write_stream(temporary, stream, metadata={"format": "pt"}))
+    _atomic(path, lambda temporary: write_stream(temporary, stream, metadata={"format": "pt", **(metadata or {})}))
 
 
 def _atomic(path: Path, write: Callable[[Path], object]) -> None:

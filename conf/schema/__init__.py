@@ -48,7 +48,7 @@ from conf.schema.sections import (
     StreamConfig,
     WandbConfig,
 )
-from conf.schema.training import AutoencoderLossConfig, AutoencoderRun, ClipRun, UNetRun
+from conf.schema.training import AutoencoderLossConfig, AutoencoderRun, ClipRun, LoraConfig, UNetRun
 
 __all__ = [
     "STOCHASTIC",
@@ -78,6 +78,7 @@ __all__ = [
     "ImageFormat",
     "LoopConfig",
     "LoopEvaluationConfig",
+    "LoraConfig",
     "LrDecay",
     "MixedSource",
     "Offload",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from conf.networks import AutoencoderConfig, ClipConfig, DiscriminatorConfig, UNetConfig
-from conf.schema.choices import Adversarial, Perceptual, Reconstruction
+from conf.schema.choices import Adversarial, BackendName, Perceptual, Reconstruction
 from conf.schema.evaluation import LoopEvaluationConfig
 from conf.schema.sections import (
     BatchConfig,
@@ -89,6 +89,32 @@ class ClipRun:
 
 
 @dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): fine-tuning that leaves the weights of `init_from` as they are."""
+
+    rank: int = 0  # inner width of each adapter; 0: off, all weights train
+    alpha: float | None = None  # what adapters add is multiplied by alpha / rank; None: by 1
+    modules: list[str] = field(  # endings of the names of the linear layers that get one
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"]
+    )
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"lora.rank={self.rank}: must be 0 (off) or positive")
+        require(self.alpha is None or self.alpha > 0, f"lora.alpha={self.alpha}: must be positive")
+        require(len(self.modules) > 0, "lora.modules=[]: name at least one layer, such as to_q")
+
+    @property
+    def numerator(self) -> float:
+        """Alpha as a number."""
+        return self.rank if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        """Factor on what the adapters add."""
+        return self.numerator / self.rank
+
+
+@dataclass(kw_only=True, slots=True)
 class UNetRun:
     """`train/train_unet.py`."""
 
@@ -103,6 +129,7 @@ class UNetRun:
     caption_drop: float = 0.1  # share of samples trained without their caption, for classifier-free guidance
     sample_prompts: int = 16  # held-out captions that are drawn at each evaluation
     model: UNetConfig = field(default_factory=UNetConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: LoopEvaluationConfig = field(default_factory=LoopEvaluationConfig)
@@ -119,3 +146,14 @@ class UNetRun:
         for option in ("num_class_embeds", "class_embed_type", "addition_embed_type"):
             value = getattr(self.model, option)
             require(value is None, f"model.{option}={value}: the network can, but this training gives it captions only")
+        if self.lora.rank > 0:
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        """Adapters belong to trained weights, which no process may hold in part only."""
+        chosen, runtime = f"lora.rank={self.lora.rank}: ", self.runtime
+        require(self.init_from is not None, chosen + "adapters need a trained U-Net; set init_from=FOLDER")
+        require(
+            runtime.backend is BackendName.ddp or (runtime.backend is BackendName.deepspeed and runtime.zero_stage < 3),
+            chosen + "frozen weights cannot be sharded; set runtime.backend=deepspeed and runtime.zero_stage=0, 1 or 2",
+        )

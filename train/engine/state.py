@@ -81,6 +81,8 @@ def architecture_of(config: Mapping[str, Any], trainables: Mapping[str, Trainabl
     for section in ARCHITECTURE:
         if section in config:
             facts |= _flat(config[section], section)
+    if config.get("lora", {}).get("rank", 0) > 0:  # what began without adapters does not name their options
+        facts |= _flat(config["lora"], "lora")
     return facts
 
 

@@ -2,9 +2,11 @@
 
 Checkpoint files, in a folder named after the trainable: `weights`, `exp_avg`, `exp_avg_sq` and each average (`ema`,
 `ema-50000`, `posthoc-0.05`) as `.safetensors`, whole fp32 tensors by parameter name, and `optimizer.json`. They know
-nothing of processes or backends, so any layout resumes from them; the same layout resumes bit-exactly.
+nothing of processes or backends, so any layout resumes from them; the same layout resumes bit-exactly. Of frozen
+parameters there is the digest only: whoever resumes brings the same ones.
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from conf.schema import BackendName, BatchConfig, EmaConfig, OptimConfig, RuntimeConfig
 from models.tensor_stream import TensorStream
 from train.engine.backend import distribute
@@ -52,6 +55,7 @@ class Trainable:
         self.optim, self.batch, self.total_samples = optim, batch, total_samples
         self.lr = 0.0  # of the latest step
         self.clock = Clock(runtime.device)  # of forward passes, in which a process waits for no other
+        self.frozen = _digest_of_frozen(module)
         self.skipped_steps = 0  # updates dropped because a gradient was not finite
         self.backend = distribute(runtime, module, optim, batch, cfg or PLAIN)
         self.ema = Ema(ema, self.backend.masters) if ema is not None and ema.half_life_samples > 0 else None
@@ -99,7 +103,7 @@ class Trainable:
     def contents(self) -> Contents:
         """The whole state as it is while the streams are asked for; collective then."""
         layout, states = self.backend.layout, [self._state_of(master) for master in self.backend.masters]
-        streams = {WEIGHTS: self.stream()}
+        streams = {WEIGHTS: stream(layout, self.backend.masters, self._buffers())}
         for key in MOMENTS:
             streams[f"{key}.safetensors"] = stream(layout, [state[key] for state in states], {})
         for average, shards in self._averages().items():
@@ -108,6 +112,7 @@ class Trainable:
             "step": int(states[0]["step"].item()),
             "skipped_steps": self.skipped_steps,
             "loss_scale": self.backend.scale.state(),
+            "frozen": self.frozen,
         }
         return Contents({f"{self.name}/{file}": s for file, s in streams.items()}, {f"{self.name}/{SCALARS}": scalars})
 
@@ -127,17 +132,20 @@ class Trainable:
         """Counterpart of `save`, in any layout; collective.
 
         Raises:
-            UserError: a file or tensor is missing, has another shape or is not ours; names the first.
+            UserError: a file or tensor is missing, has another shape or is not ours (names the first), or the frozen
+                parameters were others.
 
         """
         folder, layout = Path(folder) / self.name, self.backend.layout
+        scalars = json.loads((folder / SCALARS).read_bytes())
+        if scalars.get("frozen", "") != self.frozen:
+            raise UserError(f"{folder}: was trained beside other frozen weights; resume with what init_from held then")
         states = [self._state_of(master) for master in self.backend.masters]
-        read_into(folder / WEIGHTS, layout, self.backend.masters, self._others())
+        read_into(folder / WEIGHTS, layout, self.backend.masters, self._buffers())
         for key in MOMENTS:
             read_into(folder / f"{key}.safetensors", layout, [state[key] for state in states], {})
         for average, shards in self._averages().items():
             read_into(folder / f"{average}.safetensors", layout, shards, {})
-        scalars = json.loads((folder / SCALARS).read_bytes())
         for state in states:
             state["step"].fill_(scalars["step"])
         self.skipped_steps = scalars["skipped_steps"]
@@ -160,6 +168,11 @@ class Trainable:
         state = self.module.state_dict()
         return {name: tensor for name, tensor in state.items() if name not in self.backend.layout.shapes}
 
+    def _buffers(self) -> dict[str, Tensor]:
+        """Those that change: the persistent buffers."""
+        frozen = _frozen(self.module)
+        return {name: tensor for name, tensor in self._others().items() if name not in frozen}
+
     def _state_of(self, master: Tensor) -> dict[str, Tensor]:
         """AdamW's state of one tensor, made as AdamW makes it where no step was taken yet."""
         state: dict[str, Tensor] = self.backend.optimizer.state[master]
@@ -168,3 +181,16 @@ class Trainable:
             for key in MOMENTS:
                 state[key] = torch.zeros_like(master, memory_format=torch.preserve_format)
         return state
+
+
+def _frozen(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
+
+
+def _digest_of_frozen(module: nn.Module) -> str:
+    """sha256 of the frozen parameters' names and bytes; empty where all are trained."""
+    frozen, digest = _frozen(module), hashlib.sha256()
+    for name, parameter in frozen.items():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest() if frozen else ""

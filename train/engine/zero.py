@@ -35,7 +35,9 @@ class ZeroBackend:
     def __init__(
         self, runtime: Runtime, module: nn.Module, optim: OptimConfig, micro: int, accumulation: int, cfg: RuntimeConfig
     ) -> None:
-        parameters, stage = dict(module.named_parameters()), cfg.zero_stage
+        stage = cfg.zero_stage
+        # Below stage 3 frozen parameters are whole on every process, and DeepSpeed hears of the others alone.
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad or stage == 3}
         require_cuttable(parameters)
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         elements = sum(shape.numel() for shape in shapes.values())

@@ -72,6 +72,8 @@ def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) 
     options = OmegaConf.masked_copy(recorded, [option.name for option in fields(UNetRun)])
     training = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(UNetRun), options))
     assert isinstance(training, UNetRun)
+    if training.lora.rank > 0:
+        raise UserError(f"watch=true: checkpoints in '{trained}' hold adapters only (lora.rank); wait for its export")
     info = check_latents(training, find_shards(f"{training.latents}/train", "latents"))
     name = f"unet/{WEIGHTS if info.weights == 'last' else f'{MAIN}.safetensors'}"
     folder = trained / "checkpoints" / f"{seen:012d}"

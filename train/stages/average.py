@@ -19,11 +19,16 @@ NETWORK = "unet"  # name of the trainable
 
 
 def run(cfg: AverageRun) -> None:
-    """Write `output_dir`, whole; another average that stood there is replaced."""
+    """Write `output_dir`, whole; another average that stood there is replaced.
+
+    Raises UserError for a folder with something else in it, averages that are not there, and those of adapters.
+    """
     trained, output_dir = Path(cfg.trained), Path(cfg.output_dir)
     if output_dir.exists() and not ((output_dir / INFO).is_file() and output_dir.name != "export"):
         raise UserError(f"output_dir={output_dir}: holds something else; name a folder that is not there yet")
     info, network = UNetInfo.load(str(trained / "export")), UNet.from_pretrained(trained / "export")
+    if OmegaConf.select(OmegaConf.load(trained / "config.yaml"), "lora.rank"):
+        raise UserError(f"trained={trained}: averages there are of adapters only (lora.rank); use its export")
     if cfg.sigma_rel is not None:
         name, average = f"sigma_rel={cfg.sigma_rel:g}", reconstructed(trained, NETWORK, cfg.sigma_rel, cfg.samples_seen)
     else:

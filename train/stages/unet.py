@@ -15,6 +15,7 @@ from data.streams import latent_stream
 from models.autoencoder import load_autoencoder, sample_moments
 from models.film import Film
 from models.flops import unet_flops
+from models.lora import add_adapters, merged, save_adapters
 from models.pipeline import TextToImage
 from models.process import Process
 from models.single_file import is_single_file, load_unet_file
@@ -65,19 +66,27 @@ class UNetStage:
         self.null_text = self.info.null_text(cfg.latents).to(runtime.device)  # [L, D]
         self.process = Process(cfg.process)
         side = cfg.model.sample_size
-        self.flops_per_sample = 3.0 * unet_flops(cfg.model, side, side, len(self.null_text))  # backward: twice forward
+        passes = 3.0 if cfg.lora.rank == 0 else 2.0  # backward: twice forward, once for weights that are frozen
+        self.flops_per_sample = passes * unet_flops(cfg.model, side, side, len(self.null_text))
         self.process.sigmas(cfg.sampling.steps, cfg.sampling.spacing, cfg.sampling.shift)  # refused now or in hours
         require_inputs(cfg)
         torch.manual_seed(cfg.seed)  # initial weights
         self.network = UNet(cfg.model)
         if cfg.init_from is not None:
             self.network = begin_from(cfg.init_from, cfg.model)
+        if cfg.lora.rank > 0:
+            add_adapters(self.network, cfg.lora)
         self.network.checkpoint_gradients(cfg.runtime.gradient_checkpointing)
         self.unet = Trainable(
             runtime, self.network, cfg.optim, cfg.batch, cfg.loop.samples, cfg.runtime, cfg.ema, name="unet"
         )
         self.trainables = {"unet": self.unet}
         self.text_tower = None if "text" in self.dataset.layout else self.frozen(load_text_tower(cfg.clip))
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights that are evaluated and exported are an average."""
+        return self.cfg.ema.half_life_samples > 0
 
     def channels(self, values: list[float]) -> Tensor:
         return torch.tensor(values, device=self.runtime.device).view(1, -1, 1, 1)
@@ -128,7 +137,7 @@ class UNetStage:
     def evaluate(self, samples_seen: int, journal: Journal) -> dict[str, float]:
         """Validation loss of the averaged weights at fixed timesteps and noise; a grid of held-out captions."""
         network = UNet(self.cfg.model)
-        network.load_state_dict(self.unet.weights(ema=self.cfg.ema.half_life_samples > 0))
+        network.load_state_dict(merged(self.unet.weights(ema=self.averages), self.cfg.lora))
         network = self.frozen(network)
         count = min(VALIDATION, self.heldout.samples)
         mine = list(range(self.runtime.rank, count, self.runtime.world))
@@ -165,8 +174,19 @@ class UNetStage:
 
     def export(self, folder: Path) -> None:
         """Averaged weights in diffusers' format, and beside them what sampling needs to know."""
-        weights = self.unet.stream(ema=self.cfg.ema.half_life_samples > 0)
+        if self.cfg.lora.rank > 0:
+            self.export_with_adapters(folder)
+            return
+        weights = self.unet.stream(ema=self.averages)
         if self.runtime.is_main:
             self.network.save_pretrained(folder, weights)
             self.info.save(folder)
         weights.drain()
+
+    def export_with_adapters(self, folder: Path) -> None:
+        """The same with the adapters in the weights, and the adapters alone for diffusers."""
+        weights = self.unet.weights(ema=self.averages)
+        if self.runtime.is_main:
+            save_adapters(folder, weights, self.cfg.lora)
+            self.network.save_pretrained(folder, merged(weights, self.cfg.lora))
+            self.info.save(folder)

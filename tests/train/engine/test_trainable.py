@@ -89,21 +89,41 @@ def test_channels_last_network_resumes(runtime: Runtime, tmp_path: Path) -> None
     assert all(torch.equal(tensor, second.weights()[name]) for name, tensor in first.weights().items())
 
 
-def test_frozen_parameters_stay_and_are_saved(runtime: Runtime, tmp_path: Path) -> None:
-    module = network()
+def half_frozen(seed: int = 0) -> nn.Sequential:
+    module = network(seed)
     module[0].requires_grad_(False)
-    before = module[0].weight.clone()
-    t = make(runtime, module)
-    train(t)
-    t.save(tmp_path)
-    other = network(1)
-    other[0].requires_grad_(False)
-    second = make(runtime, other)
+    return module
+
+
+@pytest.mark.parametrize("cfg", [None, RuntimeConfig(zero_stage=0), RuntimeConfig(zero_stage=1), ZERO])
+def test_frozen_parameters_stay_and_are_not_saved(runtime: Runtime, tmp_path: Path, cfg: RuntimeConfig | None) -> None:
+    first, second = (make(runtime, half_frozen(), cfg, ema=EmaConfig(half_life_samples=10.0)) for _ in range(2))
+    train(first)
+    first.save(tmp_path)
+    frozen = {"0.weight", "0.bias"}
+    trained = {name for name, _ in network().named_parameters()} - frozen
+    saved = {path.stem: load_file(path).keys() for path in (tmp_path / "model").glob("*.safetensors")}
+    assert saved["exp_avg"] == saved["exp_avg_sq"] == saved["ema"] == trained
+    assert saved["weights"] == network().state_dict().keys() - frozen
     second.load(tmp_path)
-    assert torch.equal(module[0].weight, before) and torch.equal(other[0].weight, before)
-    for cfg in (ZERO, FSDP):
+    for t in (first, second):
+        train(t)
+    for ema in (False, True):
+        assert all(torch.equal(tensor, second.weights(ema)[name]) for name, tensor in first.weights(ema).items())
+        assert all(torch.equal(first.weights(ema)[name], network().state_dict()[name]) for name in frozen)
+
+
+def test_resuming_beside_other_frozen_parameters_is_refused(runtime: Runtime, tmp_path: Path) -> None:
+    make(runtime, half_frozen()).save(tmp_path)
+    for other in (half_frozen(1), network()):
+        with pytest.raises(UserError, match="was trained beside other frozen weights; resume with what init_from"):
+            make(runtime, other).load(tmp_path)
+
+
+def test_frozen_parameters_cannot_be_sharded(runtime: Runtime) -> None:
+    for cfg in (RuntimeConfig(zero_stage=3), FSDP):
         with pytest.raises(ValueError, match=r"'0.weight' is frozen"):
-            make(runtime, other, cfg)
+            make(runtime, half_frozen(), cfg)
 
 
 def test_two_networks_train_side_by_side(runtime: Runtime) -> None:

@@ -1,0 +1,113 @@
+"""Fine-tuning with adapters: the base stays, training resumes, and the export is an ordinary U-Net."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from conf.errors import UserError
+from conf.schema import Device, RuntimeConfig
+from models.lora import FILE_NAME
+from models.unet import UNet
+from train.engine import loop
+from train.engine.runtime import Runtime, start
+from train.stages.unet import UNetStage
+
+RUN = ["loop.samples=96", "loop.checkpoint_every=48", "loop.log_every=16", "ema.half_life_samples=50", "optim.lr=1e-2"]
+
+
+def config(project: Any, *overrides: str) -> Any:
+    export = project.folder / "unet" / "export"
+    return project.config("unet", f"init_from={export}", "lora.rank=4", "lora.alpha=8", "sample_prompts=2", *overrides)
+
+
+@pytest.fixture(scope="module")
+def tuned(project: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of 6 steps with a checkpoint after 3."""
+    folder = tmp_path_factory.mktemp("tuned")
+    cfg, runtime = config(project, f"output_dir={folder}", *RUN), start(RuntimeConfig(device=Device.cpu))
+    loop.run(UNetStage(cfg, runtime), cfg, runtime)
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["runtime.backend=ddp", "runtime.zero_stage=2"])
+def test_loss_falls_and_the_base_stays(project: Any, runtime: Runtime, backend: str) -> None:
+    stage = UNetStage(config(project, backend, "optim.lr=1e-2"), runtime)
+    base, losses = UNet.from_pretrained(project.folder / "unet" / "export").state_dict(), []
+    batch = stage.dataset.batch(range(16))
+    for step in range(15):  # the same samples with the same noise
+        losses.append(float(stage.micro_step(batch, True, 16 * step)["train/loss"]))
+        stage.finish_step(16 * (step + 1))
+    assert losses[-1] < 0.95 * losses[0]
+    weights = stage.unet.weights()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in base.items())
+
+
+def test_resume_equals_uninterrupted(project: Any, runtime: Runtime, tuned: Path, tmp_path: Path) -> None:
+    shutil.copytree(tuned / "checkpoints" / "000000000048", tmp_path / "checkpoints" / "000000000048")
+    cfg = config(project, f"output_dir={tmp_path}", *RUN)
+    loop.run(UNetStage(cfg, runtime), cfg, runtime)
+    last = Path("checkpoints", "000000000096", "unet")
+    for file in ("weights", "exp_avg", "exp_avg_sq", "ema"):
+        before, after = (load_file(folder / last / f"{file}.safetensors") for folder in (tuned, tmp_path))
+        assert before.keys() == after.keys() and all(".lora_" in name for name in before)
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_export_is_the_base_with_the_averaged_adapters(project: Any, tuned: Path) -> None:
+    merged = UNet.from_pretrained(tuned / "export").state_dict()
+    unet = UNet.from_pretrained(project.folder / "unet" / "export")
+    base = unet.state_dict()
+    moved = {name for name, tensor in merged.items() if not torch.equal(tensor, base[name])}
+    assert {name.split(".")[-2] for name in moved} == {"to_q", "to_k", "to_v", "0"}  # to_out.0
+    average = load_file(tuned / "checkpoints" / "000000000096" / "unet" / "ema.safetensors")
+    for name in moved:
+        a, b = (average[name.replace("weight", f"lora_{half}.weight")] for half in "AB")
+        torch.testing.assert_close(merged[name], base[name] + 8 / 4 * b @ a)
+
+
+def test_diffusers_pipelines_read_the_adapters_of_an_export(tuned: Path) -> None:
+    weights, alphas, metadata = StableDiffusionPipeline.lora_state_dict(tuned / "export", return_lora_metadata=True)
+    assert weights.keys() == load_file(tuned / "export" / FILE_NAME).keys() and not alphas
+    assert metadata == {
+        "unet.r": 4,
+        "unet.lora_alpha": 8.0,
+        "unet.target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["lora.rank=2"], r"began differently \(lora.rank was 4, is 2\)"),
+        (["lora.alpha=null"], r"began differently \(lora.alpha was 8.0, is None\)"),
+        (["lora.rank=0"], r"began differently \(lora.alpha was 8.0, is None"),
+    ],
+)
+def test_other_adapters_do_not_continue_a_run(
+    project: Any, runtime: Runtime, tuned: Path, tmp_path: Path, change: list[str], message: str
+) -> None:
+    shutil.copytree(tuned / "checkpoints", tmp_path / "checkpoints")
+    cfg = config(project, f"output_dir={tmp_path}", *RUN, *change)
+    with pytest.raises(UserError, match=message):
+        loop.run(UNetStage(cfg, runtime), cfg, runtime)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["init_from=null"], r"^lora\.rank=4: adapters need a trained U-Net; set init_from=FOLDER$"),
+        (["runtime.zero_stage=3"], r"^lora\.rank=4: frozen weights cannot be sharded; set .*zero_stage=0, 1 or 2$"),
+        (["runtime.backend=fsdp"], r"^lora\.rank=4: frozen weights cannot be sharded"),
+        (["lora.rank=-1"], r"^lora\.rank=-1: must be 0 \(off\) or positive$"),
+        (["lora.alpha=0"], r"^lora\.alpha=0\.0: must be positive$"),
+        (["lora.modules=[]"], r"^lora\.modules=\[\]: name at least one layer, such as to_q$"),
+    ],
+)
+def test_adapters_that_cannot_be_trained_are_refused(project: Any, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config(project, *options)
