@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from data.filters import NearDuplicates
+from data.labels import LabelError, Vocabulary
 from data.records import Done, Record, Reject
 from data.shards import ShardInfo, atomic_write
 
@@ -77,15 +78,17 @@ class BuildJournal:
         self.lines, self.options = staging / "journal.jsonl", staging / "options.json"
         self.finished: dict[str, list[ShardInfo]] = {side: [] for side in SIDES}
         self.done, self.kept = Done(), dict[int, int]()
+        self.written: dict[str, list[str]] = {}  # names of classes, as the journal has them
         self._open: list[IO[bytes]] = []
         wanted = json.dumps(options, sort_keys=True).encode()
         if not (self.options.exists() and self.options.read_bytes() == wanted and self._continue()):
-            self.finished, self.done = {side: [] for side in SIDES}, Done()
+            self.finished, self.done, self.written = {side: [] for side in SIDES}, Done(), {}
             if staging.exists():
                 for path in (staging, *(staging.parent / side for side in SIDES)):
                     shutil.rmtree(path, ignore_errors=True)
             atomic_write(self.lines, b"")
             atomic_write(self.options, wanted)
+        self.vocabulary = Vocabulary.of(self.written)
         self._cut()
 
     def _continue(self) -> bool:
@@ -105,6 +108,7 @@ class BuildJournal:
                 return False
             self.finished[entry["side"]].append(info)
             self.done = Done(entry["fraction"], {**self.done.until, entry["side"]: entry["until"]})
+            self.written = entry.get("labels", self.written)
             whole.append(line + "\n")
         atomic_write(self.lines, "".join(whole).encode())
         if whole:
@@ -154,6 +158,14 @@ class BuildJournal:
         self._open[1].write(HASH.pack(number, record.hash))
         return record
 
+    def with_known_classes(self, record: Record) -> Record | Reject:
+        """The record, unless its labels contradict those of a sample before it."""
+        try:
+            self.vocabulary.learn(record.uses)
+        except LabelError as error:
+            return Reject(record.key, record.path, str(error))
+        return record
+
     def reject(self, number: int, reject: Reject) -> None:
         """Write a line, unless it is there from before a kill."""
         if number >= self.done.end:
@@ -164,6 +176,9 @@ class BuildJournal:
     def shard_finished(self, side: str, info: ShardInfo, until: int, fraction: float) -> None:
         """A line, after all that it vouches for: the samples before number `until` of this side are on the disk."""
         line = {"side": side, "until": until, "fraction": fraction, "shard": asdict(info)}
+        labels = self.vocabulary.as_dict()
+        if labels != self.written:
+            line["labels"] = self.written = labels
         self._open[2].write(json.dumps(line).encode() + b"\n")
         for file in self._open:
             file.flush()

@@ -20,6 +20,7 @@ from conf.errors import UserError
 from conf.schema import BuildRun, FilterConfig, ImageFormat
 from data.build_journal import ATTRIBUTION, REJECTS, REPORT, SIDES, BuildJournal
 from data.images import parse_color
+from data.labels import Vocabulary
 from data.manifest import MANIFEST, Manifest
 from data.records import Record, RecordMaker, make_all
 from data.shards import ShardInfo, ShardWriter, atomic_write
@@ -60,7 +61,7 @@ def build(cfg: BuildRun) -> Built:
     except ValueError as error:
         raise UserError(f"background={cfg.background}: not a colour name or #rrggbb") from error
     source = open_source(cfg)
-    options = _identity(cfg, source)
+    options, known = _identity(cfg, source), source.vocabulary()
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
@@ -70,13 +71,14 @@ def build(cfg: BuildRun) -> Built:
             print(f"already built: {_summary(built)} in {output}")
             return built
         _check_folder(output)
-        built = _build(cfg, source, options, output)
+        built = _build(cfg, source, options, known, output)
     print(f"built {_summary(built)} in {output}")
     return built
 
 
-def _build(cfg: BuildRun, source: SampleSource, options: dict[str, Any], output: Path) -> Built:
+def _build(cfg: BuildRun, source: SampleSource, options: dict[str, Any], known: Vocabulary, output: Path) -> Built:
     journal = BuildJournal(output / STAGING, options)
+    journal.vocabulary.learn(known.uses())
     shards = _write_shards(cfg, source, journal)
     report = journal.report({side: sum(shard.samples for shard in shards[side]) for side in SIDES})
     if not shards["train"]:
@@ -86,12 +88,13 @@ def _build(cfg: BuildRun, source: SampleSource, options: dict[str, Any], output:
             f"source={cfg.source.value}: none of {report.seen} samples can be used, most often because: "
             f"{report.commonest()}; all reasons are in {output / REJECTS}"
         )
-    description = source.describe()
+    description, labels = source.describe(), journal.vocabulary.as_dict()
     manifests = {
         side: Manifest(
             kind="images",
             shards=shards[side],
-            provenance={"made_by": MADE_BY, "split": side, "options": options, "source": description},
+            provenance={"made_by": MADE_BY, "split": side, "options": options, "source": description}
+            | ({"labels": labels} if labels else {}),
             stats={"rejected": sum(report.broken.values()), "dropped": dict(report.dropped)},
         )
         for side in SIDES
@@ -117,6 +120,8 @@ def _write_shards(cfg: BuildRun, source: SampleSource, journal: BuildJournal) ->
         if done.fraction is not None:
             split.go_on(done.fraction)
         for number, item in enumerate(made, done.start):
+            if isinstance(item, Record):
+                item = journal.with_known_classes(item)
             if copies is not None and isinstance(item, Record):
                 item = journal.without_copies(number, item, copies)
             if isinstance(item, Record):

@@ -16,6 +16,7 @@ from conf.errors import UserError
 from conf.schema import ImageConfig, StreamConfig
 from data.buckets import Shape, nearest_shape
 from data.images import Cut, cut_of, open_image, to_pixels, to_tensor
+from data.labels import MAP, Labels, Vocabulary, cut_labels, read_labels
 from data.manifest import find_shards
 from data.order import FullOrder, Order, WindowedOrder, rng
 from data.record_store import RecordStore
@@ -25,13 +26,24 @@ Batch = dict[str, Any]
 
 
 class ImageDataset:
-    """Images and captions. An item: {"image" [3, H, W] float32 in [-1, 1], "caption", "key", "meta", "position"}."""
+    """Images and captions. An item: {"image" [3, H, W] float32 in [-1, 1], "caption", "key", "meta", "position"}.
 
-    def __init__(self, folder: str | Path, images: ImageConfig, seed: int, stream: StreamConfig | None = None) -> None:
+    With `labels` also "labels", a `data.labels.Labels` of what the picture shows, cut and mirrored as it is.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        images: ImageConfig,
+        seed: int,
+        stream: StreamConfig | None = None,
+        labels: bool = False,
+    ) -> None:
         stream = stream or StreamConfig()
         self.manifest = find_shards(folder, "images", stream.skip_broken)
         self.samples, self.digest = self.manifest.samples, self.manifest.digest()
-        self.images, self.seed = images, seed
+        self.images, self.seed, self.labels = images, seed, labels
+        self.vocabulary = Vocabulary.of(self.manifest.provenance.get("labels", {}))
         self.order = order_of(seed, [shard.samples for shard in self.manifest.shards], stream)
         self.skip = stream.skip_broken
         self.records = RecordStore(folder, self.manifest, [IMAGE_EXTENSIONS, ("txt",)], stream)
@@ -40,12 +52,12 @@ class ImageDataset:
         """The sample at a position of the training stream, with its own crop and flip."""
         image, facts = self._open(self.order(position))
         cut = cut_of(*image.size, self.images.crop, self.images.flip, rng(self.seed, position, "crop"))
-        return {"image": self._tensor(image, cut), **facts, "position": position}
+        return {**self._cut(image, facts, cut), "position": position}
 
     def at(self, index: int) -> Batch:
         """Sample `index` of the manifest, centre crop, never mirrored; its position is its index."""
         image, facts = self._open(index)
-        return {"image": self._tensor(image, cut_of(*image.size)), **facts, "position": index}
+        return {**self._cut(image, facts, cut_of(*image.size)), "position": index}
 
     def variants(self, index: int, count: int, shapes: Sequence[Shape] = ()) -> Batch:
         """Sample `index` several times, "image" [V, 3, H, W] and their "cuts" out of a picture of "size".
@@ -61,6 +73,8 @@ class ImageDataset:
             generator = rng(self.seed, index, f"variant {variant}")
             cuts.append(cut_of(*image.size, self.images.crop, self.images.flip, generator, aspect))
         pixels = torch.stack([to_tensor(to_pixels(image, *shape, cut)) for cut in cuts])
+        if self.labels:
+            facts["labels"] = [cut_labels(facts["labels"], cut, *shape, image.size) for cut in cuts]
         return {"image": pixels, "cuts": cuts, "size": image.size, **facts}
 
     def batch(self, positions: Sequence[int]) -> Batch:
@@ -95,13 +109,25 @@ class ImageDataset:
             meta = json.loads(bytes(record.get("json", b"{}")))
             if not isinstance(meta, dict):
                 raise UserError("its .json holds no object")
+            labels = {"labels": self._labels(record, meta, image.size)} if self.labels else {}
         except (UserError, ValueError, RecursionError) as error:
             remedy = "rebuild the shards with data/build_shards.py, which leaves broken samples out"
             raise UserError(f"{self.records.name(index)}: {error}: {remedy}") from None
-        return image, {"caption": caption_of(record), "key": record["__key__"], "meta": meta}
+        return image, {"caption": caption_of(record), "key": record["__key__"], "meta": meta, **labels}
 
-    def _tensor(self, image: Image.Image, cut: Cut) -> torch.Tensor:
-        return to_tensor(to_pixels(image, self.images.resolution, self.images.resolution, cut))
+    def _labels(self, record: dict[str, Any], meta: dict[str, Any], size: tuple[int, int]) -> Labels:
+        labels = read_labels(meta, bytes(record[MAP]) if MAP in record else None, size)
+        if self.manifest.provenance.get("labels"):  # foreign shards do not say what their numbers mean
+            self.vocabulary.check(labels.uses())
+        return labels
+
+    def _cut(self, image: Image.Image, facts: Batch, cut: Cut) -> Batch:
+        """A square of a picture as a tensor, with all that is known of it."""
+        side = self.images.resolution
+        item = {"image": to_tensor(to_pixels(image, side, side, cut)), **facts}
+        if self.labels:
+            item["labels"] = cut_labels(facts["labels"], cut, side, side, image.size)
+        return item
 
 
 def captions_of(folder: str | Path, samples: int = 0) -> list[str]:

@@ -17,6 +17,7 @@ from conf.schema import BuildRun
 from data.captions import clean_caption, side_of
 from data.filters import Dropped, check_size, check_texts, perceptual_hash
 from data.images import encode_image, open_image, shrink
+from data.labels import MAP, Use, encode_map, read_labels, shrink_map
 from data.sources import Ref, Rejected, SampleSource
 
 CHUNK = 32  # samples per task of a worker
@@ -29,9 +30,10 @@ class Record:
 
     key: str
     path: str  # what the source calls it
-    caption: str
+    caption: str  # or what else decides whether it is held out
     files: dict[str, bytes]  # extension → contents
     hash: int = 0  # perceptual, where near duplicates are looked for
+    uses: tuple[Use, ...] = ()  # classes that its labels mention
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +96,15 @@ class RecordMaker:
         caption = clean_caption(sample.caption)
         if not caption:
             raise Rejected("empty caption")
-        if self.done.covers(number, caption):
+        split_by = sample.split_by or caption
+        if self.done.covers(number, split_by):
             return None
         check_texts(filters, caption, sample.meta)
         image = sample.image
         if isinstance(image, bytes):
             image = open_image(image, cfg.max_pixels, cfg.background)
         check_size(filters, *image.size)
+        labels = read_labels(sample.meta, sample.segments, image.size)
         stored = shrink(image, cfg.resolution) if cfg.resolution else image
         own = {
             "key": ref.key,
@@ -110,6 +114,8 @@ class RecordMaker:
             "height": stored.height,
         }
         meta = {**own, "original_width": image.width, "original_height": image.height, **sample.meta, **own}
+        if labels.class_id is not None:
+            meta["class_id"] = labels.class_id  # a table has it as text
         value = perceptual_hash(image) if filters.near_duplicates >= 0 else 0
         if filters.near_duplicates >= 0:
             meta["phash"] = f"{value:016x}"
@@ -118,7 +124,9 @@ class RecordMaker:
             "txt": caption.encode(),
             "json": json.dumps(meta).encode(),
         }
-        return Record(ref.key, ref.name, caption, files, value)
+        if labels.segments is not None:
+            files[MAP] = encode_map(shrink_map(labels.segments, stored.size))
+        return Record(ref.key, ref.name, split_by, files, value, tuple(labels.uses()))
 
 
 def make_all(maker: RecordMaker, workers: int, scratch: Path) -> Iterator[Record | Reject | None]:

@@ -6,6 +6,7 @@ turns its composed configuration into these objects, before torch is imported.
 """
 
 from conf.schema.choices import (
+    DRAWN,
     STOCHASTIC,
     Accelerator,
     Adversarial,
@@ -51,6 +52,7 @@ from conf.schema.sections import (
 from conf.schema.training import AutoencoderLossConfig, AutoencoderRun, ClipRun, LoraConfig, UNetRun
 
 __all__ = [
+    "DRAWN",
     "STOCHASTIC",
     "Accelerator",
     "Adversarial",

@@ -42,10 +42,14 @@ class WandbMode(Enum):
 
 class Source(Enum):
     demo = "demo"
+    layout = "layout"
     twemoji = "twemoji"
     folder = "folder"
     shards = "shards"
     mix = "mix"
+
+
+DRAWN = {Source.demo, Source.layout}  # by us, as many as one asks for
 
 
 class ImageFormat(Enum):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from conf.schema.choices import CacheDtype, Crop, ImageFormat, Source
+from conf.schema.choices import DRAWN, CacheDtype, Crop, ImageFormat, Source
 from conf.schema.sections import ImageConfig, RuntimeConfig, WandbConfig, require, require_positive
 
 
@@ -40,6 +40,7 @@ class MixedSource:
     path: str | None = None  # as that of the build
     image_column: str = "path"  # of a table: image file, relative to the table's folder
     caption_column: str = "caption"  # of a table: text
+    class_from_folder: bool = False  # as that of the build
     weight: float = 1.0  # its share of the samples, relative to the others
 
     def __post_init__(self) -> None:
@@ -55,15 +56,16 @@ class BuildRun:
     name: str = MISSING  # of the project; the default run_dir and the W&B group
     seed: int = 0  # of all that is drawn at random
     output_dir: str = MISSING  # folder of this command's results; by default one below run_dir
-    source: Source = Source.demo  # rendered scenes, Twitter's emoji, files below path, shards of others, several
+    source: Source = Source.demo  # scenes, canvases of objects, Twitter's emoji, files, shards of others, several
     path: str | None = None  # folder: of images, or .csv/.parquet; shards: folder or tars, also http(s):// and s3://
     sources: list[MixedSource] = field(default_factory=list)  # source=mix: those that are mixed
     filters: FilterConfig = field(default_factory=FilterConfig)
     timeout_s: float = 60.0  # seconds without a byte after which a server of shards counts as dead
     image_column: str = "path"  # of a table: image file, relative to the table's folder
     caption_column: str = "caption"  # of a table: text
-    samples: int = 0  # source=demo: scenes to render; elsewhere the most to take, 0 for all
-    resolution: int = 0  # pixels of the shorter side, never enlarged, 0 to keep; source=demo: of the square
+    class_from_folder: bool = False  # source=folder: each picture's class is the name of the folder it lies in
+    samples: int = 0  # source=demo or layout: pictures to draw; elsewhere the most to take, 0 for all
+    resolution: int = 0  # pixels of the shorter side, never enlarged, 0 to keep; source=demo or layout: of the square
     format: ImageFormat = ImageFormat.png  # of the stored pictures
     quality: int = 95  # of jpg and webp
     background: str = "white"  # colour name or #rrggbb behind transparent pixels
@@ -87,8 +89,14 @@ class BuildRun:
         names = [member.name or member.source.value for member in self.sources]
         require(len(set(names)) == len(names), f"sources: the names {', '.join(names)} are not all different; set name")
         require_positive(self, "timeout_s")
-        require(self.source is not Source.demo or self.samples > 0, "source=demo needs samples=N scenes to render")
-        require(self.source is not Source.demo or self.resolution >= 16, "source=demo needs resolution>=16 pixels")
+        drawn, least = self.source in DRAWN, 16 if self.source is Source.demo else 32
+        name = f"source={self.source.value}"
+        require(not drawn or self.samples > 0, f"{name} needs samples=N pictures to draw")
+        require(not drawn or self.resolution >= least, f"{name} needs resolution>={least} pixels")
+        require(
+            not self.class_from_folder or self.source is Source.folder,
+            "class_from_folder=true needs source=folder; in a mix it stands with the source that it is for",
+        )
         require(0 <= self.heldout_fraction < 1, f"heldout_fraction={self.heldout_fraction}: must be in [0, 1)")
         require(self.shard_samples > 0, f"shard_samples={self.shard_samples}: must be positive")
 

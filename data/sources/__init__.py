@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from conf.errors import UserError
-from conf.schema import BuildRun, MixedSource, Source
+from conf.schema import DRAWN, BuildRun, MixedSource, Source
+from data.labels import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,8 @@ class Sample:
     image: Image.Image | bytes  # drawn RGB, or the contents of a file
     caption: str
     meta: dict[str, Any] = field(default_factory=dict)  # JSON values kept beside the picture
+    segments: np.ndarray | bytes | None = None  # uint8 [H, W], or the contents of a file
+    split_by: str = ""  # decides whether it is held out, where the caption is that of many others
 
 
 class Rejected(UserError):
@@ -49,6 +53,9 @@ class SampleSource(Protocol):
     def sample(self, place: Any) -> Sample:
         """The sample at a place, the same in every process; raises Rejected or ImageError."""
 
+    def vocabulary(self) -> Vocabulary:
+        """Classes that are known before the first sample."""
+
     def identity(self) -> dict[str, Any]:
         """What decides the samples; two builds with equal identities have the same ones."""
 
@@ -67,6 +74,10 @@ def open_source(cfg: BuildRun) -> SampleSource:
         from data.sources.demo import DemoSource
 
         return DemoSource(cfg)
+    if cfg.source is Source.layout:
+        from data.sources.layout import LayoutSource
+
+        return LayoutSource(cfg)
     if cfg.source is Source.twemoji:
         from data.sources.twemoji import TwemojiSource
 
@@ -94,8 +105,9 @@ def _alone(cfg: BuildRun, member: MixedSource) -> BuildRun:
         cfg,
         source=member.source,
         path=member.path,
+        class_from_folder=member.class_from_folder,
         image_column=member.image_column,
         caption_column=member.caption_column,
-        samples=cfg.samples if member.source is Source.demo else 0,
+        samples=cfg.samples if member.source in DRAWN else 0,
         sources=[],
     )

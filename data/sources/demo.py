@@ -5,28 +5,21 @@ attributes (shape, mood, eyes, ring …) are those that a person sees at that si
 (seed, index).
 """
 
-import functools
-import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from conf.errors import UserError
 from conf.schema import BuildRun
+from data.labels import Vocabulary
 from data.order import rng
 from data.sources import Ref, Sample, numbered
-
-if TYPE_CHECKING:
-    from dicebear import Style
+from data.sources.rendering import SEGMENTS, drawing, parts_map, picture, provenance, require_packages
 
 KINDS = ("monster", "plant", "planet", "landscape")
-STYLES = {"monster": "critters", "plant": "sprouts", "planet": "planets", "landscape": "landscape"}
 SHARES = (0.35, 0.25, 0.2, 0.2)  # of the kinds: more scenes for those with more attributes
 
 LAYOUTS = 12  # arrangements per kind of what no caption names
@@ -72,19 +65,22 @@ class Scene:
     caption: str
     options: dict[str, Any]  # of DiceBear
 
+    @property
+    def kind(self) -> str:
+        """One of KINDS."""
+        return self.attributes["kind"]
+
+    def svg(self) -> str:
+        """The drawing."""
+        return drawing(self.kind, self.options)
+
 
 class DemoSource:
     """`cfg.samples` scenes of `cfg.resolution` pixels."""
 
     def __init__(self, cfg: BuildRun) -> None:
         self.samples, self.resolution, self.seed = cfg.samples, cfg.resolution, cfg.seed
-        try:
-            _style("critters")
-            import resvg_py  # noqa: F401
-        except ImportError as error:
-            raise UserError(
-                f"source=demo: the package {error.name} is missing; install the extra: pip install -e '.[demo]'"
-            ) from error
+        require_packages("demo")
 
     def __len__(self) -> int:
         return self.samples
@@ -102,9 +98,20 @@ class DemoSource:
         return numbered(map(self.name, range(len(self))))
 
     def sample(self, index: int) -> Sample:
-        """Scene `index`, drawn."""
+        """Scene `index`, drawn; its class is its kind."""
         drawn = scene(self.seed, index)
-        return Sample(image=render(drawn, self.resolution), caption=drawn.caption, meta=dict(drawn.attributes))
+        svg = drawn.svg()
+        label = {"class": drawn.kind, "class_id": KINDS.index(drawn.kind)}
+        return Sample(
+            image=picture(svg, self.resolution),
+            caption=drawn.caption,
+            meta=drawn.attributes | label,
+            segments=parts_map(drawn.kind, svg, self.resolution),
+        )
+
+    def vocabulary(self) -> Vocabulary:
+        """Kinds, and parts of the scenes."""
+        return Vocabulary.of({"classes": KINDS, "segments": SEGMENTS})
 
     def identity(self) -> dict[str, Any]:
         """The options that the pictures depend on."""
@@ -112,19 +119,17 @@ class DemoSource:
 
     def describe(self) -> dict[str, Any]:
         """Provenance: styles, their licence, the packages that drew them."""
-        packages = ("dicebear-core", "dicebear-styles", "resvg-py")
-        return {
-            "name": "DiceBear scenes",
-            "license": "CC0 1.0",
-            "attribution": "\n".join(_style_json(name)["meta"]["license"]["text"] for name in STYLES.values()),
-            "packages": {package: version(package) for package in packages},
-        }
+        return provenance("DiceBear scenes", KINDS)
 
 
 def scene(seed: int, index: int) -> Scene:
     """Scene `index` of the set `seed`: attributes and the remaining chance drawn from the two alone."""
     random = rng(seed, index, "demo scene")
-    kind = KINDS[int(random.choice(len(KINDS), p=SHARES))]
+    return draw_scene(random, KINDS[int(random.choice(len(KINDS), p=SHARES))])
+
+
+def draw_scene(random: np.random.Generator, kind: str) -> Scene:
+    """A scene of this kind: everything else about it by chance."""
     color, background = _pick(random, COLORS), _pick(random, BACKGROUNDS)
     words, rest, options = _DRAW[kind](random, color, background)
     attributes = {"kind": kind, "color": color, "background": background, **rest}
@@ -135,12 +140,7 @@ def scene(seed: int, index: int) -> Scene:
 
 def render(drawn: Scene, resolution: int) -> Image.Image:
     """RGB picture of a scene, `resolution` pixels square."""
-    import resvg_py
-    from dicebear import Avatar
-
-    svg = Avatar(_style(STYLES[drawn.attributes["kind"]]), drawn.options).to_string()
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=resolution, height=resolution, skip_system_fonts=True)
-    return Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    return picture(drawn.svg(), resolution)
 
 
 def _monster(random: np.random.Generator, color: str, background: str) -> tuple[str, dict[str, str], dict[str, Any]]:
@@ -221,18 +221,3 @@ def _mix(color: str, other: str, share: float) -> str:
     """`color` with `share` of `other` blended in."""
     pairs = [(int(color[i : i + 2], 16), int(other[i : i + 2], 16)) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
-
-
-@functools.cache
-def _style_json(name: str) -> dict[str, Any]:
-    from importlib.resources import files
-
-    definition: dict[str, Any] = json.loads(files("dicebear_styles").joinpath(f"{name}.json").read_text("utf-8"))
-    return definition
-
-
-@functools.cache
-def _style(name: str) -> "Style":
-    from dicebear import Style
-
-    return Style(_style_json(name))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from conf.errors import UserError
 from conf.schema import BuildRun
 from data.images import SUFFIXES
+from data.labels import MAP, Vocabulary
 from data.sources import Ref, Rejected, Sample, numbered
 
 CAPTION_BYTES = 65536  # a longer caption file is taken for a mistake
@@ -32,6 +33,7 @@ class Entry(NamedTuple):
     problem: str | None = None  # found while listing
     meta: dict[str, Any] | None = None  # the further columns of a table
     meta_path: str | None = None  # a .json beside the picture
+    map_path: str | None = None  # a .seg.png beside the picture
 
 
 class FolderSource:
@@ -51,6 +53,11 @@ class FolderSource:
             rows = _read_table(path, cfg.image_column, cfg.caption_column)
             self.entries = [_table_entry(path, row, cfg.image_column, cfg.caption_column) for row in rows]
         self.listing = _listing_digest(self.root, self.entries)
+        self.classes: dict[str, int] | None = None  # numbers by name, where folders are classes
+        if cfg.class_from_folder:
+            names = {_folder_name(entry.path) for entry in self.entries} - {""}
+            self.classes = {name: number for number, name in enumerate(sorted(names))}
+            self.entries = [entry._replace(problem=_captionless(entry)) for entry in self.entries]
         self.table = None if path.is_dir() else [cfg.image_column, cfg.caption_column]
         self.entries = self.entries[: cfg.samples or None]
         if not self.entries:
@@ -77,7 +84,11 @@ class FolderSource:
         entry = self.entries[index]
         if entry.problem:
             raise Rejected(entry.problem)
-        if entry.caption_path is None:
+        label = self._label(entry)
+        split_by = ""
+        if entry.caption_path is None and entry.caption is None and label:
+            caption, split_by = str(label["class"]).replace("_", " "), entry.path
+        elif entry.caption_path is None:
             caption = entry.caption or ""
         else:
             try:
@@ -86,7 +97,18 @@ class FolderSource:
                 raise Rejected(f"caption file: {error}") from error
         content = self._read(entry.path, 8 * self.max_pixels + 2**20)  # 16 bits per channel, uncompressed
         beside = self._fields(entry.meta_path) if entry.meta_path else {}
-        return Sample(image=content, caption=caption, meta={**beside, **(entry.meta or {}), "path": entry.path})
+        segments = self._read(entry.map_path, self.max_pixels + 2**20) if entry.map_path else None
+        meta = {**beside, **(entry.meta or {}), **label, "path": entry.path}
+        return Sample(content, caption, meta, segments, split_by)
+
+    def _label(self, entry: Entry) -> dict[str, Any]:
+        """The class that the picture's folder stands for, where folders are classes."""
+        if self.classes is None:
+            return {}
+        name = _folder_name(entry.path)
+        if not name:
+            raise Rejected("class_from_folder: it lies in no subfolder, and so has no class")
+        return {"class": name, "class_id": self.classes[name]}
 
     def _fields(self, path: str) -> dict[str, Any]:
         """The fields of a JSON file; none where it does not parse: the caption that was needed came from elsewhere."""
@@ -96,9 +118,15 @@ class FolderSource:
             return {}
         return fields if isinstance(fields, dict) else {}
 
+    def vocabulary(self) -> Vocabulary:
+        """The folders, where they are classes."""
+        return Vocabulary.of({"classes": self.classes or ()})
+
     def identity(self) -> dict[str, Any]:
         """The options that the samples depend on, and the files found: their names and sizes."""
-        return {"path": self.listing, "samples": len(self.entries)} | ({"columns": self.table} if self.table else {})
+        identity: dict[str, Any] = {"path": self.listing, "samples": len(self.entries)}
+        identity |= {"columns": self.table} if self.table else {}
+        return identity | ({"class_from_folder": True} if self.classes is not None else {})
 
     def describe(self) -> dict[str, Any]:
         """Provenance; `other_files` counts what was not taken for a picture, by suffix."""
@@ -117,6 +145,16 @@ class FolderSource:
             raise Rejected(f"cannot be read: {error.strerror or error}") from error
 
 
+def _folder_name(path: str) -> str:
+    """Name of the folder that a picture lies in; "" for the source's own."""
+    return os.path.basename(os.path.dirname(path))
+
+
+def _captionless(entry: Entry) -> str | None:
+    """Its problem, unless that is the lack of a caption: the class says what the picture shows."""
+    return None if entry.problem == _NO_CAPTION else entry.problem
+
+
 def _list_folder(root: Path) -> tuple[list[Entry], dict[str, int]]:
     """Pictures below `root` in the order of their paths, and how many other files there are by suffix."""
     entries, others = [], Counter[str]()
@@ -125,15 +163,17 @@ def _list_folder(root: Path) -> tuple[list[Entry], dict[str, int]]:
         if problem:
             entries.append(Entry(folder, None, problem=f"unreadable folder: {problem}"))
         beside = {f"{Path(n).stem}{Path(n).suffix.lower()}": n for n in names if n.lower().endswith((".txt", ".json"))}
+        maps = {name[: -len(MAP) - 1]: name for name in names if name.lower().endswith(f".{MAP}")}
+        known = {*beside.values(), *maps.values()}
         for name in names:
             stem, suffix = Path(name).stem, Path(name).suffix.lower()
-            if suffix in SUFFIXES:
+            if suffix in SUFFIXES and name not in known:
                 caption = beside.get(f"{stem}.txt") or beside.get(f"{stem}.json")
                 problem = None if caption else _NO_CAPTION
                 meta = beside.get(f"{stem}.json")
-                paths = [f"{prefix}{found}" if found else None for found in (caption, meta)]
-                entries.append(Entry(f"{prefix}{name}", None, paths[0], problem, meta_path=paths[1]))
-            elif name not in beside.values():
+                paths = [f"{prefix}{found}" if found else None for found in (caption, meta, maps.get(stem))]
+                entries.append(Entry(f"{prefix}{name}", None, paths[0], problem, None, *paths[1:]))
+            elif name not in known:
                 others[suffix or "none"] += 1
     return sorted(entries, key=lambda entry: entry.path), dict(sorted(others.items()))
 
@@ -239,7 +279,7 @@ def _listing_digest(root: Path, entries: list[Entry]) -> str:
     """Identity of the source: names, captions of a table, and file sizes, so that a changed folder is noticed."""
     digest = hashlib.sha256()
     for entry in entries:
-        sizes = [_size(root / path) for path in (entry.path, entry.caption_path) if path]
+        sizes = [_size(root / path) for path in (entry.path, entry.caption_path, entry.map_path) if path]
         digest.update(json.dumps([entry.path, entry.caption, *sizes]).encode())
     return digest.hexdigest()
 

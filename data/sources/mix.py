@@ -1,10 +1,13 @@
 """Several sources as one, each with its share."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+from conf.errors import UserError
+from data.labels import LabelError, Vocabulary
 from data.sources import Ref, Sample, SampleSource
 
 
@@ -45,7 +48,17 @@ class MixSource:
         """As its source makes it; its name is kept as "mixed_from"."""
         name, inner = place
         sample = self.sources[name].sample(inner)
-        return Sample(sample.image, sample.caption, {**sample.meta, "mixed_from": name})
+        return replace(sample, meta={**sample.meta, "mixed_from": name})
+
+    def vocabulary(self) -> Vocabulary:
+        """Of all together; raises UserError where two sources number their classes differently."""
+        known = Vocabulary()
+        for name, source in self.sources.items():
+            try:
+                known.learn(source.vocabulary().uses())
+            except LabelError as error:
+                raise UserError(f"sources: {name}: {error}; number the classes alike, or build them apart") from None
+        return known
 
     def identity(self) -> dict[str, Any]:
         """Those of the sources, and their weights."""

@@ -14,6 +14,7 @@ from braceexpand import braceexpand
 
 from conf.errors import UserError
 from conf.schema import BuildRun
+from data.labels import MAP, Vocabulary
 from data.remote import fetch, is_remote, listed
 from data.shards import ShardReader
 from data.sources import Ref, Rejected, Sample
@@ -100,7 +101,12 @@ class ShardsSource:
         caption = str(record["txt"], "utf-8", "replace") if "txt" in record else meta.get("caption")
         if not isinstance(caption, str):
             raise Rejected('no caption: neither .txt nor "caption" in .json')
-        return Sample(image, caption, {**meta, "source_key": record["__key__"]})
+        segments = bytes(record[MAP]) if MAP in record else None
+        return Sample(image, caption, {**meta, "source_key": record["__key__"]}, segments)
+
+    def vocabulary(self) -> Vocabulary:
+        """What its samples will say."""
+        return Vocabulary()
 
     def identity(self) -> dict[str, Any]:
         """The shards: their names, and the sizes of local ones."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.schema import BuildRun
+from data.labels import Vocabulary
 from data.sources import Ref, Rejected, Sample, numbered
 
 ATTRIBUTION = (
@@ -56,6 +57,10 @@ class TwemojiSource:
             raise Rejected("the emoji package has no name for this sequence")
         content = (self.folder / self.files[index]).read_bytes()
         return Sample(image=content, caption=f"{words} emoji", meta={"codepoints": code})
+
+    def vocabulary(self) -> Vocabulary:
+        """None."""
+        return Vocabulary()
 
     def identity(self) -> dict[str, Any]:
         """The options that the samples depend on."""

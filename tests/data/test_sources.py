@@ -14,15 +14,19 @@ from PIL import Image
 
 from conf.entry import compose
 from conf.errors import UserError
-from conf.schema import BuildRun, FilterConfig, MixedSource, Source
+from conf.schema import BuildRun, FilterConfig, ImageConfig, MixedSource, Source
 from data import remote
 from data.building import build
 from data.captions import caption_rank, clean_caption
+from data.datasets import ImageDataset
 from data.images import parse_color
+from data.labels import UNLABELLED, encode_map, read_labels
 from data.manifest import Manifest
-from data.shards import ShardReader
+from data.shards import ShardReader, ShardWriter
 from data.sources import Rejected, Sample, open_source
 from data.sources.demo import BACKGROUNDS, COLORS, KINDS, render, scene
+from data.sources.layout import OBJECTS, OVERLAP, layout
+from data.sources.rendering import SEGMENTS
 
 
 def config(source: Source, **options: Any) -> BuildRun:
@@ -87,6 +91,68 @@ def test_color_and_background_can_be_read_off_the_pixels() -> None:
         palette = {**COLORS, "ink": "#1e293b"} if drawn.attributes["kind"] == "plant" else COLORS
         seen = nearest(pixels[top:bottom, left:right].reshape(-1, 3), palette)
         assert seen == drawn.attributes["color"], drawn.caption
+
+
+def test_the_map_of_a_scene_says_what_is_where() -> None:
+    source = open_source(config(Source.demo, samples=60, resolution=64))
+    seen = set[str]()
+    for index in range(60):
+        sample, drawn = source.sample(index), scene(0, index)
+        assert (sample.meta["class"], KINDS[sample.meta["class_id"]]) == (drawn.kind, drawn.kind)
+        pixels, parts = np.asarray(sample.image), sample.segments
+        assert isinstance(parts, np.ndarray) and parts.shape == (64, 64)
+        there = {SEGMENTS[number] for number in np.unique(parts)}
+        seen |= there
+        expected = {
+            "monster": {"background", "monster"},
+            "plant": {"background", "plant", "pot"},
+            "planet": {"background", "planet"} | {name for name in ("ring", "moon") if drawn.attributes.get(name)},
+            "landscape": {"sky", "ground"} | ({"sun"} if drawn.attributes.get("sun") else set()),
+        }[drawn.kind]
+        assert there == expected, drawn.caption
+        behind = np.isin(parts, [SEGMENTS.index("background"), SEGMENTS.index("sky")])
+        assert nearest(pixels[behind], BACKGROUNDS) == drawn.attributes["background"]
+        own = {"monster": "monster", "plant": "pot", "planet": "planet"}.get(drawn.kind)
+        if own:
+            palette = {**COLORS, "ink": "#1e293b"}
+            assert nearest(pixels[parts == SEGMENTS.index(own)], palette) == drawn.attributes["color"], drawn.caption
+    assert seen == set(SEGMENTS)
+
+
+# --- layout
+
+
+def test_boxes_of_a_canvas_hold_what_is_drawn_and_nothing_else() -> None:
+    counts = set[int]()
+    for index, resolution in enumerate([64] * 20 + [128] * 4):
+        source = open_source(config(Source.layout, samples=30, resolution=resolution))
+        sample = source.sample(index)
+        labels, parts = read_labels(sample.meta, sample.segments, (resolution, resolution)), sample.segments
+        assert isinstance(parts, np.ndarray) and isinstance(sample.image, Image.Image)
+        covered, pixels = parts != 0, np.asarray(sample.image).astype(int)
+        plain = np.abs(pixels - np.array(parse_color(BACKGROUNDS[sample.meta["background"]]))).max(axis=-1) == 0
+        inside = np.zeros_like(covered)
+        for box, entry in zip(labels.boxes, sample.meta["boxes"], strict=True):
+            ends = np.multiply(box.corners, resolution)
+            assert np.array_equal(ends, ends.round())
+            left, top, right, bottom = ends.astype(int)
+            inside[top:bottom, left:right] = True
+            assert f"{entry['color']} " in sample.caption and box.class_name == OBJECTS[box.class_id]
+            if len(labels.boxes) == 1:  # nothing hides it
+                rows, columns = np.nonzero(covered)
+                assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (top, bottom, left, right)
+        assert plain[~inside].all() and not covered[~inside].any() and (plain & covered).mean() < 0.01
+        counts.add(len(labels.boxes))
+    assert counts == {1, 2, 3, 4}
+
+
+def test_objects_of_a_canvas_overlap_little() -> None:
+    assert layout(3, 5) == layout(3, 5) != layout(3, 6)
+    for drawn in (layout(0, index) for index in range(300)):
+        for a, b in itertools.combinations(drawn.objects, 2):
+            common = [max(0.0, min(p + a.side, q + b.side) - max(p, q)) for p, q in ((a.left, b.left), (a.top, b.top))]
+            assert common[0] * common[1] <= OVERLAP * min(a.side, b.side) ** 2
+        assert all(0 <= end <= 1 for o in drawn.objects for end in (o.left, o.top, o.left + o.side, o.top + o.side))
 
 
 # --- twemoji
@@ -208,6 +274,37 @@ def test_nothing_to_take_is_one_line(tmp_path: Path, name: str | None, content: 
     with pytest.raises(UserError, match=message) as error:
         open_source(config(Source.folder, path=str(path.parent if name and "/" in name else path)))
     assert "\n" not in str(error.value)
+
+
+def test_folders_are_classes(tmp_path: Path) -> None:
+    for number, name in enumerate(["train/red_fox/a.png", "train/red_fox/b.png", "train/cow/c.png", "val/cow/d.png"]):
+        picture(tmp_path / name, (8 + number, 8))
+    (tmp_path / "train" / "cow" / "c.txt").write_text("a cow in the grass")
+    picture(tmp_path / "stray.png")
+    cfg = config(Source.folder, path=str(tmp_path), class_from_folder=True)
+    source = open_source(cfg)
+    assert source.vocabulary().as_dict() == {"classes": ["cow", "red_fox"]}
+    samples = [source.sample(index) for index in (1, 2, 3, 4)]
+    assert [(s.meta["class"], s.meta["class_id"]) for s in samples] == [
+        ("cow", 0),
+        ("red_fox", 1),
+        ("red_fox", 1),
+        ("cow", 0),
+    ]
+    assert [s.caption for s in samples] == ["a cow in the grass", "red fox", "red fox", "cow"]
+    assert "no subfolder" in outcome(source, 0)
+    assert source.identity() != open_source(config(Source.folder, path=str(tmp_path))).identity()
+    with pytest.raises(UserError, match="class_from_folder=true needs source=folder"):
+        config(Source.shards, path=str(tmp_path), class_from_folder=True)
+
+
+def test_pictures_of_one_class_are_held_out_one_by_one(tmp_path: Path) -> None:
+    for number in range(40):
+        picture(tmp_path / "photos" / "cow" / f"{number}.png")
+    options = {"output_dir": str(tmp_path / "out"), "heldout_fraction": 0.3, "class_from_folder": True, "workers": 1}
+    build(BuildRun(run_dir=".", source=Source.folder, path=str(tmp_path / "photos"), **options))
+    sizes = [Manifest.load(tmp_path / "out" / side).samples for side in ("train", "heldout")]
+    assert sum(sizes) == 40 and min(sizes) > 5
 
 
 # --- captions
@@ -342,6 +439,45 @@ def test_shards_over_http(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     http.faults |= {f"0000{n}.tar": "500" for n in range(4)}
     with pytest.raises(UserError, match=r"none of 4 samples can be used, most often because: .*500"):
         built(tmp_path / "again", f"{http.url}/laion/{{00000..00003}}.tar")
+
+
+def labelled(folder: Path, changes: dict[int, dict[str, Any]]) -> None:
+    """A shard whose samples have a class, a box and a map; `changes` of their JSON, or of the map's size, by number."""
+    folder.mkdir(parents=True)
+    with ShardWriter(folder, 100) as writer:
+        for i in range(6):
+            boxes = [{"box": [0.25, 0, 1, 0.5], "class": "wheel", "class_id": 1, "score": 0.5}]
+            meta = {"class": f"class {i % 3}", "class_id": i % 3, "boxes": boxes, **changes.get(i, {})}
+            segments = np.full(meta.pop("map", (20, 24)), UNLABELLED, np.uint8)
+            segments[5:10] = i
+            pixels = np.random.default_rng(i).integers(256, size=(20, 24, 3), dtype=np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            files = {"png": buffer.getvalue(), "txt": f"caption {i}".encode(), "json": json.dumps(meta).encode()}
+            writer.add(f"{i}", {**files, "seg.png": encode_map(segments)})
+
+
+def test_labels_of_other_shards_pass_through_and_are_checked(tmp_path: Path) -> None:
+    other = {"boxes": [{"box": [0, 0, 300, 200], "class_id": 1}]}
+    labelled(tmp_path / "in", {2: other, 3: {"map": (20, 20)}, 4: {"class": "else"}})
+    found = built(tmp_path, str(tmp_path / "in"), resolution=10, heldout_fraction=0)
+    assert [(meta["source_key"], meta["class_id"]) for meta in found] == [("0", 0), ("1", 1), ("5", 2)]
+    assert found[0]["boxes"] == [{"box": [0.25, 0, 1, 0.5], "class": "wheel", "class_id": 1, "score": 0.5}]
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [reject["reason"].partition(":")[0] for reject in rejects] == ["boxes[0].box", "seg.png", "class_id"]
+    assert rejects[2]["reason"] == "class_id: 1 is 'class 1' in this data set, not 'else'"
+    assert Manifest.load(tmp_path / "out" / "train").provenance["labels"] == {
+        "classes": ["class 0", "class 1", "class 2"],
+        "box_classes": ["", "wheel"],
+        "segments": [""] * 6,
+    }
+    dataset = ImageDataset(tmp_path / "out" / "train", ImageConfig(resolution=10), 0, labels=True)
+    labels = dataset.at(2)["labels"]
+    assert labels.segments.shape == (10, 10) and set(np.unique(labels.segments)) == {5, UNLABELLED}
+    assert labels.boxes[0].corners == pytest.approx(
+        (0.2, 0, 1, 0.5)
+    )  # 24 x 20 became 12 x 10, of which 10 x 10 are cut
+    assert labels.class_name == "class 2"
 
 
 # --- several sources
