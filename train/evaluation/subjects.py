@@ -63,7 +63,7 @@ class Drawn:
         self.prompts = ImageDataset(cfg.captions, cfg.images, cfg.seed)
         self.extractors, self.clip = extractors_of(cfg, runtime.device), None
         if cfg.clip_score is not None:
-            self.clip = Clip.from_pretrained(cfg.clip_score).eval().requires_grad_(False).to(runtime.device)
+            self.clip = load_clip(cfg.clip_score).to(runtime.device)
             self.extractors.append(clip_extractor(self.clip, cfg.clip_score))
         self.probe: Probe | None = None
         if cfg.prompt_following:
@@ -168,6 +168,14 @@ def extractors_of(cfg: EvaluateRun, device: torch.device) -> list[Extractor]:
     """Those that the options ask for; a file of statistics leaves the first of them to compare with."""
     found = [] if cfg.inception is None else [inception(cfg.inception, device)]
     return found if found and cfg.reference.endswith(FILES) else [*found, efficientnet(device)]
+
+
+def load_clip(source: str) -> Clip:
+    """The CLIP of the score, frozen; UserError names the option, since `clip` is another one."""
+    try:
+        return Clip.from_pretrained(source).eval().requires_grad_(False)
+    except UserError as error:
+        raise UserError(f"clip_score: {error}") from error
 
 
 def clip_extractor(clip: Clip, source: str) -> Extractor:

@@ -291,6 +291,13 @@ def test_fewer_pictures_than_a_metric_needs_are_refused_before_the_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_clip_that_is_not_there_is_told_by_its_option(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^clip_score: clip 'nobody/nothing' is neither a folder"):
+        subjects.load_clip("nobody/nothing")
+    with pytest.raises(UserError, match=r"^clip_score: .*config.json is missing"):
+        subjects.load_clip(str(tmp_path))
+
+
 def test_images_without_attributes_are_refused_before_a_picture_is_drawn(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
