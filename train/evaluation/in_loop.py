@@ -4,6 +4,7 @@ from conf.schema import EvaluateRun, ImageConfig, SamplingConfig, UNetRun
 from conf.schema.evaluation import require_enough
 from data.datasets import ImageDataset
 from models.pipeline import TextToImage
+from train.engine.journal import say
 from train.engine.runtime import Runtime
 from train.evaluation.evaluate import chunks_of, metrics_of, references_of
 from train.evaluation.extractors import efficientnet, inception
@@ -17,10 +18,11 @@ GROUP = "eval/loop/"
 def evaluate_in_loop(cfg: UNetRun, runtime: Runtime, model: TextToImage, samples_seen: int) -> dict[str, float]:
     """Distances of pictures of held-out captions, drawn with `cfg.sampling`; all processes draw their share.
 
-    Their names say that they are of this evaluation: with another number of pictures they would be other numbers.
+    Their names say that they are of this evaluation: with another number of pictures they would be other numbers. There
+    are none when a picture is not finite: that is told, and the training goes on.
     """
     small = as_command(cfg, model)
-    subject = Drawn(small, runtime, model, {"samples_seen": samples_seen})
+    subject = Drawn(small, runtime, model, {"samples_seen": samples_seen}, refuses_broken=False)
     references = references_of(small, subject, runtime)
     chunks = chunks_of(small, subject)
     if runtime.is_main:
@@ -28,7 +30,13 @@ def evaluate_in_loop(cfg: UNetRun, runtime: Runtime, model: TextToImage, samples
     chunks.fill(subject.measure, runtime, "unet")
     metrics: dict[str, float] = {}
     if runtime.is_main:
-        metrics = metrics_of(subject, chunks, references, REPLICATES)
+        if broken := int((~chunks.whole("sound")).sum()):
+            say(
+                "unet",
+                f"{broken} of {subject.total} pictures are NaN or infinite: no {GROUP}… at {samples_seen:,} samples",
+            )
+        else:
+            metrics = metrics_of(subject, chunks, references, REPLICATES)
         chunks.remove()
     found: dict[str, float] = runtime.gather_objects(metrics)[0]
     return {name.replace("eval/", GROUP): value for name, value in found.items()}

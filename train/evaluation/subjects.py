@@ -24,7 +24,7 @@ from train.evaluation.extractors import Extractor, efficientnet, inception
 from train.evaluation.metrics import clip_score
 from train.evaluation.probe import Probe, accuracy, cached_probe, require_attributes
 from train.evaluation.reference import FILES
-from train.evaluation.sampling import finite, sampling_facts, sound_pictures
+from train.evaluation.sampling import draw, finite, sampling_facts, sound_pictures
 
 SHOWN = 64  # pictures in the grid
 
@@ -48,11 +48,17 @@ class Subject(Protocol):
 
 
 class Drawn:
-    """Pictures of captions; each has noise of its own, and a caption is used again when all have been."""
+    """Pictures of captions; each has noise of its own, and a caption is used again when all have been.
+
+    Pictures that are not finite are refused, or, where not, told in the column `sound`.
+    """
 
     prefix = ""
 
-    def __init__(self, cfg: EvaluateRun, runtime: Runtime, model: TextToImage, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, cfg: EvaluateRun, runtime: Runtime, model: TextToImage, facts: dict[str, Any], refuses_broken: bool = True
+    ) -> None:
+        self.refuses_broken = refuses_broken
         self.cfg, self.runtime, self.model, self.total = cfg, runtime, model, cfg.samples
         side = model.unet.cfg.sample_size * model.autoencoder.cfg.downscale
         if side != cfg.images.resolution:
@@ -82,8 +88,8 @@ class Drawn:
         """Draw and look."""
         items = self.items(numbers)
         jobs = [(item["caption"], number) for item, number in zip(items, numbers, strict=True)]
-        images = sound_pictures(self.model, self.cfg, jobs)
-        columns = looked_at(images, self.extractors)
+        images = (sound_pictures if self.refuses_broken else draw)(self.model, self.cfg, jobs)
+        columns = looked_at(images, self.extractors) | {"sound": torch.tensor(finite(images))}
         if self.clip is not None:
             tokens = self.clip.tokenize([item["caption"] for item in items]).to(images.device)
             with torch.no_grad():

@@ -118,3 +118,14 @@ def test_what_the_first_evaluation_would_miss_ends_the_training_at_its_start(pro
         require_inputs(project.config("unet", *asked, f"evaluation.inception={tmp_path}/none.pth"))
     with pytest.raises(UserError, match=rf"^no shards at '{tmp_path}/heldout'"):
         require_inputs(project.config("unet", "evaluation.samples=10", f"evaluation.shards={tmp_path}"))
+
+
+def test_training_goes_on_when_a_picture_is_not_finite(
+    project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["evaluation.samples=4", f"output_dir={tmp_path}/unet", "sampling.steps=2"]
+    training = project.config("unet", *asked, f"evaluation.shards={project.folder}/shards")
+    model = load_model(project.config("evaluate"), torch.device("cpu"))
+    monkeypatch.setattr(model, "decode", lambda latents: torch.full((len(latents), 3, 32, 32), torch.nan))
+    assert evaluate_in_loop(training, runtime, model, 960) == {}
+    assert "4 of 4 pictures are NaN or infinite: no eval/loop/… at 960 samples" in capfd.readouterr().out
