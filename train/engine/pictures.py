@@ -8,8 +8,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from data.labels import Box
+
 _INK = (45, 45, 50)
 READABLE = 128  # pixels of width that a caption needs
+_FRAMES = ("#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#d6a100", "#f032e6")  # by class
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -64,6 +67,23 @@ def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None
 def captioned(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
     """The grid that people look at: pictures [B, H, W, 3] enlarged until their captions can be read."""
     return grid(images, columns, captions, scale=max(1, READABLE // images.shape[2]))
+
+
+def boxed(image: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
+    """A picture uint8 [H, W, 3] with its boxes drawn on it, each with the name of its class."""
+    canvas = Image.fromarray(image)
+    height, width = image.shape[:2]
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=max(9, width // 14))
+    for box in boxes:
+        color = _FRAMES[box.class_id % len(_FRAMES)]
+        left, top, right, bottom = (end * side for end, side in zip(box.corners, (width, height) * 2, strict=True))
+        draw.rectangle((round(left), round(top), round(right) - 1, round(bottom) - 1), outline=color)
+        name = box.class_name or str(box.class_id)
+        x, line = max(0, min(round(left), width - font.getlength(name) - 1)), draw.textbbox((0, 0), name, font=font)[3]
+        at = (x, max(0, round(top) - line - 1))  # above the box, where there is room
+        draw.rectangle(draw.textbbox(at, name, font=font), fill=color)
+        draw.text(at, name, fill="white", font=font)
+    return np.asarray(canvas)
 
 
 def film_strips(frames: np.ndarray, captions: Sequence[str], labels: Sequence[str]) -> Image.Image:

@@ -5,7 +5,7 @@ import html
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,19 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import ImageConfig, PreviewRun
 from data.datasets import IMAGE_EXTENSIONS, ImageDataset
+from data.labels import LabelError, Labels, read_labels
 from data.latent_dataset import LatentDataset
 from data.manifest import MANIFEST, Manifest
 from data.shards import atomic_path, atomic_write
 from models.autoencoder import load_autoencoder
 from train.engine.journal import say
-from train.engine.pictures import captioned, on_squares, to_uint8
+from train.engine.pictures import boxed, captioned, on_squares, to_uint8
 from train.engine.runtime import Runtime
 
 REJECTS = "rejects.jsonl"
 SIDE = 128  # pixels of a picture on the sheet
+BARS = 10  # classes in the chart, the commonest
+ROWS = 100  # of the table of classes
 VALUES = 64  # of a latent that go into the histogram of its channel
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1200px; color: #2d2d32 }}
@@ -44,6 +47,7 @@ class Survey:
     """Measurements of a data set: each name has one number per sample (or several)."""
 
     numbers: dict[str, list[float]] = field(default_factory=dict)
+    classes: dict[str, Counter[str]] = field(default_factory=dict)  # what is counted → how many there are of each class
     broken: Counter[str] = field(default_factory=Counter)  # reasons why samples could not be measured
 
     def add(self, **values: float | Sequence[float]) -> None:
@@ -51,6 +55,15 @@ class Survey:
         for name, value in values.items():
             many = [value] if isinstance(value, int | float) else value
             self.numbers.setdefault(name.replace("_", " "), []).extend(map(float, many))
+
+    def count(self, labels: Labels) -> None:
+        """The classes of one more sample, and of its boxes."""
+        if labels.class_id is not None:
+            self.classes.setdefault("samples", Counter())[labels.class_name or str(labels.class_id)] += 1
+        if labels.boxes:
+            names = [box.class_name or str(box.class_id) for box in labels.boxes]
+            self.classes.setdefault("boxes", Counter()).update(names)
+            self.add(boxes=len(names), box_area=[box.area for box in labels.boxes])
 
 
 def run(cfg: PreviewRun, runtime: Runtime) -> None:
@@ -68,10 +81,10 @@ def run(cfg: PreviewRun, runtime: Runtime) -> None:
         pictures, captions = decoded(cfg, dataset, runtime)
         survey = survey_latents(dataset, spread(dataset.samples, cfg.samples))
     else:
-        dataset = ImageDataset(folder, ImageConfig(resolution=SIDE), cfg.seed)
+        dataset = ImageDataset(folder, ImageConfig(resolution=SIDE), cfg.seed, labels=True)
         pictures, captions = shown(dataset, cfg.pictures)
         survey = survey_images(dataset, spread(dataset.samples, cfg.samples))
-    sheet, figure = captioned(pictures, captions), histograms(survey.numbers)
+    sheet, figure = captioned(pictures, captions), charts(survey)
     output.mkdir(parents=True, exist_ok=True)
     for name, picture in (("contact_sheet.png", sheet), ("statistics.png", figure)):
         with atomic_path(output / name) as path:
@@ -88,16 +101,18 @@ def spread(samples: int, count: int) -> list[int]:
 
 
 def shown(dataset: ImageDataset, count: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures [N, H, W, 3] of the sheet with their captions; those that cannot be read are left out."""
-    items = []
+    """Pictures [N, H, W, 3] of the sheet, boxes drawn on them, and captions; what cannot be read is left out."""
+    items, problem = list[dict[str, Any]](), ""
     for index in spread(dataset.samples, count):
         try:
             items.append(dataset.at(index))
-        except UserError:
-            continue  # the survey counts it
+        except UserError as error:
+            problem = problem or str(error)  # the survey counts it
     if not items:
-        raise UserError(f"data: none of {count} samples can be read: rebuild the shards with data/build_shards.py")
-    return to_uint8(torch.stack([item["image"] for item in items])), [item["caption"] for item in items]
+        raise UserError(f"data: none of {count} samples can be read; the first: {problem}")
+    pictures = to_uint8(torch.stack([item["image"] for item in items]))
+    drawn = [boxed(picture, item["labels"].boxes) for picture, item in zip(pictures, items, strict=True)]
+    return np.stack(drawn), [item["caption"] for item in items]
 
 
 @torch.no_grad()
@@ -113,19 +128,27 @@ def decoded(cfg: PreviewRun, dataset: LatentDataset, runtime: Runtime) -> tuple[
 
 
 def survey_images(dataset: ImageDataset, indices: Sequence[int]) -> Survey:
-    """Sizes, aspects and captions; only the headers of the pictures are read."""
-    survey = Survey()
+    """Sizes, aspects, captions, classes and boxes; only the headers of the pictures are read."""
+    survey, known = Survey(), dataset.vocabulary.as_dict()
+    for counted, group in (("samples", "classes"), ("boxes", "box_classes")):
+        if group in known:  # a class without a sample is shown, too
+            survey.classes[counted] = Counter({name or str(number): 0 for number, name in enumerate(known[group])})
     for index in indices:
         try:
             record = dataset.records[index]
             content = bytes(next(record[name] for name in IMAGE_EXTENSIONS if name in record))
             width, height = Image.open(io.BytesIO(content)).size
+            labels = read_labels(_fields(record), None, (width, height))
+        except LabelError as error:
+            survey.broken[f"label {str(error).partition(':')[0]}"] += 1
+            continue
         except (UserError, OSError) as error:
             survey.broken[str(error).split(":")[-1].strip()] += 1
             continue
         caption = bytes(record["txt"]).decode("utf-8", "replace")
         survey.add(width=width, height=height, aspect=width / height, caption_length=len(caption))
         survey.add(kilobytes=len(content) / 1000)
+        survey.count(labels)
     return survey
 
 
@@ -143,12 +166,28 @@ def survey_latents(dataset: LatentDataset, indices: Sequence[int]) -> Survey:
     return survey
 
 
-def histograms(numbers: Mapping[str, Sequence[float]]) -> Image.Image:
-    """One histogram per measurement."""
+def _fields(record: dict[str, Any]) -> dict[str, Any]:
+    """The sample's JSON; raises UserError."""
+    try:
+        fields = json.loads(bytes(record.get("json", b"{}")))
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise UserError("its .json holds no object")
+    return fields
+
+
+def charts(survey: Survey) -> Image.Image:
+    """One histogram per measurement, and the commonest classes."""
     columns = 3
-    rows = -(-len(numbers) // columns)
+    rows = -(-(len(survey.numbers) + len(survey.classes)) // columns)
     figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
-    for number, (name, values) in enumerate(numbers.items(), start=1):
+    for number, (counted, counts) in enumerate(survey.classes.items(), start=len(survey.numbers) + 1):
+        axes = figure.add_subplot(rows, columns, number)
+        names, heights = zip(*reversed(counts.most_common(BARS)), strict=True)
+        axes.barh([name[:20] for name in names], heights, color="#4878a8")
+        axes.set_title(f"{counted} of a class ({len(counts)} classes)", fontsize=10)
+    for number, (name, values) in enumerate(survey.numbers.items(), start=1):
         axes = figure.add_subplot(rows, columns, number)
         axes.hist(values, bins=40, color="#4878a8")
         axes.set_title(f"{name} (median {np.median(values):.4g})", fontsize=10)
@@ -186,10 +225,16 @@ def to_page(
         _table(["", ""], totals),
         sheet,
         f"<h2>Distributions</h2>{_table(['', 'least', '5 %', 'median', '95 %', 'most'], spreads)}{figure}",
+        *(_class_table(counted, counts) for counted, counts in survey.classes.items()),
         f"<h2>Left out</h2>{_table(['reason', 'samples'], [[r, str(n)] for r, n in reasons.most_common()])}",
         f"<h2>Where it comes from</h2><pre>{html.escape(provenance)}</pre>",
     ]
     return PAGE.format(title=html.escape(title), body="".join(body))
+
+
+def _class_table(counted: str, counts: Counter[str]) -> str:
+    rows = [[name, f"{count:,}", f"{count / max(counts.total(), 1):.1%}"] for name, count in counts.most_common(ROWS)]
+    return f"<h2>Classes of {counted}</h2>{_table(['class', counted, 'share'], rows)}"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

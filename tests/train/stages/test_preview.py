@@ -1,6 +1,7 @@
 """The preview: a page, a sheet and statistics that say what the data set is."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from PIL import Image
 
 from conf.entry import compose
 from conf.errors import UserError
-from conf.schema import PreviewRun
+from conf.schema import BuildRun, ImageConfig, PreviewRun, Source
+from data.building import build
 from data.datasets import ImageDataset
 from data.latent_dataset import LatentDataset
 from data.manifest import Manifest
 from data.shards import ShardReader, ShardWriter
+from train.engine.pictures import to_uint8
 from train.engine.runtime import Runtime
 from train.stages import preview
 
@@ -36,6 +39,25 @@ def test_images_are_shown_and_measured(scenes: Any, runtime: Runtime, tmp_path: 
     with Image.open(tmp_path / "contact_sheet.png") as sheet, Image.open(tmp_path / "statistics.png") as figure:
         assert sheet.width > 8 * 128 and figure.width > 900
         assert np.asarray(sheet).std() > 20
+
+
+def test_classes_are_counted_and_boxes_drawn(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
+    page = preview_of(scenes, runtime, scenes.folder / "shards" / "train", tmp_path / "scenes", "pictures=10")
+    readers = map(ShardReader, sorted((scenes.folder / "shards" / "train").glob("*.tar")))
+    classes = Counter(json.loads(bytes(reader[i]["json"]))["class"] for reader in readers for i in range(len(reader)))
+    assert all(f"<tr><td>{name}<td>{count}<td>" in page for name, count in classes.items()) and len(classes) == 4
+
+    options = {"output_dir": str(tmp_path / "shards"), "samples": 12, "resolution": 64, "workers": 1}
+    build(BuildRun(run_dir=".", source=Source.layout, **options))
+    data = tmp_path / "shards" / "train"
+    page = preview_of(scenes, runtime, data, tmp_path / "layout", "pictures=12")
+    dataset = ImageDataset(data, ImageConfig(resolution=128), 0, labels=True)
+    assert "<h2>Classes of boxes</h2>" in page and "<td>box area<td>" in page
+    for picture, index in zip(preview.shown(dataset, 100)[0], range(dataset.samples), strict=True):
+        item = dataset.at(index)
+        changed = (picture != to_uint8(item["image"][None])[0]).any(axis=-1)
+        for left, top, right, bottom in (np.multiply(box.corners, 128).astype(int) for box in item["labels"].boxes):
+            assert changed[bottom - 1, left:right].mean() > 0.9 and changed[top:bottom, right - 1].mean() > 0.9
 
 
 def test_caption_lengths_are_those_of_all_samples(scenes: Any) -> None:
@@ -68,9 +90,11 @@ def test_rejects_and_broken_pictures_are_counted_by_reason(scenes: Any, runtime:
         for i in range(5):
             files = {n: bytes(v) for n, v in reader[i].items() if n != "__key__"}
             writer.add(reader.key(i), files | ({"png": b"<b>no</b>"} if i == 2 else {}))
+        writer.add("odd", files | {"json": b'{"class_id": 1, "class": 5}'})
     reject = {"key": "9", "path": "a.png", "reason": "<i>odd</i>"}
     (tmp_path / "shards" / "rejects.jsonl").write_text(json.dumps(reject) + "\n")
     page = preview_of(scenes, runtime, data, tmp_path / "out")
+    assert "<td>label class<td>1" in page
     assert "&lt;i&gt;odd&lt;/i&gt;<td>1" in page and "<i>" not in page  # text of others is never markup
     assert "<td>caption length<td>" in page
 
