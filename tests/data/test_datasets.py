@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from conf.errors import UserError
 from conf.schema import CacheDtype, Crop, ImageConfig, StreamConfig
 from data.datasets import ImageDataset
+from data.labels import UNLABELLED, encode_map
 from data.latent_dataset import LatentDataset
 from data.latents import LatentWriter
 from data.loader import batches
@@ -145,3 +147,46 @@ def test_a_micro_batch_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> N
     dataset = ImageDataset(tmp_path, IMAGES, 3, StreamConfig(skip_broken=True))
     with pytest.raises(UserError, match=r"none of the 2 samples of a micro-batch can be read; the first: .*'000"):
         dataset.batch([0, 1])
+
+
+# --- labels
+
+
+def write_labelled(folder: Path, provenance: dict[str, Any]) -> None:
+    """Grey noise whose map says the grey of each pixel, and a box around its left half."""
+    with ShardWriter(folder, 5) as writer:
+        for i in range(5):
+            grey = np.random.default_rng(i).integers(UNLABELLED, size=(8, 12), dtype=np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(grey).save(buffer, "PNG")
+            meta = {"class_id": i, "boxes": [{"box": [0, 0, 0.5, 1], "class_id": 0}]}
+            files = {"png": buffer.getvalue(), "txt": b"x", "json": json.dumps(meta).encode()}
+            writer.add(str(i), {**files, "seg.png": encode_map(grey)})
+    Manifest(kind="images", shards=writer.finished, provenance=provenance).save(folder)
+
+
+def test_labels_are_cut_and_mirrored_with_their_picture(tmp_path: Path) -> None:
+    write_labelled(tmp_path, {})
+    dataset = ImageDataset(tmp_path, IMAGES, 0, labels=True)
+    items = [dataset.item(position) for position in range(15)]
+    shown = [(item["image"], item["labels"]) for item in items]
+    for index in range(5):
+        found = dataset.variants(index, 3)
+        shown += zip(found["image"], found["labels"], strict=True)
+    for image, labels in shown:
+        assert np.array_equal(((image[0] + 1) * 127.5).round().to(torch.uint8), labels.segments)
+        assert len(labels.boxes) == 1 and 0 in labels.boxes[0].corners and 1 in labels.boxes[0].corners
+    assert len({labels.boxes[0].corners for _, labels in shown}) > 4
+    assert [labels.class_id for labels in dataset.batch_at(range(5))["labels"]] == [0, 1, 2, 3, 4]
+    assert "labels" not in ImageDataset(tmp_path, IMAGES, 0).item(0)
+
+
+def test_a_class_that_the_manifest_does_not_have_is_named_with_its_sample(tmp_path: Path) -> None:
+    names = {"classes": ["a", "b"], "box_classes": ["c"], "segments": [""] * UNLABELLED}
+    write_labelled(tmp_path, {"labels": names})
+    dataset = ImageDataset(tmp_path, IMAGES, 0, labels=True)
+    assert dataset.at(1)["labels"].class_id == 1
+    with pytest.raises(
+        UserError, match=r"00000.tar: sample '2': class_id: 2 is out of range, the data set has 2 classes"
+    ):
+        dataset.at(2)

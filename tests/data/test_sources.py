@@ -94,9 +94,9 @@ def test_color_and_background_can_be_read_off_the_pixels() -> None:
 
 
 def test_the_map_of_a_scene_says_what_is_where() -> None:
-    source = open_source(config(Source.demo, samples=60, resolution=64))
+    source = open_source(config(Source.demo, samples=40, resolution=64))
     seen = set[str]()
-    for index in range(60):
+    for index in range(40):
         sample, drawn = source.sample(index), scene(0, index)
         assert (sample.meta["class"], KINDS[sample.meta["class_id"]]) == (drawn.kind, drawn.kind)
         pixels, parts = np.asarray(sample.image), sample.segments
@@ -296,6 +296,35 @@ def test_folders_are_classes(tmp_path: Path) -> None:
     assert source.identity() != open_source(config(Source.folder, path=str(tmp_path))).identity()
     with pytest.raises(UserError, match="class_from_folder=true needs source=folder"):
         config(Source.shards, path=str(tmp_path), class_from_folder=True)
+
+
+def test_a_map_beside_a_picture_is_its_label_and_no_picture(tmp_path: Path) -> None:
+    picture(tmp_path / "a.jpg")
+    (tmp_path / "a.txt").write_text("a caption")
+    Image.new("L", (8, 8), 3).save(tmp_path / "a.seg.png")
+    source = open_source(config(Source.folder, path=str(tmp_path)))
+    assert len(source) == 1 and source.describe()["other_files"] == {}
+    sample, identity = source.sample(0), source.identity()
+    labels = read_labels(sample.meta, sample.segments, (8, 8))
+    assert labels.segments is not None and (labels.segments == 3).all()
+    (tmp_path / "a.seg.png").write_bytes(b"changed")
+    assert open_source(config(Source.folder, path=str(tmp_path))).identity() != identity
+
+
+def test_sources_of_a_mix_must_number_their_classes_alike(tmp_path: Path) -> None:
+    members = []
+    for name, classes in (("one", ["cat", "dog"]), ("other", ["cow", "dog"])):
+        for word in classes:
+            picture(tmp_path / name / word / "x.png")
+        members.append(MixedSource(name=name, path=str(tmp_path / name), class_from_folder=True))
+    mixed = open_source(config(Source.mix, sources=members))
+    with pytest.raises(UserError, match="sources: other: classes: 0 is 'cat' in this data set, not 'cow'; number the"):
+        mixed.vocabulary()
+    same = open_source(
+        config(Source.mix, sources=[members[0], MixedSource(source=Source.demo)], samples=4, resolution=64)
+    )
+    with pytest.raises(UserError, match="sources: demo: classes: 0"):
+        same.vocabulary()
 
 
 def test_pictures_of_one_class_are_held_out_one_by_one(tmp_path: Path) -> None:
