@@ -31,6 +31,7 @@ class PlanRun(UNetRun):
             self.gpus <= self.gpus_per_machine or self.gpus % self.gpus_per_machine == 0,
             f"gpus={self.gpus}: must be a multiple of gpus_per_machine={self.gpus_per_machine}, or fit into one",
         )
+        require(self.lora.rank == 0, f"lora.rank={self.lora.rank}: the plan is of training all weights; leave it out")
         side, factor = self.model.sample_size, self.model.downscale
         require(
             side % factor == 0,

@@ -98,7 +98,7 @@ def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:
     """Refuse a cache that does not fit the run, naming the field; else what the run needs of it."""
     if manifest.kind != "latents":
         raise UserError(f"latents={cfg.latents}: holds {manifest.kind}, not latents; run data/precompute_latents.py")
-    facts, stats = manifest.provenance, manifest.stats
+    facts = manifest.provenance
     found = {
         "autoencoder (weights)": (weights_digest(cfg.autoencoder), facts["autoencoder"]),
         "clip (weights)": (weights_digest(cfg.clip), facts["clip"]),
@@ -113,14 +113,24 @@ def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:
                 f"{short(cached)}; run data/precompute_latents.py into another folder or change the option"
             )
     check_shapes(cfg, facts)
+    mean, std = normalisation(cfg, manifest)
     return UNetInfo(
         process=OmegaConf.to_container(OmegaConf.structured(cfg.process), enum_to_str=True),  # type: ignore[arg-type]
-        latent_mean=stats["mean"],
-        latent_std=stats["std"],
+        latent_mean=mean,
+        latent_std=std,
         autoencoder=facts["autoencoder"],
         clip=facts["clip"],
         weights="ema" if cfg.ema.half_life_samples > 0 else "last",
     )
+
+
+def normalisation(cfg: UNetRun, manifest: Manifest) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation [C] of the latents; of those that `init_from` has learnt, if they are of one kind."""
+    if cfg.init_from is not None and (Path(cfg.init_from) / INFO).is_file():
+        before = UNetInfo.load(cfg.init_from)
+        if before.autoencoder == manifest.provenance["autoencoder"]:
+            return before.latent_mean, before.latent_std
+    return manifest.stats["mean"], manifest.stats["std"]
 
 
 def check_shapes(cfg: UNetRun, facts: dict[str, Any]) -> None:

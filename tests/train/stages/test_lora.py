@@ -9,12 +9,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from conf.entry import compose
 from conf.errors import UserError
-from conf.schema import Device, RuntimeConfig
+from conf.schema import AverageRun, Device, PlanRun, RuntimeConfig
 from models.lora import FILE_NAME
 from models.unet import UNet
 from train.engine import loop
 from train.engine.runtime import Runtime, start
+from train.evaluation.watch import of_checkpoint
+from train.stages import average
 from train.stages.unet import UNetStage
 
 RUN = ["loop.samples=96", "loop.checkpoint_every=48", "loop.log_every=16", "ema.half_life_samples=50", "optim.lr=1e-2"]
@@ -111,3 +114,17 @@ def test_other_adapters_do_not_continue_a_run(
 def test_adapters_that_cannot_be_trained_are_refused(project: Any, options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config(project, *options)
+
+
+def test_commands_that_need_whole_checkpoints_refuse_those_of_adapters(
+    project: Any, runtime: Runtime, tuned: Path, tmp_path: Path
+) -> None:
+    options = [f"trained={tuned}", f"output_dir={tmp_path}/x", "half_life_samples=50"]
+    with pytest.raises(UserError, match=r"averages there are of adapters only \(lora\.rank\); use its export"):
+        average.run(compose("average", AverageRun, options))
+    evaluation = project.config("evaluate", f"unet={tuned}/export")
+    with pytest.raises(UserError, match=r"hold adapters only \(lora\.rank\); wait for its export"):
+        of_checkpoint(evaluation, runtime, tuned, 96)
+    folders = ("run_dir", "init_from", "evaluation.shards", "evaluation.statistics_dir")
+    with pytest.raises(UserError, match=r"^lora\.rank=4: the plan is of training all weights; leave it out"):
+        compose("plan", PlanRun, ["experiment=smoke", "lora.rank=4", *(f"{name}=unused" for name in folders)])

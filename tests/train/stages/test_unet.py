@@ -1,6 +1,8 @@
 """The U-Net's training: it learns, and every draw belongs to a sample, whatever the batch, the rank or the order."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,20 @@ def test_init_from_of_another_architecture_is_refused(project: Any, runtime: Run
         make(project, runtime, f"init_from={export}", "model.layers_per_block=2")
     started = make(project, runtime, f"init_from={export}").unet.weights()
     assert all(torch.equal(tensor, started[name]) for name, tensor in UNet.from_pretrained(export).state_dict().items())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_fine_tuning_normalises_as_the_training_before(
+    project: Any, runtime: Runtime, tmp_path: Path, same: bool
+) -> None:
+    """On any data, as long as one autoencoder made all latents."""
+    shutil.copytree(project.folder / "unet" / "export", tmp_path / "export")
+    stats = UNetInfo.load(str(tmp_path / "export"))
+    before = replace(stats, latent_mean=[1.0] * 4, autoencoder=stats.autoencoder if same else "another")
+    before.save(tmp_path / "export")
+    stage = make(project, runtime, f"init_from={tmp_path}/export")
+    assert stage.info.latent_mean == (before if same else stats).latent_mean
+    assert stage.mean.flatten().tolist() == pytest.approx(stage.info.latent_mean)
 
 
 def test_training_on_pictures_of_several_shapes(
