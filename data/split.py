@@ -12,7 +12,7 @@ PENDING_BYTES = 2**28  # of samples kept in memory while the split of a small se
 
 @dataclass(slots=True)
 class Split:
-    """Sends each sample to training or to the held-out side, by its caption alone.
+    """Sends each sample to training or to the held-out side, by its caption (or `Sample.split_by`) alone.
 
     In a set so small that one side would stay empty, the caption nearest to the border moves there, if there are two
     captions. Until both sides have a sample (or at most 256 MiB wait) nothing is written, since this is not known.
