@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from conf.entry import compose
-from conf.schema import Device, PipelineRun, UNetRun
+from conf.schema import Device, EvaluateRun, PipelineRun, UNetRun
 from train.stages.plan import STAGES, StageCommand, plan, separate
 
 CONF = Path(__file__).parents[2] / "conf"
 COMMANDS = {stage.name: stage for stage in STAGES}
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "none")
+PROTOCOLS = sorted(path.stem for path in (CONF / "protocol").glob("*.yaml") if path.stem != "none")
 RUNTIMES = sorted((CONF / "runtime").glob("*.yaml"))
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
 SCHEMA = [
@@ -114,3 +115,17 @@ def test_every_experiment_says_its_purpose_command_cost_and_result(experiment: s
     for heading in ("Purpose:", "Command:", "Cost:", "Result:"):
         assert f"\n# {heading} " in header, heading
     assert f"experiment={experiment}" in header
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_protocol_composes_and_says_what_it_is(protocol: str) -> None:
+    """All that two labs must share is in it: pictures, captions, sampler, its options, guidance."""
+    text = (CONF / "protocol" / f"{protocol}.yaml").read_text()
+    for heading in ("Purpose:", "Command:", "Cost:", "Result:"):
+        assert f"\n# {heading} " in text, heading
+    assert f"protocol={protocol}" in text
+    for option in ("samples", "sampler", "steps", "guidance_scale"):
+        assert f"\n{option}: " in text, option
+    cfg = compose("evaluate", EvaluateRun, [f"protocol={protocol}", "run_dir=r", "inception=FILE"])
+    assert cfg.captions.startswith("r/shards/") and cfg.reference.startswith("r/shards/")
+    assert compose("evaluate", EvaluateRun, [f"protocol={protocol}", "run_dir=r", "steps=7"]).steps == 7
