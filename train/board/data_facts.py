@@ -48,7 +48,7 @@ def look(cfg: ReportRun, run: RunFolder) -> DataFacts | None:
     folders |= {"latents, train": latents / "train", "latents, held out": latents / "heldout"}
     sets = [(name, Manifest.load(folder)) for name, folder in folders.items() if (folder / MANIFEST).is_file()]
     try:
-        dataset = ImageDataset(shards / "train", ImageConfig(resolution=SIDE), cfg.seed)
+        dataset = ImageDataset(shards / "train", ImageConfig(resolution=SIDE), cfg.seed, labels=True)
         pixels, captions = shown(dataset, SHOWN)
     except UserError:
         return DataFacts(sets, [], 0, [], [], []) if sets else None
