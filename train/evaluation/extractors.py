@@ -31,7 +31,7 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Columns of images [B, 3, H, W] in [-1, 1], rounded to 8 bits first as a saved picture is; on the CPU."""
-        pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        pixels = (images.float() + 1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
         return {name: column.float().cpu() for name, column in self.network(pixels).items()}
 
     @property
