@@ -71,13 +71,13 @@ def numbered(names: Iterable[str]) -> Iterator[Ref]:
 def open_source(cfg: BuildRun) -> SampleSource:
     """The source that `cfg.source` names; raises UserError when there is nothing to take or a package is missing."""
     if cfg.source is Source.demo:
-        from data.sources.demo import DemoSource
+        from data.sources.demo import demo_source
 
-        return DemoSource(cfg)
+        return demo_source(cfg)
     if cfg.source is Source.layout:
-        from data.sources.layout import LayoutSource
+        from data.sources.layout import layout_source
 
-        return LayoutSource(cfg)
+        return layout_source(cfg)
     if cfg.source is Source.twemoji:
         from data.sources.twemoji import TwemojiSource
 

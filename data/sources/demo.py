@@ -5,9 +5,7 @@ attributes (shape, mood, eyes, ring …) are those that a person sees at that si
 (seed, index).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,8 @@ from PIL import Image
 from conf.schema import BuildRun
 from data.labels import Vocabulary
 from data.order import rng
-from data.sources import Ref, Sample, numbered
-from data.sources.rendering import SEGMENTS, drawing, parts_map, picture, provenance, require_packages
+from data.sources import Sample
+from data.sources.rendering import SEGMENTS, RenderedSource, drawing, parts_map, picture
 
 KINDS = ("monster", "plant", "planet", "landscape")
 SHARES = (0.35, 0.25, 0.2, 0.2)  # of the kinds: more scenes for those with more attributes
@@ -75,51 +73,23 @@ class Scene:
         return drawing(self.kind, self.options)
 
 
-class DemoSource:
-    """`cfg.samples` scenes of `cfg.resolution` pixels."""
+def demo_source(cfg: BuildRun) -> RenderedSource:
+    """Scenes, of which each has its kind as its class."""
+    names = Vocabulary.of({"classes": KINDS, "segments": SEGMENTS})
+    return RenderedSource(cfg, "scene", drawn_scene, names, "DiceBear scenes", KINDS)
 
-    def __init__(self, cfg: BuildRun) -> None:
-        self.samples, self.resolution, self.seed = cfg.samples, cfg.resolution, cfg.seed
-        require_packages("demo")
 
-    def __len__(self) -> int:
-        return self.samples
-
-    def name(self, index: int) -> str:
-        """What a list of rejects calls it."""
-        return f"scene {index}"
-
-    def expected(self) -> int:
-        """All of them."""
-        return len(self)
-
-    def refs(self, scratch: Path) -> Iterator[Ref]:
-        """In order."""
-        return numbered(map(self.name, range(len(self))))
-
-    def sample(self, index: int) -> Sample:
-        """Scene `index`, drawn; its class is its kind."""
-        drawn = scene(self.seed, index)
-        svg = drawn.svg()
-        label = {"class": drawn.kind, "class_id": KINDS.index(drawn.kind)}
-        return Sample(
-            image=picture(svg, self.resolution),
-            caption=drawn.caption,
-            meta=drawn.attributes | label,
-            segments=parts_map(drawn.kind, svg, self.resolution),
-        )
-
-    def vocabulary(self) -> Vocabulary:
-        """Kinds, and parts of the scenes."""
-        return Vocabulary.of({"classes": KINDS, "segments": SEGMENTS})
-
-    def identity(self) -> dict[str, Any]:
-        """The options that the pictures depend on."""
-        return {"samples": self.samples, "seed": self.seed}
-
-    def describe(self) -> dict[str, Any]:
-        """Provenance: styles, their licence, the packages that drew them."""
-        return provenance("DiceBear scenes", KINDS)
+def drawn_scene(seed: int, index: int, resolution: int) -> Sample:
+    """Scene `index` with its labels."""
+    drawn = scene(seed, index)
+    svg = drawn.svg()
+    label = {"class": drawn.kind, "class_id": KINDS.index(drawn.kind)}
+    return Sample(
+        image=picture(svg, resolution),
+        caption=drawn.caption,
+        meta=drawn.attributes | label,
+        segments=parts_map(drawn.kind, svg, resolution),
+    )
 
 
 def scene(seed: int, index: int) -> Scene:

@@ -3,10 +3,7 @@
 A canvas is a pure function of (seed, index); the box of an object is the smallest that holds every pixel it covers.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,9 +12,9 @@ from conf.schema import BuildRun
 from data.images import parse_color
 from data.labels import Box, Labels, Vocabulary, to_json
 from data.order import rng
-from data.sources import Ref, Sample, numbered
+from data.sources import Sample
 from data.sources.demo import BACKGROUNDS, Scene, draw_scene
-from data.sources.rendering import SEGMENTS, figure, parts_map, provenance, require_packages
+from data.sources.rendering import SEGMENTS, RenderedSource, figure, parts_map
 
 OBJECTS = ("monster", "plant", "planet")
 SIDES = {1: (0.4, 0.8), 2: (0.35, 0.5), 3: (0.3, 0.42), 4: (0.28, 0.38)}  # longer sides, by the number of objects
@@ -53,48 +50,20 @@ class Layout:
         return f"{', '.join(first)}{' and ' if first else ''}{last} on a {self.background} background"
 
 
-class LayoutSource:
-    """`cfg.samples` canvases of `cfg.resolution` pixels."""
+def layout_source(cfg: BuildRun) -> RenderedSource:
+    """Canvases with the kinds of their objects, and their parts."""
+    names = Vocabulary.of({"box_classes": OBJECTS, "segments": SEGMENTS})
+    return RenderedSource(cfg, "canvas", drawn_canvas, names, "DiceBear layouts", OBJECTS)
 
-    def __init__(self, cfg: BuildRun) -> None:
-        self.samples, self.resolution, self.seed = cfg.samples, cfg.resolution, cfg.seed
-        require_packages("layout")
 
-    def __len__(self) -> int:
-        return self.samples
-
-    def name(self, index: int) -> str:
-        """What a list of rejects calls it."""
-        return f"canvas {index}"
-
-    def expected(self) -> int:
-        """All of them."""
-        return len(self)
-
-    def refs(self, scratch: Path) -> Iterator[Ref]:
-        """In order."""
-        return numbered(map(self.name, range(len(self))))
-
-    def sample(self, index: int) -> Sample:
-        """Canvas `index`, drawn."""
-        drawn = layout(self.seed, index)
-        image, labels = render(drawn, self.resolution)
-        meta = {"background": drawn.background, **to_json(labels)}
-        for entry, placed in zip(meta["boxes"], drawn.objects, strict=True):
-            entry["color"] = placed.scene.attributes["color"]
-        return Sample(image, drawn.caption, meta, labels.segments)
-
-    def vocabulary(self) -> Vocabulary:
-        """Kinds of objects, and their parts."""
-        return Vocabulary.of({"box_classes": OBJECTS, "segments": SEGMENTS})
-
-    def identity(self) -> dict[str, Any]:
-        """The options that the pictures depend on."""
-        return {"samples": self.samples, "seed": self.seed}
-
-    def describe(self) -> dict[str, Any]:
-        """Provenance: styles, their licence, the packages that drew them."""
-        return provenance("DiceBear layouts", OBJECTS)
+def drawn_canvas(seed: int, index: int, resolution: int) -> Sample:
+    """Canvas `index` with its labels; each box names the colour of its object, too."""
+    drawn = layout(seed, index)
+    image, labels = render(drawn, resolution)
+    meta = {"background": drawn.background, **to_json(labels)}
+    for entry, placed in zip(meta["boxes"], drawn.objects, strict=True):
+        entry["color"] = placed.scene.attributes["color"]
+    return Sample(image, drawn.caption, meta, labels.segments)
 
 
 def layout(seed: int, index: int) -> Layout:

@@ -7,14 +7,19 @@ import functools
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from conf.errors import UserError
+from conf.schema import BuildRun
+from data.labels import Vocabulary
+from data.sources import Ref, Sample, numbered
 
 if TYPE_CHECKING:
     from dicebear import Style
@@ -33,6 +38,52 @@ COVERED = 0.5  # of a part's own opacity, in a pixel of it; soft shadows belong 
 _END = "</defs>"
 _USE = re.compile(r'<use [^>]*href="#([a-zA-Z0-9]+)-[^>]*/>')
 _RECT = re.compile(r"<rect [^>]*/>")
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedSource:
+    """`cfg.samples` pictures that are drawn for a data set.
+
+    Raises:
+        UserError: the packages that draw are missing.
+    """
+
+    cfg: BuildRun
+    noun: str  # what a list of rejects calls a picture
+    draw: Callable[[int, int, int], Sample]  # a pure function of seed, index and resolution in pixels
+    names: Vocabulary
+    title: str  # of the set, in its provenance
+    kinds: tuple[str, ...]  # whose styles are drawn
+
+    def __post_init__(self) -> None:
+        require_packages(self.cfg.source.value)
+
+    def __len__(self) -> int:
+        return self.cfg.samples
+
+    def expected(self) -> int:
+        """All of them."""
+        return len(self)
+
+    def refs(self, scratch: Path) -> Iterator[Ref]:
+        """In order."""
+        return numbered(f"{self.noun} {index}" for index in range(len(self)))
+
+    def sample(self, index: int) -> Sample:
+        """Picture `index`, drawn."""
+        return self.draw(self.cfg.seed, index, self.cfg.resolution)
+
+    def vocabulary(self) -> Vocabulary:
+        """What the numbers in the labels mean."""
+        return self.names
+
+    def identity(self) -> dict[str, Any]:
+        """The options that the pictures depend on."""
+        return {"samples": self.cfg.samples, "seed": self.cfg.seed}
+
+    def describe(self) -> dict[str, Any]:
+        """Provenance: styles, their licence, the packages that drew them."""
+        return provenance(self.title, self.kinds)
 
 
 def require_packages(source: str) -> None:

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from itertools import takewhile
 from operator import itemgetter
+from posixpath import commonpath
 from typing import Any
 
 from train.board.panels import EVALUATIONS, SECTIONS, Panel, bounds
@@ -98,6 +98,5 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def short(metric: str, panel: Panel) -> str:
     """What tells a metric from the others of its panel: its name without the folders that all of them share."""
-    folders = zip(*(name.split("/")[:-1] for name in panel.metrics), strict=False)
-    shared = list(takewhile(lambda level: len(set(level)) == 1, folders))
-    return "/".join(metric.split("/")[max(1, len(shared)) :])
+    shared = commonpath([name.rpartition("/")[0] for name in panel.metrics]).split("/")
+    return "/".join(metric.split("/")[len(shared) :])

@@ -1,6 +1,8 @@
 """Metrics that another process hands to a training that goes on, so that one process alone writes to its W&B run.
 
-output_dir/inbox/<samples_seen>-<name>.json    {"samples_seen", "metrics", "image": path or null}
+    output_dir/inbox/<samples_seen>-<name>.json    {"samples_seen", "metrics", "image": path or null}
+
+They stay there: the folder is small, and each start of the training needs all of them.
 """
 
 import json

@@ -6,12 +6,7 @@ from train.engine.journal import say
 from train.evaluation.chunks import Chunks
 from train.evaluation.extractors import LOGITS, Extractor
 from train.evaluation.frechet import covariance_root, frechet_distance, sample_size_floor, statistics_of
-from train.evaluation.metrics import (
-    frechet_interval,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from train.evaluation.metrics import frechet_interval, inception_score, kernel_distance, precision_recall
 from train.evaluation.reference import Reference
 
 KERNEL_FEATURES = 50_000  # pictures of each set, at even distances, that the kernel distance draws its subsets from
