@@ -1,6 +1,7 @@
 """Holes for inpainting, what trivial methods put into them, and the known pixels put back.
 
 Pictures are [B, 3, H, W] in [-1, 1]; masks are bool [B, H, W], true in the hole, whose pixels no function looks at.
+Something of each picture must be known.
 """
 
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def _filled(image: Tensor, mask: Tensor, patch: int) -> Tensor:
         weights = known.expand_as(target).flatten().to(sources)
         distances = squares @ weights - 2 * sources @ (weights * target.flatten())  # squared, less a constant
         target.copy_(target.where(known, sources[distances.argmin()].view_as(target)))
-        confidence[window] = confidence[window].where(known, trust[row, column])
+        confidence[window] = confidence[window].where(known, trust[row, column].clamp_min(1e-30))  # 0 is unknown
         hole = mask & (confidence[radius:-radius, radius:-radius] == 0)
     return picture[:, radius:-radius, radius:-radius]
 

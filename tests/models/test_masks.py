@@ -137,3 +137,10 @@ def test_nearest_patch_shrinks_its_patches_where_none_is_known() -> None:
     filled = nearest_patch(images, hole, patch=7)
     assert torch.equal(paste_back(filled, images, hole), filled)
     assert (filled - images).abs().mean() < 0.1
+
+
+def test_nearest_patch_reaches_the_end_of_a_long_hole() -> None:
+    """Confidence falls with every patch; where it reached zero, nothing would ever count as filled."""
+    grey, hole = torch.zeros(1, 3, 9, 600), torch.zeros(1, 9, 600, dtype=torch.bool)
+    hole[:, :, 9:] = True
+    assert torch.equal(nearest_patch(grey, hole, patch=3), grey)
