@@ -1,4 +1,4 @@
-"""Distances between pictures: perceptual losses of the autoencoder, and PSNR and SSIM that judge it.
+"""Distances between pictures: perceptual losses of the autoencoder, and PSNR and SSIM, of the whole or of a hole.
 
 Pictures are [B, 3, H, W] in [-1, 1]; every function returns one number per picture, [B].
 """
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from conf.errors import UserError
 from conf.schema import Perceptual
 from models.features import EfficientNetFeatures
+from models.masks import paste_back
 from models.weights import check_names
 
 VGG_FILE = "vgg16-397923af.pth"
@@ -103,7 +104,29 @@ class EfficientNetDistance(nn.Module):
 
 def psnr(pictures: Tensor, references: Tensor) -> Tensor:
     """Peak signal-to-noise ratio [B] in dB; values outside [-1, 1] are clamped, as a saved picture would be."""
-    error = (pictures.clamp(-1, 1) - references.clamp(-1, 1)).square().flatten(1).mean(dim=1)
+    return _decibels(_squared_error(pictures, references).mean(dim=(1, 2)))
+
+
+def psnr_inside(pictures: Tensor, references: Tensor, masks: Tensor) -> Tensor:
+    """`psnr` [B] over the pixels of the hole alone; masks bool [B, H, W] are true there, and none is empty."""
+    errors = _squared_error(pictures, references) * masks
+    return _decibels(errors.sum(dim=(1, 2)) / masks.sum(dim=(1, 2)))
+
+
+def distance_inside(distance: nn.Module, pictures: Tensor, references: Tensor, masks: Tensor) -> Tensor:
+    """A perceptual distance [B] of what fills the hole, seen within the reference.
+
+    Divided by the hole's share of the picture, so that large and small holes count alike.
+    """
+    return distance(paste_back(pictures, references, masks), references) / masks.float().mean(dim=(1, 2))
+
+
+def _squared_error(pictures: Tensor, references: Tensor) -> Tensor:
+    """Mean over the channels, [B, H, W]."""
+    return (pictures.clamp(-1, 1) - references.clamp(-1, 1)).square().mean(dim=1)
+
+
+def _decibels(error: Tensor) -> Tensor:
     return 10 * torch.log10(4 / error.clamp_min(1e-10))  # peak = 2; identical pictures give 106 dB
 
 

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import Perceptual
-from models.losses import VGG_FILE, EfficientNetDistance, LpipsDistance, perceptual_distance, psnr, ssim
+from models.losses import (
+    VGG_FILE,
+    EfficientNetDistance,
+    LpipsDistance,
+    distance_inside,
+    perceptual_distance,
+    psnr,
+    psnr_inside,
+    ssim,
+)
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +127,40 @@ def test_efficientnet_distance_leads_back_to_the_reference(pair: tuple[Tensor, T
         after = distance(pictures - 0.5 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1), references)
     assert (after < value).all()
     assert perceptual_distance(Perceptual.none) is None
+
+
+@pytest.fixture(scope="module")
+def holes() -> Tensor:
+    """A box in each picture of `pair`."""
+    masks = torch.zeros(3, 48, 64, dtype=torch.bool)
+    masks[0, 8:24, 8:24] = masks[1, 16:48, 0:48] = masks[2, 0:8, 40:64] = True
+    return masks
+
+
+def test_psnr_inside_is_that_of_the_box_cut_out(pair: tuple[Tensor, Tensor], holes: Tensor) -> None:
+    pictures, references = pair
+    boxes = [(slice(8, 24), slice(8, 24)), (slice(16, 48), slice(0, 48)), (slice(0, 8), slice(40, 64))]
+    expected = [psnr(pictures[i : i + 1, :, *box], references[i : i + 1, :, *box]) for i, box in enumerate(boxes)]
+    torch.testing.assert_close(psnr_inside(pictures, references, holes), torch.cat(expected))
+
+
+def test_distance_inside_sees_the_hole_alone(pair: tuple[Tensor, Tensor], holes: Tensor) -> None:
+    pictures, references = pair
+    distance = EfficientNetDistance()
+    outside_alone = torch.where(holes[:, None], references, pictures)
+    assert distance_inside(distance, outside_alone, references, holes).abs().max() < 1e-6
+    inside_alone = torch.where(holes[:, None], pictures, references)
+    both = distance_inside(distance, pictures, references, holes)
+    torch.testing.assert_close(distance_inside(distance, inside_alone, references, holes), both)
+    everywhere = torch.ones_like(holes)
+    torch.testing.assert_close(distance_inside(distance, *pair, everywhere), distance(*pair))
+
+
+def test_distance_inside_hardly_depends_on_the_size_of_the_hole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    references = 0.3 * torch.randn(1, 3, 128, 128, generator=generator).expand(2, -1, -1, -1)
+    masks = torch.zeros(2, 128, 128, dtype=torch.bool)
+    masks[0, 40:72, 40:72] = masks[1, 8:120, 8:120] = True  # 12 times the area
+    noisy = references + 0.3 * torch.randn(references.shape, generator=generator)
+    small, large = distance_inside(EfficientNetDistance(), noisy, references, masks)
+    assert 0.67 < small / large < 1.5
