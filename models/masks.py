@@ -155,4 +155,4 @@ def _filled(image: Tensor, mask: Tensor, patch: int) -> Tensor:
 
 def _window_means(values: Tensor, side: int) -> Tensor:
     """Mean of every window that fits: [H, W] to [H-side+1, W-side+1]."""
-    return F.avg_pool2d(F.avg_pool2d(values[None], (side, 1), stride=1), (1, side), stride=1)[0]
+    return values.unfold(0, side, 1).mean(dim=-1).unfold(1, side, 1).mean(dim=-1)
