@@ -21,6 +21,7 @@ from data.manifest import Manifest
 from data.shards import ShardWriter
 from models.autoencoder import Autoencoder
 from models.clip import Clip
+from models.conditions import PREPARING, Conditions
 from train.engine.journal import Journal
 from train.engine.runtime import start
 from train.stages.encoding import Encoder
@@ -62,7 +63,16 @@ def config(folder: Path, output: str) -> PrecomputeRun:
 def encoder_of(cfg: PrecomputeRun, runtime: Any) -> Encoder:
     """The two towers as the command loads them."""
     autoencoder, clip = Autoencoder.from_pretrained(cfg.autoencoder), Clip.from_pretrained(cfg.clip)
-    return Encoder(autoencoder.eval(), clip.eval(), runtime.device, runtime.precision, True, limit=cfg.batch_size)
+    return Encoder(
+        autoencoder.eval(),
+        clip.eval(),
+        Conditions(cfg.conditions, PREPARING),
+        runtime.device,
+        runtime.precision,
+        text_states=True,
+        seed=cfg.seed,
+        limit=cfg.batch_size,
+    )
 
 
 def encode_all(cfg: PrecomputeRun, runtime: Any, encoder: Encoder) -> None:

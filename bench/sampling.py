@@ -16,10 +16,21 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from conf.entry import compose
-from conf.schema import AutoencoderRun, ClipRun, Prediction, ProcessConfig, Sampler, SamplingConfig, UNetRun
+from conf.schema import (
+    AutoencoderRun,
+    ClipRun,
+    ConditionsConfig,
+    Prediction,
+    ProcessConfig,
+    Sampler,
+    SamplingConfig,
+    UNetRun,
+)
 from models.autoencoder import Autoencoder
 from models.clip import Clip
-from models.pipeline import TextToImage, picture_noise
+from models.conditions import Conditions, Surroundings
+from models.denoiser import Denoiser
+from models.pipeline import DiffusionPipeline, picture_noise
 from models.process import Process
 from models.unet import UNet
 from train.stages.export import write_pipeline
@@ -29,7 +40,7 @@ GUIDANCE_SCALE, BAR = 3.0, 1.25
 DEMO = ["experiment=demo", "run_dir=unused"]
 
 
-def models(folder: Path) -> tuple[TextToImage, StableDiffusionPipeline]:
+def models(folder: Path) -> tuple[DiffusionPipeline, StableDiffusionPipeline]:
     """Ours, and diffusers' from what ours is exported to."""
     torch.manual_seed(0)
     unet = UNet(compose("train_unet", UNetRun, DEMO).model).eval()
@@ -43,13 +54,16 @@ def models(folder: Path) -> tuple[TextToImage, StableDiffusionPipeline]:
     pipeline = StableDiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     channels = unet.cfg.in_channels
-    return TextToImage(unet, autoencoder, clip, process, torch.zeros(channels), torch.ones(channels)), pipeline
+    mean, std = torch.zeros(channels), torch.ones(channels)
+    around = Surroundings.of(unet.cfg, downscale=autoencoder.cfg.downscale, latent_mean=mean, latent_std=std)
+    denoiser = Denoiser(unet, Conditions(ConditionsConfig(), around))
+    return DiffusionPipeline(denoiser, autoencoder, clip, process, mean, std), pipeline
 
 
 def comparisons(folder: Path) -> Iterator[Comparison]:
     """At two numbers of steps, in pictures per second."""
     model, pipeline = models(folder)
-    cfg, seeds = model.unet.cfg, [0] * len(PROMPTS)
+    cfg, seeds = model.denoiser.unet.cfg, [0] * len(PROMPTS)
     side = cfg.sample_size * model.autoencoder.cfg.downscale
     shape = (cfg.in_channels, cfg.sample_size, cfg.sample_size)
     noise = torch.from_numpy(np.stack([picture_noise(prompt, 0, 0, shape) for prompt in PROMPTS]))

@@ -139,8 +139,19 @@ def compose(config_name: str, schema: type[Run], overrides: list[str]) -> Run:
 
 
 def whole_dictionary(override: str) -> str:
-    """An override that Hydra takes although the keys of a dictionary, such as `stream.mix={...}`, are no options."""
-    return f"++{override}" if re.match(r"[A-Za-z_][\w.]*=\{", override) else override
+    """An override that Hydra takes although it cannot see its option in the schema.
+
+    These are keys of a dictionary, as in `stream.mix={...}`, and all of a section that is absent by default, as in
+    `conditions.boxes.most=8`: they are handed over as the value of the option that begins their name.
+    """
+    dictionary = re.match(r"([A-Za-z_]\w*)\.?([\w.]*)=(\{.*)", override, re.DOTALL)
+    absent = re.match(r"(conditions)\.(\w+\.[\w.]+)=(.*)", override, re.DOTALL)
+    if (found := dictionary or absent) is None:
+        return override
+    first, rest, value = found.groups()
+    for name in reversed(rest.split(".") if rest else []):
+        value = f"{{{name}: {value}}}"
+    return f"++{first}={value}"
 
 
 def to_object(composed: DictConfig) -> Any:
@@ -171,6 +182,8 @@ def explain(error: Exception, schema: type) -> str:
         quoted = f"'{name}=\"VALUE\"' where it has special characters"
         return f"cannot read '{override}': write {name}=VALUE, and {quoted}"
     cause = "" if error.__cause__ is None else first_line(error.__cause__)
+    if "Error merging override" in line and " not in " in cause:
+        return no_option(error.__cause__.full_key, options(OmegaConf.structured(schema)))  # type: ignore[union-attr]
     if line.startswith("Could not override") and " not in " in cause:
         return no_option(line.split("'")[1], options(OmegaConf.structured(schema)))
     if "Available options in" in str(error):

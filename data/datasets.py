@@ -75,7 +75,7 @@ class ImageDataset:
         pixels = torch.stack([to_tensor(to_pixels(image, *shape, cut)) for cut in cuts])
         if self.labels:
             facts["labels"] = [cut_labels(facts["labels"], cut, *shape, image.size) for cut in cuts]
-        return {"image": pixels, "cuts": cuts, "size": image.size, **facts}
+        return {"image": pixels, "cuts": cuts, "size": image.size, "index": index, **facts}
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Collated items; broken ones are left out and named in "skipped" where the stream says so."""

@@ -49,13 +49,14 @@ class ArrayLayout:
         return f"{self.dtype} {list(self.shape)}"
 
 
-ARRAYS = ("moments", "tokens", "text")
+SHARED = ("tokens", "text")  # by all variants of a picture; of the other arrays each has its own
 Layout = dict[str, ArrayLayout]  # by the name of the array
 
 
 def layout_of(record: Mapping[str, Any]) -> Layout:
     """That of a record; `UserError` when its moments are not [variants, 2·C, h, w]."""
-    layout = {name: ArrayLayout.of(record[f"{name}.npy"]) for name in ARRAYS if f"{name}.npy" in record}
+    arrays = sorted(name for name in record if name.endswith(".npy"))
+    layout = {name.removesuffix(".npy"): ArrayLayout.of(record[name]) for name in arrays}
     shape = layout["moments"].shape
     if len(shape) != 4 or shape[1] % 2:
         raise UserError(f"moments.npy is {layout['moments']}, not [variants, 2·C, h, w]: run the precompute again")
@@ -63,8 +64,9 @@ def layout_of(record: Mapping[str, Any]) -> Layout:
 
 
 class LatentDataset:
-    """Cached latents. An item: {"moments" [2·C, h, w], "tokens" [L] int64, "text" [L, D] when it is cached, "caption",
-    "key", "position"}; moments and text in the cache's dtype, which costs half the way to the device.
+    """Cached latents. An item: {"moments" [2·C, h, w], "caption", "key", "position"} and, where they are cached,
+    "tokens" [L] int64, "text" [L, D] and the arrays of other conditions; moments and text in the cache's dtype, which
+    costs half the way to the device.
     """
 
     def __init__(self, folder: str | Path, seed: int, stream: StreamConfig | None = None, run: int = 1) -> None:
@@ -73,7 +75,7 @@ class LatentDataset:
         self.manifest = find_shards(folder, "latents", stream.skip_broken)
         self.samples, self.digest = self.manifest.samples, self.manifest.digest()
         self.seed, self.skip = seed, stream.skip_broken
-        self.records = RecordStore(folder, self.manifest, [("moments.npy",), ("tokens.npy",), ("txt",)], stream)
+        self.records = RecordStore(folder, self.manifest, [("moments.npy",), ("txt",)], stream)
         sizes = [shard.samples for shard in self.manifest.shards]
         self.buckets = [bucket_of(shard.name) for shard in self.manifest.shards]
         self.layouts = {name: self._layout(name) for name in sorted(set(self.buckets))}
@@ -137,7 +139,7 @@ class LatentDataset:
         self, indices: Sequence[int], variants: Sequence[int], positions: Sequence[int], skip: bool = False
     ) -> Batch:
         layout = self._common_layout(indices)
-        shapes = {name: array.shape[name == "moments" :] for name, array in layout.items()}  # of one variant
+        shapes = {name: array.shape[name not in SHARED :] for name, array in layout.items()}  # of one variant
         rows = {name: np.empty((len(indices), *shapes[name]), array.dtype) for name, array in layout.items()}
         targets = [(name, out.reshape(-1).view(np.uint8).data, out[0].nbytes) for name, out in rows.items()]
         keys, captions, kept, skipped = list[str](), list[str](), list[int](), list[str]()
@@ -146,7 +148,7 @@ class LatentDataset:
             try:
                 record = self.records[index]
                 for name, target, size in targets:
-                    data, first = self._data(record, name, index, layout), size * variant if name == "moments" else 0
+                    data, first = self._data(record, name, index, layout), 0 if name in SHARED else size * variant
                     target[row * size : (row + 1) * size] = data[first : first + size]
             except UserError as error:
                 if not skip:
@@ -158,7 +160,8 @@ class LatentDataset:
             kept.append(position)
         require_some(kept, skipped)
         batch: Batch = {name: _tensor(out[: len(kept)]) for name, out in rows.items()}
-        batch["tokens"] = batch["tokens"].long()
+        if "tokens" in batch:
+            batch["tokens"] = batch["tokens"].long()
         batch |= {"caption": captions, "key": keys, "position": torch.tensor(kept)}
         return {**batch, "skipped": skipped} if skip else batch
 

@@ -1,7 +1,8 @@
 """The latent record: moments of the autoencoder's posterior, tokens and text states of one image, in a shard.
 
-`KEY.moments.npy` [variants, 2·C, h, w] (mean, then log-variance), `KEY.tokens.npy` [L] int32, optionally
-`KEY.text.npy` [L, D], `KEY.txt`, `KEY.json`. bfloat16, which npy does not know, is stored as its bits in uint16.
+`KEY.moments.npy` [variants, 2·C, h, w] (mean, then log-variance), where captions are a condition `KEY.tokens.npy` [L]
+int32 and mostly `KEY.text.npy` [L, D], of each other condition its arrays `KEY.NAME.npy` [variants, ...], `KEY.txt`,
+`KEY.json`. bfloat16, which npy does not know, is stored as its bits in uint16.
 """
 
 import io
@@ -28,8 +29,9 @@ class LatentRecord:
 
     key: str
     moments: np.ndarray  # [variants, 2·C, h, w]
-    tokens: np.ndarray  # [L] int32
+    tokens: np.ndarray | None  # [L] int32
     text: np.ndarray | None  # [L, D]
+    arrays: dict[str, np.ndarray]  # of other conditions [variants, ...]
     caption: str
     meta: dict[str, Any]
 
@@ -47,18 +49,19 @@ class LatentWriter:
         self,
         key: str,
         moments: np.ndarray,  # [variants, 2·C, h, w] float32
-        tokens: np.ndarray,  # [L] integers
+        tokens: np.ndarray | None,  # [L] integers
         caption: str,
         meta: Mapping[str, Any],
         text: np.ndarray | None = None,  # [L, D] float32
+        arrays: Mapping[str, np.ndarray] | None = None,  # of other conditions [variants, ...], kept as they are
     ) -> None:
         """Append one record; `UserError` when a value does not fit the cache's dtype."""
-        files: dict[str, Buffer] = {
-            "moments.npy": encode_npy(self._cast(key, moments)),
-            "tokens.npy": encode_npy(tokens.astype(np.int32)),
-        }
+        files: dict[str, Buffer] = {"moments.npy": encode_npy(self._cast(key, moments))}
+        if tokens is not None:
+            files["tokens.npy"] = encode_npy(tokens.astype(np.int32))
         if text is not None:
             files["text.npy"] = encode_npy(self._cast(key, text))
+        files |= {f"{name}.npy": encode_npy(array) for name, array in (arrays or {}).items()}
         files["txt"] = caption.encode()
         files["json"] = json.dumps(meta, sort_keys=True).encode()
         self.shards.add(key, files)
@@ -88,13 +91,15 @@ class LatentWriter:
 
 def read_latent(record: Mapping[str, Any]) -> LatentRecord:
     """Decode what `ShardReader` gives for one sample; `UserError` when it is not a latent record."""
-    if "moments.npy" not in record or "tokens.npy" not in record:
+    if "moments.npy" not in record:
         raise UserError(f"sample '{record['__key__']}' is not a latent record: run data/precompute_latents.py again")
+    arrays = {name.removesuffix(".npy"): decode_npy(record[name]) for name in record if name.endswith(".npy")}
     return LatentRecord(
         key=record["__key__"],
-        moments=decode_npy(record["moments.npy"]),
-        tokens=decode_npy(record["tokens.npy"]),
-        text=decode_npy(record["text.npy"]) if "text.npy" in record else None,
+        moments=arrays.pop("moments"),
+        tokens=arrays.pop("tokens", None),
+        text=arrays.pop("text", None),
+        arrays=arrays,
         caption=bytes(record.get("txt", b"")).decode(),
         meta=json.loads(bytes(record.get("json", b"{}"))),
     )

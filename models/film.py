@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.pipeline import TextToImage
+from models.pipeline import DiffusionPipeline
 
 
 class Film:
-    """A callback for `TextToImage` that keeps the guesses of some steps, evenly chosen from the first to the last.
+    """A callback for `DiffusionPipeline`: keeps the guesses of some steps, evenly chosen from the first to the last.
 
     Args:
         frames: how many, 2 or more; no more than there are steps.
@@ -32,7 +32,7 @@ class Film:
         return [f"step {step + 1}" for step in self.steps]
 
     @torch.no_grad()
-    def frames(self, model: TextToImage, images: Tensor) -> Tensor:
+    def frames(self, model: DiffusionPipeline, images: Tensor) -> Tensor:
         """Pictures [R, F, 3, H, W] in [-1, 1], one step decoded at a time.
 
         The last frame is of `images` [B, 3, H, W], which most samplers end with the last guess itself.

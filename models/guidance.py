@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.conditions import Conditioning
 from models.process import Network
 
-# (x_t [B, C, h, w], timesteps [B], context [B, L, D] or what was prepared of it) -> prediction [B, C, h, w]
-ConditionalNetwork = Callable[[Tensor, Tensor, Any], Tensor]
+# (x_t [B, C, h, w], timesteps [B], what it is told of each row) -> prediction [B, C, h, w]
+ConditionalNetwork = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +23,10 @@ class Joined:
 
 def classifier_free(
     network: ConditionalNetwork,
-    context: Tensor,
-    null_context: Tensor,
+    given: Conditioning,
+    null: Conditioning,
     scale: float,
-    prepare: Callable[[Tensor], Any] = lambda context: context,
+    prepare: Callable[[Conditioning], Conditioning] = lambda given: given,
     *,
     rescale: float = 0.0,
     joined: Joined | None = None,
@@ -35,23 +35,23 @@ def classifier_free(
 
     Args:
         network: the conditional network.
-        context: text states of the prompts [B, L, D], of all R prompts [R, L, D] with `joined`.
-        null_context: text states of the empty caption or of a negative prompt [1 or B, L, D].
+        given: what the network is told of the B pictures, of all R prompts with `joined`.
+        null: what it is told where nothing is asked for, or what guidance leads away from, of the B pictures.
         scale: 1 is the plain conditional network, called once per picture; more follows the prompt more closely.
-        prepare: what of the texts to compute once for all calls, such as `UNet.keys_values`.
+        prepare: what to compute once for all calls, such as `Denoiser.prepared`.
         rescale: 0-1, how far the result gets the standard deviation of the conditional prediction (`rescaled`).
         joined: prompts that share a picture; cond is then uncond + sum of weight (cond_i - uncond).
     """
     if scale == 1 and joined is None:
-        prepared = prepare(context)
+        prepared = prepare(given)
         return lambda x_t, timesteps: network(x_t, timesteps, prepared)
-    pictures = torch.arange(len(context), device=context.device) if joined is None else joined.pictures
-    count = int(pictures.max()) + 1
-    contexts = prepare(torch.cat([null_context.expand(count, -1, -1), context]))  # [B + R, L, D]
-    rows = torch.cat([torch.arange(count, device=pictures.device), pictures])
+    both = prepare(null.followed_by(given))  # of B + R rows
 
     def guided(x_t: Tensor, timesteps: Tensor) -> Tensor:
-        predictions = network(x_t[rows], timesteps[rows], contexts)  # [B + R, C, h, w]
+        count = len(x_t)
+        pictures = torch.arange(count, device=x_t.device) if joined is None else joined.pictures
+        rows = torch.cat([torch.arange(count, device=x_t.device), pictures])
+        predictions = network(x_t[rows], timesteps[rows], both)  # [B + R, C, h, w]
         uncond, cond = predictions[:count], predictions[count:]
         if joined is not None:
             apart = joined.weights.to(cond.dtype).view(-1, 1, 1, 1) * (cond - uncond[pictures])

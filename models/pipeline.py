@@ -1,4 +1,4 @@
-"""Text to image: prompts and seeds in, pictures out."""
+"""Sampling: prompts, other conditions and seeds in, pictures out."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,24 +10,25 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import SamplingConfig
-from models.autoencoder import AnyAutoencoder, finite
+from models.autoencoder import AnyAutoencoder, finite, split_moments
+from models.conditions import Conditioning, Inputs, Samples
+from models.denoiser import Denoiser
 from models.guidance import Joined, classifier_free, within
 from models.process import Network, Process
 from models.prompts import Prompt, parse, plain, text_states
 from models.samplers import sampler_of
 from models.solvers.common import Callback
-from models.text import TextTower
-from models.tiles import check_tile, decode_in_tiles
-from models.unet import UNet
+from models.text import TextTower, image_embeddings
+from models.tiles import check_tile, decode_in_tiles, encode_in_tiles
 
 
-class TextToImage:
+class DiffusionPipeline:
     """A trained U-Net with all that it needs to make pictures.
 
     Args:
-        unet: predicts what `process` says; its device is where everything is computed.
+        denoiser: the U-Net and its conditions; its device is where everything is computed.
         autoencoder: decodes latents.
-        text_tower: gives the context of the prompts and of the empty caption.
+        text_tower: gives the states of the prompts and of the empty caption; None for a network that asks CLIP nothing.
         process: the one that the U-Net was trained with.
         latent_mean: per channel [C] over the training latents, as in the latents' manifest.
         latent_std: likewise [C]; the U-Net works on (z - mean) / std.
@@ -36,9 +37,9 @@ class TextToImage:
 
     def __init__(
         self,
-        unet: UNet,
+        denoiser: Denoiser,
         autoencoder: AnyAutoencoder,
-        text_tower: TextTower,
+        text_tower: TextTower | None,
         process: Process,
         latent_mean: Tensor,
         latent_std: Tensor,
@@ -46,12 +47,12 @@ class TextToImage:
     ) -> None:
         check_tile(tile, autoencoder.cfg.downscale)
 
-        self.unet = unet
+        self.denoiser = denoiser
         self.autoencoder = autoencoder
         self.text_tower = text_tower
         self.process = process
         self.tile = tile
-        self.device = next(unet.parameters()).device
+        self.device = next(denoiser.parameters()).device
         self.latent_mean = latent_mean.to(self.device, torch.float32).view(1, -1, 1, 1)
         self.latent_std = latent_std.to(self.device, torch.float32).view(1, -1, 1, 1)
 
@@ -64,25 +65,28 @@ class TextToImage:
         *,
         indices: Sequence[int] | None = None,
         callback: Callback | None = None,
+        inputs: Inputs | None = None,
     ) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] of B prompts, all in one batch.
 
         The picture of (prompt, seed, index) is the same whatever else is in the batch, up to float rounding.
 
         Args:
-            prompts: B captions.
+            prompts: B captions; for a network without text, names that the noise belongs to.
             seeds: one per prompt.
-            sampling: solver, steps and guidance; None: the defaults.
+            sampling: solver, steps, guidance and size; None: the defaults.
             indices: number of the picture among those of one prompt and seed; None: all 0.
             callback: sees each step's normalised latents (`models.samplers`).
+            inputs: arrays of the other conditions, B each, as `Conditions.prepare` makes them.
 
         Raises:
-            UserError: steps, spacing or shift that the process cannot have; a prompt with broken syntax.
+            UserError: steps, spacing or shift that the process cannot have; a prompt with broken syntax; guidance or
+                a size that this network cannot have.
         """
         sampling = SamplingConfig() if sampling is None else sampling
         sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)
-        network = self._guided(prompts, sampling)
-        noise = partial(self._noise, prompts, seeds, [0] * len(prompts) if indices is None else indices)
+        network, shape = self._guided(prompts, sampling, inputs or {})
+        noise = partial(self._noise, prompts, seeds, [0] * len(prompts) if indices is None else indices, shape)
         x = self.process.initial(noise(0), float(sigmas[0]))
         sample = sampler_of(sampling.sampler, lambda step: noise(step + 1), sampling.eta, self.process.fade)
         return self.decode(sample(self.process.denoiser(network), x, sigmas, callback))
@@ -93,34 +97,97 @@ class TextToImage:
         decode = partial(decode_in_tiles, network.decode, side=self.tile, downscale=network.cfg.downscale)
         return finite(decode, latents * self.latent_std + self.latent_mean).clamp(-1, 1)
 
-    def _guided(self, texts: Sequence[str], sampling: SamplingConfig) -> Network:
-        """The U-Net with its prompts and guidance."""
+    def prepare(self, samples: Samples) -> Inputs:
+        """Arrays of the conditions, but for the text, of pictures and what is known of them."""
+        return self.denoiser.conditions.prepare(samples, self)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """Means of the latents [B, C, h, w], not normalised, of pictures [B, 3, H, W]; on the CPU."""
+        network = self.autoencoder
+        encode = partial(encode_in_tiles, network.encode, side=self.tile, downscale=network.cfg.downscale)
+        return split_moments(finite(encode, images.to(self.device)))[0].cpu()
+
+    @torch.no_grad()
+    def image_embeddings(self, images: Tensor) -> Tensor:
+        """CLIP's embeddings [B, E] of pictures [B, 3, H, W]; on the CPU."""
+        return image_embeddings(self.text_tower, images.to(self.device)).cpu()
+
+    def _guided(
+        self, texts: Sequence[str], sampling: SamplingConfig, inputs: Inputs
+    ) -> tuple[Network, tuple[int, int, int]]:
+        """The U-Net with its conditions and guidance, and the shape of a latent."""
         read = parse if sampling.prompt_syntax else plain
-        pictures = [read(text) for text in texts]
-        negative = read(sampling.negative_prompt)
-        if len(negative) > 1:
-            raise UserError(f"negative_prompt={sampling.negative_prompt}: takes no AND; separate the words with commas")
-        prompts = [prompt for picture in pictures for prompt in picture]
+        pictures = [(read if self.denoiser.conditions.takes_text else plain)(text) for text in texts]
         joined = self._joined(pictures) if any(len(picture) > 1 for picture in pictures) else None
         guided = sampling.guidance_scale != 1 or joined is not None
-        states = text_states(self.text_tower, prompts + (negative if guided else []), self.device)
-        bound = partial(
-            classifier_free, self.unet, states[: len(prompts)], states[len(prompts) :], prepare=self.unet.keys_values
-        )
+        if sampling.negative_prompt and not self.denoiser.conditions.takes_text:
+            raise UserError(f"negative_prompt={sampling.negative_prompt}: this network takes no text; leave it out")
+        if guided and not self.denoiser.conditions.can_drop:
+            raise UserError(
+                f"guidance_scale={sampling.guidance_scale}: this network was trained without dropping a condition; "
+                "set guidance_scale=1"
+            )
+        asked, nothing = self._told(pictures, sampling, inputs, guided)
+        shape = self._latent_shape(sampling, asked)
+        bound = partial(classifier_free, self.denoiser.predict, asked, nothing, prepare=self.denoiser.prepared)
         network = bound(scale=sampling.guidance_scale, rescale=sampling.guidance_rescale, joined=joined)
         if not sampling.guidance_interval:
-            return network
+            return network, shape
         low, high = (self.process.timestep(sigma) if sigma > 0 else -1.0 for sigma in sampling.guidance_interval)
-        return within((low, high), network, bound(scale=1.0, joined=joined))
+        return within((low, high), network, bound(scale=1.0, joined=joined)), shape
+
+    def _told(
+        self, pictures: list[list[Prompt]], sampling: SamplingConfig, inputs: Inputs, guided: bool
+    ) -> tuple[Conditioning, Conditioning]:
+        """What is asked for, by prompt, and what guidance leads away from, by picture."""
+        conditions = self.denoiser.conditions
+        inputs = {name: array.to(self.device) for name, array in inputs.items()}
+        owners = torch.tensor([number for number, picture in enumerate(pictures) for _ in picture], device=self.device)
+        asked = {name: array[owners] for name, array in inputs.items()}
+        nothing = conditions.null(inputs) if guided else {}
+        if not conditions.takes_text:
+            return conditions(asked), conditions(nothing) if guided else Conditioning()
+        prompts, negative = [prompt for picture in pictures for prompt in picture], self._negative(sampling)
+        assert self.text_tower is not None
+        states = text_states(self.text_tower, prompts + (negative if guided else []), self.device)
+        asked["text"] = states[: len(prompts)]
+        if guided:
+            nothing["text"] = states[len(prompts) :].expand(len(pictures), -1, -1)
+        return conditions(asked), conditions(nothing) if guided else Conditioning()
+
+    def _negative(self, sampling: SamplingConfig) -> list[Prompt]:
+        negative = (parse if sampling.prompt_syntax else plain)(sampling.negative_prompt)
+        if len(negative) > 1:
+            raise UserError(f"negative_prompt={sampling.negative_prompt}: takes no AND; separate the words with commas")
+        return negative
+
+    def _latent_shape(self, sampling: SamplingConfig, given: Conditioning) -> tuple[int, int, int]:
+        """Channels, height and width: of the size that is asked for, of a condition's picture, or as in training."""
+        cfg, scale = self.denoiser.unet.cfg, self.autoencoder.cfg.downscale
+        height, width = cfg.sample_size, cfg.sample_size
+        if given.channels is not None:
+            height, width = given.channels.shape[2:]
+        if sampling.size:
+            asked = (sampling.size[0] // scale, sampling.size[1] // scale)
+            if given.channels is not None and asked != (height, width):
+                shown = f"{height * scale} x {width * scale}"
+                raise UserError(f"size={sampling.size}: the picture that is given makes {shown}; leave size out")
+            height, width = asked
+        unit = scale * cfg.downscale
+        if height % cfg.downscale or width % cfg.downscale or any(side % unit for side in sampling.size):
+            wanted = sampling.size or [height * scale, width * scale]
+            raise UserError(f"pictures of {wanted[0]} x {wanted[1]} pixels: sides must be multiples of {unit}")
+        return cfg.out_channels, height, width
 
     def _joined(self, pictures: list[list[Prompt]]) -> Joined:
         owners = [number for number, picture in enumerate(pictures) for _ in picture]
         weights = [prompt.weight for picture in pictures for prompt in picture]
         return Joined(torch.tensor(owners, device=self.device), torch.tensor(weights, device=self.device))
 
-    def _noise(self, prompts: Sequence[str], seeds: Sequence[int], indices: Sequence[int], draw: int) -> Tensor:
-        side = self.unet.cfg.sample_size
-        shape = (self.unet.cfg.in_channels, side, side)
+    def _noise(
+        self, prompts: Sequence[str], seeds: Sequence[int], indices: Sequence[int], shape: tuple[int, ...], draw: int
+    ) -> Tensor:
         pictures = zip(prompts, seeds, indices, strict=True)
         noise = np.stack([picture_noise(prompt, seed, index, shape, draw) for prompt, seed, index in pictures])
         return torch.from_numpy(noise).to(self.device)  # [B, C, h, w]

@@ -116,3 +116,10 @@ def load_text_tower(source: str | Path) -> Clip | HuggingFaceText:
     if config.is_file() and "model_type" in read_json(config, WEIGHTS_NAME):
         return HuggingFaceText.from_pretrained(source)
     return Clip.from_pretrained(source)
+
+
+def image_embeddings(tower: TextTower | None, images: Tensor) -> Tensor:
+    """CLIP's embeddings [B, E] of pictures [B, 3, H, W] in [-1, 1]; refuses a text encoder that sees no pictures."""
+    if not isinstance(tower, Clip):
+        raise UserError("conditions.image_embedding: clip must be a CLIP with its image tower")
+    return tower.encode_image(images).float()

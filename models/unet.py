@@ -80,6 +80,7 @@ class UNet(nn.Module):
         class_labels: Tensor | None = None,
         pooled: Tensor | None = None,
         sizes: Tensor | None = None,
+        vector: Tensor | None = None,
     ) -> Tensor:
         """The network's prediction.
 
@@ -92,6 +93,7 @@ class UNet(nn.Module):
                 [B, projection_class_embeddings_input_dim] with projection.
             pooled: SDXL's pooled text states [B, P].
             sizes: SDXL's sizes and cuts [B, S] in pixels: original h, w, crop top, left, target h, w.
+            vector: what further conditions add to the time's embedding [B, E].
 
         Returns:
             [B, out_channels, h, w].
@@ -102,7 +104,7 @@ class UNet(nn.Module):
         if any(side % self.cfg.downscale for side in sample.shape[2:]):
             size = f"{sample.shape[2]} x {sample.shape[3]}"
             raise UserError(f"latents of {size}: both sides must be multiples of {self.cfg.downscale}")
-        given = Given(self._vector(sample, timesteps, class_labels, pooled, sizes), context, attn_control)
+        given = Given(self._vector(sample, timesteps, class_labels, pooled, sizes, vector), context, attn_control)
         skips = [self.conv_in(laid_out(sample))]  # [B, widths[0], h, w]
         for level in self.down_blocks:
             skips += level(skips[-1], given)
@@ -120,6 +122,7 @@ class UNet(nn.Module):
         class_labels: Tensor | None,
         pooled: Tensor | None,
         sizes: Tensor | None,
+        vector: Tensor | None,
     ) -> Tensor:
         """What the residual blocks hear [B, E]: time, class, and SDXL's pooled text and sizes; SiLU once for all."""
         cfg = self.cfg
@@ -133,7 +136,7 @@ class UNet(nn.Module):
             assert pooled is not None and sizes is not None and cfg.addition_time_embed_dim is not None
             waves = self._waves(sizes.flatten(), cfg.addition_time_embed_dim, sample).unflatten(0, sizes.shape)
             time = time + self.add_embedding(torch.cat([pooled, waves.flatten(1)], dim=1))
-        return F.silu(time)
+        return F.silu(time if vector is None else time + vector)
 
     def _waves(self, numbers: Tensor, channels: int, sample: Tensor) -> Tensor:
         """[B] -> [B, channels] in the sample's dtype."""

@@ -14,12 +14,14 @@ from conf.schema.choices import (
     BetaSchedule,
     CacheDtype,
     Crop,
+    Degradation,
     Device,
     Distance,
     EvaluationSubject,
     ExportFormat,
     ImageFormat,
     LrDecay,
+    MaskStyle,
     Offload,
     Perceptual,
     Precision,
@@ -31,6 +33,7 @@ from conf.schema.choices import (
     TimestepSampling,
     WandbMode,
 )
+from conf.schema.conditions import ConditionsConfig
 from conf.schema.data import BucketConfig, BuildRun, FilterConfig, MixedSource, PrecomputeRun, PreviewRun
 from conf.schema.evaluation import EvaluateRun, LoopEvaluationConfig
 from conf.schema.pipeline import PipelineRun
@@ -66,8 +69,10 @@ __all__ = [
     "BuildRun",
     "CacheDtype",
     "ClipRun",
+    "ConditionsConfig",
     "Crop",
     "DashboardRun",
+    "Degradation",
     "Device",
     "Distance",
     "EmaConfig",
@@ -82,6 +87,7 @@ __all__ = [
     "LoopEvaluationConfig",
     "LoraConfig",
     "LrDecay",
+    "MaskStyle",
     "MixedSource",
     "Offload",
     "OptimConfig",

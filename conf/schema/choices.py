@@ -84,6 +84,18 @@ class Perceptual(Enum):
     efficientnet = "efficientnet"  # EfficientNet-Lite0 features from a package, offline
 
 
+class Degradation(Enum):
+    bicubic = "bicubic"  # made smaller, and nothing else
+    bsr_light = "bsr_light"  # with a little blur, noise and JPEG, in random order
+    bsr = "bsr"  # with much of them
+
+
+class MaskStyle(Enum):
+    thin = "thin"
+    medium = "medium"
+    thick = "thick"
+
+
 class Prediction(Enum):
     eps = "eps"
     v = "v"

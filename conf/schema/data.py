@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from conf.schema.choices import DRAWN, CacheDtype, Crop, ImageFormat, Source
+from conf.schema.conditions import ConditionsConfig
 from conf.schema.sections import ImageConfig, RuntimeConfig, WandbConfig, require, require_positive
 
 
@@ -123,8 +124,9 @@ class PrecomputeRun:
     output_dir: str = MISSING
     shards: str = MISSING  # folder that holds train/ and heldout/
     autoencoder: str = MISSING  # folder with the frozen autoencoder (config.json, safetensors)
-    clip: str = MISSING  # folder with the frozen CLIP, or a pretrained open_clip name
+    clip: str = MISSING  # folder with the frozen CLIP, or a pretrained open_clip name; read where a condition needs it
     images: ImageConfig = field(default_factory=ImageConfig)
+    conditions: ConditionsConfig = field(default_factory=ConditionsConfig)  # whose arrays are kept beside the moments
     dtype: CacheDtype = CacheDtype.fp16  # of moments and text states on disk
     text_states: bool = True  # cache the text tower's output too, not only the tokens
     variants: int = 1  # cuts kept of each picture: the centre, then images.crop and images.flip drawn for each

@@ -288,6 +288,7 @@ class SamplingConfig:
     guidance_rescale: float = 0.0  # 0-1: how far guidance keeps the contrast that the picture has without it
     guidance_interval: list[float] = field(default_factory=list)  # noise levels std/alpha, [above, up to]; []: all
     negative_prompt: str = ""  # what guidance leads away from, instead of the empty caption
+    size: list[int] = field(default_factory=list)  # pixels, [height, width]; []: as in training, or as a given picture
     prompt_syntax: bool = False  # read (words:1.3), [words] and AND in prompts; False: prompts are plain text
 
     def __post_init__(self) -> None:
@@ -298,6 +299,10 @@ class SamplingConfig:
         require(
             self.eta is None or self.sampler in WITH_ETA,
             f"eta={self.eta}: sampler={self.sampler.value} has none; choose {allowed}, or eta=null",
+        )
+        require(
+            self.size == [] or (len(self.size) == 2 and min(self.size) > 0),
+            f"size={self.size}: must be two numbers of pixels, [height,width], or []",
         )
         rescale, interval = self.guidance_rescale, self.guidance_interval
         require(0 <= rescale <= 1, f"guidance_rescale={rescale}: must be in [0, 1]")

@@ -6,6 +6,7 @@ from omegaconf import MISSING
 
 from conf.networks import AutoencoderConfig, ClipConfig, DiscriminatorConfig, UNetConfig
 from conf.schema.choices import Adversarial, BackendName, Perceptual, Reconstruction
+from conf.schema.conditions import ConditionsConfig
 from conf.schema.evaluation import LoopEvaluationConfig
 from conf.schema.sections import (
     BatchConfig,
@@ -126,8 +127,8 @@ class UNetRun:
     autoencoder: str = MISSING  # must be the one that made the latents; decodes the sample grids
     clip: str = MISSING  # likewise; encodes the prompts of the sample grids
     init_from: str | None = None
-    caption_drop: float = 0.1  # share of samples trained without their caption, for classifier-free guidance
-    sample_prompts: int = 16  # held-out captions that are drawn at each evaluation
+    sample_prompts: int = 16  # held-out samples whose conditions are drawn at each evaluation
+    conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
     model: UNetConfig = field(default_factory=UNetConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
@@ -142,10 +143,14 @@ class UNetRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        require(0 <= self.caption_drop < 1, f"caption_drop={self.caption_drop}: must be in [0, 1)")
         for option in ("num_class_embeds", "class_embed_type", "addition_embed_type"):
             value = getattr(self.model, option)
-            require(value is None, f"model.{option}={value}: the network can, but this training gives it captions only")
+            require(value is None, f"model.{option}={value}: the network can, but this training tells it `conditions`")
+        guidance, drops = self.sampling.guidance_scale, [section.drop for _, section in self.conditions.chosen()]
+        require(
+            guidance == 1 or any(drops),
+            f"sampling.guidance_scale={guidance}: no condition is dropped in training; set it to 1",
+        )
         if self.lora.rank > 0:
             self._check_lora()
 

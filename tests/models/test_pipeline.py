@@ -1,4 +1,4 @@
-"""Text to image: a picture belongs to (prompt, seed, index) and to nothing else."""
+"""Sampling: a picture belongs to (prompt, seed, index) and to nothing else."""
 
 import hashlib
 
@@ -7,9 +7,11 @@ import torch
 
 from conf.errors import UserError
 from conf.networks import AutoencoderConfig, UNetConfig
-from conf.schema import STOCHASTIC, Prediction, ProcessConfig, Sampler, SamplingConfig, Spacing
+from conf.schema import STOCHASTIC, ConditionsConfig, Prediction, ProcessConfig, Sampler, SamplingConfig, Spacing
 from models.autoencoder import Autoencoder
-from models.pipeline import TextToImage, picture_noise
+from models.conditions import Conditions, Surroundings
+from models.denoiser import Denoiser
+from models.pipeline import DiffusionPipeline, picture_noise
 from models.process import Process
 from models.unet import UNet
 
@@ -27,7 +29,7 @@ class HashedText:
         return torch.sin(tokens.unsqueeze(-1) * torch.arange(1, WIDTH + 1))  # [B, L, D]
 
 
-def build(prediction: Prediction = Prediction.flow) -> TextToImage:
+def build(prediction: Prediction = Prediction.flow) -> DiffusionPipeline:
     torch.manual_seed(0)
     unet = UNet(
         UNetConfig(
@@ -51,7 +53,9 @@ def build(prediction: Prediction = Prediction.flow) -> TextToImage:
     )
     mean, std = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([1.0, 0.5, 3.0, 0.1])
     process = Process(ProcessConfig(prediction=prediction))
-    return TextToImage(unet.eval(), autoencoder.eval(), HashedText(), process, mean, std)
+    around = Surroundings.of(unet.cfg, downscale=2, latent_mean=mean, latent_std=std)
+    denoiser = Denoiser(unet.eval(), Conditions(ConditionsConfig(), around))
+    return DiffusionPipeline(denoiser, autoencoder.eval(), HashedText(), process, mean, std)
 
 
 PIPELINE = build()
@@ -176,7 +180,9 @@ def test_large_pictures_can_be_decoded_in_tiles() -> None:
     assert set(seen) == {(1, 3, 16, 16)}
     assert (tiled - whole).abs().mean() < 0.5 * whole.std()
     with pytest.raises(UserError, match=r"tile=17.*multiple of 2"):
-        TextToImage(model.unet, model.autoencoder, model.text_tower, model.process, torch.zeros(4), torch.ones(4), 17)
+        DiffusionPipeline(
+            model.denoiser, model.autoencoder, HashedText(), model.process, torch.zeros(4), torch.ones(4), 17
+        )
 
 
 def test_what_overflows_in_fp16_is_decoded_in_fp32() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 
 from data.labels import Box
 
@@ -32,6 +33,12 @@ def on_squares(images: Sequence[Tensor]) -> Tensor:
         top, left = (side - height) // 2, (side - width) // 2
         square[:, top : top + height, left : left + width] = image
     return canvas
+
+
+def beside(columns: Sequence[Tensor]) -> Tensor:
+    """Pictures [B, 3, H, W] side by side; smaller and larger ones get the size of the last column's."""
+    size = columns[-1].shape[2:]
+    return torch.cat([F.interpolate(column.float().cpu(), size) for column in columns], dim=3)
 
 
 def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None, scale: int = 1) -> Image.Image:

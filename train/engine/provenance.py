@@ -3,22 +3,28 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load
 from torch import Tensor
 
 from conf.errors import UserError
-from conf.schema import ImageConfig, ProcessConfig, UNetRun
+from conf.networks import UNetConfig
+from conf.schema import ConditionsConfig, ImageConfig, ProcessConfig, UNetRun
 from data.manifest import Manifest
 from data.remote import joined, read
 from data.shards import atomic_write
+from models.conditions import PREPARING, Conditions, Surroundings
 
 INFO = "latentline.json"
 NULL_TEXT = "null_text.safetensors"
+OLDER: dict[str, Any] = {"conditions": {"caption": {}}, "labels": {}}  # of caches from before they said so
+
+C = TypeVar("C")
 
 
 def weights_digest(source: str) -> str:
@@ -54,8 +60,10 @@ class UNetInfo:
     latent_mean: list[float]  # [C], over the whole training set
     latent_std: list[float]
     autoencoder: str  # sha256 of the weights
-    clip: str
+    clip: str | None  # None: no condition asks it
     weights: str  # "ema", "last" where the run kept no average, or which one train/average.py took
+    conditions: dict[str, Any] = field(default_factory=lambda: OLDER["conditions"])  # what the network is told
+    names: dict[str, list[str]] = field(default_factory=dict)  # of the classes that they mention
 
     def save(self, folder: Path) -> None:
         atomic_write(folder / INFO, json.dumps(asdict(self), indent=2).encode())
@@ -72,10 +80,24 @@ class UNetInfo:
 
     def process_config(self) -> ProcessConfig:
         """The typed process configuration again."""
-        merged = OmegaConf.merge(OmegaConf.structured(ProcessConfig), self.process)
-        process = OmegaConf.to_object(merged)
-        assert isinstance(process, ProcessConfig)
-        return process
+        return _typed(ProcessConfig, self.process)
+
+    def conditions_config(self) -> ConditionsConfig:
+        """Likewise that of the conditions."""
+        absent: dict[str, Any] = {option.name: None for option in fields(ConditionsConfig)}
+        return _typed(ConditionsConfig, absent | self.conditions)
+
+    def build_conditions(self, model: UNetConfig, downscale: int, null_text: Tensor | None = None) -> Conditions:
+        """The conditions of a U-Net, untrained; `null_text` [L, D] is for its training."""
+        around = Surroundings.of(
+            model,
+            downscale=downscale,
+            latent_mean=torch.tensor(self.latent_mean),
+            latent_std=torch.tensor(self.latent_std),
+            null_text=null_text,
+            names=self.names,
+        )
+        return Conditions(self.conditions_config(), around)
 
     def null_text(self, latents: str) -> Tensor:
         """Text states [L, D] of the empty caption, from the cache."""
@@ -89,7 +111,7 @@ def info_of_trained(unet: str, autoencoder: str, clip: str) -> UNetInfo:
     """What is known of an exported U-Net; refuses an autoencoder or CLIP that it was not trained with."""
     info = UNetInfo.load(unet)
     for option, folder, digest in (("autoencoder", autoencoder, info.autoencoder), ("clip", clip, info.clip)):
-        if weights_digest(folder) != digest:
+        if digest is not None and weights_digest(folder) != digest:
             raise UserError(f"{option}={folder}: not the one that unet={unet} was trained with")
     return info
 
@@ -101,27 +123,60 @@ def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:
     facts = manifest.provenance
     found = {
         "autoencoder (weights)": (weights_digest(cfg.autoencoder), facts["autoencoder"]),
-        "clip (weights)": (weights_digest(cfg.clip), facts["clip"]),
-        "model.in_channels": (cfg.model.in_channels, facts["latent_channels"]),
+        "model.out_channels": (cfg.model.out_channels, facts["latent_channels"]),
         "model.sample_size": (cfg.model.sample_size, facts["latent_size"]),
-        "model.cross_attention_dim": (cfg.model.cross_attention_dim, facts["text_dim"]),
     }
-    for field, (wanted, cached) in found.items():
+    if asks_clip(cfg.conditions):
+        found["clip (weights)"] = (weights_digest(cfg.clip), facts["clip"])
+    if cfg.conditions.caption is not None:
+        found["model.cross_attention_dim"] = (cfg.model.cross_attention_dim, facts["text_dim"])
+    for name, (wanted, cached) in found.items():
         if wanted != cached:
             raise UserError(
-                f"latents={cfg.latents} does not fit this run: {field} is {short(wanted)}, the cache was made with "
+                f"latents={cfg.latents} does not fit this run: {name} is {short(wanted)}, the cache was made with "
                 f"{short(cached)}; run data/precompute_latents.py into another folder or change the option"
             )
+    check_conditions(cfg, facts.get("conditions", OLDER["conditions"]))
     check_shapes(cfg, facts)
     mean, std = normalisation(cfg, manifest)
     return UNetInfo(
-        process=OmegaConf.to_container(OmegaConf.structured(cfg.process), enum_to_str=True),  # type: ignore[arg-type]
+        process=_plain(cfg.process),
         latent_mean=mean,
         latent_std=std,
         autoencoder=facts["autoencoder"],
-        clip=facts["clip"],
+        clip=facts["clip"] if asks_clip(cfg.conditions) else None,
         weights="ema" if cfg.ema.half_life_samples > 0 else "last",
+        conditions={name: _plain(section) for name, section in cfg.conditions.chosen()},
+        names=facts.get("labels", {}),
     )
+
+
+def asks_clip(conditions: ConditionsConfig) -> bool:
+    """Whether a condition needs CLIP's towers."""
+    return conditions.caption is not None or conditions.image_embedding is not None
+
+
+def check_conditions(cfg: UNetRun, cached: dict[str, Any]) -> None:
+    """Refuse a cache that lacks the arrays of a condition, or has others."""
+    wanted = Conditions(cfg.conditions, PREPARING).facts()
+    for name, facts in wanted.items():
+        if cached.get(name) != facts:
+            found = "has none" if name not in cached else f"has one of {cached[name]}, not {facts}"
+            raise UserError(
+                f"latents={cfg.latents} does not fit this run: conditions.{name}, of which the cache {found}; run "
+                "data/precompute_latents.py with the same conditions into another folder"
+            )
+
+
+def _typed(kind: type[C], values: Mapping[str, Any]) -> C:
+    """Plain values as a dataclass of the schema."""
+    found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    assert isinstance(found, kind)
+    return found
+
+
+def _plain(section: object) -> Any:
+    return OmegaConf.to_container(OmegaConf.structured(section), enum_to_str=True)
 
 
 def normalisation(cfg: UNetRun, manifest: Manifest) -> tuple[list[float], list[float]]:
@@ -147,10 +202,10 @@ def check_shapes(cfg: UNetRun, facts: dict[str, Any]) -> None:
 
 def require_same(option: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Refuse weights of another architecture than `model` says, naming the first field that differs."""
-    for field in sorted(wanted.keys() | found.keys()):
-        before, after = found.get(field), wanted.get(field)
+    for name in sorted(wanted.keys() | found.keys()):
+        before, after = found.get(name), wanted.get(name)
         if before != after:
-            raise UserError(f"{option}: its {field} is {before}, model.{field} is {after}; make them equal")
+            raise UserError(f"{option}: its {name} is {before}, model.{name} is {after}; make them equal")
 
 
 def short(value: Any) -> str:

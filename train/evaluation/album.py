@@ -15,6 +15,7 @@ from train.evaluation.prompts import Job
 GRID_PICTURES = 64
 FILMED = 16  # prompts in film.png
 LARGEST = 512  # pixels; pictures of twice that and more are shown smaller
+TITLE = "Title"  # the text chunk of a PNG with what is asked for, in words
 PARAMETERS = "parameters"  # the text chunk of a PNG that holds them, as JSON
 
 
@@ -23,6 +24,7 @@ class Album:
     """One folder of pictures.
 
         00000.png …         one per job
+        asked/00000.png …   what it was asked for, where that is a picture
         grid.png            the first of them, with their prompts
         strips/00000.png …  the frames of a filmed picture side by side
         film.png            all strips, with their prompts
@@ -35,11 +37,13 @@ class Album:
     shared: dict[str, Any]  # parameters of all pictures
     filmed: range  # jobs, the first picture of some prompts
     labels: list[str]  # of the frames
+    data: str | None = None  # digest of the data set that pictures depend on
 
     def parameters(self, index: int) -> dict[str, Any]:
         """All that makes this picture again."""
-        prompt, number = self.jobs[index]
-        return {"prompt": prompt, "number": number, **self.shared}
+        job = self.jobs[index]
+        known = {"prompt": job.prompt, "number": job.number, **self.shared}
+        return known if self.data is None else {**known, "sample": job.sample, "data": self.data}
 
     def strip_parameters(self, index: int) -> dict[str, Any]:
         """Likewise of its strip."""
@@ -59,33 +63,50 @@ class Album:
             return False
         return index not in self.filmed or read_parameters(self.strip(index)) == self.strip_parameters(index)
 
-    def add(self, index: int, image: np.ndarray, frames: np.ndarray | None) -> None:
-        """Write a picture, uint8 [H, W, 3], and the frames [F, H, W, 3] of a filmed one, which come first."""
+    def asked(self, index: int) -> Path:
+        """File of what was asked for."""
+        return self.folder / "asked" / f"{index:05d}.png"
+
+    def add(
+        self, index: int, image: np.ndarray, title: str, frames: np.ndarray | None, asked: np.ndarray | None
+    ) -> None:
+        """Write a picture, uint8 [H, W, 3], after the frames [F, H, W, 3] of a filmed one and what was asked for."""
         if frames is not None:
-            write_png(self.strip(index), np.concatenate(list(frames), axis=1), self.strip_parameters(index))
-        write_png(self.picture(index), image, self.parameters(index))
+            write_png(self.strip(index), np.concatenate(list(frames), axis=1), title, self.strip_parameters(index))
+        if asked is not None:
+            write_png(self.asked(index), asked, title, self.parameters(index))
+        write_png(self.picture(index), image, title, self.parameters(index))
 
     def write_sheets(self) -> list[Path]:
         """The grid of the first pictures and the film, read back from their files; returns where they are."""
         shown = range(min(GRID_PICTURES, len(self.jobs)))
-        images = np.stack([shrunk(read_png(self.picture(index))) for index in shown])
-        sheets = {"grid.png": captioned(images, [self.jobs[index][0] for index in shown])}
+        images = np.stack([self._shown(index) for index in shown])
+        sheets = {"grid.png": captioned(images, [self._title(index) for index in shown])}
         if self.filmed:
             frames = np.stack([self._frames(index) for index in self.filmed])
-            sheets["film.png"] = film_strips(frames, [self.jobs[index][0] for index in self.filmed], self.labels)
+            sheets["film.png"] = film_strips(frames, [self._title(index) for index in self.filmed], self.labels)
         for name, sheet in sheets.items():
             with atomic_path(self.folder / name) as path:
                 sheet.save(path, "PNG")
         return [self.folder / name for name in sheets]
+
+    def _shown(self, index: int) -> np.ndarray:
+        """A picture beside what was asked for."""
+        picture, asked = read_png(self.picture(index)), self.asked(index)
+        return shrunk(np.concatenate([read_png(asked), picture], axis=1) if asked.is_file() else picture)
+
+    def _title(self, index: int) -> str:
+        return read_text(self.picture(index), TITLE) or ""
 
     def _frames(self, index: int) -> np.ndarray:
         """Of a filmed picture, [F, H, W, 3], not larger than a sheet needs."""
         return np.stack([shrunk(frame) for frame in np.split(read_png(self.strip(index)), len(self.labels), axis=1)])
 
 
-def write_png(path: Path, image: np.ndarray, facts: dict[str, Any]) -> None:
+def write_png(path: Path, image: np.ndarray, title: str, facts: dict[str, Any]) -> None:
     """A PNG with `facts` inside."""
     info = PngImagePlugin.PngInfo()
+    info.add_itxt(TITLE, title)
     info.add_text(PARAMETERS, json.dumps(facts))
     with atomic_path(path) as temporary:
         Image.fromarray(image).save(temporary, "PNG", pnginfo=info)
@@ -94,8 +115,16 @@ def write_png(path: Path, image: np.ndarray, facts: dict[str, Any]) -> None:
 def read_parameters(path: Path) -> dict[str, Any] | None:
     """What a PNG says of itself, without decoding it; None where it says nothing."""
     try:
+        return json.loads(read_text(path, PARAMETERS) or "null")
+    except ValueError:
+        return None
+
+
+def read_text(path: Path, chunk: str) -> str | None:
+    """A text chunk of a PNG; None where there is none."""
+    try:
         with Image.open(path, formats=["PNG"]) as image:
-            return json.loads(image.info.get(PARAMETERS, "null"))
+            return image.info.get(chunk)
     except (OSError, ValueError):
         return None
 

@@ -3,7 +3,7 @@
 from conf.schema import EvaluateRun, ImageConfig, SamplingConfig, UNetRun
 from conf.schema.evaluation import require_enough
 from data.datasets import ImageDataset
-from models.pipeline import TextToImage
+from models.pipeline import DiffusionPipeline
 from train.engine.journal import say
 from train.engine.runtime import Runtime
 from train.evaluation.evaluate import chunks_of, metrics_of, references_of
@@ -15,7 +15,7 @@ REPLICATES = 50
 GROUP = "eval/loop/"
 
 
-def evaluate_in_loop(cfg: UNetRun, runtime: Runtime, model: TextToImage, samples_seen: int) -> dict[str, float]:
+def evaluate_in_loop(cfg: UNetRun, runtime: Runtime, model: DiffusionPipeline, samples_seen: int) -> dict[str, float]:
     """Distances of pictures of held-out captions, drawn with `cfg.sampling`; all processes draw their share.
 
     Their names say that they are of this evaluation: with another number of pictures they would be other numbers. There
@@ -58,7 +58,7 @@ def require_inputs(cfg: UNetRun) -> None:
         inception(small.inception)
 
 
-def as_command(cfg: UNetRun, model: TextToImage) -> EvaluateRun:
+def as_command(cfg: UNetRun, model: DiffusionPipeline) -> EvaluateRun:
     """The evaluation as `train/evaluate.py` would be asked for it."""
     small, side = cfg.evaluation, cfg.model.sample_size * model.autoencoder.cfg.downscale
     heldout = f"{small.shards}/heldout"

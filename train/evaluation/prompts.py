@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from conf.errors import UserError
 from conf.schema import SampleRun
@@ -10,23 +11,36 @@ from data.datasets import captions_of
 from data.manifest import REMEDY
 from models.prompts import parse, plain
 
-Job = tuple[str, int]  # prompt, and the number of the picture among all that are drawn of it
+
+class Prompt(NamedTuple):
+    """What one or several pictures are drawn of."""
+
+    text: str
+    sample: int | None = None  # of the data set that it is the caption of
 
 
-def read_prompts(cfg: SampleRun) -> list[str]:
+class Job(NamedTuple):
+    """One picture."""
+
+    prompt: str
+    number: int  # among all that are drawn of that prompt
+    sample: int | None = None
+
+
+def read_prompts(cfg: SampleRun) -> list[Prompt]:
     """Prompts of the command line, of the file and of the data set, in that order.
 
     Raises:
         UserError: a source without a prompt, or a prompt with broken syntax.
     """
     written = [*cfg.prompts, *(prompts_of_file(cfg.prompts_file) if cfg.prompts_file else [])]
-    captions = captions_with_words(cfg.prompts_from, cfg.prompts_from_samples) if cfg.prompts_from else []
+    captions = captions_of_shards(cfg.prompts_from, cfg.prompts_from_samples) if cfg.prompts_from else []
     if cfg.prompt_syntax:  # before any network is loaded
         for prompt in (*written, cfg.negative_prompt):
             parse(prompt)
         for caption in captions:
             require_plain(caption)
-    return written + captions
+    return [*map(Prompt, written), *(Prompt(caption, number) for number, caption in enumerate(captions))]
 
 
 def prompts_of_file(path: str) -> list[str]:
@@ -43,16 +57,21 @@ def prompts_of_file(path: str) -> list[str]:
     return prompts
 
 
-def captions_with_words(folder: str, samples: int) -> list[str]:
-    """Captions of a folder of image shards but for the empty ones."""
+def captions_of_shards(folder: str, samples: int) -> list[str]:
+    """Captions of a folder of image shards."""
     try:
-        captions = captions_of(folder, samples)
+        return captions_of(folder, samples)
     except UserError as error:
         remedy = "name a folder of image shards, such as RUN/shards/heldout"
         raise UserError(f"prompts_from: {str(error).replace(REMEDY['images'], remedy)}") from None
-    if not any(captions):
-        raise UserError(f"prompts_from={folder}: its first {len(captions)} captions are empty; take another data set")
-    return [caption for caption in captions if caption]
+
+
+def with_words(prompts: Sequence[Prompt], folder: str | None) -> list[Prompt]:
+    """Those of a network that is told nothing but text: without empty captions."""
+    found = [prompt for prompt in prompts if prompt.text]
+    if not found:
+        raise UserError(f"prompts_from={folder}: its first {len(prompts)} captions are empty; take another data set")
+    return found
 
 
 def require_plain(caption: str) -> None:
@@ -68,11 +87,11 @@ def require_plain(caption: str) -> None:
         )
 
 
-def jobs_of(prompts: Sequence[str], images_per_prompt: int) -> list[Job]:
+def jobs_of(prompts: Sequence[Prompt], images_per_prompt: int) -> list[Job]:
     """All pictures; a prompt that comes again goes on counting, so that no picture is drawn twice."""
     drawn: Counter[str] = Counter()
     jobs = []
-    for prompt in prompts:
-        jobs += [(prompt, drawn[prompt] + number) for number in range(images_per_prompt)]
-        drawn[prompt] += images_per_prompt
+    for text, sample in prompts:
+        jobs += [Job(text, drawn[text] + number, sample) for number in range(images_per_prompt)]
+        drawn[text] += images_per_prompt
     return jobs

@@ -4,9 +4,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,56 +16,76 @@ from torch import Tensor
 from conf.entry import to_plain
 from conf.errors import UserError
 from conf.schema import EvaluateRun, SampleRun, SamplingConfig
-from models.autoencoder import load_autoencoder
+from models.autoencoder import AnyAutoencoder, load_autoencoder
+from models.conditions import Inputs
+from models.denoiser import Denoiser
 from models.film import Film
-from models.pipeline import TextToImage
+from models.pipeline import DiffusionPipeline
 from models.process import Process
 from models.text import load_text_tower
-from models.unet import UNet
 from train.engine.journal import say
-from train.engine.pictures import to_uint8
+from train.engine.pictures import beside, to_uint8
 from train.engine.precision import autocast
 from train.engine.progress import Progress
 from train.engine.provenance import UNetInfo, info_of_trained, weights_digest
 from train.engine.runtime import Runtime
 from train.evaluation.album import FILMED, Album
-from train.evaluation.prompts import Job, jobs_of, read_prompts
+from train.evaluation.asking import Asked, Item, samples_of
+from train.evaluation.prompts import jobs_of, read_prompts
 
 WRITERS = 4  # threads: a PNG takes as long as some pictures on a GPU
 NAMED = 3  # prompts in an error
 
 
-def load_model(cfg: SampleRun | EvaluateRun, device: torch.device) -> TextToImage:
+class Drawing(NamedTuple):
+    """Pictures of B items and what they were made of."""
+
+    images: Tensor  # [B, 3, H, W] in [-1, 1]
+    originals: Tensor  # [B, 3, H, W], grey where there are none
+    inputs: Inputs
+    titles: list[str]
+
+
+def load_model(cfg: SampleRun | EvaluateRun, device: torch.device) -> DiffusionPipeline:
     """The exported U-Net with its autoencoder and CLIP; refuses a pair that was not trained together."""
     info = info_of_trained(cfg.unet, cfg.autoencoder, cfg.clip)
-    return put_together(UNet.from_pretrained(cfg.unet), info, cfg, device)
+    autoencoder = load_autoencoder(cfg.autoencoder)
+    conditions_of = partial(info.build_conditions, downscale=autoencoder.cfg.downscale)
+    return put_together(Denoiser.from_pretrained(cfg.unet, conditions_of), autoencoder, info, cfg, device)
 
 
-def put_together(unet: UNet, info: UNetInfo, cfg: SampleRun | EvaluateRun, device: torch.device) -> TextToImage:
+def put_together(
+    denoiser: Denoiser,
+    autoencoder: AnyAutoencoder,
+    info: UNetInfo,
+    cfg: SampleRun | EvaluateRun,
+    device: torch.device,
+) -> DiffusionPipeline:
     """A U-Net with the other networks that it needs."""
-    autoencoder, tower = load_autoencoder(cfg.autoencoder), load_text_tower(cfg.clip)
-    for network in (unet, autoencoder, tower):
-        network.eval().requires_grad_(False).to(device)
+    tower = None if info.clip is None else load_text_tower(cfg.clip)
+    for network in (denoiser, autoencoder, tower):
+        if network is not None:
+            network.eval().requires_grad_(False).to(device)
     mean, std = torch.tensor(info.latent_mean), torch.tensor(info.latent_std)
-    return TextToImage(unet, autoencoder, tower, Process(info.process_config()), mean, std, cfg.tile)
+    return DiffusionPipeline(denoiser, autoencoder, tower, Process(info.process_config()), mean, std, cfg.tile)
 
 
-def sound_pictures(model: TextToImage, cfg: SampleRun | EvaluateRun, jobs: Sequence[Job]) -> Tensor:
-    """The pictures [B, 3, H, W] of one batch.
-
-    Raises:
-        UserError: one has values that are not finite.
-    """
-    images = draw(model, cfg, jobs)
-    require_finite(cfg, [prompt for (prompt, _), sound in zip(jobs, finite(images), strict=True) if not sound])
-    return images
-
-
-def draw(model: TextToImage, cfg: SampleRun | EvaluateRun, jobs: Sequence[Job], film: Film | None = None) -> Tensor:
-    """The pictures [B, 3, H, W] in [-1, 1] of (prompt, number) jobs, all in one batch; the seed is the command's."""
-    prompts, numbers = zip(*jobs, strict=True)
+def draw(
+    model: DiffusionPipeline,
+    cfg: SampleRun | EvaluateRun,
+    items: Sequence[Item],
+    numbers: Sequence[int],
+    film: Film | None = None,
+) -> Drawing:
+    """The pictures of some items, with their numbers among those of the same caption, all in one batch."""
+    conditions, captions = model.denoiser.conditions, [item["caption"] for item in items]
+    side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale
+    samples = samples_of(items, numbers, cfg.seed, side)
     with autocast(model.device, cfg.runtime.precision):
-        return model(prompts, [cfg.seed] * len(prompts), cfg, indices=numbers, callback=film)
+        inputs = model.prepare(samples)
+        images = model(captions, [cfg.seed] * len(items), cfg, indices=numbers, callback=film, inputs=inputs)
+    images = conditions.finish(images, samples.images, inputs)
+    return Drawing(images, samples.images, inputs, conditions.titles(captions, inputs))
 
 
 def finite(images: Tensor) -> list[bool]:
@@ -90,16 +111,18 @@ def run(cfg: SampleRun, runtime: Runtime) -> None:
     Raises:
         UserError: no prompts, networks that do not belong together, or pictures that are not finite.
     """
-    jobs = jobs_of(read_prompts(cfg), cfg.images_per_prompt)
+    prompts = read_prompts(cfg)
     model = load_model(cfg, runtime.device)
-    album = album_of(cfg, jobs)
+    asked = Asked.of(cfg, model, prompts)
+    album = album_of(cfg, asked)
+    jobs = album.jobs
     lacking = [index for index in range(runtime.rank, len(jobs), runtime.world) if not album.holds(index)]
     lacking = sorted(chain.from_iterable(runtime.gather_objects(lacking)))
     began = time.monotonic()
-    broken = fill(album, model, cfg, lacking, runtime)
+    broken = fill(album, model, cfg, asked, lacking, runtime)
     broken = sorted(chain.from_iterable(runtime.gather_objects(broken)))  # waits for the pictures of all processes
     seconds = time.monotonic() - began
-    require_finite(cfg, [jobs[index][0] for index in broken])
+    require_finite(cfg, [jobs[index].prompt for index in broken])
     if runtime.is_main:
         sheets = " and ".join(map(str, album.write_sheets()))
         say("sample", f"{told(len(jobs), len(lacking), seconds)}: {sheets}")
@@ -113,14 +136,15 @@ def told(wanted: int, drawn: int, seconds: float) -> str:
     return f"{drawn:,} pictures in {seconds:.1f} s, {drawn / seconds:.3g} pictures/s{there}"
 
 
-def album_of(cfg: SampleRun, jobs: list[Job]) -> Album:
+def album_of(cfg: SampleRun, asked: Asked) -> Album:
     """The files that are asked for."""
     shared = {"seed": cfg.seed, **sampling_facts(cfg), "tile": cfg.tile, "precision": cfg.runtime.precision.value}
     shared["unet"] = weights_digest(cfg.unet)
-    if not cfg.film_frames:
-        return Album(Path(cfg.output_dir), jobs, shared, range(0), [])
-    filmed = range(0, len(jobs), cfg.images_per_prompt)[:FILMED]
-    return Album(Path(cfg.output_dir), jobs, shared, filmed, Film(cfg.film_frames, cfg.steps, []).labels)
+    jobs, labels, filmed = jobs_of(asked.prompts, cfg.images_per_prompt), list[str](), range(0)
+    if cfg.film_frames:
+        labels = Film(cfg.film_frames, cfg.steps, []).labels
+        filmed = range(0, len(jobs), cfg.images_per_prompt)[:FILMED]
+    return Album(Path(cfg.output_dir), jobs, shared, filmed, labels, asked.digest)
 
 
 def sampling_facts(cfg: SamplingConfig) -> dict[str, Any]:
@@ -129,7 +153,9 @@ def sampling_facts(cfg: SamplingConfig) -> dict[str, Any]:
     return {option.name: plain[option.name] for option in fields(SamplingConfig)}
 
 
-def fill(album: Album, model: TextToImage, cfg: SampleRun, lacking: Sequence[int], runtime: Runtime) -> list[int]:
+def fill(
+    album: Album, model: DiffusionPipeline, cfg: SampleRun, asked: Asked, lacking: Sequence[int], runtime: Runtime
+) -> list[int]:
     """Draw this process's share of what is lacking; a batch is written while the next one is drawn.
 
     Returns the pictures that were not finite, which are left out.
@@ -143,32 +169,44 @@ def fill(album: Album, model: TextToImage, cfg: SampleRun, lacking: Sequence[int
         written: list[Future[None]] = []
         for start in range(0, len(mine), cfg.batch_size):
             part = mine[start : start + cfg.batch_size]
-            images, frames = draw_filmed(album, model, cfg, part)
-            kept = [row for row, sound in enumerate(finite(images)) if sound]
+            drawing, frames = draw_filmed(album, model, cfg, asked, part)
+            kept = [row for row, sound in enumerate(finite(drawing.images)) if sound]
             broken += [index for row, index in enumerate(part) if row not in kept]
             if start == 0 and not kept:
-                require_finite(cfg, [album.jobs[index][0] for index in broken])
-            pixels = to_uint8(images)
+                require_finite(cfg, [album.jobs[index].prompt for index in broken])
+            pixels, shown = to_uint8(drawing.images), model.denoiser.conditions.show(drawing.originals, drawing.inputs)
+            sheet = to_uint8(beside([*shown, drawing.images])[..., : -drawing.images.shape[3]]) if shown else None
             finish(written)
-            written = [writers.submit(album.add, part[row], pixels[row], frames.get(row)) for row in kept]
+            written = [
+                writers.submit(
+                    album.add,
+                    part[row],
+                    pixels[row],
+                    drawing.titles[row],
+                    frames.get(row),
+                    None if sheet is None else sheet[row],
+                )
+                for row in kept
+            ]
             progress.update(len(lacking) * (start + len(part)) // len(mine))  # as if all processes were as fast
         finish(written)
     return broken
 
 
 def draw_filmed(
-    album: Album, model: TextToImage, cfg: SampleRun, part: Sequence[int]
-) -> tuple[Tensor, dict[int, np.ndarray]]:
-    """The pictures [B, 3, H, W] of some jobs, and by row the frames, uint8 [F, H, W, 3], of those that are filmed."""
+    album: Album, model: DiffusionPipeline, cfg: SampleRun, asked: Asked, part: Sequence[int]
+) -> tuple[Drawing, dict[int, np.ndarray]]:
+    """The pictures of some jobs, and by row the frames, uint8 [F, H, W, 3], of those that are filmed."""
     jobs = [album.jobs[index] for index in part]
+    items, numbers = [asked.item(job) for job in jobs], [job.number for job in jobs]
     rows = [row for row, index in enumerate(part) if index in album.filmed]
     if not rows:
-        return draw(model, cfg, jobs), {}
+        return draw(model, cfg, items, numbers), {}
     film = Film(cfg.film_frames, cfg.steps, rows)
-    images = draw(model, cfg, jobs, film)
+    drawing = draw(model, cfg, items, numbers, film)
     with autocast(model.device, cfg.runtime.precision):
-        frames = film.frames(model, images)  # [R, F, 3, H, W]
-    return images, {row: to_uint8(strip) for row, strip in zip(rows, frames, strict=True)}
+        frames = film.frames(model, drawing.images)  # [R, F, 3, H, W]
+    return drawing, {row: to_uint8(strip) for row, strip in zip(rows, frames, strict=True)}
 
 
 def finish(written: Sequence[Future[None]]) -> None:

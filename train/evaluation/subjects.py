@@ -14,17 +14,18 @@ from data.datasets import ImageDataset
 from models.autoencoder import load_autoencoder
 from models.clip import DESCRIPTION_NAME, Clip
 from models.losses import perceptual_distance, psnr, ssim
-from models.pipeline import TextToImage
-from train.engine.pictures import to_uint8
+from models.pipeline import DiffusionPipeline
+from train.engine.pictures import beside, to_uint8
 from train.engine.precision import autocast
 from train.engine.provenance import weights_digest
 from train.engine.runtime import Runtime
+from train.evaluation.asking import samples_of
 from train.evaluation.chunks import Chunks
 from train.evaluation.extractors import Extractor, efficientnet, inception
 from train.evaluation.metrics import clip_score
 from train.evaluation.probe import Probe, accuracy, cached_probe, require_attributes
 from train.evaluation.reference import FILES
-from train.evaluation.sampling import draw, finite, sampling_facts, sound_pictures
+from train.evaluation.sampling import draw, finite, require_finite, sampling_facts
 
 SHOWN = 64  # pictures in the grid
 
@@ -56,17 +57,22 @@ class Drawn:
     prefix = ""
 
     def __init__(
-        self, cfg: EvaluateRun, runtime: Runtime, model: TextToImage, facts: dict[str, Any], refuses_broken: bool = True
+        self,
+        cfg: EvaluateRun,
+        runtime: Runtime,
+        model: DiffusionPipeline,
+        facts: dict[str, Any],
+        refuses_broken: bool = True,
     ) -> None:
         self.refuses_broken = refuses_broken
         self.cfg, self.runtime, self.model, self.total = cfg, runtime, model, cfg.samples
-        side = model.unet.cfg.sample_size * model.autoencoder.cfg.downscale
+        side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale
         if side != cfg.images.resolution:
             raise UserError(
                 f"images.resolution={cfg.images.resolution}: this U-Net draws {side} pixels, as the real pictures must "
                 f"have; set images.resolution={side}"
             )
-        self.prompts = ImageDataset(cfg.captions, cfg.images, cfg.seed)
+        self.prompts = ImageDataset(cfg.captions, cfg.images, cfg.seed, labels=model.denoiser.conditions.need_labels)
         self.extractors, self.clip = extractors_of(cfg, runtime.device), None
         if cfg.clip_score is not None:
             self.clip = load_clip(cfg.clip_score).to(runtime.device)
@@ -87,8 +93,11 @@ class Drawn:
     def measure(self, numbers: range) -> dict[str, Tensor]:
         """Draw and look."""
         items = self.items(numbers)
-        jobs = [(item["caption"], number) for item, number in zip(items, numbers, strict=True)]
-        images = (sound_pictures if self.refuses_broken else draw)(self.model, self.cfg, jobs)
+        drawing = draw(self.model, self.cfg, items, numbers)
+        images = drawing.images
+        if self.refuses_broken:
+            broken = [item["caption"] for item, sound in zip(items, finite(images), strict=True) if not sound]
+            require_finite(self.cfg, broken)
         columns = looked_at(images, self.extractors) | {"sound": torch.tensor(finite(images))}
         if self.clip is not None:
             tokens = self.clip.tokenize([item["caption"] for item in items]).to(images.device)
@@ -97,7 +106,8 @@ class Drawn:
         if self.probe is not None:
             right = self.probe.correct(images, [item["meta"] for item in items])
             columns |= {f"right/{name}": hits for name, hits in right.items()}
-        return columns | shown(numbers, images)
+        asked = self.model.denoiser.conditions.show(drawing.originals, drawing.inputs)
+        return columns | shown(numbers, beside([*asked, images, drawing.originals]) if asked else images)
 
     def metrics(self, measured: Chunks) -> dict[str, float]:
         """CLIP score, and the shares of pictures that show the kind, background and colour asked for."""
@@ -113,8 +123,10 @@ class Drawn:
         return result
 
     def captions(self, numbers: range) -> list[str]:
-        """The prompts."""
-        return [item["caption"] for item in self.items(numbers)]
+        """What is asked for."""
+        items, conditions = self.items(numbers), self.model.denoiser.conditions
+        inputs = self.model.prepare(samples_of(items, numbers, self.cfg.seed, self.cfg.images.resolution))
+        return conditions.titles([item["caption"] for item in items], inputs)
 
     def items(self, numbers: range) -> list[dict[str, Any]]:
         """The sample of the data set whose caption each picture has."""

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from conf.errors import UserError
 from conf.schema import EvaluateRun, UNetRun
 from data.manifest import find_shards
+from models.autoencoder import load_autoencoder
+from models.denoiser import Denoiser
 from models.unet import UNet
 from train.engine.ema import MAIN
 from train.engine.files import MARKER
@@ -77,7 +79,9 @@ def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) 
     info = check_latents(training, find_shards(f"{training.latents}/train", "latents"))
     name = f"unet/{WEIGHTS if info.weights == 'last' else f'{MAIN}.safetensors'}"
     folder = trained / "checkpoints" / f"{seen:012d}"
-    network = UNet(training.model)
+    autoencoder = load_autoencoder(cfg.autoencoder)
+    conditions = info.build_conditions(training.model, autoencoder.cfg.downscale)
+    network = Denoiser(UNet(training.model), conditions)
     gone = False
     try:
         digest = json.loads((folder / MARKER).read_bytes())["files"][name][1]
@@ -86,5 +90,5 @@ def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) 
         gone = True
     if runtime.any(gone):
         return None
-    model = put_together(network, info, cfg, runtime.device)
+    model = put_together(network, autoencoder, info, cfg, runtime.device)
     return Drawn(cfg, runtime, model, {"weights": info.weights, "weights_sha256": digest})

@@ -1,5 +1,6 @@
 """Another average of a U-Net's weights as an export: one that was tracked, or one put together after the training."""
 
+from functools import partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import AverageRun
-from models.unet import UNet
+from models.denoiser import Denoiser
 from train.engine.ema import MAIN, further
 from train.engine.files import damage_of, filled
 from train.engine.journal import say
@@ -26,7 +27,8 @@ def run(cfg: AverageRun) -> None:
     trained, output_dir = Path(cfg.trained), Path(cfg.output_dir)
     if output_dir.exists() and not ((output_dir / INFO).is_file() and output_dir.name != "export"):
         raise UserError(f"output_dir={output_dir}: holds something else; name a folder that is not there yet")
-    info, network = UNetInfo.load(str(trained / "export")), UNet.from_pretrained(trained / "export")
+    info = UNetInfo.load(str(trained / "export"))
+    network = Denoiser.from_pretrained(trained / "export", partial(info.build_conditions, downscale=1))  # weights alone
     if OmegaConf.select(OmegaConf.load(trained / "config.yaml"), "lora.rank"):
         raise UserError(f"trained={trained}: averages there are of adapters only (lora.rank); use its export")
     if cfg.sigma_rel is not None:

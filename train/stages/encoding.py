@@ -1,4 +1,4 @@
-"""The two frozen networks as one encoder: images and captions to moments, tokens and text states."""
+"""The frozen networks as one encoder: images, captions and labels to moments, text states and conditions' arrays."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,8 +11,11 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import Precision
-from models.autoencoder import AnyAutoencoder, finite
-from models.text import TextTower
+from data.labels import Labels
+from data.order import rng
+from models.autoencoder import AnyAutoencoder, finite, split_moments
+from models.conditions import Conditions, Samples
+from models.text import TextTower, image_embeddings
 from models.tiles import encode_in_tiles
 from train.engine.precision import autocast
 
@@ -22,41 +25,84 @@ class Encoded:
     """What the networks made of B samples with V squares each."""
 
     moments: np.ndarray  # [B, V, 2·C, h, w] float32
-    tokens: np.ndarray  # [B, L] int64
+    tokens: np.ndarray | None  # [B, L] int64
     text: np.ndarray | None  # [B, L, D] float32
+    arrays: dict[str, np.ndarray]  # of conditions [B, V, ...]
 
     def sound(self, row: int) -> bool:
         """Whether all values of a sample are finite."""
-        return bool(np.isfinite(self.moments[row]).all()) and (
-            self.text is None or bool(np.isfinite(self.text[row]).all())
-        )
+        values = [self.moments, *([] if self.text is None else [self.text]), *self.arrays.values()]
+        return all(bool(np.isfinite(array[row]).all()) for array in values)
 
 
 @dataclass(slots=True)
 class Encoder:
-    """Frozen autoencoder and text tower in one precision.
+    """Frozen autoencoder and, where a condition asks it, CLIP in one precision.
 
     Args:
+        conditions: whose arrays are made.
+        text_states: whether the states of captions are made, too, and not only their tokens.
         limit: most images or captions per forward pass; halved for good whenever they do not fit into memory.
         tile: side in pixels of the squares that larger pictures are encoded in; 0: whole.
     """
 
     autoencoder: AnyAutoencoder
-    clip: TextTower
+    clip: TextTower | None
+    conditions: Conditions
     device: torch.device
     precision: Precision
     text_states: bool
+    seed: int
     limit: int
     tile: int = 0
     known: dict[str, Tensor] = field(default_factory=dict)  # text states of the captions since `forget`
 
     def __call__(self, batch: dict[str, Any]) -> Encoded:
-        """Encode "image" [B, V, 3, H, W] in [-1, 1] and "caption"; a caption that came before is not encoded again."""
-        images = batch["image"]
+        """Encode items of `ImageDataset.variants`; a caption that came before is not encoded again."""
+        images = batch["image"]  # [B, V, 3, H, W]
         moments = self.moments(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        tokens = self.clip.tokenize(batch["caption"])
+        made = self.conditions.prepare(self._samples(batch), self)
+        arrays = {name: array.unflatten(0, images.shape[:2]).numpy() for name, array in made.items()}
+        if not self.conditions.takes_text:
+            return Encoded(moments.numpy(), None, None, arrays)
+        tokens = self.text_tower.tokenize(batch["caption"])
         text = self._texts(batch["caption"], tokens).numpy() if self.text_states else None
-        return Encoded(moments.numpy(), tokens.numpy(), text)
+        return Encoded(moments.numpy(), tokens.numpy(), text, arrays)
+
+    def _samples(self, batch: dict[str, Any]) -> Samples:
+        """All variants of a batch as samples of their own."""
+        images = batch["image"]
+        variants = range(images.shape[1])
+        nothing = [[Labels()] * len(variants)] * len(images)
+        return Samples(
+            images=images.flatten(0, 1),
+            labels=[labels for row in batch.get("labels", nothing) for labels in row],
+            framings=torch.tensor(
+                [
+                    [size[1], size[0], cut.top, cut.left]
+                    for size, cuts in zip(batch["size"], batch["cuts"], strict=True)
+                    for cut in cuts
+                ],
+                dtype=torch.float32,
+            ),
+            generators=[
+                rng(self.seed, index, f"conditions of variant {v}") for index in batch["index"] for v in variants
+            ],
+        )
+
+    @property
+    def text_tower(self) -> TextTower:
+        """CLIP, of conditions that need it."""
+        assert self.clip is not None
+        return self.clip
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Means of the latents [N, C, h, w] of images [N, 3, H, W], on the CPU."""
+        return split_moments(self.moments(images))[0]
+
+    def image_embeddings(self, images: Tensor) -> Tensor:
+        """CLIP's embeddings [N, E] of images [N, 3, H, W], on the CPU."""
+        return self._in_parts(self._embeddings, images)
 
     def forget(self) -> None:
         """Begin anew, so that what a shard holds does not depend on which shards were encoded before it."""
@@ -86,7 +132,12 @@ class Encoder:
     @torch.no_grad()
     def _states(self, tokens: Tensor) -> Tensor:
         with autocast(self.device, self.precision):
-            return self.clip.text_states(tokens.to(self.device)).float().cpu()
+            return self.text_tower.text_states(tokens.to(self.device)).float().cpu()
+
+    @torch.no_grad()
+    def _embeddings(self, images: Tensor) -> Tensor:
+        with autocast(self.device, self.precision):
+            return image_embeddings(self.clip, images.to(self.device)).cpu()
 
     def _in_parts(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         while True:

@@ -69,9 +69,15 @@ class LatentWriters:
         cuts, (width, height) = batch["cuts"][row], batch["size"][row]
         found = {"width": width, "height": height, "cuts": [asdict(cut) for cut in cuts]}
         text = None if encoded.text is None else encoded.text[row]
-        moments, tokens = encoded.moments[row], encoded.tokens[row]
+        tokens = None if encoded.tokens is None else encoded.tokens[row]
         self._writer(batch).add(
-            batch["key"][row], moments, tokens, batch["caption"][row], batch["meta"][row] | found, text
+            batch["key"][row],
+            encoded.moments[row],
+            tokens,
+            batch["caption"][row],
+            batch["meta"][row] | found,
+            text,
+            {name: array[row] for name, array in encoded.arrays.items()},
         )
 
     def _writer(self, batch: Batch) -> LatentWriter:

@@ -25,10 +25,11 @@ from data.latents import ChannelStats
 from data.manifest import MANIFEST, Manifest, ShardInfo
 from data.shards import atomic_path, atomic_write
 from models.autoencoder import load_autoencoder
+from models.conditions import PREPARING, Conditions
 from models.text import load_text_tower
 from models.tiles import check_tile
 from train.engine.journal import Journal, say
-from train.engine.provenance import NULL_TEXT, image_facts, weights_digest
+from train.engine.provenance import NULL_TEXT, OLDER, asks_clip, image_facts, weights_digest
 from train.engine.runtime import Runtime
 from train.stages.decode_back import decode_back
 from train.stages.encoding import Encoder
@@ -48,8 +49,13 @@ def open_splits(cfg: PrecomputeRun, encoder: Encoder) -> list[Split]:
     """
     facts, splits = provenance(cfg, encoder), []
     for name in SPLITS:
-        images = ImageDataset(f"{cfg.shards}/{name}", cfg.images, cfg.seed, StreamConfig(window=1))  # shard by shard
-        folder, wanted = Path(cfg.output_dir) / name, facts | {"source": images.manifest.digest()}
+        images = ImageDataset(
+            f"{cfg.shards}/{name}", cfg.images, cfg.seed, StreamConfig(window=1), encoder.conditions.need_labels
+        )  # shard by shard
+        labels = images.manifest.provenance.get("labels", {})
+        encoder.conditions.check_names(labels)
+        folder = Path(cfg.output_dir) / name
+        wanted = facts | {"source": images.manifest.digest(), "labels": labels}
         splits.append(Split(name, images, folder, wanted, existing_manifest(folder, wanted)))
     return splits
 
@@ -64,7 +70,7 @@ def provenance(cfg: PrecomputeRun, encoder: Encoder) -> dict[str, Any]:
     check_tile(cfg.tile, downscale)
     return {
         "autoencoder": weights_digest(cfg.autoencoder),
-        "clip": weights_digest(cfg.clip),
+        "clip": None if encoder.clip is None else weights_digest(cfg.clip),
         "images": image_facts(cfg.images),
         "variants": cfg.variants,
         "shapes": [list(shape) for shape in shapes],
@@ -73,8 +79,9 @@ def provenance(cfg: PrecomputeRun, encoder: Encoder) -> dict[str, Any]:
         "text_states": cfg.text_states,
         "latent_channels": encoder.autoencoder.cfg.cached_channels,
         "latent_size": cfg.images.resolution // downscale,
-        "text_dim": encoder.clip.text_width,
-        "context_length": encoder.clip.context_length,
+        "conditions": encoder.conditions.facts(),
+        "text_dim": None if encoder.clip is None else encoder.clip.text_width,
+        "context_length": None if encoder.clip is None else encoder.clip.context_length,
     }
 
 
@@ -84,9 +91,10 @@ def existing_manifest(folder: Path, wanted: dict[str, Any]) -> Manifest | None:
         return None
     found = Manifest.load(folder)
     for field, value in wanted.items():
-        if found.provenance.get(field) != value:
+        before = found.provenance.get(field, OLDER.get(field))
+        if before != value:
             raise UserError(
-                f"output_dir: '{folder}' holds latents with another {field} ({found.provenance.get(field)}, now "
+                f"output_dir: '{folder}' holds latents with another {field} ({before}, now "
                 f"{value}); set another output_dir (or run_dir), or delete that folder"
             )
     return found
@@ -113,7 +121,8 @@ def precompute(
         metrics[f"latents/{split.name}_samples"] = float(split.finished.samples)
         metrics[f"latents/{split.name}_rejected"] = float(split.finished.stats["rejected"])
         metrics[f"latents/{split.name}_psnr"] = split.finished.stats["psnr"]
-    write_null_text(Path(cfg.output_dir), encoder)
+    if encoder.conditions.takes_text:
+        write_null_text(Path(cfg.output_dir), encoder)
     journal.log(max(samples, 1), metrics)
     return metrics
 
@@ -177,7 +186,7 @@ def merge(cfg: PrecomputeRun, encoder: Encoder, split: Split) -> None:
 
 def write_null_text(folder: Path, encoder: Encoder) -> None:
     """Text states of the empty caption, which training puts in place of dropped ones."""
-    text = encoder.states(encoder.clip.tokenize([""]))[0].contiguous()  # [L, D]
+    text = encoder.states(encoder.text_tower.tokenize([""]))[0].contiguous()  # [L, D]
     with atomic_path(folder / NULL_TEXT) as path:
         save_file({"text": text}, path)
 
@@ -186,10 +195,12 @@ def run(cfg: PrecomputeRun, runtime: Runtime, config: dict[str, Any]) -> None:
     """The command: encode, and say where the cache is and how well it decodes."""
     encoder = Encoder(
         load_autoencoder(cfg.autoencoder).eval().to(runtime.device),
-        load_text_tower(cfg.clip).eval().to(runtime.device),
+        load_text_tower(cfg.clip).eval().to(runtime.device) if asks_clip(cfg.conditions) else None,
+        Conditions(cfg.conditions, PREPARING),
         runtime.device,
         runtime.precision,
         cfg.text_states,
+        cfg.seed,
         limit=cfg.batch_size,
         tile=cfg.tile,
     )

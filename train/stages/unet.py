@@ -1,5 +1,6 @@
 """The third training: the cross-attention U-Net learns to denoise cached latents (LDM paper, eq. 3)."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +9,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conf.networks import UNetConfig
 from conf.schema import UNetRun
 from data.latent_dataset import LatentDataset
 from data.streams import latent_stream
-from models.autoencoder import load_autoencoder, sample_moments
+from models.autoencoder import load_autoencoder, sample_moments, split_moments
+from models.conditions import Inputs
+from models.denoiser import Denoiser, widened
 from models.film import Film
 from models.flops import unet_flops
 from models.lora import add_adapters, merged, save_adapters
-from models.pipeline import TextToImage
+from models.pipeline import DiffusionPipeline
 from models.process import Process
 from models.single_file import is_single_file, load_unet_file
 from models.text import load_text_tower
 from models.unet import UNet
 from models.unet_format import architecture
-from train.engine.draws import normal, uniform
+from train.engine.draws import Draws
 from train.engine.journal import Journal
-from train.engine.pictures import captioned, film_strips, to_uint8
-from train.engine.provenance import check_latents, require_same
+from train.engine.pictures import beside, captioned, film_strips, to_uint8
+from train.engine.provenance import asks_clip, check_latents, require_same
 from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
 from train.evaluation.in_loop import evaluate_in_loop, require_inputs
@@ -36,13 +38,23 @@ FILMED = 2  # of the pictures drawn at an evaluation
 FILM_FRAMES = 8
 
 
-def begin_from(source: str, cfg: UNetConfig) -> UNet:
-    """Another training's U-Net: a folder in diffusers' format or a whole checkpoint in one file."""
+def begin_from(source: str, network: Denoiser) -> None:
+    """Weights of another training's U-Net: a folder in diffusers' format or a whole checkpoint in one file.
+
+    Where it takes fewer channels than this one, those that are new begin at zero; parameters of conditions are taken
+    where they are there and fit.
+    """
+    cfg = network.unet.cfg
     if is_single_file(source):
-        return load_unet_file(source, cfg)
-    network = UNet.from_pretrained(source)
-    require_same("init_from", architecture(cfg), architecture(network.cfg))
-    return network
+        found = load_unet_file(source, replace(cfg, in_channels=cfg.out_channels))
+    else:
+        found = UNet.from_pretrained(source)
+        wanted, given = architecture(cfg), architecture(found.cfg)
+        if given["in_channels"] < wanted["in_channels"]:
+            given["in_channels"] = wanted["in_channels"]
+        require_same("init_from", wanted, given)
+        network.load_conditions(source)
+    network.unet.load_state_dict(widened(found.state_dict(), cfg.in_channels))
 
 
 def by_timestep(losses: Tensor, times: Tensor) -> dict[str, Tensor]:
@@ -63,25 +75,33 @@ class UNetStage:
         self.heldout = LatentDataset(f"{cfg.latents}/heldout", cfg.seed, cfg.stream)
         self.info, *_ = (check_latents(cfg, manifest) for manifest in manifests)
         self.mean, self.std = (self.channels(values) for values in (self.info.latent_mean, self.info.latent_std))
-        self.null_text = self.info.null_text(cfg.latents).to(runtime.device)  # [L, D]
         self.process = Process(cfg.process)
-        side = cfg.model.sample_size
-        passes = 3.0 if cfg.lora.rank == 0 else 2.0  # backward: twice forward, once for weights that are frozen
-        self.flops_per_sample = passes * unet_flops(cfg.model, side, side, len(self.null_text))
         self.process.sigmas(cfg.sampling.steps, cfg.sampling.spacing, cfg.sampling.shift)  # refused now or in hours
         require_inputs(cfg)
         torch.manual_seed(cfg.seed)  # initial weights
-        self.network = UNet(cfg.model)
+        self.network = self.build()
         if cfg.init_from is not None:
-            self.network = begin_from(cfg.init_from, cfg.model)
+            begin_from(cfg.init_from, self.network)
         if cfg.lora.rank > 0:
-            add_adapters(self.network, cfg.lora)
-        self.network.checkpoint_gradients(cfg.runtime.gradient_checkpointing)
+            add_adapters(self.network.unet, cfg.lora)
+        self.network.unet.checkpoint_gradients(cfg.runtime.gradient_checkpointing)
         self.unet = Trainable(
             runtime, self.network, cfg.optim, cfg.batch, cfg.loop.samples, cfg.runtime, cfg.ema, name="unet"
         )
         self.trainables = {"unet": self.unet}
-        self.text_tower = None if "text" in self.dataset.layout else self.frozen(load_text_tower(cfg.clip))
+        passes = 3.0 if cfg.lora.rank == 0 else 2.0  # backward: twice forward, once for weights that are frozen
+        side = cfg.model.sample_size
+        self.flops_per_sample = passes * unet_flops(cfg.model, side, side, self.network.conditions.tokens)
+        self.text_tower = None
+        if cfg.conditions.caption is not None and "text" not in self.dataset.layout:
+            self.text_tower = self.frozen(load_text_tower(cfg.clip))
+
+    def build(self) -> Denoiser:
+        """A U-Net with its conditions, untrained."""
+        cfg, facts = self.cfg, self.heldout.manifest.provenance
+        null_text = self.info.null_text(cfg.latents) if cfg.conditions.caption is not None else None  # [L, D]
+        unet, downscale = UNet(cfg.model), facts["images"]["resolution"] // facts["latent_size"]
+        return Denoiser(unet, self.info.build_conditions(cfg.model, downscale, null_text))
 
     @property
     def averages(self) -> bool:
@@ -96,31 +116,34 @@ class UNetStage:
 
     def noisy(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised latents [B, C, h, w], noise of that shape and timesteps [B]; all drawn per sample."""
-        positions, device = batch["position"], self.runtime.device
-        moments = batch["moments"].to(device).float()  # [B, 2C, h, w]
+        draws = Draws(seed, batch["position"], self.runtime.device)
+        moments = batch["moments"].to(self.runtime.device).float()  # [B, 2C, h, w]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
-        z = sample_moments(moments, normal(seed, positions, shape, "posterior").to(device))
-        noise = normal(seed, positions, shape, "noise").to(device)
+        z = sample_moments(moments, draws.normal("posterior", shape))
+        noise = draws.normal("noise", shape)
         if self.process.cfg.offset_noise > 0:
-            offset = normal(seed, positions, (shape[0], 1, 1), "offset_noise").to(device)
-            noise = self.process.with_offset(noise, offset)
-        timesteps = self.process.draw_timesteps(uniform(seed, positions, "timestep").to(device))
+            noise = self.process.with_offset(noise, draws.normal("offset_noise", (shape[0], 1, 1)))
+        timesteps = self.process.draw_timesteps(draws.uniform("timestep"))
         return (z - self.mean) / self.std, noise, timesteps
 
-    def context(self, batch: dict[str, Any]) -> Tensor:
-        """Text hidden states [B, L, D], from the cache or from the frozen text tower."""
-        if self.text_tower is None:
-            return batch["text"].to(self.runtime.device).float()
-        with torch.no_grad():
-            return self.text_tower.text_states(batch["tokens"].to(self.runtime.device))
+    def inputs(self, batch: dict[str, Any]) -> Inputs:
+        """Arrays of the conditions, from the cache; text states from the frozen tower where they are not in it."""
+        arrays = {name: batch[name].to(self.runtime.device) for name in self.dataset.layout if name != "moments"}
+        tokens = arrays.pop("tokens", None)
+        if "text" in arrays:
+            arrays["text"] = arrays["text"].float()
+        elif self.text_tower is not None and tokens is not None:
+            with torch.no_grad():
+                arrays["text"] = self.text_tower.text_states(tokens)
+        return arrays
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of one micro-batch."""
         seed = self.cfg.seed
         x0, noise, timesteps = self.noisy(batch, seed)
-        dropped = uniform(seed, batch["position"], "caption_drop") < self.cfg.caption_drop  # [B]
-        context = torch.where(dropped.to(x0.device)[:, None, None], self.null_text, self.context(batch))
-        prediction = self.unet(self.process.add_noise(x0, noise, timesteps), timesteps, context)
+        draws = Draws(seed, batch["position"], self.runtime.device)
+        inputs = self.network.conditions.vary(self.inputs(batch), draws)
+        prediction = self.unet(self.process.add_noise(x0, noise, timesteps), timesteps, inputs)
         losses = self.process.loss(prediction, x0, noise, timesteps)  # [B]
         loss = losses.mean()
         self.unet.backward(loss, last)
@@ -136,7 +159,7 @@ class UNetStage:
     @torch.no_grad()
     def evaluate(self, samples_seen: int, journal: Journal) -> dict[str, float]:
         """Validation loss of the averaged weights at fixed timesteps and noise; a grid of held-out captions."""
-        network = UNet(self.cfg.model)
+        network = self.build()
         network.load_state_dict(merged(self.unet.weights(ema=self.averages), self.cfg.lora))
         network = self.frozen(network)
         count = min(VALIDATION, self.heldout.samples)
@@ -144,32 +167,43 @@ class UNetStage:
         total = 0.0
         for batch in self.heldout.batches_at(mine, CHUNK):
             x0, noise, timesteps = self.noisy(batch, seed=0)
-            prediction = network(self.process.add_noise(x0, noise, timesteps), timesteps, self.context(batch))
+            prediction = network(self.process.add_noise(x0, noise, timesteps), timesteps, self.inputs(batch))
             total += float(self.process.loss(prediction, x0, noise, timesteps).sum())
         metrics = {"eval/loss": self.runtime.sum({"loss": total})["loss"] / count}
         small = self.cfg.evaluation.samples > 0
         if not small and not (self.runtime.is_main and self.cfg.sample_prompts > 0):
             return metrics
-        model = self.text_to_image(network)
+        model = self.pipeline(network)
         if self.runtime.is_main and self.cfg.sample_prompts > 0:
             self.draw(model, samples_seen, journal)
         return metrics | (evaluate_in_loop(self.cfg, self.runtime, model, samples_seen) if small else {})
 
-    def text_to_image(self, network: UNet) -> TextToImage:
+    def pipeline(self, network: Denoiser) -> DiffusionPipeline:
         """A frozen U-Net with the other networks that pictures need."""
-        autoencoder = self.frozen(load_autoencoder(self.cfg.autoencoder))
-        tower = self.text_tower or self.frozen(load_text_tower(self.cfg.clip))
-        return TextToImage(network, autoencoder, tower, self.process, self.mean.flatten(), self.std.flatten())
+        autoencoder, tower = self.frozen(load_autoencoder(self.cfg.autoencoder)), self.text_tower
+        if tower is None and asks_clip(self.cfg.conditions):
+            tower = self.frozen(load_text_tower(self.cfg.clip))
+        return DiffusionPipeline(network, autoencoder, tower, self.process, self.mean.flatten(), self.std.flatten())
 
-    def draw(self, model: TextToImage, samples_seen: int, journal: Journal) -> None:
-        """Pictures of held-out captions, each with the same noise at every evaluation, and a film of the first two."""
-        cfg = self.cfg
-        prompts = [self.heldout.at(i)["caption"] for i in range(min(cfg.sample_prompts, self.heldout.samples))]
-        film = Film(FILM_FRAMES, cfg.sampling.steps, range(len(prompts))[:FILMED])
-        images = model(prompts, [cfg.seed] * len(prompts), cfg.sampling, callback=film)
-        journal.image("prompts", np.asarray(captioned(to_uint8(images), prompts)), samples_seen, "held-out captions")
+    def draw(self, model: DiffusionPipeline, samples_seen: int, journal: Journal) -> None:
+        """Pictures of held-out samples' conditions, each with the same noise at every evaluation, and a film of two.
+
+        Beside a picture stand its condition, where that is one, and the original.
+        """
+        cfg, conditions = self.cfg, model.denoiser.conditions
+        alike = [i for i in range(self.heldout.samples) if self.heldout.bucket(i) == self.heldout.bucket(0)]
+        batch = self.heldout.batch_at(alike[: cfg.sample_prompts])
+        captions, inputs = batch["caption"], self.inputs(batch)
+        film = Film(FILM_FRAMES, cfg.sampling.steps, range(len(captions))[:FILMED])
+        images = model(captions, [cfg.seed] * len(captions), cfg.sampling, callback=film, inputs=inputs)
+        moments = batch["moments"].to(self.runtime.device).float()
+        originals = model.decode((split_moments(moments)[0] - self.mean) / self.std)
+        images = conditions.finish(images, originals, inputs)
+        titles, shown = conditions.titles(captions, inputs), conditions.show(originals, inputs)
+        sheet = beside([*shown, images, originals]) if shown else images
+        journal.image("prompts", np.asarray(captioned(to_uint8(sheet), titles)), samples_seen, "held-out samples")
         frames = np.stack([to_uint8(strip) for strip in film.frames(model, images)])
-        strips = film_strips(frames, prompts[:FILMED], film.labels)
+        strips = film_strips(frames, titles[:FILMED], film.labels)
         journal.image("film", np.asarray(strips), samples_seen, "guesses of the picture during sampling")
 
     def export(self, folder: Path) -> None:

@@ -32,7 +32,7 @@ def test_info_of_a_fitting_cache(latents: Any) -> None:
 @pytest.mark.parametrize(
     ("override", "field"),
     [
-        ("model.in_channels=8", r"model\.in_channels is 8, the cache was made with 4"),
+        ("model.out_channels=8", r"model\.out_channels is 8, the cache was made with 4"),
         ("model.sample_size=16", r"model\.sample_size is 16, the cache was made with 8"),
         ("model.cross_attention_dim=32", r"model\.cross_attention_dim is 32, the cache was made with 16"),
     ],

@@ -239,7 +239,7 @@ def test_broken_pictures_are_named_before_a_metric_is_made(
     def broken(self: Any, latents: torch.Tensor) -> torch.Tensor:
         return torch.full((len(latents), 3, 32, 32), float("nan"))
 
-    monkeypatch.setattr(sampling.TextToImage, "decode", broken)
+    monkeypatch.setattr(sampling.DiffusionPipeline, "decode", broken)
     with pytest.raises(UserError, match=r"^pictures of '.*' … are NaN or infinite, 16 in all: set runtime.precision"):
         evaluate.run(config(project, tmp_path, "prompt_following=false", "clip_score=null"), runtime)
     assert not (tmp_path / "metrics.json").exists()
@@ -305,7 +305,7 @@ def test_images_without_attributes_are_refused_before_a_picture_is_drawn(
         shutil.copytree(project.folder / "shards" / side, tmp_path / "shards" / side)
     at = ImageDataset.at
     monkeypatch.setattr(ImageDataset, "at", lambda *given: at(*given) | {"meta": {}})
-    monkeypatch.setattr(subjects, "sound_pictures", lambda *_: pytest.fail("pictures were drawn"))
+    monkeypatch.setattr(subjects, "draw", lambda *_: pytest.fail("pictures were drawn"))
     with pytest.raises(UserError, match=r"^prompt_following=true: sample '.*' names no kind"):
         here = [f"shards={tmp_path}/shards", f"statistics_dir={tmp_path}/statistics"]
         evaluate.run(config(project, tmp_path / "out", *here), runtime)

@@ -9,7 +9,7 @@ from conf.errors import UserError
 from conf.schema import SampleRun
 from data.manifest import Manifest
 from data.shards import ShardWriter
-from train.evaluation.prompts import jobs_of, read_prompts
+from train.evaluation.prompts import Job, Prompt, jobs_of, read_prompts, with_words
 
 
 def config(*overrides: str) -> SampleRun:
@@ -30,10 +30,15 @@ def test_prompts_stand_in_the_order_of_command_line_file_and_data_set(tmp_path: 
     (tmp_path / "prompts.txt").write_text("\ufeffa cactus\n\n  a palm  \n", encoding="utf-8")
     folder = shards(tmp_path / "shards", "a hill", " ", "a sun\n", "a moon", "a ring")
     given = ['prompts=["a (red:1.2) planet"]', f"prompts_file={tmp_path}/prompts.txt", f"prompts_from={folder}"]
-    expected = ["a (red:1.2) planet", "a cactus", "a palm", "a hill", "a sun", "a moon"]
-    assert read_prompts(config(*given, "prompts_from_samples=4")) == expected
-    assert read_prompts(config(*given, "prompts_from_samples=0")) == [*expected, "a ring"]
-    assert read_prompts(config(*given)) == [*expected, "a ring"]  # 64 were asked for, 5 are there
+    written = [Prompt(text) for text in ("a (red:1.2) planet", "a cactus", "a palm")]
+    expected = [*written, Prompt("a hill", 0), Prompt("a sun", 2), Prompt("a moon", 3)]
+
+    def read(*options: str) -> list[Prompt]:
+        return with_words(read_prompts(config(*given, *options)), str(folder))
+
+    assert read("prompts_from_samples=4") == expected
+    assert read("prompts_from_samples=0") == [*expected, Prompt("a ring", 4)]
+    assert read() == [*expected, Prompt("a ring", 4)]  # 64 were asked for, 5 are there
 
 
 def test_source_without_a_prompt_is_refused_even_beside_another(tmp_path: Path) -> None:
@@ -44,11 +49,12 @@ def test_source_without_a_prompt_is_refused_even_beside_another(tmp_path: Path) 
         ("prompts_file={}/empty.txt", r"^prompts_file=.*/empty\.txt: holds no prompt; write one a line$"),
         ("prompts_file={}/nowhere.txt", r"^prompts_file=.*/nowhere\.txt: no such file$"),
         ("prompts_file={}/latin.txt", r"^prompts_file=.*/latin\.txt: is no UTF-8 text"),
-        ("prompts_from={}/silent", r"^prompts_from=.*/silent: its first 2 captions are empty"),
         ("prompts_from={}/nowhere", r"^prompts_from: no shards at '.*/nowhere': name a folder of image shards"),
     ):
         with pytest.raises(UserError, match=message):
             read_prompts(config('prompts=["a moon"]', option.format(tmp_path)))
+    with pytest.raises(UserError, match=r"^prompts_from=.*/silent: its first 2 captions are empty"):
+        with_words(read_prompts(config(f"prompts_from={tmp_path}/silent")), f"{tmp_path}/silent")
 
 
 @pytest.mark.parametrize("caption", ["a [red] planet", "a planet (red", "a cat AND a dog"])
@@ -56,12 +62,13 @@ def test_captions_are_not_read_as_weights_unseen(tmp_path: Path, caption: str) -
     given = f"prompts_from={shards(tmp_path, 'a hill: at night', caption)}"
     with pytest.raises(UserError, match=r"^prompts_from: the caption 'a .*' would be read .* set prompt_syntax=false"):
         read_prompts(config(given))
-    assert read_prompts(config(given, "prompt_syntax=false")) == ["a hill: at night", caption]
+    assert [text for text, _ in read_prompts(config(given, "prompt_syntax=false"))] == ["a hill: at night", caption]
 
 
 def test_prompt_that_comes_again_gets_other_pictures() -> None:
     expected = [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2), ("a", 3)]
-    assert jobs_of(["a", "b", "a"], 2) == expected
+    prompts = [Prompt("a"), Prompt("b", 7), Prompt("a")]
+    assert jobs_of(prompts, 2) == [Job(text, number, 7 if text == "b" else None) for text, number in expected]
 
 
 @pytest.mark.parametrize(

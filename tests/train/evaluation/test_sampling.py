@@ -21,6 +21,8 @@ from train.engine.provenance import weights_digest
 from train.engine.runtime import Runtime
 from train.evaluation import sampling
 from train.evaluation.album import read_parameters, read_png
+from train.evaluation.asking import Asked
+from train.evaluation.prompts import Prompt
 
 PROMPTS = ["a red planet", "a green hill, at night", "a sad “square” monster"]
 
@@ -58,6 +60,7 @@ def test_picture_carries_all_that_makes_it_again(project: Any, runtime: Runtime,
         "guidance_rescale": 0.0,
         "guidance_interval": [],
         "negative_prompt": "",
+        "size": [],
         "prompt_syntax": True,
         "tile": 0,
         "precision": "fp32",
@@ -65,7 +68,7 @@ def test_picture_carries_all_that_makes_it_again(project: Any, runtime: Runtime,
     }
     again = project.config("sample", f"seed={facts['seed']}", f"steps={facts['steps']}", "guidance_scale=2.5")
     model = sampling.load_model(again, runtime.device)
-    made = sampling.sound_pictures(model, again, [(facts["prompt"], facts["number"])])
+    made = sampling.draw(model, again, [{"caption": facts["prompt"]}], [facts["number"]]).images
     assert largest_step([sampling.to_uint8(made)[0]], pictures[5:]) <= 1
 
 
@@ -129,11 +132,14 @@ def test_killed_command_goes_on_where_it_was(
     drawn: list[tuple[str, int]] = []
     original = sampling.draw
 
-    def dies(model: Any, cfg: Any, jobs: Any, film: Any = None) -> Any:
+    def noted(model: Any, cfg: Any, items: Any, numbers: Any, film: Any = None) -> Any:
+        drawn.extend(zip([item["caption"] for item in items], numbers, strict=True))
+        return original(model, cfg, items, numbers, film)
+
+    def dies(*given: Any) -> Any:
         if len(drawn) == 4:
             raise KeyboardInterrupt
-        drawn.extend(jobs)
-        return original(model, cfg, jobs, film)
+        return noted(*given)
 
     monkeypatch.setattr(sampling, "draw", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -142,10 +148,6 @@ def test_killed_command_goes_on_where_it_was(
     assert len(written) == 4 + 2 and not (tmp_path / "again" / "grid.png").exists()
     (tmp_path / "again" / "strips" / "00003.png").unlink()
     (tmp_path / "again" / "00001.png").write_bytes(b"damaged")
-
-    def noted(model: Any, cfg: Any, jobs: Any, film: Any = None) -> Any:
-        drawn.extend(jobs)
-        return original(model, cfg, jobs, film)
 
     drawn.clear()
     monkeypatch.setattr(sampling, "draw", noted)
@@ -166,11 +168,11 @@ def test_second_start_draws_nothing_unless_something_else_is_asked_for(
     monkeypatch.setattr(sampling, "draw", lambda *_: pytest.fail("a picture was drawn again"))
     sampling.run(cfg, runtime)
     assert "all 3 pictures were there already: " in capsys.readouterr().out.splitlines()[-1]
-    jobs = [(prompt, 0) for prompt in PROMPTS]
-    assert sampling.album_of(cfg, jobs).holds(2)
+    asked = Asked([Prompt(prompt) for prompt in PROMPTS], None)
+    assert sampling.album_of(cfg, asked).holds(2)
     low = replace(cfg.runtime, precision=Precision.bf16)
     for change in ({"seed": 1}, {"steps": 5}, {"tile": 16}, {"film_frames": 2}, {"runtime": low}):
-        assert not sampling.album_of(replace(cfg, **change), jobs).holds(2)
+        assert not sampling.album_of(replace(cfg, **change), asked).holds(2)
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "pndm", "heun", "unipc"])
@@ -189,22 +191,20 @@ def test_pictures_that_are_not_finite_are_left_out_and_their_prompts_named(
 ) -> None:
     original = sampling.draw
 
-    def broken(model: Any, cfg: Any, jobs: Any, film: Any = None) -> Any:
-        images = original(model, cfg, jobs, film)
-        images[[prompt == PROMPTS[1] for prompt, _ in jobs], 0, 5, 5] = torch.nan
-        return images
+    def broken(model: Any, cfg: Any, items: Any, *given: Any) -> Any:
+        drawing = original(model, cfg, items, *given)
+        drawing.images[[item["caption"] == PROMPTS[1] for item in items], 0, 5, 5] = torch.nan
+        return drawing
 
     monkeypatch.setattr(sampling, "draw", broken)
     with pytest.raises(UserError, match=rf"^pictures of '{PROMPTS[1]}' are NaN or infinite, 1 in all: set runtime\."):
         draw(project, runtime, tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"00000.png", "00002.png"}
-    monkeypatch.setattr(sampling, "draw", lambda *_: torch.full((2, 3, 32, 32), torch.inf))
+    all_broken = sampling.Drawing(torch.full((2, 3, 32, 32), torch.inf), torch.zeros(2, 3, 32, 32), {}, ["", ""])
+    monkeypatch.setattr(sampling, "draw", lambda *_: all_broken)
     prompts = f"prompts=['{PROMPTS[1]}', b, c, d, e]"
     with pytest.raises(UserError, match=r"^pictures of 'a green hill, at night', 'b' are NaN or infinite, 2 in all: "):
         draw(project, runtime, tmp_path, prompts, "batch_size=2")  # not even the first batch has a sound one
-    cfg = project.config("sample", prompts, "batch_size=2")
-    with pytest.raises(UserError, match=r"^pictures of 'b', 'c' are NaN or infinite"):  # a metric can leave none out
-        sampling.sound_pictures(None, cfg, [("b", 0), ("c", 0)])  # type: ignore[arg-type]
 
 
 def test_grid_shows_every_picture(project: Any, runtime: Runtime, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.networks import AutoencoderConfig
-from conf.schema import Precision
+from conf.schema import ConditionsConfig, Precision
+from data.images import Cut
 from models.autoencoder import Autoencoder
+from models.conditions import PREPARING, Conditions
 from train.stages.encoding import Encoder
 
 CPU = torch.device("cpu")
@@ -45,12 +47,24 @@ class Clip:
         return tokens[:, :, None].float()
 
 
+def made(autoencoder: Any, precision: Precision, **options: Any) -> Encoder:
+    conditions = Conditions(ConditionsConfig(), PREPARING)
+    return Encoder(autoencoder, Clip(), conditions, CPU, precision, seed=0, **options)  # type: ignore[arg-type]
+
+
 def encoder(precision: Precision = Precision.fp32, limit: int = 8, most: int = 100) -> Any:
-    return Encoder(Doubling(most), Clip(), CPU, precision, text_states=True, limit=limit)  # type: ignore[arg-type]
+    return made(Doubling(most), precision, text_states=True, limit=limit)
 
 
 def batch(images: Tensor, captions: list[str] | None = None) -> dict[str, Any]:
-    return {"image": images[:, None], "caption": captions or ["x"] * len(images)}
+    count = len(images)
+    return {
+        "image": images[:, None] if images.ndim == 4 else images,
+        "caption": captions or ["x"] * count,
+        "size": [(4, 4)] * count,
+        "cuts": [[Cut(0, 0, 4, 4)] * (images.shape[1] if images.ndim == 5 else 1)] * count,
+        "index": list(range(count)),
+    }
 
 
 @pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16])
@@ -74,7 +88,7 @@ def test_a_real_autoencoder_that_overflows_in_fp16_gives_the_moments_of_fp32() -
         expected = network.encode(images)
         with torch.autocast("cpu", torch.float16):
             assert not network.encode(images).isfinite().all()
-    encode = Encoder(network, Clip(), CPU, Precision.fp16, text_states=False, limit=8)  # type: ignore[arg-type]
+    encode = made(network, Precision.fp16, text_states=False, limit=8)
     torch.testing.assert_close(encode.moments(images), expected)
 
 
@@ -111,5 +125,5 @@ def test_a_caption_is_encoded_once_until_it_is_forgotten() -> None:
 
 def test_variants_of_a_picture_stay_together() -> None:
     images = torch.arange(6.0).reshape(2, 3, 1, 1, 1)  # [B, V, 3, H, W]
-    encoded = encoder(limit=4)({"image": images, "caption": ["a", "b"]})
+    encoded = encoder(limit=4)(batch(images, ["a", "b"]))
     assert encoded.moments[:, :, 0, 0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]

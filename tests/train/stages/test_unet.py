@@ -28,6 +28,13 @@ def make(latents: Any, runtime: Runtime, *overrides: str) -> UNetStage:
     return UNetStage(latents.config("unet", *overrides), runtime)
 
 
+def null_text_of(stage: UNetStage) -> Tensor:
+    """What the caption is when it is dropped [L, D]."""
+    null_text = stage.network.conditions.kinds["caption"].null_text
+    assert isinstance(null_text, Tensor)
+    return null_text
+
+
 class Seen:
     """What the network was given in its forward passes."""
 
@@ -37,8 +44,9 @@ class Seen:
         self.contexts: list[Tensor] = []
         stage.network.register_forward_pre_hook(self.note)
 
-    def note(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        for kept, tensor in zip((self.latents, self.timesteps, self.contexts), inputs, strict=True):
+    def note(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        latents, timesteps, told = inputs
+        for kept, tensor in ((self.latents, latents), (self.timesteps, timesteps), (self.contexts, told["text"])):
             kept.append(tensor.detach().clone())
 
 
@@ -55,7 +63,7 @@ def test_denoising_gets_better(project: Any) -> None:
 def test_export_holds_the_average_and_what_sampling_needs(project: Any) -> None:
     folder = project.folder / "unet" / "export"
     saved = project.folder / "unet" / "checkpoints" / "000000000960" / "unet"
-    exported = UNet.from_pretrained(folder).state_dict()
+    exported = {f"unet.{name}": tensor for name, tensor in UNet.from_pretrained(folder).state_dict().items()}
     average, latest = load_file(saved / "ema.safetensors"), load_file(saved / "weights.safetensors")
     assert all(torch.equal(tensor, exported[name]) for name, tensor in average.items())
     assert not all(torch.equal(tensor, exported[name]) for name, tensor in latest.items())
@@ -82,25 +90,26 @@ def test_accumulation_takes_the_step_of_the_whole_batch(latents: Any, runtime: R
 
 
 def test_caption_drop_is_a_function_of_seed_and_position(latents: Any, runtime: Runtime) -> None:
-    stage = make(latents, runtime, "caption_drop=0.3", "batch.global_batch_size=32", "batch.micro_batch_size=16")
+    options = ["conditions.caption.drop=0.3", "batch.global_batch_size=32"]
+    stage = make(latents, runtime, *options, "batch.micro_batch_size=16")
     seen = Seen(stage)
     forward, backward = list(range(100, 132)), list(range(131, 99, -1))
     for positions in (forward, backward):
         for index in (0, 16):
             stage.micro_step(stage.dataset.batch(positions[index : index + 16]), index == 16, 0)
         stage.unet.step(32)
-    dropped = (torch.cat(seen.contexts) == stage.null_text).flatten(1).all(dim=1)  # [64]
+    dropped = (torch.cat(seen.contexts) == null_text_of(stage)).flatten(1).all(dim=1)  # [64]
     assert torch.equal(dropped[:32], dropped[32:].flip(0))
     assert 3 <= int(dropped[:32].sum()) <= 18
-    other = make(latents, runtime, "caption_drop=0.3", "batch.global_batch_size=32", "seed=1")
+    other = make(latents, runtime, *options, "seed=1")
     seen_by_other = Seen(other)
     other.micro_step(other.dataset.batch(forward), True, 0)
-    dropped_by_other = (seen_by_other.contexts[0] == other.null_text).flatten(1).all(dim=1)
+    dropped_by_other = (seen_by_other.contexts[0] == null_text_of(other)).flatten(1).all(dim=1)
     assert not torch.equal(dropped[:32], dropped_by_other)
 
 
 def test_no_caption_is_dropped_at_0(latents: Any, runtime: Runtime) -> None:
-    stage = make(latents, runtime, "caption_drop=0")
+    stage = make(latents, runtime, "conditions.caption.drop=0", "sampling.guidance_scale=1")
     seen = Seen(stage)
     batch = stage.dataset.batch(range(16))
     stage.micro_step(batch, True, 0)
@@ -135,11 +144,11 @@ def test_network_works_on_normalised_latents(latents: Any, runtime: Runtime) -> 
 def test_without_cached_text_the_tower_gives_the_same_context(latents: Any, runtime: Runtime) -> None:
     stage = make(latents, runtime)
     batch = stage.dataset.batch(range(8))
-    cached = stage.context(batch)
+    cached = stage.inputs(batch)["text"]
     stage.text_tower = stage.frozen(Clip.from_pretrained(stage.cfg.clip))
-    torch.testing.assert_close(stage.context(batch), cached, rtol=2e-3, atol=2e-3)  # the cache is fp16
+    torch.testing.assert_close(stage.inputs(batch)["text"], cached, rtol=2e-3, atol=2e-3)  # the cache is fp16
     tokens = stage.text_tower.tokenize([""])
-    torch.testing.assert_close(stage.text_tower.text_states(tokens)[0], stage.null_text)
+    torch.testing.assert_close(stage.text_tower.text_states(tokens)[0], null_text_of(stage))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +199,8 @@ def test_init_from_of_another_architecture_is_refused(project: Any, runtime: Run
     with pytest.raises(UserError, match=r"init_from: its layers_per_block is 1, model\.layers_per_block is 2"):
         make(project, runtime, f"init_from={export}", "model.layers_per_block=2")
     started = make(project, runtime, f"init_from={export}").unet.weights()
-    assert all(torch.equal(tensor, started[name]) for name, tensor in UNet.from_pretrained(export).state_dict().items())
+    exported = UNet.from_pretrained(export).state_dict()
+    assert all(torch.equal(tensor, started[f"unet.{name}"]) for name, tensor in exported.items())
 
 
 @pytest.mark.parametrize("same", [True, False])
