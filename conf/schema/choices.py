@@ -153,6 +153,14 @@ class EvaluationSubject(Enum):
     autoencoder = "autoencoder"  # by those that it gives back
 
 
+class JudgeName(Enum):
+    """Of what was asked for: is it there?"""
+
+    classes = "classes"  # the class of the picture
+    boxes = "boxes"  # an object of its class in each box, and nothing elsewhere
+    segments = "segments"  # the class of each pixel
+
+
 class CacheDtype(Enum):
     fp16 = "fp16"
     bf16 = "bf16"

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from conf.schema.choices import EvaluationSubject, Perceptual
+from conf.schema.choices import EvaluationSubject, JudgeName, Perceptual
 from conf.schema.sections import ImageConfig, RuntimeConfig, SamplingConfig, WandbConfig, require, require_positive
 
 FEWEST = 4  # pictures; precision and recall need three neighbours of each
@@ -58,6 +58,7 @@ class EvaluateRun(SamplingConfig):
     clip_score: str | None = None  # CLIP that compares pictures with captions: a folder, or open_clip's NAME/TAG
     perceptual: Perceptual = Perceptual.efficientnet  # distance between a picture and what an autoencoder gives back
     prompt_following: bool = False  # train the probe and score kind, background and colour (demo set only)
+    judges: list[JudgeName] = field(default_factory=list)  # of labels that pictures are drawn of: each trains a probe
     bootstrap: int = 50  # sets drawn again for the 95 % interval of a Fréchet distance; 0: no interval
     watch: bool = False  # evaluate the checkpoints of a training as they appear, until it is finished
     watch_s: float = 30.0  # seconds between two looks
@@ -70,9 +71,11 @@ class EvaluateRun(SamplingConfig):
         require_enough(f"samples={self.samples}", self.samples, self.inception)
         require(self.bootstrap == 0 or self.bootstrap > 1, f"bootstrap={self.bootstrap}: must be 0 (off) or above 1")
         if self.subject is EvaluationSubject.autoencoder:
-            for option in ("watch", "prompt_following", "clip_score"):
+            for option in ("watch", "prompt_following", "judges", "clip_score"):
                 require(not getattr(self, option), f"{option}: is for a U-Net; leave it out with subject=autoencoder")
         require(
             self.inception is not None or not self.reference.endswith(".npz"),
             f"reference={self.reference}: holds statistics of Inception's features; set inception=PATH",
         )
+        names = [judge.value for judge in self.judges]
+        require(len(set(names)) == len(names), f"judges={names}: names one twice")

@@ -75,8 +75,9 @@ def references_of(cfg: EvaluateRun, subject: Subject, runtime: Runtime) -> dict[
 
 def chunks_of(cfg: EvaluateRun, subject: Subject) -> Chunks:
     """Where the measurements are kept; those of other extractors have other columns."""
-    looked_for = {e.name: e.facts() for e in subject.extractors} | {"prompt_following": cfg.prompt_following}
-    facts = subject.facts | {"tile": cfg.tile, "columns": looked_for}
+    looked_for = {e.name: e.facts() for e in subject.extractors}
+    judged = {"prompt_following": cfg.prompt_following, "judges": [name.value for name in cfg.judges]}
+    facts = subject.facts | {"tile": cfg.tile, "columns": looked_for | judged}
     return Chunks(Path(cfg.output_dir) / "measured", facts, subject.total, cfg.batch_size)
 
 
@@ -148,7 +149,7 @@ def report(
         journal.finish(exit_code)
     for name, value in metrics.items():
         if name.startswith("probe/") and value < PROBE_FLOOR:
-            say("evaluation", f"{name}={value:.3f}: below {PROBE_FLOOR}, so prompt following proves nothing")
+            say("evaluation", f"{name}={value:.3f}: below {PROBE_FLOOR}, so what it finds in drawn ones proves nothing")
     say("evaluation", f"{folder / 'metrics.json'} and {folder / 'grid.png'}")
 
 

@@ -1,30 +1,17 @@
-"""Does a picture show what its prompt says? A probe trained on real demo images reads kind, colour and background.
+"""Does a picture show what is asked for as a whole: the attributes in a demo caption, or a class?"""
 
-It is honest only as far as it is right on real images that it never saw: that accuracy is reported beside every score.
-"""
-
-import hashlib
-import json
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conf.errors import UserError
-from conf.schema import ImageConfig
-from data.datasets import ImageDataset
-from data.shards import atomic_path
-from train.engine.runtime import Runtime
+from train.evaluation.judge import Item, Judge
 
 ATTRIBUTES = ("kind", "background", "color")
-STEPS, BATCH = 400, 64
-PEAK_LR = 3e-3
 
 
 class ProbeNet(nn.Module):
@@ -45,102 +32,87 @@ class ProbeNet(nn.Module):
         return {name: head(pooled) for name, head in self.heads.items()}
 
 
-@dataclass(slots=True)
-class Probe:
-    """The trained network and the words that its classes stand for."""
+class Probe(Judge):
+    """Reads one value of each attribute from a picture; one that its training never saw is never right."""
 
-    network: ProbeNet
-    words: dict[str, list[str]]
+    facts: dict[str, list[Any]]  # the values that the classes of each attribute stand for
 
-    def save(self, path: Path) -> None:
-        """One file, whole or not there."""
-        with atomic_path(path) as temporary:
-            save_file(self.network.state_dict(), temporary, {"words": json.dumps(self.words)})
+    def __init__(self, facts: dict[str, list[Any]]) -> None:
+        super().__init__(facts)
+        self.network = ProbeNet({name: len(values) for name, values in facts.items()})
+
+    @staticmethod
+    @abstractmethod
+    def asked(item: Item) -> dict[str, Any]:
+        """The value of each attribute that a sample has."""
 
     @classmethod
-    def load(cls, path: Path, device: torch.device) -> "Probe":
-        """What `save` wrote."""
-        with safe_open(path, framework="pt") as file:
-            words: dict[str, list[str]] = json.loads(file.metadata()["words"])
-            network = ProbeNet({name: len(listed) for name, listed in words.items()})
-            network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        return cls(network.eval().to(device), words)
+    def facts_of(cls, items: Sequence[Item]) -> dict[str, list[Any]]:
+        """All values that occur, in order."""
+        asked = [cls.asked(item) for item in items]
+        return {name: sorted({values[name] for values in asked}) for name in asked[0]}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The attributes."""
+        return tuple(self.facts)
+
+    def loss(self, images: Tensor, items: Sequence[Item], generator: torch.Generator) -> Tensor:
+        """Cross-entropy, summed over the attributes."""
+        asked = [self.asked(item) for item in items]
+        total = torch.zeros((), device=images.device)
+        for name, logits in self.network(images).items():
+            index = {value: number for number, value in enumerate(self.facts[name])}
+            targets = torch.tensor([index[values[name]] for values in asked], device=images.device)
+            total = total + F.cross_entropy(logits, targets)
+        return total
 
     @torch.no_grad()
-    def correct(self, images: Tensor, metas: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Per attribute, whether [B] the picture shows what its metadata says."""
-        logits = self.network(images)
-        right = {}
-        for name, words in self.words.items():
-            read = [words[i] for i in logits[name].argmax(1).tolist()]
-            right[name] = torch.tensor([word == meta[name] for word, meta in zip(read, metas, strict=True)])
+    def correct(self, images: Tensor, items: Sequence[Item]) -> dict[str, Tensor]:
+        """Per attribute, whether [B] the picture shows what is asked for."""
+        asked, right = [self.asked(item) for item in items], {}
+        for name, logits in self.network(images).items():
+            read = [self.facts[name][number] for number in logits.argmax(1).tolist()]
+            right[name] = torch.tensor([value == values[name] for value, values in zip(read, asked, strict=True)])
         return right
 
 
-def cached_probe(folder: str, images: ImageConfig, seed: int, cache: Path, runtime: Runtime) -> Probe:
-    """The probe of the pictures in a folder of shards, trained once by the main process and kept; collective."""
-    dataset = ImageDataset(folder, images, seed)
-    known = json.dumps([dataset.digest, images.resolution, seed, STEPS])
-    path = cache / f"probe-{hashlib.sha256(known.encode()).hexdigest()[:16]}.safetensors"
-    if runtime.is_main and not path.is_file():
-        train_probe(dataset, seed, runtime.device).save(path)
-    runtime.barrier()
-    return Probe.load(path, runtime.device)
+class CaptionProbe(Probe):
+    """Kind, colour and background, which the demo set's captions name."""
+
+    option, group = "prompt_following=true", "prompt_following"
+
+    @classmethod
+    def require(cls, item: Item) -> None:
+        """Only the demo set says all of it."""
+        missing = [name for name in ATTRIBUTES if name not in item["meta"]]
+        if missing:
+            raise UserError(
+                f"{cls.option}: sample '{item['key']}' names no {missing[0]} in its JSON; only the demo set "
+                "does: set prompt_following=false"
+            )
+
+    @staticmethod
+    def asked(item: Item) -> dict[str, Any]:
+        """Of the sample's JSON."""
+        return {name: item["meta"][name] for name in ATTRIBUTES}
 
 
-def require_attributes(item: dict[str, Any]) -> None:
-    """Refuse a sample that does not say what it shows."""
-    missing = [name for name in ATTRIBUTES if name not in item["meta"]]
-    if missing:
-        raise UserError(
-            f"prompt_following=true: sample '{item['key']}' names no {missing[0]} in its JSON; only the demo set "
-            "does: set prompt_following=false"
-        )
+class ClassProbe(Probe):
+    """The class of a picture, by its number."""
 
+    option, group = "judges=[classes]", "label_following"
 
-def labels(dataset: ImageDataset) -> tuple[Tensor, Tensor, dict[str, list[str]]]:
-    """All images [N, 3, H, W], their classes [N, attributes] and the words that the classes stand for."""
-    items = [dataset.at(index) for index in range(dataset.samples)]
-    for item in items:
-        require_attributes(item)
-    words = {name: sorted({item["meta"][name] for item in items}) for name in ATTRIBUTES}
-    index = {name: {word: i for i, word in enumerate(listed)} for name, listed in words.items()}
-    classes = [[index[name][item["meta"][name]] for name in ATTRIBUTES] for item in items]
-    return torch.stack([item["image"] for item in items]), torch.tensor(classes), words
+    @classmethod
+    def require(cls, item: Item) -> None:
+        """A class must be known."""
+        if item["labels"].class_id is None:
+            raise UserError(
+                f"{cls.option}: sample '{item['key']}' has no class_id in its JSON; leave classes out, or build shards "
+                "with classes"
+            )
 
-
-def train_probe(dataset: ImageDataset, seed: int, device: torch.device) -> Probe:
-    """Fit the probe to a demo set; half of each batch is blurred, as decoded pictures are softer than drawn ones."""
-    images, classes, words = labels(dataset)
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # initial weights
-    network = ProbeNet({name: len(listed) for name, listed in words.items()}).to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), PEAK_LR, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, STEPS)
-    for _ in range(STEPS):
-        chosen = torch.randint(len(images), (BATCH,), generator=generator)
-        batch = soften(images[chosen], generator).to(device)
-        logits = network(batch)
-        targets = classes[chosen].to(device)
-        loss = sum((F.cross_entropy(logits[n], targets[:, i]) for i, n in enumerate(ATTRIBUTES)), torch.zeros(()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return Probe(network.eval(), words)
-
-
-def soften(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur the second half of a batch [B, 3, H, W] and add a little noise to all of it."""
-    sharp, soft = images.chunk(2)
-    soft = F.avg_pool2d(F.pad(soft, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    both = torch.cat([sharp, soft])
-    return both + 0.05 * torch.randn(both.shape, generator=generator)
-
-
-def accuracy(probe: Probe, dataset: ImageDataset, device: torch.device) -> dict[str, float]:
-    """Share of real images read rightly, per attribute: `probe/accuracy/<attribute>`."""
-    items = [dataset.at(index) for index in range(dataset.samples)]
-    images = torch.stack([item["image"] for item in items]).to(device)
-    right = probe.correct(images, [item["meta"] for item in items])
-    return {f"probe/accuracy/{name}": hits.float().mean().item() for name, hits in right.items()}
+    @staticmethod
+    def asked(item: Item) -> dict[str, Any]:
+        """Of the labels."""
+        return {"class": item["labels"].class_id}

@@ -22,8 +22,9 @@ from train.engine.runtime import Runtime
 from train.evaluation.asking import samples_of
 from train.evaluation.chunks import Chunks
 from train.evaluation.extractors import Extractor, efficientnet, inception
+from train.evaluation.judge import Judge, accuracy, cached_judge
+from train.evaluation.judges import wanted_judges
 from train.evaluation.metrics import clip_score
-from train.evaluation.probe import Probe, accuracy, cached_probe, require_attributes
 from train.evaluation.reference import FILES
 from train.evaluation.sampling import draw, finite, require_finite, sampling_facts
 
@@ -72,15 +73,17 @@ class Drawn:
                 f"images.resolution={cfg.images.resolution}: this U-Net draws {side} pixels, as the real pictures must "
                 f"have; set images.resolution={side}"
             )
-        self.prompts = ImageDataset(cfg.captions, cfg.images, cfg.seed, labels=model.denoiser.conditions.need_labels)
+        labelled = model.denoiser.conditions.need_labels or bool(cfg.judges)
+        self.prompts = ImageDataset(cfg.captions, cfg.images, cfg.seed, labels=labelled)
         self.extractors, self.clip = extractors_of(cfg, runtime.device), None
         if cfg.clip_score is not None:
             self.clip = load_clip(cfg.clip_score).to(runtime.device)
             self.extractors.append(clip_extractor(self.clip, cfg.clip_score))
-        self.probe: Probe | None = None
-        if cfg.prompt_following:
-            require_attributes(self.prompts.at(0))
-            self.probe = cached_probe(f"{cfg.shards}/train", cfg.images, cfg.seed, Path(cfg.statistics_dir), runtime)
+        self.judges: list[Judge] = []
+        for kind in wanted_judges(cfg):
+            kind.require(self.prompts.at(0))
+            cache = Path(cfg.statistics_dir)
+            self.judges.append(cached_judge(kind, f"{cfg.shards}/train", cfg.images, cfg.seed, cache, runtime))
         self.facts = {
             "captions": self.prompts.digest,
             "resolution": cfg.images.resolution,
@@ -103,23 +106,22 @@ class Drawn:
             tokens = self.clip.tokenize([item["caption"] for item in items]).to(images.device)
             with torch.no_grad():
                 columns["clip_text"] = self.clip.encode_text(tokens).cpu()
-        if self.probe is not None:
-            right = self.probe.correct(images, [item["meta"] for item in items])
-            columns |= {f"right/{name}": hits for name, hits in right.items()}
+        for judge in self.judges:
+            columns |= {f"right/{name}": column for name, column in judge.correct(images, items).items()}
         asked = self.model.denoiser.conditions.show(drawing.originals, drawing.inputs)
         return columns | shown(numbers, beside([*asked, images, drawing.originals]) if asked else images)
 
     def metrics(self, measured: Chunks) -> dict[str, float]:
-        """CLIP score, and the shares of pictures that show the kind, background and colour asked for."""
+        """CLIP score, and what the judges find of what was asked for, in the pictures and in real ones."""
         result = {}
         if self.clip is not None:
             name = self.extractors[-1].name  # clip or clip_own
             pairs = (torch.cat(column) for column in zip(*measured.columns(name, "clip_text"), strict=True))
             result[f"eval/{name.replace('clip', 'clip_score')}"] = clip_score(*pairs)
-        if self.probe is not None:
-            for name in self.probe.words:
-                result[f"eval/prompt_following/{name}"] = measured.whole(f"right/{name}").float().mean().item()
-            result |= accuracy(self.probe, self.prompts, self.runtime.device)
+        for judge in self.judges:
+            scores = judge.scores({name: measured.whole(f"right/{name}") for name in judge.columns})
+            result |= {f"eval/{judge.group}/{name}": score for name, score in scores.items()}
+            result |= accuracy(judge, self.prompts, self.runtime.device)
         return result
 
     def captions(self, numbers: range) -> list[str]:

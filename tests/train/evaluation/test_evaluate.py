@@ -18,9 +18,11 @@ from models.autoencoder import Autoencoder
 from models.features import weights_sha256
 from train.engine.provenance import weights_digest
 from train.engine.runtime import Runtime
-from train.evaluation import evaluate, probe, sampling, subjects
+from train.evaluation import evaluate, judge, sampling, subjects
 from train.evaluation.extractors import INCEPTION, LOGITS, Extractor, efficientnet
+from train.evaluation.probe import CaptionProbe, ClassProbe
 from train.evaluation.reference import reference_of
+from train.evaluation.segments import SegmentJudge
 
 DISTANCES = {"fd_efficientnet", "fd_efficientnet_low", "fd_efficientnet_high", "fd_efficientnet_floor"}
 DISTANCES |= {"kd_efficientnet", "kd_efficientnet_std", "precision_efficientnet", "recall_efficientnet"}
@@ -47,7 +49,7 @@ def evaluated(project: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("evaluation")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "STEPS", 20)
+        patch.setattr(CaptionProbe, "steps", 20)
         evaluate.run(config(project, folder), start(RuntimeConfig(device=Device.cpu)))
     return folder
 
@@ -179,19 +181,19 @@ def test_probe_learns_from_training_images_and_is_measured_on_held_out_ones(
 ) -> None:
     learnt: list[str] = []
     judged: list[list[str]] = []
-    train = probe.train_probe
+    train = judge.train_judge
 
-    def noted(dataset: ImageDataset, seed: int, device: torch.device) -> probe.Probe:
+    def noted(kind: type[judge.Judge], dataset: ImageDataset, seed: int, device: torch.device) -> judge.Judge:
         learnt.extend(dataset.at(i)["caption"] for i in range(dataset.samples))
-        return train(dataset, seed, device)
+        return train(kind, dataset, seed, device)
 
-    def correct(self: probe.Probe, images: torch.Tensor, metas: Any) -> dict[str, torch.Tensor]:
-        judged.append([meta["caption"] for meta in metas])
-        return {name: torch.tensor([len(judged) == 2] * len(metas)) for name in ATTRIBUTES}
+    def correct(self: CaptionProbe, images: torch.Tensor, items: Any) -> dict[str, torch.Tensor]:
+        judged.append([item["caption"] for item in items])
+        return {name: torch.tensor([len(judged) == 2] * len(items)) for name in ATTRIBUTES}
 
-    monkeypatch.setattr(probe, "STEPS", 2)
-    monkeypatch.setattr(probe, "train_probe", noted)
-    monkeypatch.setattr(probe.Probe, "correct", correct)
+    monkeypatch.setattr(CaptionProbe, "steps", 2)
+    monkeypatch.setattr(judge, "train_judge", noted)
+    monkeypatch.setattr(CaptionProbe, "correct", correct)
     given = [f"statistics_dir={tmp_path}/statistics", "samples=7", "clip_score=null"]
     metrics = evaluate.run(config(project, tmp_path / "first", *given), runtime)
     heldout = ImageDataset(project.folder / "shards" / "heldout", project.config("evaluate").images, 0)
@@ -202,6 +204,19 @@ def test_probe_learns_from_training_images_and_is_measured_on_held_out_ones(
     assert {metrics[f"probe/accuracy/{name}"] for name in ATTRIBUTES} == {1.0}
     evaluate.run(config(project, tmp_path / "second", *given), runtime)
     assert len(learnt) == 53  # kept
+
+
+def test_judges_stand_beside_each_other(
+    project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in (ClassProbe, SegmentJudge):
+        monkeypatch.setattr(kind, "steps", 2)
+    given = ["prompt_following=false", "judges=[classes,segments]", "samples=4", "clip_score=null", "bootstrap=0"]
+    metrics = evaluate.run(config(project, tmp_path, *given, f"statistics_dir={tmp_path}/kept"), runtime)
+    names = {"class", "pixel", "segment"}
+    judged = {f"eval/label_following/{name}" for name in names} | {f"probe/accuracy/{name}" for name in names}
+    assert judged == {name for name in metrics if "following" in name or name.startswith("probe/")}
+    assert all(0 <= metrics[name] <= 1 for name in judged)
 
 
 def test_captions_are_used_again_with_other_noise(project: Any, runtime: Runtime, tmp_path: Path) -> None:
