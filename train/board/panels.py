@@ -8,6 +8,7 @@ from dataclasses import dataclass
 TRAININGS = ("autoencoder", "clip", "unet")
 EVALUATIONS = {"evaluation": "unet", "autoencoder_evaluation": "autoencoder"}  # of which training; one W&B run with it
 JUDGED = ("unet", "evaluation")  # who logs metrics of the pictures that a U-Net draws
+LABELS = ("class", "box", "empty_box", "pixel", "segment")  # what the judges of labels score
 GIVEN_BACK = ("autoencoder", "autoencoder_evaluation")  # likewise of those that an autoencoder gives back
 
 
@@ -66,9 +67,10 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             JUDGED,
             "share",
         ),
+        Panel("Label following", tuple(f"eval/label_following/{name}" for name in LABELS), JUDGED, "share"),
         Panel(
             "Accuracy of the probe on real pictures",
-            ("probe/accuracy/kind", "probe/accuracy/background", "probe/accuracy/color"),
+            tuple(f"probe/accuracy/{name}" for name in ("kind", "background", "color", *LABELS)),
             JUDGED,
             "share",
         ),
