@@ -75,7 +75,9 @@ class LatentDataset:
         self.manifest = find_shards(folder, "latents", stream.skip_broken)
         self.samples, self.digest = self.manifest.samples, self.manifest.digest()
         self.seed, self.skip = seed, stream.skip_broken
-        self.records = RecordStore(folder, self.manifest, [("moments.npy",), ("txt",)], stream)
+        captioned = "caption" in self.manifest.provenance.get("conditions", ["caption"])
+        required = [("moments.npy",), *([("tokens.npy",)] if captioned else []), ("txt",)]
+        self.records = RecordStore(folder, self.manifest, required, stream)
         sizes = [shard.samples for shard in self.manifest.shards]
         self.buckets = [bucket_of(shard.name) for shard in self.manifest.shards]
         self.layouts = {name: self._layout(name) for name in sorted(set(self.buckets))}

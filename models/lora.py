@@ -15,7 +15,7 @@ from conf.schema import LoraConfig
 from models.weights import save_file_atomic
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # where diffusers looks for one
-PREFIX = "unet."  # what tells the U-Net's adapters from a text encoder's in that file
+PREFIX = "unet."  # what tells the U-Net's adapters from a text encoder's in that file, and in a denoiser
 METADATA = "lora_adapter_metadata"  # its entry for the options of peft's LoraConfig, as JSON
 A, B = "lora_A.weight", "lora_B.weight"
 
@@ -71,9 +71,9 @@ def merged(weights: Mapping[str, Tensor], cfg: LoraConfig) -> dict[str, Tensor]:
 
 
 def save_adapters(folder: Path, weights: Mapping[str, Tensor], cfg: LoraConfig) -> None:
-    """Write the adapters of a state dict as `load_lora_weights` of diffusers' pipelines reads them."""
+    """Write the adapters of a denoiser's state dict as `load_lora_weights` of diffusers' pipelines reads them."""
     options = {"r": cfg.rank, "lora_alpha": cfg.numerator, "target_modules": cfg.modules}
     metadata = {METADATA: json.dumps({PREFIX + name: value for name, value in options.items()})}
-    tensors = {PREFIX + name: tensor for name, tensor in adapters_of(weights).items()}
+    tensors = adapters_of(weights)
     folder.mkdir(parents=True, exist_ok=True)
     save_file_atomic(folder / FILE_NAME, tensors, metadata)

@@ -1,9 +1,10 @@
-"""A trained model as others load it: diffusers' StableDiffusionPipeline, or one file with CompVis' names."""
+"""A trained model as others load it: a folder for one of diffusers' pipelines, or one file with CompVis' names."""
 
 import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +17,83 @@ from data.shards import atomic_write
 from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.clip_format import text_config, text_to_hugging_face, tokenizer_files
+from models.denoiser import Denoiser
 from models.process import Process
 from models.single_file import write_single_file
 from models.unet import UNet
 from models.weights import CONFIG_NAME, save_folder
 from train.engine.journal import say
-from train.engine.provenance import info_of_trained
+from train.engine.provenance import UNetInfo, info_of_trained
 
 TEXT_WEIGHTS, INDEX_NAME = "model.safetensors", "model_index.json"
+FORMAT = "0.30.0"  # of diffusers: how its pipelines read the folder
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-INDEX: dict[str, Any] = {
-    "_class_name": "StableDiffusionPipeline",
+WITH_TEXT: dict[str, Any] = {  # parts of Stable Diffusion's pipelines
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
     "requires_safety_checker": False,
     "safety_checker": [None, None],
-    "scheduler": ["diffusers", None],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
+}
+WITHOUT_TEXT: dict[str, Any] = {"unet": ["diffusers", "UNet2DModel"], "vqvae": ["diffusers", "AutoencoderKL"]}
+PIPELINES: dict[frozenset[str], tuple[str, dict[str, Any]]] = {  # of diffusers, by what the network is told
+    frozenset({"caption"}): ("StableDiffusionPipeline", WITH_TEXT),
+    frozenset({"caption", "masked"}): ("StableDiffusionInpaintPipeline", WITH_TEXT),
+    frozenset(): ("LDMPipeline", WITHOUT_TEXT),
+    frozenset({"low_resolution"}): ("LDMSuperResolutionPipeline", WITHOUT_TEXT),
 }
 
 
 def run(cfg: ExportRun) -> None:
     """Write the folder or the file; what stood there before stays until all is written."""
     info = info_of_trained(cfg.unet, cfg.autoencoder, cfg.clip)
-    unet, autoencoder, clip = UNet.from_pretrained(cfg.unet), _autoencoder(cfg), _clip(cfg)
-    if unet.cfg.cross_attention_dim is None:
-        raise UserError(f"unet={cfg.unet}: a U-Net without text has no place in a text-to-image pipeline")
+    name, parts = pipeline_of(cfg, info)
+    autoencoder = _autoencoder(cfg)
+    denoiser = Denoiser.from_pretrained(cfg.unet, partial(info.build_conditions, downscale=autoencoder.cfg.downscale))
+    require_expressible(cfg, denoiser, name)
+    clip = _clip(cfg) if "text_encoder" in parts else None
     absorb_normalisation(autoencoder, torch.tensor(info.latent_mean), torch.tensor(info.latent_std))
-    process = Process(info.process_config())
+    process, unet = Process(info.process_config()), denoiser.unet
     for network in (unet, autoencoder, clip):
-        network.to(DTYPES[cfg.dtype.value])
+        if network is not None:
+            network.to(DTYPES[cfg.dtype.value])
     if cfg.format is ExportFormat.diffusers:
-        _replace_folder(Path(cfg.output_dir), lambda folder: write_pipeline(folder, unet, autoencoder, clip, process))
-        say("export", f"{cfg.output_dir}: StableDiffusionPipeline.from_pretrained reads it")
-    else:
-        text = text_to_hugging_face(clip.network.state_dict(), clip.config.text_layers - clip.config.skip_last)
-        path = Path(f"{cfg.output_dir}.safetensors")
-        write_single_file(path, unet, autoencoder, text)
-        say("export", f"{path}: one file with the names of CompVis")
+        write = partial(write_pipeline, unet=unet, autoencoder=autoencoder, clip=clip, process=process, name=name)
+        _replace_folder(Path(cfg.output_dir), write)
+        say("export", f"{cfg.output_dir}: {name}.from_pretrained reads it")
+        return
+    if clip is None:
+        raise UserError("format=compvis: the file of Stable Diffusion has a text encoder, this network none")
+    text = text_to_hugging_face(clip.network.state_dict(), clip.config.text_layers - clip.config.skip_last)
+    path = Path(f"{cfg.output_dir}.safetensors")
+    write_single_file(path, unet, autoencoder, text)
+    say("export", f"{path}: one file with the names of CompVis")
+
+
+def pipeline_of(cfg: ExportRun, info: UNetInfo) -> tuple[str, dict[str, Any]]:
+    """The class of diffusers for what the network is told, and its parts; raises UserError where it has none."""
+    told = frozenset(info.conditions)
+    if told not in PIPELINES:
+        raise UserError(
+            f"unet={cfg.unet}: diffusers has no pipeline for conditions {', '.join(sorted(told))}; load the U-Net in "
+            "that folder by itself, or sample with train/sample.py"
+        )
+    return PIPELINES[told]
+
+
+def require_expressible(cfg: ExportRun, denoiser: Denoiser, name: str) -> None:
+    """Refuse what the pipeline would not do as our sampler does it."""
+    model, low = denoiser.unet.cfg, denoiser.conditions.kinds.get("low_resolution")
+    if any(True for _ in denoiser.conditions.parameters()):
+        raise UserError(f"unet={cfg.unet}: {name} knows no noise levels (conditions.low_resolution.noise_levels)")
+    if low is not None and (model.in_channels // 2 != model.out_channels or low.scale != 1):
+        raise UserError(
+            f"unet={cfg.unet}: {name} takes latents of 3 channels, as large as the small picture; train on an "
+            "autoencoder with latent_channels=3 whose downscale factor is conditions.low_resolution.factor"
+        )
 
 
 def _autoencoder(cfg: ExportRun) -> Autoencoder:
@@ -90,18 +127,32 @@ def absorb_normalisation(autoencoder: Autoencoder, mean: Tensor, std: Tensor) ->
     after.weight.mul_(std.view(1, -1, 1, 1))
 
 
-def write_pipeline(folder: Path, unet: UNet, autoencoder: Autoencoder, clip: Clip, process: Process) -> None:
-    """All parts of the pipeline; `model_index.json` last."""
+def write_pipeline(
+    folder: Path,
+    unet: UNet,
+    autoencoder: Autoencoder,
+    clip: Clip | None,
+    process: Process,
+    name: str = "StableDiffusionPipeline",
+) -> None:
+    """All parts of the pipeline of that name; `model_index.json` last."""
+    parts = next(parts for known, parts in PIPELINES.values() if known == name)
     unet.save_pretrained(folder / "unet")
-    autoencoder.save_pretrained(folder / "vae")
-    config = text_config(clip)
-    text = text_to_hugging_face(clip.network.state_dict(), config["num_hidden_layers"])
-    save_folder(folder / "text_encoder", config, text, TEXT_WEIGHTS)
-    for name, content in tokenizer_files(clip).items():
-        atomic_write(folder / "tokenizer" / name, content.encode())
+    autoencoder.save_pretrained(folder / ("vae" if "vae" in parts else "vqvae"))
+    if clip is not None:
+        config = text_config(clip)
+        text = text_to_hugging_face(clip.network.state_dict(), config["num_hidden_layers"])
+        save_folder(folder / "text_encoder", config, text, TEXT_WEIGHTS)
+        for file, content in tokenizer_files(clip).items():
+            atomic_write(folder / "tokenizer" / file, content.encode())
     scheduler = process.scheduler_config()
     atomic_write(folder / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2).encode())
-    index = INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+    index = {
+        "_class_name": name,
+        "_diffusers_version": FORMAT,
+        **parts,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
     atomic_write(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
 
 

@@ -8,14 +8,16 @@ from PIL import Image
 
 from train.evaluation import album
 from train.evaluation.album import Album, read_parameters, read_png, shrunk
+from train.evaluation.prompts import Job
 
 
 def filled(folder: Path, count: int) -> Album:
     """Pictures of 8 x 8 pixels, each of one grey; the first two are filmed, from black on."""
-    made = Album(folder, [("a hill", i) for i in range(count)], {"seed": 3}, range(2), ["step 1", "step 9"])
+    made = Album(folder, [Job("a hill", i) for i in range(count)], {"seed": 3}, range(2), ["step 1", "step 9"])
     for index in range(count):
         image = np.full((8, 8, 3), 3 * index, np.uint8)
-        made.add(index, image, np.stack([np.zeros_like(image), image]) if index in made.filmed else None)
+        frames = np.stack([np.zeros_like(image), image]) if index in made.filmed else None
+        made.add(index, image, "a hill", frames, asked=None)
     return made
 
 
@@ -24,7 +26,7 @@ def test_file_is_known_again_by_what_it_says(tmp_path: Path) -> None:
     assert [made.holds(index) for index in range(3)] == [True] * 3
     assert read_parameters(made.picture(2)) == {"prompt": "a hill", "number": 2, "seed": 3}
     assert (read_png(made.strip(1)) == np.repeat([0, 3], 8)[:, None]).all()  # the frames side by side
-    made.jobs[2] = ("a hill", 3)
+    made.jobs[2] = Job("a hill", 3)
     made.strip(0).unlink()
     made.picture(1).write_bytes(made.picture(1).read_bytes()[:20])
     assert [made.holds(index) for index in range(3)] == [False] * 3

@@ -80,6 +80,7 @@ def test_protocol_says_how_they_were_measured(project: Any, evaluated: Path) -> 
         "guidance_rescale": 0.0,
         "guidance_interval": [],
         "negative_prompt": "",
+        "size": [],
         "prompt_syntax": False,
         "weights": "ema",
         "weights_sha256": weights_digest(str(project.folder / "unet" / "export")),

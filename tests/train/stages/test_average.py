@@ -37,7 +37,7 @@ def made(trained: Path, folder: Path, *options: str) -> dict[str, torch.Tensor]:
     average.run(cfg)
     assert UNetInfo.load(f"{folder}/x").weights in options
     assert UNetInfo.load(f"{folder}/x").process == UNetInfo.load(f"{trained}/export").process
-    return UNet.from_pretrained(folder / "x").state_dict()
+    return {f"unet.{name}": tensor for name, tensor in UNet.from_pretrained(folder / "x").state_dict().items()}
 
 
 def stored(trained: Path, name: str) -> dict[str, torch.Tensor]:
@@ -56,7 +56,7 @@ def test_widths_are_put_together_from_the_copies(trained: Path, tmp_path: Path) 
     wide = stored(trained, "posthoc-0.2")
     for key, tensor in stored(trained, "posthoc-0.1").items():
         torch.testing.assert_close(narrow[key], tensor, rtol=0, atol=1e-6)
-    key = "conv_in.weight"
+    key = "unet.conv_in.weight"
     apart = (wide[key] - narrow[key]).norm()
     assert 0 < (between[key] - narrow[key]).norm() < apart and 0 < (between[key] - wide[key]).norm() < apart
 

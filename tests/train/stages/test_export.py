@@ -2,23 +2,34 @@
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    LDMPipeline,
+    LDMSuperResolutionPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 
 from conf.entry import compose
 from conf.errors import UserError
+from conf.networks import AutoencoderConfig, UNetConfig
 from conf.schema import ExportRun, Sampler, SamplingConfig
+from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.clip_format import text_from_hugging_face, text_to_hugging_face
-from models.pipeline import picture_noise
+from models.denoiser import Denoiser
+from models.pipeline import DiffusionPipeline, picture_noise
 from models.single_file import TEXT, load_unet_file, read_single_file
 from models.text import load_text_tower
 from models.unet import UNet
+from train.engine.provenance import UNetInfo, weights_digest
 from train.engine.runtime import Runtime
 from train.evaluation import sampling
 from train.stages import export
@@ -40,6 +51,30 @@ def trained_as(project: Any, folder: Path, prediction: str) -> Path:
     return folder
 
 
+def noise_of(model: DiffusionPipeline, prompts: list[str]) -> torch.Tensor:
+    """What our pipeline begins with."""
+    cfg = model.denoiser.unet.cfg
+    shape = (cfg.out_channels, cfg.sample_size, cfg.sample_size)
+    return torch.from_numpy(np.stack([picture_noise(prompt, 0, 0, shape) for prompt in prompts]))
+
+
+def untrained(project: Any, folder: Path, model: UNetConfig, conditions: dict[str, Any], **changed: Any) -> None:
+    """An export of a network with random weights, none of them zero, that is told `conditions`."""
+    info = UNetInfo.load(str(project.folder / "unet" / "export"))
+    info = replace(info, conditions=conditions, **changed)
+    torch.manual_seed(0)
+    network = Denoiser(UNet(model), info.build_conditions(model, downscale=4)).requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    network.save_pretrained(folder, network.state_dict())
+    info.save(folder)
+
+
+def shown(images: torch.Tensor) -> np.ndarray:
+    """[B, H, W, 3] in [0, 1]."""
+    return ((images.permute(0, 2, 3, 1).numpy() + 1) / 2).clip(0, 1)
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' scheduler, numpy 2
 @pytest.mark.parametrize(
     ("prediction", "sampler", "steps"),
@@ -54,8 +89,7 @@ def test_pipeline_of_diffusers_draws_our_pictures(
     pipeline.set_progress_bar_config(disable=True)
     model = sampling.load_model(project.config("sample", "prompts=[x]", f"unet={unet}"), runtime.device)
     ours = model(PROMPTS, [0, 0], SamplingConfig(sampler=Sampler(sampler), steps=steps, guidance_scale=3.0))
-    shape = (model.unet.cfg.in_channels, model.unet.cfg.sample_size, model.unet.cfg.sample_size)
-    noise = torch.from_numpy(np.stack([picture_noise(prompt, 0, 0, shape) for prompt in PROMPTS]))
+    noise = noise_of(model, PROMPTS)
     side = ours.shape[-1]
     theirs = pipeline(
         PROMPTS, height=side, width=side, num_inference_steps=steps, guidance_scale=3.0, latents=noise, output_type="np"
@@ -127,3 +161,94 @@ def test_networks_that_were_not_trained_together_are_refused(project: Any, tmp_p
     clip.save_pretrained(other)
     with pytest.raises(UserError, match=r"clip=.*: not the one that unet=.* was trained with"):
         export.run(config(project, tmp_path / "export", f"clip={other}"))
+
+
+UNCONDITIONAL = UNetConfig(
+    sample_size=8,
+    block_out_channels=[8, 16],
+    layers_per_block=1,
+    down_block_types=["DownBlock2D", "AttnDownBlock2D"],
+    up_block_types=["AttnUpBlock2D", "UpBlock2D"],
+    cross_attention_dim=None,
+    head_channels=8,
+    norm_num_groups=4,
+)
+STEPS = SamplingConfig(sampler=Sampler.dpmpp_2m, steps=8, guidance_scale=1.0)
+
+
+def test_unconditional_pipeline_of_diffusers_draws_our_pictures(
+    project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untrained(project, tmp_path / "unet", UNCONDITIONAL, {}, clip=None)
+    export.run(config(project, tmp_path / "export", f"unet={tmp_path}/unet"))
+    pipeline = LDMPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    model = sampling.load_model(project.config("sample", "prompts=[x]", f"unet={tmp_path}/unet"), runtime.device)
+    ours = model(["a", "b"], [0, 0], STEPS)
+    monkeypatch.setattr(
+        sys.modules[LDMPipeline.__module__], "randn_tensor", lambda *_, **__: noise_of(model, ["a", "b"])
+    )
+    theirs = pipeline(batch_size=2, num_inference_steps=8, output_type="np").images
+    assert np.abs(shown(ours) - theirs).max() <= 2 / 255 and theirs.std() > 0.05
+
+
+def test_super_resolution_pipeline_of_diffusers_draws_our_pictures(
+    project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That pipeline wants latents of three channels, so an autoencoder of its own."""
+    torch.manual_seed(0)
+    cfg = AutoencoderConfig(latent_channels=3, block_out_channels=[8, 8, 8], layers_per_block=1, norm_num_groups=4)
+    Autoencoder(cfg).save_pretrained(tmp_path / "autoencoder")
+    given = [f"unet={tmp_path}/unet", f"autoencoder={tmp_path}/autoencoder"]
+    known = {"latent_mean": [0.1, 0.2, 0.3], "latent_std": [0.5, 1.0, 2.0], "clip": None}
+    known["autoencoder"] = weights_digest(str(tmp_path / "autoencoder"))
+    model = replace(UNCONDITIONAL, in_channels=6, out_channels=3)
+    untrained(project, tmp_path / "unet", model, {"low_resolution": {"factor": 4}}, **known)
+    export.run(config(project, tmp_path / "export", *given))
+    pipeline = LDMSuperResolutionPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    own = sampling.load_model(project.config("sample", "prompts=[x]", *given), runtime.device)
+    low = torch.rand(2, 3, 8, 8) * 2 - 1
+    ours = own(["a", "b"], [0, 0], STEPS, inputs={"low": low})
+    place = sys.modules[LDMSuperResolutionPipeline.__module__]
+    monkeypatch.setattr(place, "randn_tensor", lambda *_, **__: noise_of(own, ["a", "b"]))
+    theirs = pipeline(low, num_inference_steps=8, output_type="np").images
+    assert np.abs(shown(ours) - theirs).max() <= 2 / 255 and theirs.std() > 0.01
+    noisy = {"low_resolution": {"factor": 4, "noise_levels": 100}}
+    untrained(project, tmp_path / "unet", model, noisy, **known)
+    with pytest.raises(UserError, match="LDMSuperResolutionPipeline knows no noise levels"):
+        export.run(config(project, tmp_path / "export", *given))
+
+
+def test_inpainting_pipeline_of_diffusers_draws_our_pictures(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+    trained = UNet.from_pretrained(project.folder / "unet" / "export").cfg
+    untrained(project, tmp_path / "unet", replace(trained, in_channels=9), {"caption": {}, "masked": {}})
+    export.run(config(project, tmp_path / "export", f"unet={tmp_path}/unet"))
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    model = sampling.load_model(project.config("sample", "prompts=[x]", f"unet={tmp_path}/unet"), runtime.device)
+    images, masks = torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 32, 32, dtype=torch.bool)
+    masks[0, :16], masks[1, :, 8:] = True, True
+    means = model.latents(images * ~masks[:, None])
+    inputs = {"mask": masks, "masked": means}
+    ours = model(PROMPTS, [0, 0], replace(STEPS, guidance_scale=3.0), inputs=inputs)
+    theirs = pipeline(
+        PROMPTS,
+        image=(images + 1) / 2,
+        mask_image=masks[:, None].float(),
+        masked_image_latents=(means - model.latent_mean) / model.latent_std,
+        height=32,
+        width=32,
+        num_inference_steps=8,
+        guidance_scale=3.0,
+        latents=noise_of(model, PROMPTS),
+        output_type="np",
+    ).images
+    assert np.abs(shown(ours) - theirs).max() <= 2 / 255 and theirs.std() > 0.05
+
+
+def test_network_without_a_pipeline_in_diffusers_is_refused(project: Any, tmp_path: Path) -> None:
+    told = {"class_vector": {"classes": 3}}
+    untrained(project, tmp_path / "unet", UNCONDITIONAL, told, clip=None)
+    with pytest.raises(UserError, match=r"diffusers has no pipeline for conditions class_vector; load the U-Net"):
+        export.run(config(project, tmp_path / "export", f"unet={tmp_path}/unet"))

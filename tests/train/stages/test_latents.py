@@ -77,6 +77,8 @@ def test_manifest_says_who_made_it_from_what(latents: Any) -> None:
             "tile": None,
             "dtype": "fp16",
             "text_states": True,
+            "conditions": {"caption": {}},
+            "labels": Manifest.load(run_dir / "shards" / split).provenance["labels"],
             "latent_channels": 4,
             "latent_size": 8,
             "text_dim": 16,

@@ -47,7 +47,7 @@ def test_loss_falls_and_the_base_stays(project: Any, runtime: Runtime, backend: 
         stage.finish_step(16 * (step + 1))
     assert losses[-1] < 0.95 * losses[0]
     weights = stage.unet.weights()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in base.items())
+    assert all(torch.equal(weights[f"unet.{name}"], tensor) for name, tensor in base.items())
 
 
 def test_resume_equals_uninterrupted(project: Any, runtime: Runtime, tuned: Path, tmp_path: Path) -> None:
