@@ -5,9 +5,15 @@ The base weights keep their names; beside `LAYER.weight` stand `LAYER.lora_A.wei
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from conf.errors import UserError
@@ -18,6 +24,8 @@ FILE_NAME = "pytorch_lora_weights.safetensors"  # where diffusers looks for one
 PREFIX = "unet."  # what tells the U-Net's adapters from a text encoder's in that file, and in a denoiser
 METADATA = "lora_adapter_metadata"  # its entry for the options of peft's LoraConfig, as JSON
 A, B = "lora_A.weight", "lora_B.weight"
+KOHYA = "lora_unet_"  # instead of PREFIX in files of kohya's scripts, where layers have underscores for dots
+PARTS = {A: "A", B: "B", "lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}  # by the ends of names
 
 
 class LoraLinear(nn.Linear):
@@ -77,3 +85,82 @@ def save_adapters(folder: Path, weights: Mapping[str, Tensor], cfg: LoraConfig) 
     tensors = adapters_of(weights)
     folder.mkdir(parents=True, exist_ok=True)
     save_file_atomic(folder / FILE_NAME, tensors, metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """What a file holds for a U-Net."""
+
+    source: str  # for messages
+    layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # names with underscores for dots -> PARTS
+    options: dict[str, Any] = field(default_factory=dict)  # of peft's LoraConfig, where the file tells them
+
+    @torch.no_grad()
+    def merge(self, network: nn.Module, scale: float) -> None:
+        """Add them `scale` times to the weights, in place.
+
+        Raises:
+            UserError: a layer that the network does not have, or of another shape.
+        """
+        weights = {name.replace(".", "_"): (name, tensor) for name, tensor in network.state_dict().items()}
+        for layer, parts in self.layers.items():
+            name, weight = weights.get(f"{layer}_weight", ("", None))
+            if weight is None:
+                raise UserError(f"lora={self.source}: of another network: unet= has no layer '{layer}'")
+            name = name.removesuffix(".weight")
+            change = self._change(name, parts)  # [out, in]
+            if change.shape != weight.flatten(1).shape:
+                theirs, ours = (" x ".join(map(str, matrix.shape)) for matrix in (change, weight.flatten(1)))
+                raise UserError(f"lora={self.source}: of another network: {name} is {theirs} there, {ours} in unet=")
+            weight += scale * change.view_as(weight)
+
+    def _change(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """alpha / rank · B A, as peft has it; convolutions as matrices."""
+        if not {"A", "B"} <= parts.keys():
+            raise UserError(f"lora={self.source}: damaged: {layer} lacks one of its two matrices; copy it again")
+        a, b = (parts[part].flatten(1).float() for part in "AB")
+        alpha = float(parts["alpha"]) if "alpha" in parts else self._alpha(layer, len(a))
+        return alpha / (math.sqrt(len(a)) if self.options.get("use_rslora") else len(a)) * b @ a
+
+    def _alpha(self, layer: str, rank: int) -> float:
+        """That of the layer's own pattern, else that of all layers, else the rank."""
+        for pattern, alpha in self.options.get("alpha_pattern", {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+                return float(alpha)
+        return float(self.options.get("lora_alpha", rank))
+
+
+def adapter_file(source: str) -> Path:
+    """The file that `lora=` names, itself or by its folder."""
+    path = Path(source)
+    file = path / FILE_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"lora={source}: no such file; name one of adapters (.safetensors) or a folder with {FILE_NAME}"
+        )
+    return file
+
+
+def load_adapters(source: str) -> Adapters:
+    """Adapters of a U-Net in the format of diffusers and peft, or of kohya's scripts.
+
+    Raises:
+        UserError: no such file, or one that holds something else.
+    """
+    file = adapter_file(source)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            metadata = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"lora={source}: not a readable safetensors file ({error}); copy it again") from None
+    options = {name.removeprefix(PREFIX): value for name, value in metadata.items() if name.startswith(PREFIX)}
+    found = Adapters(source, options=options)
+    for name, tensor in tensors.items():
+        ending = next((ending for ending in PARTS if name.endswith(f".{ending}")), None)
+        start = next((start for start in (PREFIX, KOHYA) if name.startswith(start)), None)
+        if ending is None or start is None:
+            raise UserError(f"lora={source}: '{name}' is no adapter of a U-Net; only files of those alone are read")
+        layer = name.removeprefix(start).removesuffix(f".{ending}").replace(".", "_")
+        found.layers.setdefault(layer, {})[PARTS[ending]] = tensor
+    return found

@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from conf.schema.choices import EvaluationSubject, JudgeName, Perceptual
-from conf.schema.sections import ImageConfig, RuntimeConfig, SamplingConfig, WandbConfig, require, require_positive
+from conf.schema.sections import (
+    ImageConfig,
+    RuntimeConfig,
+    SamplingConfig,
+    WandbConfig,
+    check_lora,
+    require,
+    require_positive,
+)
 
 FEWEST = 4  # pictures; precision and recall need three neighbours of each
 FEWEST_INCEPTION = 10  # likewise; the Inception Score has ten splits
@@ -46,8 +54,11 @@ class EvaluateRun(SamplingConfig):
     shards: str = MISSING
     captions: str = MISSING  # folder of image shards: its captions are drawn, or its pictures given back
     reference: str = MISSING  # real pictures: a folder of image shards, or statistics in a .safetensors or .npz file
+    others: str | None = None  # more real pictures, a folder of shards: how many lie nearer to reference than to these?
     statistics_dir: str = MISSING  # where what was measured of real pictures is kept
     unet: str = MISSING  # folder with the exported U-Net; with watch=true the one that its training will write
+    lora: str | None = None  # adapters that are merged into it: a .safetensors file, or a folder that holds one
+    lora_scale: float = 1.0  # factor on what they add to the weights
     autoencoder: str = MISSING
     clip: str = MISSING
     images: ImageConfig = field(default_factory=ImageConfig)
@@ -67,12 +78,19 @@ class EvaluateRun(SamplingConfig):
 
     def __post_init__(self) -> None:
         SamplingConfig.__post_init__(self)
+        check_lora(self.lora, self.lora_scale)
+        require(self.lora is None or not self.watch, "lora: goes with an export; leave it out with watch=true")
         require_positive(self, "batch_size", "watch_s")
         require_enough(f"samples={self.samples}", self.samples, self.inception)
         require(self.bootstrap == 0 or self.bootstrap > 1, f"bootstrap={self.bootstrap}: must be 0 (off) or above 1")
         if self.subject is EvaluationSubject.autoencoder:
-            for option in ("watch", "prompt_following", "judges", "clip_score"):
+            for option in ("watch", "prompt_following", "judges", "clip_score", "lora"):
                 require(not getattr(self, option), f"{option}: is for a U-Net; leave it out with subject=autoencoder")
+        files = [path for path in (self.reference, self.others or "") if path.endswith((".npz", ".safetensors"))]
+        require(
+            self.others is None or not files,
+            f"others={self.others}: compares with single pictures; make reference and others folders of image shards",
+        )
         require(
             self.inception is not None or not self.reference.endswith(".npz"),
             f"reference={self.reference}: holds statistics of Inception's features; set inception=PATH",

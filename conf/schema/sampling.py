@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from conf.schema.choices import CacheDtype, ExportFormat
-from conf.schema.sections import RuntimeConfig, SamplingConfig, require, require_positive
+from conf.schema.sections import RuntimeConfig, SamplingConfig, check_lora, require, require_positive
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,6 +17,8 @@ class SampleRun(SamplingConfig):
     seed: int = 0  # of the noise; picture i of a prompt uses (seed, prompt, i)
     output_dir: str = MISSING
     unet: str = MISSING  # folder with the exported U-Net
+    lora: str | None = None
+    lora_scale: float = 1.0
     autoencoder: str = MISSING
     clip: str = MISSING
     prompts: list[str] = field(default_factory=list)  # on the command line: 'prompts=["a red planet"]'
@@ -32,6 +34,7 @@ class SampleRun(SamplingConfig):
 
     def __post_init__(self) -> None:
         SamplingConfig.__post_init__(self)
+        check_lora(self.lora, self.lora_scale)
         require_positive(self, "images_per_prompt", "batch_size")
         given = bool(self.prompts) or bool(self.prompts_file) or bool(self.prompts_from)
         require(given, 'no prompts: set prompts=["..."], prompts_file=FILE or prompts_from=FOLDER')

@@ -1,5 +1,6 @@
 """Groups of options that several commands share."""
 
+import math
 from dataclasses import dataclass, field
 
 from conf.errors import UserError
@@ -31,6 +32,12 @@ def require_positive(cfg: object, *names: str, group: str = "") -> None:
     """Likewise for options that must be above zero."""
     for name in names:
         require(getattr(cfg, name) > 0, f"{group}{name}={getattr(cfg, name)}: must be positive")
+
+
+def check_lora(lora: str | None, scale: float) -> None:
+    """Adapters that are merged into a U-Net when it is read."""
+    require(math.isfinite(scale), f"lora_scale={scale}: must be a number, such as 0.8")
+    require(lora is not None or scale == 1, f"lora_scale={scale}: without effect; set lora=FOLDER as well")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.networks import UNetConfig
 from conf.schema import LoraConfig
-from models.lora import FILE_NAME, add_adapters, merged, save_adapters
+from models.lora import FILE_NAME, adapters_of, add_adapters, load_adapters, merged, save_adapters
 from models.unet import UNet
 
 CFG = UNetConfig(
@@ -125,3 +125,95 @@ def test_layer_that_is_not_there_is_refused() -> None:
     for name in ("to_x", "o_q", "conv1", "ff.net.2"):
         with pytest.raises(UserError, match=f"lora.modules: no linear layer of the network is called '{name}'"):
             add_adapters(nn.Sequential(network()), replace(LORA, modules=["to_q", name]))
+
+
+def read_back(source: Path, scale: float = 1.0) -> Tensor:
+    """What the network says with the adapters of a file."""
+    unet = network()
+    load_adapters(str(source)).merge(unet, scale)
+    return predict(unet)
+
+
+def of_diffusers(folder: Path, file: Path) -> UNet2DConditionModel:
+    """Its network with the adapters of a file, as `load_lora_weights` gives them to a pipeline's U-Net."""
+    network().save_pretrained(folder / "unet")
+    theirs = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+    weights, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+        file.parent, weight_name=file.name, return_lora_metadata=True, unet_config=theirs.config
+    )
+    StableDiffusionPipeline.load_lora_into_unet(weights, alphas, theirs, adapter_name="first", metadata=metadata)
+    return theirs
+
+
+def require_same_output(theirs: UNet2DConditionModel, ours: Tensor) -> None:
+    with torch.no_grad():
+        found = theirs(*inputs()).sample
+    assert (found - predict(network())).abs().max() > 0.01
+    torch.testing.assert_close(found, ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.8, -1.5])
+def test_file_is_merged_as_diffusers_does_at_the_same_scale(tmp_path: Path, scale: float) -> None:
+    pytest.importorskip("peft")
+    save_adapters(tmp_path, adapted().state_dict(), LORA)
+    theirs, ours = of_diffusers(tmp_path, tmp_path / FILE_NAME), read_back(tmp_path, scale)
+    theirs.set_adapters(["first"], [scale])
+    require_same_output(theirs, ours)
+    theirs.set_adapters(["first"], [1.0])
+    theirs.fuse_lora(lora_scale=scale)
+    require_same_output(theirs, ours)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_file_of_peft_with_ranks_and_alphas_of_its_own_is_read(tmp_path: Path, rslora: bool) -> None:
+    """Convolutions too, and layers of different rank."""
+    peft = pytest.importorskip("peft")
+    network().save_pretrained(tmp_path / "unet")
+    made = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    options = {"r": 3, "lora_alpha": 6, "target_modules": ["to_q", "to_k", "proj_in", "conv1", "ff.net.2"]}
+    patterns = {"rank_pattern": {"attn2.to_k": 2}, "alpha_pattern": {"attn2.to_k": 7, "conv1": 2}}
+    made.add_adapter(peft.LoraConfig(**options, **patterns, use_rslora=rslora, init_lora_weights=False))
+    made.save_lora_adapter(tmp_path / "bare")
+    weights = load_file(tmp_path / "bare" / FILE_NAME)
+    metadata = made.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(tmp_path, weights, unet_lora_adapter_metadata=metadata)
+    require_same_output(made.eval(), read_back(tmp_path))
+
+
+def test_file_of_kohya_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    renamed = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in adapters_of(adapted().state_dict()).items():
+        layer, part = name.rsplit(".lora_", 1)
+        start = f"lora_unet_{layer.replace('.', '_')}"
+        tensors[f"{start}.{renamed[f'lora_{part[0]}']}.weight"] = tensor
+        tensors[f"{start}.alpha"] = torch.tensor(1.5)
+    save_file(tensors, tmp_path / "other.safetensors")
+    theirs = of_diffusers(tmp_path, tmp_path / "other.safetensors")
+    require_same_output(theirs, read_back(tmp_path / "other.safetensors"))
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^lora=\S+: no such file; name one of adapters .* or a folder with pytorch_lo"
+    ):
+        load_adapters(str(tmp_path))
+    (tmp_path / FILE_NAME).write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"^lora=\S+: not a readable safetensors file"):
+        load_adapters(str(tmp_path))
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    a, b = torch.ones(3, 8), torch.ones(12, 3)
+    wrong = {
+        r"of another network: unet= has no layer 'down_blocks_7_to_k'": {"unet.down_blocks.7.to_k": (a, b)},
+        r"of another network: down_blocks\.0\.\S+\.attn2\.to_k is 12 x 9 there, 12 x 8 in": {
+            layer: (torch.ones(3, 9), b)
+        },
+        r"damaged: down_blocks\.0\.\S+\.attn2\.to_k lacks one of its two": {layer: (a,)},
+        r"'text_encoder\.fc1\.lora_A\.weight' is no adapter of a U-Net": {"text_encoder.fc1": (a, b)},
+    }
+    for message, layers in wrong.items():
+        named = {f"{name}.lora_{'AB'[i]}.weight": tensor for name, ts in layers.items() for i, tensor in enumerate(ts)}
+        save_file(named, tmp_path / "x")
+        with pytest.raises(UserError, match=rf"^lora=\S+: {message}"):
+            load_adapters(str(tmp_path / "x")).merge(network(), 1.0)

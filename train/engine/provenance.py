@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,11 @@ def weights_digest(source: str) -> str:
     files = sorted(Path(source).glob("*.safetensors")) or _pretrained(source)
     if not files:
         raise UserError(f"no weights in '{source}': train that stage first, or point the option at a folder with them")
+    return files_digest(files)
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """sha256 of files end to end."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

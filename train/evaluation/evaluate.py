@@ -23,7 +23,7 @@ from train.engine.runtime import Runtime
 from train.engine.state import DONE
 from train.evaluation.chunks import Chunks
 from train.evaluation.reference import FILES, Reference, reference_of
-from train.evaluation.sampling import load_model
+from train.evaluation.sampling import load_model, lora_facts
 from train.evaluation.scores import KERNEL_FEATURES, MANIFOLD_FEATURES, NEIGHBOURS, distances
 from train.evaluation.subjects import SHOWN, Drawn, Reconstructed, Subject
 
@@ -42,7 +42,7 @@ def run(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
         return evaluate(cfg, Reconstructed(cfg, runtime), runtime, Path(cfg.autoencoder).parent, seen)
     seen = samples_seen(cfg.unet, "unet")
     facts = {"weights": UNetInfo.load(cfg.unet).weights, "weights_sha256": weights_digest(cfg.unet)}
-    subject = Drawn(cfg, runtime, load_model(cfg, runtime.device), facts)
+    subject = Drawn(cfg, runtime, load_model(cfg, runtime.device), facts | lora_facts(cfg))
     return evaluate(cfg, subject, runtime, Path(cfg.unet).parent, seen)
 
 

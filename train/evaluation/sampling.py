@@ -20,6 +20,8 @@ from models.autoencoder import AnyAutoencoder, load_autoencoder
 from models.conditions import Inputs
 from models.denoiser import Denoiser
 from models.film import Film
+from models.lora import FILE_NAME as ADAPTERS
+from models.lora import adapter_file, load_adapters
 from models.pipeline import DiffusionPipeline
 from models.process import Process
 from models.text import load_text_tower
@@ -27,7 +29,7 @@ from train.engine.journal import say
 from train.engine.pictures import beside, to_uint8
 from train.engine.precision import autocast
 from train.engine.progress import Progress
-from train.engine.provenance import UNetInfo, info_of_trained, weights_digest
+from train.engine.provenance import UNetInfo, files_digest, info_of_trained, weights_digest
 from train.engine.runtime import Runtime
 from train.evaluation.album import FILMED, Album
 from train.evaluation.asking import Asked, Item, samples_of
@@ -51,7 +53,27 @@ def load_model(cfg: SampleRun | EvaluateRun, device: torch.device) -> DiffusionP
     info = info_of_trained(cfg.unet, cfg.autoencoder, cfg.clip)
     autoencoder = load_autoencoder(cfg.autoencoder)
     conditions_of = partial(info.build_conditions, downscale=autoencoder.cfg.downscale)
-    return put_together(Denoiser.from_pretrained(cfg.unet, conditions_of), autoencoder, info, cfg, device)
+    denoiser = Denoiser.from_pretrained(cfg.unet, conditions_of)
+    if cfg.lora is not None:
+        refuse_merged(cfg.unet, cfg.lora)
+        load_adapters(cfg.lora).merge(denoiser.unet, cfg.lora_scale)
+    return put_together(denoiser, autoencoder, info, cfg, device)
+
+
+def refuse_merged(unet: str, lora: str) -> None:
+    """Adapters count once: a training with `lora.rank` exports them both in the weights and alone."""
+    exported = Path(unet) / ADAPTERS
+    if exported.is_file() and files_digest([exported]) == files_digest([adapter_file(lora)]):
+        raise UserError(
+            f"lora={lora}: already in the weights of unet={unet}; set unet=FOLDER to what it was trained on"
+        )
+
+
+def lora_facts(cfg: SampleRun | EvaluateRun) -> dict[str, Any]:
+    """The adapters that pictures depend on, in plain values; nothing where there are none."""
+    if cfg.lora is None:
+        return {}
+    return {"lora_sha256": files_digest([adapter_file(cfg.lora)]), "lora_scale": cfg.lora_scale}
 
 
 def put_together(
@@ -139,7 +161,7 @@ def told(wanted: int, drawn: int, seconds: float) -> str:
 def album_of(cfg: SampleRun, asked: Asked) -> Album:
     """The files that are asked for."""
     shared = {"seed": cfg.seed, **sampling_facts(cfg), "tile": cfg.tile, "precision": cfg.runtime.precision.value}
-    shared["unet"] = weights_digest(cfg.unet)
+    shared |= {"unet": weights_digest(cfg.unet), **lora_facts(cfg)}
     jobs, labels, filmed = jobs_of(asked.prompts, cfg.images_per_prompt), list[str](), range(0)
     if cfg.film_frames:
         labels = Film(cfg.film_frames, cfg.steps, []).labels

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 SHUTDOWN_S = 600  # that torchrun gives its processes for their checkpoint
 SHARED = ("experiment", "run_dir", "name", "seed")  # options of the pipeline and of every stage
 # options that name what a stage reads
-INPUTS = ("shards", "latents", "autoencoder", "clip", "unet", "prompts_file", "prompts_from")
+INPUTS = ("shards", "latents", "autoencoder", "clip", "unet", "init_from", "lora", "prompts_file", "prompts_from")
 OVERRIDE = re.compile(r"^(?:\+{1,2}|~)?([^=]*).*", re.DOTALL)
 
 
@@ -100,7 +100,7 @@ class Task:
     def read(self) -> dict[str, str]:
         """What the stage reads, path or name → `origin`."""
         values = [getattr(self.cfg, name, None) for name in INPUTS]
-        return {value: origin(value) for value in values if value}
+        return {value: origin(value) for value in values if value and isinstance(value, str)}  # lora: a section, too
 
     def outcome(self) -> str:
         """Digest of the proof that the stage is finished; empty when it is not."""

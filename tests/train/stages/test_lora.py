@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import AverageRun, Device, PlanRun, RuntimeConfig
-from models.lora import FILE_NAME
+from models.lora import FILE_NAME, adapter_file
 from models.unet import UNet
 from train.engine import loop
+from train.engine.provenance import files_digest
 from train.engine.runtime import Runtime, start
+from train.evaluation import sampling
 from train.evaluation.watch import of_checkpoint
 from train.stages import average
 from train.stages.unet import UNetStage
@@ -69,7 +71,7 @@ def test_export_is_the_base_with_the_averaged_adapters(project: Any, tuned: Path
     assert {name.split(".")[-2] for name in moved} == {"to_q", "to_k", "to_v", "0"}  # to_out.0
     average = load_file(tuned / "checkpoints" / "000000000096" / "unet" / "ema.safetensors")
     for name in moved:
-        a, b = (average[name.replace("weight", f"lora_{half}.weight")] for half in "AB")
+        a, b = (average[f"unet.{name}".replace("weight", f"lora_{half}.weight")] for half in "AB")
         torch.testing.assert_close(merged[name], base[name] + 8 / 4 * b @ a)
 
 
@@ -81,6 +83,38 @@ def test_diffusers_pipelines_read_the_adapters_of_an_export(tuned: Path) -> None
         "unet.lora_alpha": 8.0,
         "unet.target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
     }
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_adapters_are_merged_when_the_base_is_read(project: Any, runtime: Runtime, tuned: Path, scale: float) -> None:
+    export = tuned / "export"
+    cfg = project.config("sample", "prompts=[x]", f"lora={export}", f"lora_scale={scale}")
+    base, whole = (UNet.from_pretrained(folder).state_dict() for folder in (cfg.unet, export))
+    read = sampling.load_model(cfg, runtime.device).unet.state_dict()
+    for name, tensor in read.items():
+        torch.testing.assert_close(tensor, base[name] + scale * (whole[name] - base[name]), rtol=0, atol=1e-6)
+    facts = {"lora_sha256": files_digest([adapter_file(cfg.lora)]), "lora_scale": scale}
+    assert facts.items() <= sampling.album_of(cfg, [("x", 0)]).shared.items()
+
+
+def test_adapters_do_not_count_twice(project: Any, runtime: Runtime, tuned: Path) -> None:
+    cfg = project.config("evaluate", f"lora={tuned}/export", f"unet={tuned}/export")
+    with pytest.raises(UserError, match=r"^lora=\S+: already in the weights of unet=\S+; set unet=FOLDER to what it"):
+        sampling.load_model(cfg, runtime.device)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("sample", ["lora=x", "lora_scale=nan"], r"^lora_scale=nan: must be a number, such as 0\.8$"),
+        ("sample", ["lora_scale=0.8"], r"^lora_scale=0\.8: without effect; set lora=FOLDER as well$"),
+        ("evaluate", ["lora=x", "watch=true"], r"^lora: goes with an export; leave it out with watch=true$"),
+        ("evaluate", ["lora=x", "subject=autoencoder"], r"^lora: is for a U-Net; leave it out with subject=autoenc"),
+    ],
+)
+def test_adapters_without_their_place_are_refused(project: Any, command: str, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        project.config(command, *options)
 
 
 @pytest.mark.parametrize(
