@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,10 @@ def evaluate(cfg: EvaluateRun, subject: Subject, runtime: Runtime, trained: Path
 
 def references_of(cfg: EvaluateRun, subject: Subject, runtime: Runtime) -> dict[str, Reference]:
     """What each extractor compares with, of a file only the first one; collective."""
-    folder = Path(cfg.statistics_dir)
     compared = subject.extractors[:1] if cfg.reference.endswith(FILES) else subject.extractors
-    return {e.name: reference_of(cfg.reference, e, cfg.images, folder, runtime) for e in compared}
+    measured = partial(reference_of, images=cfg.images, statistics_dir=Path(cfg.statistics_dir), runtime=runtime)
+    others = {e.name: measured(cfg.others, e) for e in compared if cfg.others is not None}
+    return {e.name: replace(measured(cfg.reference, e), others=others.get(e.name)) for e in compared}
 
 
 def chunks_of(cfg: EvaluateRun, subject: Subject) -> Chunks:
@@ -104,6 +106,7 @@ def protocol(cfg: EvaluateRun, subject: Subject, references: dict[str, Reference
         "samples": subject.total,
         "reference": any_reference.digest,
         "reference_samples": any_reference.count,
+        **({"others": any_reference.others.digest} if any_reference.others else {}),
         "extractors": {e.metric: e.facts() for e in subject.extractors},
         **subject.facts,
         "bootstrap_replicates": cfg.bootstrap,

@@ -95,6 +95,20 @@ def _reach(x: Tensor, manifold: Tensor, neighbours: int) -> Tensor:
     return nearest[:, -1]
 
 
+def nearest_share(generated: Tensor, reference: Tensor, others: Tensor) -> float:
+    """Share of generated vectors whose nearest one is of the reference and not of the others.
+
+    Raises:
+        UserError: an empty set, or a vector that is not finite.
+    """
+    _checked("the nearest picture", 1, generated, reference, others)
+    to_reference, to_others = (
+        torch.cat([_squared_distances(x, manifold).amin(dim=1) for x in generated.split(BLOCK)])  # [N]
+        for manifold in (reference, others)
+    )
+    return (to_reference < to_others).double().mean().item()
+
+
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """|x|^2 + |y|^2 - 2 x.y  [B1, B2], in float64."""
     return (_squared_lengths(x, y) - 2 * x.double() @ y.double().T).clamp_min(0)

@@ -43,6 +43,7 @@ class Reference:
     count: int | None  # pictures; None: the file does not say
     digest: str  # of the data set's manifest, or of the file
     features: Chunks | None = None  # None: of a file
+    others: "Reference | None" = None  # further pictures, which those of a model should be less like
 
 
 def reference_of(

@@ -6,7 +6,7 @@ from train.engine.journal import say
 from train.evaluation.chunks import Chunks
 from train.evaluation.extractors import LOGITS, Extractor
 from train.evaluation.frechet import covariance_root, frechet_distance, sample_size_floor, statistics_of
-from train.evaluation.metrics import frechet_interval, inception_score, kernel_distance, precision_recall
+from train.evaluation.metrics import frechet_interval, inception_score, kernel_distance, nearest_share, precision_recall
 from train.evaluation.reference import Reference
 
 KERNEL_FEATURES = 50_000  # pictures of each set, at even distances, that the kernel distance draws its subsets from
@@ -30,23 +30,27 @@ def distances(extractor: Extractor, pictures: Chunks, reference: Reference, repl
     if reference.count is not None:
         result[f"{name}_floor"] = sample_size_floor(reference, reference.count, statistics.count)
         warn_of_bias(extractor, result, min(statistics.count, reference.count))
-    return result | from_features(extractor, pictures, reference.features)
+    return result | from_features(extractor, pictures, reference)
 
 
-def from_features(extractor: Extractor, pictures: Chunks, real: Chunks | None) -> dict[str, float]:
-    """Inception Score, kernel distance, precision and recall."""
+def from_features(extractor: Extractor, pictures: Chunks, reference: Reference) -> dict[str, float]:
+    """Inception Score, kernel distance, precision and recall, and whose pictures are the nearest."""
     result: dict[str, float] = {}
     logits = [column for (column,) in pictures.columns(LOGITS)] if extractor.metric == "fid" else []
     if logits:
         result["inception_score"], result["inception_score_std"] = inception_score(torch.cat(logits))
-    if real is None:
+    if reference.features is None:
         return result
     kernel = "kid" if extractor.metric == "fid" else extractor.named("kd")
-    mine, theirs = (part.whole(extractor.name, KERNEL_FEATURES) for part in (pictures, real))
+    mine, theirs = (part.whole(extractor.name, KERNEL_FEATURES) for part in (pictures, reference.features))
     result[kernel], result[f"{kernel}_std"] = kernel_distance(mine, theirs)
-    mine, theirs = (part.whole(extractor.name, MANIFOLD_FEATURES) for part in (pictures, real))
+    mine, theirs = (part.whole(extractor.name, MANIFOLD_FEATURES) for part in (pictures, reference.features))
     precision, recall = precision_recall(mine, theirs, NEIGHBOURS)
-    return result | {extractor.named("precision"): precision, extractor.named("recall"): recall}
+    result |= {extractor.named("precision"): precision, extractor.named("recall"): recall}
+    if reference.others is not None and reference.others.features is not None:
+        others = reference.others.features.whole(extractor.name, MANIFOLD_FEATURES)
+        result[extractor.named("nearest")] = nearest_share(mine, theirs, others)
+    return result
 
 
 def warn_of_bias(extractor: Extractor, result: dict[str, float], fewest: int) -> None:

@@ -50,13 +50,15 @@ def evaluated(project: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CaptionProbe, "steps", 20)
-        evaluate.run(config(project, folder), start(RuntimeConfig(device=Device.cpu)))
+        others = f"others={project.folder}/shards/train"
+        evaluate.run(config(project, folder, others), start(RuntimeConfig(device=Device.cpu)))
     return folder
 
 
 def test_metrics_stand_under_their_names(evaluated: Path) -> None:
     metrics = read(evaluated / "metrics.json")
-    assert metrics.keys() == {f"eval/{name}" for name in DISTANCES | CLIP} | FOLLOWING | SPEED
+    nearest = {"nearest_efficientnet", "nearest_clip_own"}
+    assert metrics.keys() == {f"eval/{name}" for name in DISTANCES | CLIP | nearest} | FOLLOWING | SPEED
     assert all(0 <= metrics[name] <= 1 for name in FOLLOWING)
     assert metrics["eval/fd_efficientnet_low"] < metrics["eval/fd_efficientnet"] < metrics["eval/fd_efficientnet_high"]
     assert not (evaluated / "measured").exists()
@@ -64,12 +66,14 @@ def test_metrics_stand_under_their_names(evaluated: Path) -> None:
 
 def test_protocol_says_how_they_were_measured(project: Any, evaluated: Path) -> None:
     facts = read(evaluated / "protocol.json")
-    extractors, digest = facts.pop("extractors"), Manifest.load(project.folder / "shards" / "heldout").digest()
+    shards, extractors = project.folder / "shards", facts.pop("extractors")
+    digest = Manifest.load(shards / "heldout").digest()
     assert facts == {
         "samples": 16,
         "captions": digest,
         "reference": digest,
         "reference_samples": 7,
+        "others": Manifest.load(shards / "train").digest(),
         "resolution": 32,
         "sampler": "dpmpp_2m",
         "steps": 4,

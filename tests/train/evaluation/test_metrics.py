@@ -17,6 +17,7 @@ from train.evaluation.metrics import (
     frechet_interval,
     inception_score,
     kernel_distance,
+    nearest_share,
     precision_recall,
 )
 
@@ -108,6 +109,14 @@ def test_equal_distances_lie_within_the_ball() -> None:
     corners = torch.tensor([[0.1, 0.1], [0.1, 0.4], [0.4, 0.1], [0.4, 0.4]])  # the second neighbour is 0.3 away
     outside = torch.tensor([[-0.2, 0.1], [0.1, -0.2], [5.0, 5.0]])  # 0.3 away from the first corner, and far away
     assert precision_recall(outside, corners, 2)[0] == pytest.approx(2 / 3)
+
+
+def test_share_of_the_nearest_counts_each_picture_by_the_set_that_its_nearest_one_is_of() -> None:
+    reference, others = torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([[4.0, 0.0]])
+    generated = torch.tensor([[1.0, 1.0], [3.0, 0.0], [8.0, 3.0], [2.0, 0.0]])  # the last is as near to both
+    assert nearest_share(generated, reference, others) == 0.5
+    assert nearest_share(others, reference, others) == 0 and nearest_share(reference, reference, others) == 1
+    assert nearest_share(REFERENCE[:1100], REFERENCE, GENERATED) == 1
 
 
 def test_clip_score_is_the_mean_cosine_without_negative_ones() -> None:
