@@ -43,13 +43,14 @@ class WandbMode(Enum):
 class Source(Enum):
     demo = "demo"
     layout = "layout"
+    subject = "subject"
     twemoji = "twemoji"
     folder = "folder"
     shards = "shards"
     mix = "mix"
 
 
-DRAWN = {Source.demo, Source.layout}  # by us, as many as one asks for
+DRAWN = {Source.demo, Source.layout, Source.subject}  # by us, as many as one asks for
 
 
 class ImageFormat(Enum):

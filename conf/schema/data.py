@@ -57,7 +57,7 @@ class BuildRun:
     name: str = MISSING  # of the project; the default run_dir and the W&B group
     seed: int = 0  # of all that is drawn at random
     output_dir: str = MISSING  # folder of this command's results; by default one below run_dir
-    source: Source = Source.demo  # scenes, canvases of objects, Twitter's emoji, files, shards of others, several
+    source: Source = Source.demo  # scenes, canvases of objects, one creature, Twitter's emoji, files, shards, several
     path: str | None = None  # folder: of images, or .csv/.parquet; shards: folder or tars, also http(s):// and s3://
     sources: list[MixedSource] = field(default_factory=list)  # source=mix: those that are mixed
     filters: FilterConfig = field(default_factory=FilterConfig)
@@ -65,8 +65,8 @@ class BuildRun:
     image_column: str = "path"  # of a table: image file, relative to the table's folder
     caption_column: str = "caption"  # of a table: text
     class_from_folder: bool = False  # source=folder: each picture's class is the name of the folder it lies in
-    samples: int = 0  # source=demo or layout: pictures to draw; elsewhere the most to take, 0 for all
-    resolution: int = 0  # pixels of the shorter side, never enlarged, 0 to keep; source=demo or layout: of the square
+    samples: int = 0  # source=demo, layout or subject: pictures to draw; elsewhere the most to take, 0 for all
+    resolution: int = 0  # pixels of the shorter side, never enlarged, 0 to keep; of drawn sources: of the square
     format: ImageFormat = ImageFormat.png  # of the stored pictures
     quality: int = 95  # of jpg and webp
     background: str = "white"  # colour name or #rrggbb behind transparent pixels
@@ -90,7 +90,7 @@ class BuildRun:
         names = [member.name or member.source.value for member in self.sources]
         require(len(set(names)) == len(names), f"sources: the names {', '.join(names)} are not all different; set name")
         require_positive(self, "timeout_s")
-        drawn, least = self.source in DRAWN, 16 if self.source is Source.demo else 32
+        drawn, least = self.source in DRAWN, 32 if self.source is Source.layout else 16
         name = f"source={self.source.value}"
         require(not drawn or self.samples > 0, f"{name} needs samples=N pictures to draw")
         require(not drawn or self.resolution >= least, f"{name} needs resolution>={least} pixels")

@@ -78,6 +78,10 @@ def open_source(cfg: BuildRun) -> SampleSource:
         from data.sources.layout import layout_source
 
         return layout_source(cfg)
+    if cfg.source is Source.subject:
+        from data.sources.subject import subject_source
+
+        return subject_source(cfg)
     if cfg.source is Source.twemoji:
         from data.sources.twemoji import TwemojiSource
 

@@ -120,12 +120,12 @@ def _monster(random: np.random.Generator, color: str, background: str) -> tuple[
     options = {
         "bodyColor": [COLORS[color]],
         "accentColor": [_mix(COLORS[color], "#ffffff", 0.45)],
-        **_part("body", BODIES[body]),
-        **_part("top", TOPS[top]),
-        **_part("eyes", MONSTER_EYES[eyes]),
-        **_part("mouth", MOODS[mood]),
-        **_part("pattern", None),
-        **_part("cheeks", None),
+        **part("body", BODIES[body]),
+        **part("top", TOPS[top]),
+        **part("eyes", MONSTER_EYES[eyes]),
+        **part("mouth", MOODS[mood]),
+        **part("pattern", None),
+        **part("cheeks", None),
     }
     return caption, {"body": body, "top": top, "eyes": eyes, "mood": mood}, options
 
@@ -137,12 +137,12 @@ def _plant(random: np.random.Generator, color: str, background: str) -> tuple[st
         "potColor": [COLORS[color]],
         "plantColor": ["#22c55e"],
         "bloomColor": ["#fb7185"],
-        **_part("plant", PLANTS[plant]),
-        **_part("pot", POTS[pot]),
-        **_part("eyes", "round"),
-        **_part("mouth", MOODS[mood]),
-        **_part("pattern", None),
-        **_part("cheeks", None),
+        **part("plant", PLANTS[plant]),
+        **part("pot", POTS[pot]),
+        **part("eyes", "round"),
+        **part("mouth", MOODS[mood]),
+        **part("pattern", None),
+        **part("cheeks", None),
     }
     return caption, {"plant": plant, "pot": pot, "mood": mood}, options
 
@@ -154,10 +154,10 @@ def _planet(random: np.random.Generator, color: str, background: str) -> tuple[s
     options = {
         "planetColor": [COLORS[color]],
         "moonColor": ["#d3d7e2"],
-        **_part("shade", "soft"),
-        **_part("surface", SURFACES[surface]),
-        **_part("ring", RINGS[ring]),
-        **_part("moons", MOONS[moon]),
+        **part("shade", "soft"),
+        **part("surface", SURFACES[surface]),
+        **part("ring", RINGS[ring]),
+        **part("moons", MOONS[moon]),
     }
     return caption, {"surface": surface, "ring": ring, "moon": moon}, options
 
@@ -165,10 +165,10 @@ def _planet(random: np.random.Generator, color: str, background: str) -> tuple[s
 def _landscape(random: np.random.Generator, color: str, background: str) -> tuple[str, dict[str, str], dict[str, Any]]:
     hills, sun = _pick(random, HILLS), _pick(random, SUNS)
     caption = f"{color} {hills} under a {background} sky{' ' + sun if sun else ''}"
-    options: dict[str, Any] = {"orbColor": ["#ffb020"], **_part("orb", SUNS[sun])}
+    options: dict[str, Any] = {"orbColor": ["#ffb020"], **part("orb", SUNS[sun])}
     for layer, shade in enumerate((0.0, 0.14, 0.28, 0.42), start=1):  # far to near
         options[f"hill{layer}Color"] = [_mix(COLORS[color], "#000000", shade)]
-        options |= _part(f"hill{layer}", HILLS[hills])
+        options |= part(f"hill{layer}", HILLS[hills])
     return caption, {"hills": hills, "sun": sun}, options
 
 
@@ -179,7 +179,8 @@ def _pick(random: np.random.Generator, table: dict[str, Any]) -> str:
     return list(table)[int(random.integers(len(table)))]
 
 
-def _part(name: str, variant: str | None) -> dict[str, Any]:
+def part(name: str, variant: str | None) -> dict[str, Any]:
+    """DiceBear's options for a part of a drawing: one variant of it always, or, of None, never any."""
     return {f"{name}Probability": 0} if variant is None else {f"{name}Probability": 100, f"{name}Variant": [variant]}
 
 

@@ -24,9 +24,10 @@ from data.labels import UNLABELLED, encode_map, read_labels
 from data.manifest import Manifest
 from data.shards import ShardReader, ShardWriter
 from data.sources import Rejected, Sample, open_source
-from data.sources.demo import BACKGROUNDS, COLORS, KINDS, render, scene
+from data.sources.demo import BACKGROUNDS, BODIES, COLORS, KINDS, MONSTER_EYES, TOPS, render, scene
 from data.sources.layout import OBJECTS, OVERLAP, layout
 from data.sources.rendering import SEGMENTS
+from data.sources.subject import LOOK, WORD
 
 
 def config(source: Source, **options: Any) -> BuildRun:
@@ -153,6 +154,22 @@ def test_objects_of_a_canvas_overlap_little() -> None:
             common = [max(0.0, min(p + a.side, q + b.side) - max(p, q)) for p, q in ((a.left, b.left), (a.top, b.top))]
             assert common[0] * common[1] <= OVERLAP * min(a.side, b.side) ** 2
         assert all(0 <= end <= 1 for o in drawn.objects for end in (o.left, o.top, o.left + o.side, o.top + o.side))
+
+
+# --- subject
+
+
+def test_views_of_the_subject_differ_in_mood_or_background_and_show_what_no_scene_of_the_demo_has() -> None:
+    source = open_source(config(Source.subject, samples=21, resolution=64))
+    views = [source.sample(index) for index in range(21)]
+    assert len({view.caption for view in views}) == 21
+    for view in views:
+        assert view.caption == f"a {view.meta['mood']} {WORD} monster on a {view.meta['background']} background"
+        assert isinstance(view.image, Image.Image)
+        assert view.image.getpixel((1, 1)) == parse_color(BACKGROUNDS[view.meta["background"]])[:3]
+    known = {"body": BODIES, "top": TOPS, "eyes": MONSTER_EYES}
+    assert not any(LOOK[part] in variants.values() for part, variants in known.items())
+    assert not any(WORD in scene(0, index).caption for index in range(200))
 
 
 # --- twemoji
