@@ -1,6 +1,7 @@
 """Every option is explained, and every shipped configuration composes, fits together and says what it costs."""
 
 import ast
+import functools
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from conf.entry import compose
 from conf.schema import Device, EvaluateRun, PipelineRun, UNetRun
+from models.unet_format import architecture
 from train.stages.plan import STAGES, StageCommand, plan, separate
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -82,7 +84,9 @@ def command_of(experiment: str) -> list[str]:
     return [argument for argument in shlex.split(line) if "=" in argument] or [f"experiment={experiment}"]
 
 
+@functools.cache
 def composed(stage: StageCommand, experiment: str) -> Any:
+    """Its options; only to be read."""
     return compose(stage.script.stem, stage.schema, separate(command_of(experiment))[1][stage.name])
 
 
@@ -94,18 +98,38 @@ def test_every_experiment_composes_for_the_whole_pipeline(experiment: str) -> No
     assert all(task.cfg.name == experiment and task.cfg.run_dir == f"runs/{experiment}" for task in tasks)
 
 
+def maker(network: str, own: str) -> str:
+    """The experiment whose run folder a network comes from; one from elsewhere is told by the experiment itself."""
+    match Path(network).parts:
+        case ("runs", experiment, _, "export"):
+            return experiment
+    return own
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_stages_of_an_experiment_fit_together(experiment: str) -> None:
-    autoencoder, clip, latents, unet, evaluate = (
-        composed(COMMANDS[name], experiment) for name in ("autoencoder", "clip", "latents", "unet", "evaluate")
-    )
-    assert latents.images.resolution == autoencoder.images.resolution
-    assert evaluate.images.resolution == autoencoder.images.resolution
+    latents, unet, evaluate = (composed(COMMANDS[name], experiment) for name in ("latents", "unet", "evaluate"))
+    autoencoder = composed(COMMANDS["autoencoder"], maker(latents.autoencoder, experiment))
+    assert latents.images.resolution == evaluate.images.resolution
     assert unet.model.in_channels == unet.model.out_channels == autoencoder.model.latent_channels
     assert unet.model.sample_size * autoencoder.model.downscale == latents.images.resolution
     assert unet.model.sample_size % unet.model.downscale == 0
-    if clip.model.pretrained is None:
-        assert unet.model.cross_attention_dim == clip.model.text_width
+    if latents.autoencoder == f"runs/{experiment}/autoencoder/export":  # networks from elsewhere may know other sizes
+        assert latents.images.resolution == autoencoder.images.resolution
+    if latents.clip.startswith("runs/"):
+        clip = composed(COMMANDS["clip"], maker(latents.clip, experiment))
+        assert clip.model.pretrained is not None or unet.model.cross_attention_dim == clip.model.text_width
+    for command in (composed(COMMANDS["sample"], experiment), unet, evaluate):
+        assert (command.autoencoder, command.clip) == (latents.autoencoder, latents.clip)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_what_an_experiment_starts_from_is_of_the_same_architecture(experiment: str) -> None:
+    unet = composed(COMMANDS["unet"], experiment)
+    if unet.init_from is not None:
+        first = composed(COMMANDS["unet"], maker(unet.init_from, experiment))
+        assert experiment != first.name and architecture(first.model) == architecture(unet.model)
+        assert first.process == unet.process and first.clip == unet.clip and first.autoencoder == unet.autoencoder
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
