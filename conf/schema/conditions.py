@@ -78,6 +78,7 @@ class LowResolutionConfig:
     degradation: Degradation = Degradation.bicubic  # how it is made of the picture
     noise_levels: int = 0  # of 1000: noise up to this level is added in training, and the level told; 0: none
     sampling_level: int = 0  # that is told in sampling, where nothing is added: how noisy the given pictures are
+    back_projection: bool = False  # correct drawn pictures by what they lack, made small, of the given ones
     drop: float = 0.0
 
     def __post_init__(self) -> None:
@@ -87,6 +88,11 @@ class LowResolutionConfig:
         require(
             0 <= level <= max(highest - 1, 0),
             f"conditions.low_resolution.sampling_level={level}: must be below noise_levels={highest}",
+        )
+        require(
+            not self.back_projection or self.degradation is Degradation.bicubic,
+            "conditions.low_resolution.back_projection: would give a picture the noise of the small one; set "
+            "degradation=bicubic or back_projection=false",
         )
 
 

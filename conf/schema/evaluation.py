@@ -67,7 +67,7 @@ class EvaluateRun(SamplingConfig):
     tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
     inception: str | None = None  # file with the Inception weights of the FID; None: only offline metrics
     clip_score: str | None = None  # CLIP that compares pictures with captions: a folder, or open_clip's NAME/TAG
-    perceptual: Perceptual = Perceptual.efficientnet  # distance between a picture and what an autoencoder gives back
+    perceptual: Perceptual = Perceptual.efficientnet  # distance between a picture and its original
     prompt_following: bool = False  # train the probe and score kind, background and colour (demo set only)
     judges: list[JudgeName] = field(default_factory=list)  # of labels that pictures are drawn of: each trains a probe
     bootstrap: int = 50  # sets drawn again for the 95 % interval of a Fréchet distance; 0: no interval

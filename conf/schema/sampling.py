@@ -24,6 +24,7 @@ class SampleRun(SamplingConfig):
     prompts: list[str] = field(default_factory=list)  # on the command line: 'prompts=["a red planet"]'
     prompts_file: str | None = None  # a text file, one prompt a line
     prompts_from: str | None = None  # folder of image shards, such as RUN/shards/heldout: its captions are prompts
+    inputs: list[str] = field(default_factory=list)  # pictures' files, each with KEY.mask.png, KEY.txt … beside it
     prompts_from_samples: int = 64  # of that folder, from its first sample on; 0: all
     images_per_prompt: int = 1  # pictures drawn of each prompt
     film_frames: int = 0  # of film.png, which shows guesses of the picture from the first step to the last; 0: no film
@@ -36,8 +37,8 @@ class SampleRun(SamplingConfig):
         SamplingConfig.__post_init__(self)
         check_lora(self.lora, self.lora_scale)
         require_positive(self, "images_per_prompt", "batch_size")
-        given = bool(self.prompts) or bool(self.prompts_file) or bool(self.prompts_from)
-        require(given, 'no prompts: set prompts=["..."], prompts_file=FILE or prompts_from=FOLDER')
+        given = self.prompts or self.prompts_file or self.prompts_from or self.inputs
+        require(bool(given), 'no prompts: set prompts=["..."], prompts_file=FILE, prompts_from=FOLDER or inputs=[FILE]')
         samples, frames = self.prompts_from_samples, self.film_frames
         require(samples >= 0, f"prompts_from_samples={samples}: must be 0 (all) or positive")
         require(frames == 0 or frames > 1, f"film_frames={frames}: must be 0 (no film), or 2 or more")

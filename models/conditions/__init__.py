@@ -71,6 +71,11 @@ class Conditions(nn.Module):
         return any(part.needs_picture for part in self.kinds.values())
 
     @property
+    def rivals(self) -> tuple[str, ...]:
+        """Names of all baselines."""
+        return tuple(name for part in self.kinds.values() for name in part.rivals)
+
+    @property
     def can_drop(self) -> bool:
         """Whether the network knows what it is to be told nothing: without, there is no guidance."""
         return any(drop > 0 for drop in self.drops.values())
@@ -128,6 +133,11 @@ class Conditions(nn.Module):
     def baselines(self, originals: Tensor, inputs: Inputs) -> dict[str, Tensor]:
         """Pictures to be beaten, by name."""
         return {name: made for part in self.kinds.values() for name, made in part.baselines(originals, inputs).items()}
+
+    def region(self, inputs: Inputs) -> Tensor | None:
+        """Where a picture is to be compared with the original, bool [B, H, W]; None: everywhere."""
+        found = (part.region(inputs) for part in self.kinds.values())
+        return next((region for region in found if region is not None), None)
 
     def titles(self, captions: Sequence[str], inputs: Inputs) -> list[str]:
         """What is asked for, in words, of each picture."""

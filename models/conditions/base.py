@@ -115,6 +115,8 @@ class Condition(nn.Module):
     names = ""  # group of names in the data set that its class ids refer to
     classes = 0  # of that group that it knows
     needs_picture = False  # whether it is made of one
+    needs_mask = False  # whether a picture of a user's own must come with one
+    rivals: tuple[str, ...] = ()  # names of its baselines
     tokens = 0  # L, that it gives
     channels = 0  # K, that it puts beside the latent
 
@@ -141,6 +143,10 @@ class Condition(nn.Module):
     def baselines(self, originals: Tensor, inputs: Inputs) -> dict[str, Tensor]:
         """Pictures [B, 3, H, W] that need no training, to be beaten, by name."""
         return {}
+
+    def region(self, inputs: Inputs) -> Tensor | None:
+        """Where a picture is to be compared with the original, bool [B, H, W]; None: everywhere."""
+        return None
 
     def titles(self, inputs: Inputs) -> list[str]:
         """What it asks for, in words, of each picture; empty where it has none."""

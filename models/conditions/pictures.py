@@ -60,7 +60,7 @@ class ImageEmbedding(Condition):
 class LowResolution(Condition):
     """A small picture, enlarged to the latent's size where it has another; with noise on it (Ho et al. 2022, 4.2)."""
 
-    needs_picture, channels = True, 3
+    needs_picture, channels, rivals = True, 3, ("bicubic",)
 
     def __init__(self, cfg: Any, around: Surroundings) -> None:
         super().__init__()
@@ -91,6 +91,12 @@ class LowResolution(Condition):
         angle = (levels * (math.pi / 2 / LEVELS)).view(-1, 1, 1, 1)
         return {"low": angle.cos() * low + angle.sin() * draws.normal("low_noise", low.shape[1:]), "level": levels}
 
+    def finish(self, images: Tensor, originals: Tensor, inputs: Inputs) -> Tensor:
+        if not self.cfg.back_projection:
+            return images
+        missing = _pixels(inputs["low"]).to(images) - shrink(images, self.cfg.factor)
+        return (images + bicubic(missing, self.cfg.factor)).clamp(-1, 1)
+
     def baselines(self, originals: Tensor, inputs: Inputs) -> dict[str, Tensor]:
         return {"bicubic": bicubic(_pixels(inputs["low"]), self.cfg.factor)}
 
@@ -110,7 +116,7 @@ class LowResolution(Condition):
 class Masked(Condition):
     """A mask and the latent of the picture with a grey hole, in the order of Stable Diffusion's inpainting network."""
 
-    needs_picture = True
+    needs_picture, needs_mask, rivals = True, True, ("mean_colour", "nearest_patch")
     mean: Tensor
     std: Tensor
 
@@ -140,6 +146,9 @@ class Masked(Condition):
     def baselines(self, originals: Tensor, inputs: Inputs) -> dict[str, Tensor]:
         masks = inputs["mask"].to(originals.device)
         return {"mean_colour": mean_colour(originals, masks), "nearest_patch": nearest_patch(originals, masks)}
+
+    def region(self, inputs: Inputs) -> Tensor:
+        return inputs["mask"]
 
     def show(self, originals: Tensor, inputs: Inputs) -> Tensor:
         return originals * ~inputs["mask"].to(originals.device)[:, None]

@@ -1,7 +1,8 @@
 """The files of `train/sample.py`: each picture with its parameters inside, and the sheets that show many at once."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,14 @@ class Album:
     filmed: range  # jobs, the first picture of some prompts
     labels: list[str]  # of the frames
     data: str | None = None  # digest of the data set that pictures depend on
+    files: dict[str, str] = field(default_factory=dict)  # digests of given pictures, by file
 
     def parameters(self, index: int) -> dict[str, Any]:
         """All that makes this picture again."""
         job = self.jobs[index]
         known = {"prompt": job.prompt, "number": job.number, **self.shared}
+        if job.file is not None:
+            return {**known, "input": self.files[job.file]}
         return known if self.data is None else {**known, "sample": job.sample, "data": self.data}
 
     def strip_parameters(self, index: int) -> dict[str, Any]:
@@ -80,10 +84,10 @@ class Album:
     def write_sheets(self) -> list[Path]:
         """The grid of the first pictures and the film, read back from their files; returns where they are."""
         shown = range(min(GRID_PICTURES, len(self.jobs)))
-        images = np.stack([self._shown(index) for index in shown])
+        images = together([self._shown(index) for index in shown])
         sheets = {"grid.png": captioned(images, [self._title(index) for index in shown])}
         if self.filmed:
-            frames = np.stack([self._frames(index) for index in self.filmed])
+            frames = together([self._frames(index) for index in self.filmed])
             sheets["film.png"] = film_strips(frames, [self._title(index) for index in self.filmed], self.labels)
         for name, sheet in sheets.items():
             with atomic_path(self.folder / name) as path:
@@ -133,6 +137,15 @@ def read_png(path: Path) -> np.ndarray:
     """Pixels [H, W, 3]."""
     with Image.open(path, formats=["PNG"]) as image:
         return np.asarray(image)
+
+
+def together(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures [..., H, W, 3] as one array, as high and wide as the largest; the others get white below and beside."""
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (-3, -2))
+    sheets = np.full((len(pictures), *pictures[0].shape[:-3], height, width, 3), 255, dtype=np.uint8)
+    for sheet, picture in zip(sheets, pictures, strict=True):
+        sheet[..., : picture.shape[-3], : picture.shape[-2], :] = picture
+    return sheets
 
 
 def shrunk(image: np.ndarray) -> np.ndarray:

@@ -64,6 +64,10 @@ class Chunks:
         with atomic_path(self._path(numbers)) as path:
             save_file({name: column.contiguous() for name, column in columns.items()}, path)
 
+    def names(self, part: str) -> list[str]:
+        """Of the columns that all chunks have, those with `part` in their name."""
+        return sorted(name for name in load_file(self._path(self.ranges[-1])) if part in name)
+
     def columns(self, *names: str) -> Iterator[list[Tensor]]:
         """Chunk by chunk, in order, the columns of these names; those that have none of the first are left out."""
         for numbers in self.ranges:

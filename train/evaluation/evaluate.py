@@ -23,6 +23,7 @@ from train.engine.provenance import UNetInfo, weights_digest
 from train.engine.runtime import Runtime
 from train.engine.state import DONE
 from train.evaluation.chunks import Chunks
+from train.evaluation.comparison import rival_distances
 from train.evaluation.reference import FILES, Reference, reference_of
 from train.evaluation.sampling import load_model, lora_facts
 from train.evaluation.scores import KERNEL_FEATURES, MANIFOLD_FEATURES, NEIGHBOURS, distances
@@ -90,6 +91,7 @@ def metrics_of(subject: Subject, chunks: Chunks, references: dict[str, Reference
         if extractor.name in references:
             values = distances(extractor, chunks, references[extractor.name], replicates)
             found |= {f"eval/{subject.prefix}{name}": value for name, value in values.items()}
+            found |= rival_distances(subject.rivals, extractor, chunks, references[extractor.name])
     return found
 
 

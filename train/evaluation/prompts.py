@@ -1,4 +1,4 @@
-"""What `train/sample.py` is asked to draw: prompts of the command line, of a file, and of a data set."""
+"""What `train/sample.py` is asked to draw: prompts of the command line, of a file, of pictures and of a data set."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from conf.schema import SampleRun
 from data.datasets import captions_of
 from data.manifest import REMEDY
 from models.prompts import parse, plain
+from train.evaluation.given import caption_beside
 
 
 class Prompt(NamedTuple):
@@ -17,6 +18,7 @@ class Prompt(NamedTuple):
 
     text: str
     sample: int | None = None  # of the data set that it is the caption of
+    file: str | None = None  # picture that it belongs to
 
 
 class Job(NamedTuple):
@@ -25,22 +27,24 @@ class Job(NamedTuple):
     prompt: str
     number: int  # among all that are drawn of that prompt
     sample: int | None = None
+    file: str | None = None
 
 
 def read_prompts(cfg: SampleRun) -> list[Prompt]:
-    """Prompts of the command line, of the file and of the data set, in that order.
+    """Prompts of the command line, of the file, of the pictures and of the data set, in that order.
 
     Raises:
         UserError: a source without a prompt, or a prompt with broken syntax.
     """
     written = [*cfg.prompts, *(prompts_of_file(cfg.prompts_file) if cfg.prompts_file else [])]
+    beside = [Prompt(caption_beside(path), file=path) for path in cfg.inputs]
     captions = captions_of_shards(cfg.prompts_from, cfg.prompts_from_samples) if cfg.prompts_from else []
     if cfg.prompt_syntax:  # before any network is loaded
-        for prompt in (*written, cfg.negative_prompt):
+        for prompt in (*written, *(text for text, *_ in beside), cfg.negative_prompt):
             parse(prompt)
         for caption in captions:
             require_plain(caption)
-    return [*map(Prompt, written), *(Prompt(caption, number) for number, caption in enumerate(captions))]
+    return [*map(Prompt, written), *beside, *(Prompt(caption, number) for number, caption in enumerate(captions))]
 
 
 def prompts_of_file(path: str) -> list[str]:
@@ -91,7 +95,7 @@ def jobs_of(prompts: Sequence[Prompt], images_per_prompt: int) -> list[Job]:
     """All pictures; a prompt that comes again goes on counting, so that no picture is drawn twice."""
     drawn: Counter[str] = Counter()
     jobs = []
-    for text, sample in prompts:
-        jobs += [Job(text, drawn[text] + number, sample) for number in range(images_per_prompt)]
+    for text, sample, file in prompts:
+        jobs += [Job(text, drawn[text] + number, sample, file) for number in range(images_per_prompt)]
         drawn[text] += images_per_prompt
     return jobs

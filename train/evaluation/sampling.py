@@ -166,7 +166,8 @@ def album_of(cfg: SampleRun, asked: Asked) -> Album:
     if cfg.film_frames:
         labels = Film(cfg.film_frames, cfg.steps, []).labels
         filmed = range(0, len(jobs), cfg.images_per_prompt)[:FILMED]
-    return Album(Path(cfg.output_dir), jobs, shared, filmed, labels, asked.digest)
+    files = {path: picture.digest for path, picture in asked.given.items()}
+    return Album(Path(cfg.output_dir), jobs, shared, filmed, labels, asked.digest, files)
 
 
 def sampling_facts(cfg: SamplingConfig) -> dict[str, Any]:
@@ -189,12 +190,12 @@ def fill(
     progress = Progress("sample", len(lacking), "pictures", shown=runtime.is_main)
     with progress, ThreadPoolExecutor(WRITERS) as writers:
         written: list[Future[None]] = []
-        for start in range(0, len(mine), cfg.batch_size):
-            part = mine[start : start + cfg.batch_size]
+        drawn = 0
+        for part in asked.batches(album.jobs, mine, cfg.batch_size):
             drawing, frames = draw_filmed(album, model, cfg, asked, part)
             kept = [row for row, sound in enumerate(finite(drawing.images)) if sound]
             broken += [index for row, index in enumerate(part) if row not in kept]
-            if start == 0 and not kept:
+            if drawn == 0 and not kept:
                 require_finite(cfg, [album.jobs[index].prompt for index in broken])
             pixels, shown = to_uint8(drawing.images), model.denoiser.conditions.show(drawing.originals, drawing.inputs)
             sheet = to_uint8(beside([*shown, drawing.images])[..., : -drawing.images.shape[3]]) if shown else None
@@ -210,7 +211,8 @@ def fill(
                 )
                 for row in kept
             ]
-            progress.update(len(lacking) * (start + len(part)) // len(mine))  # as if all processes were as fast
+            drawn += len(part)
+            progress.update(len(lacking) * drawn // len(mine))  # as if all processes were as fast
         finish(written)
     return broken
 

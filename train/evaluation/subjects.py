@@ -21,6 +21,7 @@ from train.engine.provenance import weights_digest
 from train.engine.runtime import Runtime
 from train.evaluation.asking import samples_of
 from train.evaluation.chunks import Chunks
+from train.evaluation.comparison import Comparison
 from train.evaluation.extractors import Extractor, efficientnet, inception
 from train.evaluation.judge import Judge, accuracy, cached_judge
 from train.evaluation.judges import wanted_judges
@@ -38,6 +39,7 @@ class Subject(Protocol):
     prefix: str  # of its distances' names: "" or "r", of reconstructions
     facts: dict[str, Any]  # what the pictures depend on, in plain values
     extractors: list[Extractor]
+    rivals: tuple[str, ...]  # trivial pictures that are looked at, too
 
     def measure(self, numbers: range) -> dict[str, Tensor]:
         """Columns [B, ...] of these pictures, features and others; `picture`, uint8, of the first ones."""
@@ -84,12 +86,15 @@ class Drawn:
             kind.require(self.prompts.at(0))
             cache = Path(cfg.statistics_dir)
             self.judges.append(cached_judge(kind, f"{cfg.shards}/train", cfg.images, cfg.seed, cache, runtime))
+        self.comparison = Comparison(model.denoiser.conditions, cfg.perceptual, runtime.device)
+        self.rivals = self.comparison.rivals
         self.facts = {
             "captions": self.prompts.digest,
             "resolution": cfg.images.resolution,
             **sampling_facts(cfg),
             "seed": cfg.seed,
             "precision": cfg.runtime.precision.value,
+            **self.comparison.facts(),
             **facts,
         }
 
@@ -102,6 +107,7 @@ class Drawn:
             broken = [item["caption"] for item, sound in zip(items, finite(images), strict=True) if not sound]
             require_finite(self.cfg, broken)
         columns = looked_at(images, self.extractors) | {"sound": torch.tensor(finite(images))}
+        columns |= self.comparison.columns(drawing, self.extractors)
         if self.clip is not None:
             tokens = self.clip.tokenize([item["caption"] for item in items]).to(images.device)
             with torch.no_grad():
@@ -112,8 +118,8 @@ class Drawn:
         return columns | shown(numbers, beside([*asked, images, drawing.originals]) if asked else images)
 
     def metrics(self, measured: Chunks) -> dict[str, float]:
-        """CLIP score, and what the judges find of what was asked for, in the pictures and in real ones."""
-        result = {}
+        """CLIP score, how close pictures come to originals, and what the judges find in them and in real ones."""
+        result = self.comparison.metrics(measured)
         if self.clip is not None:
             name = self.extractors[-1].name  # clip or clip_own
             pairs = (torch.cat(column) for column in zip(*measured.columns(name, "clip_text"), strict=True))
@@ -139,6 +145,7 @@ class Reconstructed:
     """Real pictures after encoding, to the mean of the posterior, and decoding."""
 
     prefix = "r"
+    rivals: tuple[str, ...] = ()
 
     def __init__(self, cfg: EvaluateRun, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
