@@ -35,9 +35,7 @@ class Asked:
         conditions = model.denoiser.conditions
         if not (conditions.need_labels or conditions.need_pictures):
             if cfg.inputs:
-                raise UserError(
-                    f"inputs={cfg.inputs[0]}: this network is told only text; set prompts instead"
-                )
+                raise UserError(f"inputs={cfg.inputs[0]}: this network is told only text; set prompts instead")
             return cls(with_words(prompts, cfg.prompts_from) if conditions.takes_text else prompts, None)
         side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale
         data = None
