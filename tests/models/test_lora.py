@@ -48,6 +48,11 @@ def adapted(lora: LoraConfig = LORA, cfg: UNetConfig = CFG) -> UNet:
     return unet
 
 
+def of_denoiser(unet: UNet) -> dict[str, Tensor]:
+    """Its weights under the names that they have there."""
+    return {f"unet.{name}": tensor for name, tensor in unet.state_dict().items()}
+
+
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     sample, context = (torch.randn(2, *shape, generator=generator) for shape in ((4, 8, 12), (5, 8)))
@@ -99,7 +104,7 @@ def test_diffusers_reads_the_file(tmp_path: Path, alpha: float | None) -> None:
     lora = replace(LORA, alpha=alpha)
     unet = adapted(lora)
     network().save_pretrained(tmp_path / "unet")
-    save_adapters(tmp_path, unet.state_dict(), lora)
+    save_adapters(tmp_path, of_denoiser(unet), lora)
     theirs = UNet2DConditionModel.from_pretrained(tmp_path / "unet").eval()
     theirs.load_lora_adapter(tmp_path, weight_name=FILE_NAME, prefix="unet")
     sample, timesteps, context = inputs()
@@ -112,7 +117,7 @@ def test_diffusers_writes_the_same_file(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     unet = adapted()
     network().save_pretrained(tmp_path / "unet")
-    save_adapters(tmp_path, unet.state_dict(), LORA)
+    save_adapters(tmp_path, of_denoiser(unet), LORA)
     theirs = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     theirs.load_lora_adapter(tmp_path, weight_name=FILE_NAME, prefix="unet", adapter_name="default")
     theirs.save_lora_adapter(tmp_path / "again")
@@ -155,7 +160,7 @@ def require_same_output(theirs: UNet2DConditionModel, ours: Tensor) -> None:
 @pytest.mark.parametrize("scale", [0.8, -1.5])
 def test_file_is_merged_as_diffusers_does_at_the_same_scale(tmp_path: Path, scale: float) -> None:
     pytest.importorskip("peft")
-    save_adapters(tmp_path, adapted().state_dict(), LORA)
+    save_adapters(tmp_path, of_denoiser(adapted()), LORA)
     theirs, ours = of_diffusers(tmp_path, tmp_path / FILE_NAME), read_back(tmp_path, scale)
     theirs.set_adapters(["first"], [scale])
     require_same_output(theirs, ours)

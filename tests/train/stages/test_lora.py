@@ -90,11 +90,11 @@ def test_adapters_are_merged_when_the_base_is_read(project: Any, runtime: Runtim
     export = tuned / "export"
     cfg = project.config("sample", "prompts=[x]", f"lora={export}", f"lora_scale={scale}")
     base, whole = (UNet.from_pretrained(folder).state_dict() for folder in (cfg.unet, export))
-    read = sampling.load_model(cfg, runtime.device).unet.state_dict()
+    read = sampling.load_model(cfg, runtime.device).denoiser.unet.state_dict()
     for name, tensor in read.items():
         torch.testing.assert_close(tensor, base[name] + scale * (whole[name] - base[name]), rtol=0, atol=1e-6)
     facts = {"lora_sha256": files_digest([adapter_file(cfg.lora)]), "lora_scale": scale}
-    assert facts.items() <= sampling.album_of(cfg, [("x", 0)]).shared.items()
+    assert facts.items() <= sampling.lora_facts(cfg).items()
 
 
 def test_adapters_do_not_count_twice(project: Any, runtime: Runtime, tuned: Path) -> None:
