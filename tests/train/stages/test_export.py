@@ -34,6 +34,9 @@ from train.engine.runtime import Runtime
 from train.evaluation import sampling
 from train.stages import export
 
+# of diffusers' scheduler, with numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 PROMPTS = ["a red planet", "Mountains with a sun, on a pink background!"]
 
 
@@ -75,7 +78,6 @@ def shown(images: torch.Tensor) -> np.ndarray:
     return ((images.permute(0, 2, 3, 1).numpy() + 1) / 2).clip(0, 1)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' scheduler, numpy 2
 @pytest.mark.parametrize(
     ("prediction", "sampler", "steps"),
     [("eps", "ddim", 8), ("v", "ddim", 8), ("x0", "ddim", 8), ("flow", "dpmpp_2m", 27)],
