@@ -62,7 +62,7 @@ def test_captions_are_not_read_as_weights_unseen(tmp_path: Path, caption: str) -
     given = f"prompts_from={shards(tmp_path, 'a hill: at night', caption)}"
     with pytest.raises(UserError, match=r"^prompts_from: the caption 'a .*' would be read .* set prompt_syntax=false"):
         read_prompts(config(given))
-    assert [text for text, _ in read_prompts(config(given, "prompt_syntax=false"))] == ["a hill: at night", caption]
+    assert [text for text, *_ in read_prompts(config(given, "prompt_syntax=false"))] == ["a hill: at night", caption]
 
 
 def test_prompt_that_comes_again_gets_other_pictures() -> None:

@@ -215,7 +215,7 @@ def test_super_resolution_pipeline_of_diffusers_draws_our_pictures(
     place = sys.modules[LDMSuperResolutionPipeline.__module__]
     monkeypatch.setattr(place, "randn_tensor", lambda *_, **__: noise_of(own, ["a", "b"]))
     theirs = pipeline(low, num_inference_steps=8, output_type="np").images
-    assert np.abs(shown(ours) - theirs).max() <= 2 / 255 and theirs.std() > 0.01
+    assert np.abs(shown(ours) - theirs).max() <= 3 / 255 and theirs.std() > 0.01
     noisy = {"low_resolution": {"factor": 4, "noise_levels": 100}}
     untrained(project, tmp_path / "unet", model, noisy, **known)
     with pytest.raises(UserError, match="LDMSuperResolutionPipeline knows no noise levels"):
