@@ -74,7 +74,7 @@ def test_prompt_that_comes_again_gets_other_pictures() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], r'^no prompts: set prompts=\["\.\.\."\], prompts_file=FILE or prompts_from=FOLDER$'),
+        ([], r'^no prompts: set prompts=\["\.\.\."\], prompts_file=FILE, prompts_from=FOLDER or inputs=\[FILE\]$'),
         (["sampler=dpm++"], r"sampler=dpm\+\+.*: .*ddpm, ddim, pndm"),
         (["film_frames=1"], "^film_frames=1: must be 0"),
         (["prompts_from_samples=-1"], "^prompts_from_samples=-1: must be 0"),
