@@ -26,6 +26,7 @@ PARAMETERS = {  # counted in the published implementations
     "sdxl": 2_567_463_684,
 }
 MILLIONS = {"ldm_celebahq": 274, "ldm_churches": 294, "ldm_imagenet": 400, "ldm_inpainting": 387}  # as the paper says
+TASKS = {"unconditional": "ldm_celebahq", "class": "ldm_imagenet", "layout": "ldm_layout", "semantic": "ldm_semantic"}
 
 
 def chosen(name: str, *overrides: str) -> Any:
@@ -60,6 +61,11 @@ def test_the_defaults_of_the_schema_are_stable_diffusion_1() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_choice_leaves_nothing_of_an_experiment(name: str) -> None:
     assert chosen(name, "experiment=demo") == chosen(name)
+
+
+@pytest.mark.parametrize("experiment", TASKS)
+def test_a_task_of_the_paper_trains_the_network_of_the_paper(experiment: str) -> None:
+    assert compose("train_unet", UNetRun, [f"experiment={experiment}"]).model == chosen(TASKS[experiment])
 
 
 def test_a_single_size_can_still_be_changed() -> None:

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conf.entry import compose
-from conf.schema import Device, EvaluateRun, PipelineRun, UNetRun
+from conf.schema import AutoencoderRun, Device, EvaluateRun, PipelineRun, UNetRun
+from models.conditions import PREPARING, Conditions, Surroundings
+from models.denoiser import Denoiser
+from models.unet import UNet
 from models.unet_format import architecture
+from train.engine.provenance import asks_clip
 from train.stages.plan import STAGES, StageCommand, plan, separate
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -94,7 +99,7 @@ def composed(stage: StageCommand, experiment: str) -> Any:
 def test_every_experiment_composes_for_the_whole_pipeline(experiment: str) -> None:
     own, overrides = separate(command_of(experiment))
     tasks = plan(compose("pipeline", PipelineRun, own), overrides)
-    assert len(tasks) >= 5
+    assert len(tasks) >= 4
     assert all(task.cfg.name == experiment and task.cfg.run_dir == f"runs/{experiment}" for task in tasks)
 
 
@@ -106,30 +111,60 @@ def maker(network: str, own: str) -> str:
     return own
 
 
+def autoencoder_of(folder: str, own: str) -> Any:
+    """The network in a run's export, or one of those in weights/MODEL."""
+    match Path(folder).parts:
+        case ("weights", model):
+            return compose("train_autoencoder", AutoencoderRun, [f"model={model}", "run_dir=unused"]).model
+    return composed(COMMANDS["autoencoder"], maker(folder, own)).model
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_stages_of_an_experiment_fit_together(experiment: str) -> None:
     latents, unet, evaluate = (composed(COMMANDS[name], experiment) for name in ("latents", "unet", "evaluate"))
-    autoencoder = composed(COMMANDS["autoencoder"], maker(latents.autoencoder, experiment))
+    autoencoder = autoencoder_of(latents.autoencoder, experiment)
+    arrays, wanted = (Conditions(command.conditions, PREPARING).facts() for command in (latents, unet))
+    assert arrays == wanted
     assert latents.images.resolution == evaluate.images.resolution
-    assert unet.model.in_channels == unet.model.out_channels == autoencoder.model.latent_channels
-    assert unet.model.sample_size * autoencoder.model.downscale == latents.images.resolution
+    assert unet.model.out_channels == autoencoder.cached_channels
+    assert unet.model.sample_size * autoencoder.downscale == latents.images.resolution
     assert unet.model.sample_size % unet.model.downscale == 0
     if latents.autoencoder == f"runs/{experiment}/autoencoder/export":  # networks from elsewhere may know other sizes
-        assert latents.images.resolution == autoencoder.images.resolution
-    if latents.clip.startswith("runs/"):
-        clip = composed(COMMANDS["clip"], maker(latents.clip, experiment))
-        assert clip.model.pretrained is not None or unet.model.cross_attention_dim == clip.model.text_width
+        trained = composed(COMMANDS["autoencoder"], experiment)
+        assert latents.images.resolution == trained.images.resolution
     for command in (composed(COMMANDS["sample"], experiment), unet, evaluate):
-        assert (command.autoencoder, command.clip) == (latents.autoencoder, latents.clip)
+        assert command.autoencoder == latents.autoencoder
+        assert command.clip == latents.clip or not asks_clip(unet.conditions)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_network_of_an_experiment_takes_all_that_it_is_told(experiment: str) -> None:
+    unet = composed(COMMANDS["unet"], experiment)
+    channels, told = unet.model.out_channels, unet.conditions
+    around = Surroundings.of(
+        unet.model,
+        downscale=autoencoder_of(unet.autoencoder, experiment).downscale,
+        latent_mean=torch.zeros(channels),
+        latent_std=torch.ones(channels),
+    )
+    with torch.device("meta"):
+        Denoiser(UNet(unet.model), Conditions(told, around))
+    if asks_clip(told) and unet.clip.startswith("runs/"):
+        clip = composed(COMMANDS["clip"], maker(unet.clip, experiment)).model
+        if clip.pretrained is None:
+            assert told.caption is None or unet.model.cross_attention_dim == clip.text_width
+            assert told.image_embedding is None or told.image_embedding.width == clip.embed_dim
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_what_an_experiment_starts_from_is_of_the_same_architecture(experiment: str) -> None:
+    """But for further channels, which begin at zero."""
     unet = composed(COMMANDS["unet"], experiment)
-    if unet.init_from is not None:
-        first = composed(COMMANDS["unet"], maker(unet.init_from, experiment))
-        assert experiment != first.name and architecture(first.model) == architecture(unet.model)
-        assert first.process == unet.process and first.clip == unet.clip and first.autoencoder == unet.autoencoder
+    if unet.init_from is not None and (first_name := maker(unet.init_from, experiment)) != experiment:
+        first = composed(COMMANDS["unet"], first_name)
+        narrowed = architecture(unet.model) | {"in_channels": first.model.in_channels}
+        assert architecture(first.model) == narrowed and first.process == unet.process
+        assert first.clip == unet.clip and first.autoencoder == unet.autoencoder
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
