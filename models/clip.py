@@ -12,13 +12,11 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.networks import ClipConfig
-from models.weights import CONFIG_NAME, check_names, read_json, save_folder
+from models.weights import CONFIG_NAME, check_names, read_json, read_tensors, save_folder
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 DESCRIPTION_NAME = "open_clip_config.json"  # open_clip's own, in folders from its hub: architecture and colours
@@ -73,7 +71,7 @@ class Clip(nn.Module):
         if path.is_dir():
             description = _read_description(path / DESCRIPTION_NAME)
             clip = cls(_read_config(path / CONFIG_NAME, description is None), description)
-            weights = _read_weights(path / WEIGHTS_NAME)
+            weights = read_tensors(path / WEIGHTS_NAME, f"give a folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
             check_names(str(path / WEIGHTS_NAME), clip.network.state_dict(), weights)
             clip.network.load_state_dict(weights, strict=True)
             return clip
@@ -278,12 +276,3 @@ def _read_config(path: Path, required: bool) -> ClipConfig:
     if wrong or not isinstance(found["pretrained"], str | None):
         raise UserError(f"{path}: unknown, missing or unusable: {', '.join(wrong or ['pretrained'])}")
     return ClipConfig(**found)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: give a folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}") from None
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None

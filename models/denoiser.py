@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,9 +14,10 @@ from models.attention import AttentionControl
 from models.conditions import Conditioning, Conditions, Inputs
 from models.tensor_stream import TensorStream, stream_of
 from models.unet import UNet
-from models.weights import Weights, check_names, save_file_atomic
+from models.weights import Weights, check_names, read_tensors, save_file_atomic
 
 CONDITIONS_NAME = "conditions.safetensors"  # beside the U-Net's own files, where conditions have parameters
+EXPORT_AGAIN = "export that training again"
 UNET, CONDITIONS = "unet.", "conditions."  # what names of parameters begin with
 
 
@@ -82,7 +81,7 @@ class Denoiser(nn.Module):
             UserError: they are there, but of another shape.
         """
         path = Path(folder) / CONDITIONS_NAME
-        found = _read(path) if path.is_file() else {}
+        found = read_tensors(path, EXPORT_AGAIN) if path.is_file() else {}
         for name, part in self.conditions.kinds.items():
             prefix = f"parts.{name}."
             if own := {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}:
@@ -102,7 +101,7 @@ class Denoiser(nn.Module):
         unet, path = UNet.from_pretrained(folder), Path(folder) / CONDITIONS_NAME
         conditions = conditions_of(unet.cfg)
         if expected := conditions.state_dict():
-            found = _read(path)
+            found = read_tensors(path, EXPORT_AGAIN)
             check_names(str(path), expected, found)
             conditions.load_state_dict(found)
         return cls(unet, conditions)
@@ -112,12 +111,3 @@ def widened(weights: Mapping[str, Tensor], channels: int) -> dict[str, Tensor]:
     """A U-Net's weights for an input with further channels, which begin at zero: it computes what it did."""
     kernel = weights["conv_in.weight"]  # [widths[0], in_channels, 3, 3]
     return {**weights, "conv_in.weight": F.pad(kernel, (0, 0, 0, 0, 0, channels - kernel.shape[1]))}
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: export that training again") from None
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None

@@ -129,12 +129,7 @@ def load_folder(folder: str | Path, build: Callable[[], M], renamed: Mapping[str
         UserError: a missing or broken file; missing, surplus or misshapen parameters, by name.
     """
     path = Path(folder) / WEIGHTS_NAME
-    try:
-        weights = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: give a folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}") from None
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None
+    weights = read_tensors(path, f"give a folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
     for old, new in (renamed or {}).items():
         weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
     with torch.device("meta"):
@@ -144,6 +139,16 @@ def load_folder(folder: str | Path, build: Callable[[], M], renamed: Mapping[str
     # A copy: the file stays free to be replaced, and no half-precision file decides the precision of training.
     network.load_state_dict({name: weights[name].to(torch.float32, copy=True) for name in expected}, assign=True)
     return network
+
+
+def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; `remedy`: what a UserError says where it is missing."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {remedy}") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None
 
 
 def check_names(where: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """What a U-Net is told beside the noisy latent: one section per condition, absent where the network does without.
 
-Each has its counterpart in `models/conditions.py`, where a new one is added, too.
+Each has its counterpart in `models/conditions/`, where a new one is added, too.
 """
 
 from collections.abc import Iterator
@@ -19,25 +19,11 @@ class CaptionConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class ClassTokenConfig:
-    """The class of the picture, as one learned token for cross-attention."""
+class ClassConfig:
+    """The class of the picture, learned: a token for cross-attention, or a vector that joins the time's embedding."""
 
     classes: int = 1000  # class ids are 0 to classes - 1
     drop: float = 0.1
-
-    def __post_init__(self) -> None:
-        require_positive(self, "classes", group="conditions.class_token.")
-
-
-@dataclass(kw_only=True, slots=True)
-class ClassVectorConfig:
-    """The class of the picture, as a learned vector that joins the time's embedding."""
-
-    classes: int = 1000  # class ids are 0 to classes - 1
-    drop: float = 0.1
-
-    def __post_init__(self) -> None:
-        require_positive(self, "classes", group="conditions.class_vector.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,9 +41,6 @@ class BoxesConfig:
     most: int = 30  # boxes of a picture, the largest first; there are always so many tokens
     drop: float = 0.1
 
-    def __post_init__(self) -> None:
-        require_positive(self, "classes", "most", group="conditions.boxes.")
-
 
 @dataclass(kw_only=True, slots=True)
 class ImageEmbeddingConfig:
@@ -65,9 +48,6 @@ class ImageEmbeddingConfig:
 
     width: int = 512  # E, channels of the embedding: CLIP's model.embed_dim
     drop: float = 0.1
-
-    def __post_init__(self) -> None:
-        require_positive(self, "width", group="conditions.image_embedding.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,7 +94,6 @@ class SegmentsConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.classes < 256, f"conditions.segments.classes={self.classes}: must be in [1, 255]")
-        require_positive(self, "channels", group="conditions.segments.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,8 +101,8 @@ class ConditionsConfig:
     """All that the network is told; several go together."""
 
     caption: CaptionConfig | None = field(default_factory=CaptionConfig)  # null: a network without text
-    class_token: ClassTokenConfig | None = None
-    class_vector: ClassVectorConfig | None = None
+    class_token: ClassConfig | None = None
+    class_vector: ClassConfig | None = None
     framing: FramingConfig | None = None
     boxes: BoxesConfig | None = None
     image_embedding: ImageEmbeddingConfig | None = None
@@ -134,6 +113,8 @@ class ConditionsConfig:
     def __post_init__(self) -> None:
         for name, section in self.chosen():
             require(0 <= section.drop < 1, f"conditions.{name}.drop={section.drop}: must be in [0, 1)")
+            sizes = [size for size in ("classes", "most", "width", "channels") if hasattr(section, size)]
+            require_positive(section, *sizes, group=f"conditions.{name}.")
 
     def chosen(self) -> Iterator[tuple[str, Any]]:
         """Names and sections of those that are there."""

@@ -53,6 +53,9 @@ class _Class(Condition):
         self.classes = cfg.classes
         self.table = nn.Embedding(cfg.classes + 1, width)  # the last one: no class
 
+    def facts(self) -> dict[str, Any]:
+        return {"classes": self.classes}  # its number stands for no class
+
     def prepare(self, samples: Samples, frozen: Frozen) -> Inputs:
         ids = [class_number("class_id", found.class_id, self.classes) for found in samples.labels]
         return {"class": torch.tensor(ids)}
@@ -119,7 +122,7 @@ class Boxes(Condition):
         self.place = VectorEmbedding(width + 8 * self.frequencies, width)
 
     def facts(self) -> dict[str, Any]:
-        return {"most": self.most}
+        return {"classes": self.classes, "most": self.most}  # the number of classes stands for no box
 
     def prepare(self, samples: Samples, frozen: Frozen) -> Inputs:
         found = torch.zeros(len(samples.labels), self.most, 5)

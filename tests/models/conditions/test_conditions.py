@@ -14,8 +14,7 @@ from conf.schema import ConditionsConfig
 from conf.schema.conditions import (
     BoxesConfig,
     CaptionConfig,
-    ClassTokenConfig,
-    ClassVectorConfig,
+    ClassConfig,
     FramingConfig,
     ImageEmbeddingConfig,
     SegmentsConfig,
@@ -93,8 +92,8 @@ def conditions(**sections: Any) -> Conditions:
 
 
 CAPTION = {"caption": CaptionConfig(drop=0.5)}
-TOKEN = {"class_token": ClassTokenConfig(classes=3, drop=0.5)}
-VECTOR = {"class_vector": ClassVectorConfig(classes=3, drop=0.5)}
+TOKEN = {"class_token": ClassConfig(classes=3, drop=0.5)}
+VECTOR = {"class_vector": ClassConfig(classes=3, drop=0.5)}
 FRAMING = {"framing": FramingConfig(drop=0.5)}
 BOXES = {"boxes": BoxesConfig(classes=2, most=3, drop=0.5)}
 EMBEDDING = {"image_embedding": ImageEmbeddingConfig(width=6, drop=0.5)}
@@ -232,7 +231,7 @@ def test_denoiser_comes_back_from_its_folder(tmp_path: Any) -> None:
     assert torch.equal(learnt.table.weight, told.kinds["class_token"].table.weight)
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
     with pytest.raises(UserError, match=r"conditions\.class_token does not fit the network \(misshapen: table\.weight"):
-        Denoiser(UNet(MODEL), conditions(class_token=ClassTokenConfig(classes=9))).load_conditions(tmp_path)
+        Denoiser(UNet(MODEL), conditions(class_token=ClassConfig(classes=9))).load_conditions(tmp_path)
     with pytest.raises(UserError, match=r"conditions\.safetensors does not fit the network"):
         Denoiser.from_pretrained(tmp_path, lambda model: conditions(**TOKEN))
 

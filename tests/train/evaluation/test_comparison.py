@@ -99,9 +99,9 @@ MEASURES = ("psnr", "efficientnet")
 
 
 def test_nothing_is_compared_without_rivals() -> None:
-    from conf.schema.conditions import ClassVectorConfig
+    from conf.schema.conditions import ClassConfig
 
-    conditions = Conditions(ConditionsConfig(caption=None, class_vector=ClassVectorConfig(classes=2)), PREPARING)
+    conditions = Conditions(ConditionsConfig(caption=None, class_vector=ClassConfig(classes=2)), PREPARING)
     comparison = Comparison(conditions, Perceptual.lpips, CPU)  # whose weights nobody asks for
     blank = torch.zeros(1, 3, 32, 32)
     assert comparison.facts() == {} == comparison.columns(Drawing(blank, blank, {}, [""]), [COLOURS])
