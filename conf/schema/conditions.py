@@ -43,6 +43,18 @@ class BoxesConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class BoxMapConfig:
+    """Boxes filled with their class, as learned channels beside the latent: where `boxes` alone learn too slowly."""
+
+    classes: int = 182  # class ids of boxes are 0 to classes - 1
+    channels: int = 3  # that the map becomes
+    drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(0 < self.classes < 256, f"conditions.box_map.classes={self.classes}: must be in [1, 255]")
+
+
+@dataclass(kw_only=True, slots=True)
 class ImageEmbeddingConfig:
     """The CLIP embedding of a picture, as one token for cross-attention."""
 
@@ -105,6 +117,7 @@ class ConditionsConfig:
     class_vector: ClassConfig | None = None
     framing: FramingConfig | None = None
     boxes: BoxesConfig | None = None
+    box_map: BoxMapConfig | None = None
     image_embedding: ImageEmbeddingConfig | None = None
     low_resolution: LowResolutionConfig | None = None
     masked: MaskedConfig | None = None

@@ -21,7 +21,7 @@ class SampleRun(SamplingConfig):
     lora_scale: float = 1.0
     autoencoder: str = MISSING
     clip: str = MISSING
-    prompts: list[str] = field(default_factory=list)  # on the command line: 'prompts=["a red planet"]'
+    prompts: list[str] = field(default_factory=list)  # 'prompts=["a red planet"]'; without text, classes or boxes
     prompts_file: str | None = None  # a text file, one prompt a line
     prompts_from: str | None = None  # folder of image shards, such as RUN/shards/heldout: its captions are prompts
     inputs: list[str] = field(default_factory=list)  # pictures' files, each with KEY.mask.png, KEY.txt … beside it

@@ -103,6 +103,16 @@ class Conditions(nn.Module):
                     + ("; set it to that" if found else ", so take another data set or condition")
                 )
 
+    def asked_in(self, words: str) -> dict[str, Any]:
+        """Labels, as a sample's JSON has them, that a prompt asks a network without text for.
+
+        Raises:
+            UserError: words that ask for nothing it knows.
+        """
+        if self.takes_text:
+            return {}
+        return {name: value for part in self.kinds.values() for name, value in part.asked_in(words).items()}
+
     def prepare(self, samples: Samples, frozen: Frozen) -> Inputs:
         """All arrays [B, ...] but the text states."""
         return {key: array for part in self.kinds.values() for key, array in part.prepare(samples, frozen).items()}

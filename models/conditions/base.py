@@ -79,6 +79,16 @@ class Samples:
     generators: Sequence[np.random.Generator]  # one per sample, for masks and degradations
     masks: Tensor | None = None  # bool [B, H, W], true: to be painted; None: drawn at random
     as_given: bool = False  # the pictures are small ones already
+    keys: Sequence[str] = ()  # by which errors name them
+
+    def class_number(self, row: int, field: str, number: int | None, classes: int) -> int:
+        """A class id of a sample, or the null class for None; raises UserError when it is out of range."""
+        if number is None:
+            return classes
+        if not 0 <= number < classes:
+            of = f"sample '{self.keys[row]}': " if self.keys and self.keys[row] else ""
+            raise UserError(f"{of}{field}: {number} is out of range, this network knows the classes 0 to {classes - 1}")
+        return number
 
 
 class Draws(Protocol):
@@ -122,6 +132,10 @@ class Condition(nn.Module):
 
     def facts(self) -> dict[str, Any]:
         """What decides its arrays, in plain values."""
+        return {}
+
+    def asked_in(self, words: str) -> dict[str, Any]:
+        """Labels, as a sample's JSON has them, of a prompt for a network without text; raises UserError."""
         return {}
 
     def prepare(self, samples: Samples, frozen: Frozen) -> Inputs:
@@ -168,13 +182,17 @@ def tokens_width(name: str, around: Surroundings) -> int:
     return around.width
 
 
-def class_number(field: str, number: int | None, classes: int) -> int:
-    """A class id, or the null class for None; raises UserError when it is out of range."""
-    if number is None:
-        return classes
-    if not 0 <= number < classes:
-        raise UserError(f"{field}: {number} is out of range, this network knows the classes 0 to {classes - 1}")
-    return number
+def number_of(around: Surroundings, group: str, classes: int, words: str) -> int:
+    """The class of a name, or of a number in words; raises UserError where there is none."""
+    names = [*around.names.get(group, ())]
+    if words.isdecimal() and int(words) < classes:
+        return int(words)
+    if words not in names or not words:
+        known = f": {', '.join(filter(None, names))}, or" if any(names) else ":"
+        raise UserError(
+            f"prompt '{words}': no class of this network; take one of its classes{known} 0 to {classes - 1}"
+        )
+    return names.index(words)
 
 
 def named(around: Surroundings, group: str, number: int) -> str:

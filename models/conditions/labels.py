@@ -1,7 +1,7 @@
 """Conditions that say what a picture shows, in words, classes, boxes and maps; and how it was cut."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from conf.errors import UserError
 from models.conditions.base import (
     WAVES,
     Condition,
@@ -17,8 +18,8 @@ from models.conditions.base import (
     Inputs,
     Samples,
     Surroundings,
-    class_number,
     named,
+    number_of,
     tokens_width,
     waves,
 )
@@ -57,8 +58,14 @@ class _Class(Condition):
         return {"classes": self.classes}  # its number stands for no class
 
     def prepare(self, samples: Samples, frozen: Frozen) -> Inputs:
-        ids = [class_number("class_id", found.class_id, self.classes) for found in samples.labels]
+        ids = [
+            samples.class_number(row, "class_id", found.class_id, self.classes)
+            for row, found in enumerate(samples.labels)
+        ]
         return {"class": torch.tensor(ids)}
+
+    def asked_in(self, words: str) -> dict[str, Any]:
+        return {"class_id": number_of(self.around, self.names, self.classes, words.strip())}
 
     def null(self, inputs: Inputs) -> Inputs:
         return {"class": torch.full_like(inputs["class"], self.classes)}
@@ -130,9 +137,12 @@ class Boxes(Condition):
         for row, labels in enumerate(samples.labels):
             largest = sorted(labels.boxes, key=lambda box: -box.area)[: self.most]
             for number, box in enumerate(largest):
-                class_id = class_number(f"boxes[{number}].class_id", box.class_id, self.classes)
+                class_id = samples.class_number(row, f"boxes[{number}].class_id", box.class_id, self.classes)
                 found[row, number] = torch.tensor([class_id, *box.corners])
         return {"boxes": found}
+
+    def asked_in(self, words: str) -> dict[str, Any]:
+        return boxes_in(self.around, self.classes, words)
 
     def null(self, inputs: Inputs) -> Inputs:
         nothing = torch.zeros_like(inputs["boxes"])
@@ -148,8 +158,7 @@ class Boxes(Condition):
         shown = torch.ones(len(originals), 3, height, width)
         for picture, boxes in zip(shown, inputs["boxes"].cpu(), strict=True):
             for class_id, *corners in boxes[boxes[:, 0] < self.classes].tolist():
-                sides = (width, height, width, height)
-                left, top, right, bottom = (round(end * (side - 1)) for end, side in zip(corners, sides, strict=True))
+                left, top, right, bottom = edges(corners, height - 1, width - 1)
                 picture[:, top : bottom + 1, [left, right]] = colour(int(class_id)).view(3, 1, 1)
                 picture[:, [top, bottom], left : right + 1] = colour(int(class_id)).view(3, 1, 1)
         return shown
@@ -162,32 +171,81 @@ class Boxes(Condition):
         return Conditioning(context=self.place(about))
 
 
-class Segments(Condition):
+class _ClassMap(Condition):
     """A map of classes as learned channels, averaged over the pixels of each latent: the paper's spatial rescaler."""
 
-    names = "segments"
+    array = ""  # its name
 
     def __init__(self, cfg: Any, around: Surroundings) -> None:
         super().__init__()
+        self.around = around
         self.classes, self.channels, self.downscale = cfg.classes, cfg.channels, around.downscale
         self.table = nn.Embedding(cfg.classes + 1, cfg.channels)  # the last one: unlabelled
+
+    def null(self, inputs: Inputs) -> Inputs:
+        return {self.array: torch.full_like(inputs[self.array], UNLABELLED)}
+
+    def forward(self, inputs: Inputs) -> Conditioning:
+        channels = self.table(inputs[self.array].long().clamp_max(self.classes)).permute(0, 3, 1, 2)
+        return Conditioning(channels=F.avg_pool2d(channels, self.downscale))
+
+
+class Segments(_ClassMap):
+    """The class of each pixel."""
+
+    names = array = "segments"
 
     def prepare(self, samples: Samples, frozen: Frozen) -> Inputs:
         nothing = np.full(samples.images.shape[2:], UNLABELLED, np.uint8)
         maps = np.stack([nothing if found.segments is None else found.segments for found in samples.labels])
-        class_number("a pixel of seg.png", int(np.where(maps == UNLABELLED, 0, maps).max()), self.classes)
-        return {"segments": torch.from_numpy(maps)}
-
-    def null(self, inputs: Inputs) -> Inputs:
-        return {"segments": torch.full_like(inputs["segments"], UNLABELLED)}
+        for row, highest in enumerate(np.where(maps == UNLABELLED, 0, maps).max(axis=(1, 2))):
+            samples.class_number(row, "a pixel of seg.png", int(highest), self.classes)
+        return {self.array: torch.from_numpy(maps)}
 
     def show(self, originals: Tensor, inputs: Inputs) -> Tensor:
         palette = torch.stack([colour(number) for number in range(256)])
-        return palette[inputs["segments"].cpu().long()].permute(0, 3, 1, 2)
+        return palette[inputs[self.array].cpu().long()].permute(0, 3, 1, 2)
 
-    def forward(self, inputs: Inputs) -> Conditioning:
-        channels = self.table(inputs["segments"].long().clamp_max(self.classes)).permute(0, 3, 1, 2)
-        return Conditioning(channels=F.avg_pool2d(channels, self.downscale))
+
+class BoxMap(_ClassMap):
+    """Boxes filled with their class, the smaller ones in front: each place is told what lies there."""
+
+    names, array = "box_classes", "box_map"
+
+    def asked_in(self, words: str) -> dict[str, Any]:
+        return boxes_in(self.around, self.classes, words)
+
+    def prepare(self, samples: Samples, frozen: Frozen) -> Inputs:
+        height, width = samples.images.shape[2:]
+        maps = torch.full((len(samples.labels), height, width), UNLABELLED, dtype=torch.uint8)
+        for row, labels in enumerate(samples.labels):
+            for number, box in sorted(enumerate(labels.boxes), key=lambda entry: -entry[1].area):
+                class_id = samples.class_number(row, f"boxes[{number}].class_id", box.class_id, self.classes)
+                left, top, right, bottom = edges(box.corners, height, width)
+                maps[row, top:bottom, left:right] = class_id
+        return {self.array: maps}
+
+
+def boxes_in(around: Surroundings, classes: int, words: str) -> dict[str, Any]:
+    """The boxes of a prompt, as a sample's JSON has them; raises UserError."""
+    return {"boxes": [box_in(around, classes, entry) for entry in words.split(";") if entry.strip()]}
+
+
+def box_in(around: Surroundings, classes: int, words: str) -> dict[str, Any]:
+    name, *ends = words.strip().rsplit(maxsplit=4)
+    try:
+        left, top, right, bottom = map(float, ends)
+    except ValueError:
+        raise UserError(
+            f"prompt '{words.strip()}': no box; write CLASS LEFT TOP RIGHT BOTTOM, in fractions of the picture's "
+            "sides, and ; between boxes"
+        ) from None
+    return {"box": [left, top, right, bottom], "class_id": number_of(around, "box_classes", classes, name)}
+
+
+def edges(corners: Sequence[float], height: int, width: int) -> list[int]:
+    """Left, top, right and bottom of a box in pixels."""
+    return [round(end * side) for end, side in zip(corners, (width, height, width, height), strict=True)]
 
 
 def colour(class_id: int) -> Tensor:
@@ -201,5 +259,6 @@ KINDS: Mapping[str, Callable[[Any, Surroundings], Condition]] = {
     "class_vector": ClassVector,
     "framing": Framing,
     "boxes": Boxes,
+    "box_map": BoxMap,
     "segments": Segments,
 }

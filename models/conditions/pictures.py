@@ -34,7 +34,7 @@ STYLES = {MaskStyle.thin: THIN, MaskStyle.medium: MEDIUM, MaskStyle.thick: THICK
 class ImageEmbedding(Condition):
     """What CLIP sees in a picture, in place of a text: image variation."""
 
-    needs_picture, tokens = True, 1
+    needs_picture, tokens, rivals = True, 1, ("another",)
 
     def __init__(self, cfg: Any, around: Surroundings) -> None:
         super().__init__()
@@ -49,6 +49,9 @@ class ImageEmbedding(Condition):
 
     def null(self, inputs: Inputs) -> Inputs:
         return {"image_embedding": torch.zeros_like(inputs["image_embedding"])}
+
+    def baselines(self, originals: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+        return {"another": originals.roll(1, 0)}  # real, but not what is asked for
 
     def show(self, originals: Tensor, inputs: Inputs) -> Tensor:
         return originals

@@ -11,7 +11,7 @@ import torch
 from conf.errors import UserError
 from conf.schema import ImageConfig, SampleRun
 from data.datasets import ImageDataset
-from data.labels import Labels
+from data.labels import LabelError, Labels, read_labels
 from data.order import rng
 from models.conditions import Conditions, Samples
 from models.pipeline import DiffusionPipeline
@@ -28,6 +28,7 @@ class Asked:
     prompts: list[Prompt]
     data: ImageDataset | None  # where the network is told more than captions
     given: dict[str, GivenPicture] = field(default_factory=dict)  # by file
+    in_words: dict[str, Item] = field(default_factory=dict)  # labels that prompts name, by prompt
 
     @classmethod
     def of(cls, cfg: SampleRun, model: DiffusionPipeline, prompts: list[Prompt]) -> Self:
@@ -42,7 +43,9 @@ class Asked:
         if cfg.prompts_from:
             images = ImageConfig(resolution=max(cfg.size, default=side))
             data = ImageDataset(cfg.prompts_from, images, cfg.seed, labels=conditions.need_labels)
-        asked = cls(prompts, data, {path: read_given(path) for path in cfg.inputs})
+        written = {prompt.text for prompt in prompts if prompt.sample is None and prompt.file is None}
+        in_words = {text: labels_in(conditions, text, side) for text in written}
+        asked = cls(prompts, data, {path: read_given(path) for path in cfg.inputs}, in_words)
         for prompt in prompts:
             if data is None or prompt.sample is None:
                 require_told(conditions, asked.item(Job(prompt.text, 0, file=prompt.file)), prompt.file)
@@ -69,8 +72,21 @@ class Asked:
         if job.file is not None:
             return {"caption": job.prompt, **self.given[job.file].item}
         if self.data is None or job.sample is None:
-            return {"caption": job.prompt}
+            return {"caption": job.prompt, **self.in_words.get(job.prompt, {})}
         return self.data.at(job.sample)
+
+
+def labels_in(conditions: Conditions, words: str, side: int) -> Item:
+    """What a prompt names, for a network that is told labels and no text; nothing for another one.
+
+    Raises:
+        UserError: a class that the network does not know, or a box that is none.
+    """
+    asked = conditions.asked_in(words)
+    try:
+        return {"labels": read_labels(asked, None, (side, side))} if asked else {}
+    except LabelError as error:
+        raise UserError(f"prompt '{words}': {error}") from None
 
 
 def samples_of(items: Sequence[Item], numbers: Sequence[int], seed: int, side: int) -> Samples:
@@ -89,6 +105,7 @@ def samples_of(items: Sequence[Item], numbers: Sequence[int], seed: int, side: i
         generators=[rng(seed, number, "conditions of a picture") for number in numbers],
         masks=torch.stack([item["mask"] for item in items]) if "mask" in items[0] else None,
         as_given="as_given" in items[0],
+        keys=[item.get("key", "") for item in items],
     )
 
 

@@ -56,7 +56,7 @@ def read_given(path: str) -> GivenPicture:
     digest = hashlib.sha256(content)
     for name, beside in contents.items():
         digest.update(f"{name} {-1 if beside is None else len(beside)} ".encode() + (beside or b""))
-    item = {"image": to_tensor(np.asarray(image)), "labels": labels, "as_given": True, **masks}
+    item = {"key": path, "image": to_tensor(np.asarray(image)), "labels": labels, "as_given": True, **masks}
     return GivenPicture(item, digest.hexdigest())
 
 

@@ -88,6 +88,7 @@ class Encoder:
             generators=[
                 rng(self.seed, index, f"conditions of variant {v}") for index in batch["index"] for v in variants
             ],
+            keys=[key for key in batch["key"] for _ in variants],
         )
 
     @property

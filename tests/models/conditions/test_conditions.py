@@ -13,6 +13,7 @@ from conf.networks import UNetConfig
 from conf.schema import ConditionsConfig
 from conf.schema.conditions import (
     BoxesConfig,
+    BoxMapConfig,
     CaptionConfig,
     ClassConfig,
     FramingConfig,
@@ -21,6 +22,7 @@ from conf.schema.conditions import (
 )
 from data.labels import Box, Labels
 from models.conditions import Conditions, Inputs, Samples, Surroundings
+from models.conditions.labels import UNLABELLED
 from models.denoiser import Denoiser, widened
 from models.unet import UNet
 
@@ -73,7 +75,8 @@ LABELS = [
 def samples(labels: list[Labels] = LABELS) -> Samples:
     images = torch.rand(len(labels), 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     framings = torch.tensor([[40.0, 30.0, 2.0, 0.0]]).expand(len(labels), -1)
-    return Samples(images, labels, framings, [np.random.default_rng(row) for row in range(len(labels))])
+    generators = [np.random.default_rng(row) for row in range(len(labels))]
+    return Samples(images, labels, framings, generators, keys=[f"000{row}" for row in range(len(labels))])
 
 
 def conditions(**sections: Any) -> Conditions:
@@ -97,8 +100,9 @@ VECTOR = {"class_vector": ClassConfig(classes=3, drop=0.5)}
 FRAMING = {"framing": FramingConfig(drop=0.5)}
 BOXES = {"boxes": BoxesConfig(classes=2, most=3, drop=0.5)}
 EMBEDDING = {"image_embedding": ImageEmbeddingConfig(width=6, drop=0.5)}
+BOX_MAP = {"box_map": BoxMapConfig(classes=2, channels=5, drop=0.5)}
 SEGMENTS = {"segments": SegmentsConfig(classes=4, channels=5, drop=0.5)}
-ALL: list[dict[str, Any]] = [CAPTION, TOKEN, VECTOR, FRAMING, BOXES, EMBEDDING, SEGMENTS]
+ALL: list[dict[str, Any]] = [CAPTION, TOKEN, VECTOR, FRAMING, BOXES, BOX_MAP, EMBEDDING, SEGMENTS]
 
 
 def arrays(told: Conditions, labels: list[Labels] = LABELS) -> Inputs:
@@ -120,7 +124,9 @@ def test_dropped_rows_are_told_nothing_and_the_others_all(sections: dict[str, An
             assert (all_of_it - none).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("sections", [TOKEN, VECTOR, BOXES, SEGMENTS], ids=lambda sections: next(iter(sections)))
+@pytest.mark.parametrize(
+    "sections", [TOKEN, VECTOR, BOXES, BOX_MAP, SEGMENTS], ids=lambda sections: next(iter(sections))
+)
 def test_missing_label_is_the_null(sections: dict[str, Any]) -> None:
     told = conditions(**sections)
     inputs = arrays(told, [Labels()])
@@ -136,10 +142,11 @@ def test_several_stand_side_by_side_or_are_added() -> None:
             together.kinds[name].load_state_dict(module.state_dict())
     inputs = arrays(together)
     given, alone = together(inputs), [part(inputs) for part in parts]
-    in_order = [alone[i] for i in (0, 1, 4, 5)]  # caption, class, boxes, embedding
+    in_order = [alone[i] for i in (0, 1, 4, 6)]  # caption, class, boxes, embedding
     torch.testing.assert_close(given.context, torch.cat([one.context for one in in_order], dim=1))
     assert given.context.shape[1] == together.tokens == 4 + 1 + 3 + 1
-    assert torch.equal(given.channels, alone[6].channels) and together.channels == 5
+    assert torch.equal(given.channels, torch.cat([alone[5].channels, alone[7].channels], dim=1))
+    assert together.channels == 10
     torch.testing.assert_close(given.vector, alone[2].vector + alone[3].vector)
 
 
@@ -168,6 +175,12 @@ def test_map_becomes_the_mean_of_its_pixels_channels() -> None:
     torch.testing.assert_close(told(inputs).channels, torch.einsum("bkhw,kc->bchw", small, table))
 
 
+def test_smaller_boxes_of_a_map_lie_in_front() -> None:
+    found = arrays(conditions(**BOX_MAP))["box_map"]
+    assert (found[0, :8, :8] == 1).all() and (found[0, 8:, 4:] == 0).all() and (found[0, 8:, :4] == UNLABELLED).all()
+    assert (found[1] == UNLABELLED).all()
+
+
 def test_titles_say_what_is_asked_for() -> None:
     told = conditions(**CAPTION, **TOKEN, **BOXES)
     assert told.titles(["a", "b", ""], arrays(told)) == ["a, dog, sun, class 1", "b", "cat"]
@@ -184,12 +197,21 @@ def test_conditions_show_what_they_ask_for() -> None:
 @pytest.mark.parametrize(
     ("sections", "labels", "message"),
     [
-        (TOKEN, Labels(class_id=3), r"^class_id: 3 is out of range, this network knows the classes 0 to 2$"),
-        (BOXES, Labels(boxes=(Box((0, 0, 1, 1), 2),)), r"^boxes\[0\]\.class_id: 2 is out of range"),
-        (SEGMENTS, Labels(segments=np.full((SIDE, SIDE), 4, np.uint8)), r"^a pixel of seg\.png: 4 is out of range"),
+        (
+            TOKEN,
+            Labels(class_id=3),
+            "^sample '0000': class_id: 3 is out of range, this network knows the classes 0 to 2$",
+        ),
+        (BOXES, Labels(boxes=(Box((0, 0, 1, 1), 2),)), r"^sample '0000': boxes\[0\]\.class_id: 2 is out of range"),
+        (BOX_MAP, Labels(boxes=(Box((0, 0, 1, 1), 2),)), r"^sample '0000': boxes\[0\]\.class_id: 2 is out of range"),
+        (
+            SEGMENTS,
+            Labels(segments=np.full((SIDE, SIDE), 4, np.uint8)),
+            r"'0000': a pixel of seg\.png: 4 is out of range",
+        ),
         ({"image_embedding": ImageEmbeddingConfig(width=9)}, Labels(), r"^conditions\.image_embedding\.width=9: .* 6$"),
     ],
-    ids=["class", "box", "map", "embedding"],
+    ids=["class", "box", "box map", "map", "embedding"],
 )
 def test_what_the_network_does_not_know_is_refused(sections: Any, labels: Labels, message: str) -> None:
     with pytest.raises(UserError, match=message):

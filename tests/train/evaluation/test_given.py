@@ -1,7 +1,9 @@
 """A user's own pictures: what is read beside them, how they are put together, and what is refused in one line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,10 @@ from PIL import Image
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import ConditionsConfig, SampleRun
-from conf.schema.conditions import LowResolutionConfig, MaskedConfig
+from conf.schema.conditions import BoxesConfig, BoxMapConfig, ClassConfig, LowResolutionConfig, MaskedConfig
 from models.conditions import PREPARING, Conditions
 from train.evaluation.album import together
-from train.evaluation.asking import Asked, require_told, samples_of
+from train.evaluation.asking import Asked, labels_in, require_told, samples_of
 from train.evaluation.given import read_given
 from train.evaluation.prompts import Job, Prompt, jobs_of, read_prompts
 
@@ -97,3 +99,35 @@ def test_sheet_shows_pictures_of_all_sizes() -> None:
     assert sheets.shape == (2, 4, 3, 3)
     assert (sheets[0, :2] == 0).all() and (sheets[0, 2:] == 255).all() and (sheets[1, :, 2] == 255).all()
     assert torch.from_numpy(sheets).sum() == 255 * 3 * (6 + 4)
+
+
+NAMED = replace(PREPARING, names={"classes": ["cat", "old dog"], "box_classes": ["sun", "moon"]})
+
+
+def test_prompt_names_a_class_or_boxes_where_no_text_is_told() -> None:
+    class_told = Conditions(ConditionsConfig(caption=None, class_token=ClassConfig(classes=3)), NAMED)
+    assert [labels_in(class_told, words, 8)["labels"].class_id for words in ("old dog", "2", " cat ")] == [1, 2, 0]
+    boxes_told = Conditions(ConditionsConfig(caption=None, boxes=BoxesConfig(classes=2)), NAMED)
+    boxes = labels_in(boxes_told, "moon 0 0.25 0.5 1; sun .5 0 1 .5", 8)["labels"].boxes
+    assert [(box.class_id, box.corners) for box in boxes] == [(1, (0, 0.25, 0.5, 1)), (0, (0.5, 0, 1, 0.5))]
+    with_text = Conditions(ConditionsConfig(class_token=ClassConfig(classes=3)), NAMED)
+    assert labels_in(with_text, "a cat", 8) == {}
+
+
+@pytest.mark.parametrize(
+    ("sections", "words", "message"),
+    [
+        (
+            {"class_token": ClassConfig(classes=2)},
+            "horse",
+            "'horse': no class .* its classes: cat, old dog, or 0 to 1$",
+        ),
+        ({"class_vector": ClassConfig(classes=2)}, "2", "'2': no class of this network"),
+        ({"boxes": BoxesConfig(classes=2)}, "sun 0 0 1", "'sun 0 0 1': no box; write CLASS LEFT TOP RIGHT BOTTOM"),
+        ({"box_map": BoxMapConfig(classes=2)}, "sun 0 0 2 1", "'sun 0 0 2 1': boxes.0..box: .* leaves the picture"),
+        ({"boxes": BoxesConfig(classes=2)}, "star 0 0 1 1", "'star': no class of this network"),
+    ],
+)
+def test_prompt_that_names_nothing_known_is_refused(sections: dict[str, Any], words: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^prompt {message}"):
+        labels_in(Conditions(ConditionsConfig(caption=None, **sections), NAMED), words, 8)
