@@ -12,57 +12,20 @@ import numpy as np
 import torch
 from _compare import Comparison, main, rate
 from _networks import THREADS
+from _pipelines import models
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from conf.entry import compose
-from conf.schema import (
-    AutoencoderRun,
-    ClipRun,
-    ConditionsConfig,
-    Prediction,
-    ProcessConfig,
-    Sampler,
-    SamplingConfig,
-    UNetRun,
-)
-from models.autoencoder import Autoencoder
-from models.clip import Clip
-from models.conditions import Conditions, Surroundings
-from models.denoiser import Denoiser
-from models.pipeline import DiffusionPipeline, picture_noise
-from models.process import Process
-from models.unet import UNet
-from train.stages.export import write_pipeline
+from conf.schema import ConditionsConfig, Sampler, SamplingConfig
+from models.pipeline import picture_noise
 
 PROMPTS = ["a red planet", "a green monster on a blue background", "mountains", "a robot that smiles"]
 GUIDANCE_SCALE, BAR = 3.0, 1.25
-DEMO = ["experiment=demo", "run_dir=unused"]
-
-
-def models(folder: Path) -> tuple[DiffusionPipeline, StableDiffusionPipeline]:
-    """Ours, and diffusers' from what ours is exported to."""
-    torch.manual_seed(0)
-    unet = UNet(compose("train_unet", UNetRun, DEMO).model).eval()
-    autoencoder = Autoencoder(compose("train_autoencoder", AutoencoderRun, DEMO).model).eval()
-    clip = Clip.from_config(compose("train_clip", ClipRun, DEMO).model).eval()
-    with torch.no_grad():
-        for parameter in unet.parameters():  # layers that start at zero would make every comparison equal
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    process = Process(ProcessConfig(prediction=Prediction.eps))
-    write_pipeline(folder, unet, autoencoder, clip, process)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
-    pipeline.set_progress_bar_config(disable=True)
-    channels = unet.cfg.in_channels
-    mean, std = torch.zeros(channels), torch.ones(channels)
-    around = Surroundings.of(unet.cfg, downscale=autoencoder.cfg.downscale, latent_mean=mean, latent_std=std)
-    denoiser = Denoiser(unet, Conditions(ConditionsConfig(), around))
-    return DiffusionPipeline(denoiser, autoencoder, clip, process, mean, std), pipeline
 
 
 def comparisons(folder: Path) -> Iterator[Comparison]:
     """At two numbers of steps, in pictures per second."""
-    model, pipeline = models(folder)
+    model, pipeline = models(folder, ConditionsConfig(), 4, StableDiffusionPipeline)
     cfg, seeds = model.denoiser.unet.cfg, [0] * len(PROMPTS)
     side = cfg.sample_size * model.autoencoder.cfg.downscale
     shape = (cfg.in_channels, cfg.sample_size, cfg.sample_size)

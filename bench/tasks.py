@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,34 +16,18 @@ import numpy as np
 import torch
 from _compare import Comparison, main, rate
 from _networks import THREADS
+from _pipelines import models
 from diffusers import LDMPipeline, LDMSuperResolutionPipeline, StableDiffusionInpaintPipeline
 from torch import Tensor
 
-from conf.entry import compose
-from conf.schema import (
-    AutoencoderRun,
-    ClipRun,
-    ConditionsConfig,
-    Prediction,
-    ProcessConfig,
-    Sampler,
-    SamplingConfig,
-    UNetRun,
-)
+from conf.schema import ConditionsConfig, Sampler, SamplingConfig
 from conf.schema.conditions import CaptionConfig, LowResolutionConfig, MaskedConfig
-from models.autoencoder import Autoencoder
-from models.clip import Clip
-from models.conditions import Conditions, Inputs, Surroundings
-from models.denoiser import Denoiser
+from models.conditions import Inputs
 from models.pipeline import DiffusionPipeline, picture_noise
-from models.process import Process
-from models.unet import UNet
-from train.stages.export import write_pipeline
 
 BAR = 1.0
 COUNT, STEPS, SIDE = 8, 20, 64  # pictures, steps, pixels
 NAMES = [f"number {number}" for number in range(COUNT)]
-DEMO = ["experiment=demo"]
 PLAIN: dict[str, Any] = {  # a network without text
     "block_out_channels": [32, 96, 128],
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
@@ -53,28 +36,6 @@ PLAIN: dict[str, Any] = {  # a network without text
     "head_channels": 32,
     "use_linear_projection": False,
 }
-
-
-def models(
-    folder: Path, conditions: ConditionsConfig, latent: int, peer: Any, **changed: Any
-) -> tuple[DiffusionPipeline, Any]:
-    """Ours, and diffusers' pipeline from what ours is exported to."""
-    torch.manual_seed(0)
-    cfg = replace(compose("train_unet", UNetRun, DEMO).model, out_channels=latent, **changed)
-    autoencoder = Autoencoder(replace(compose("train_autoencoder", AutoencoderRun, DEMO).model, latent_channels=latent))
-    clip = Clip.from_config(compose("train_clip", ClipRun, DEMO).model) if conditions.caption else None
-    mean, std = torch.zeros(latent), torch.ones(latent)
-    around = Surroundings.of(cfg, downscale=autoencoder.cfg.downscale, latent_mean=mean, latent_std=std)
-    denoiser = Denoiser(UNet(cfg), Conditions(conditions, around)).requires_grad_(False)
-    for parameter in denoiser.parameters():  # layers that start at zero would make every comparison equal
-        parameter.add_(0.02 * torch.randn_like(parameter))
-    process = Process(ProcessConfig(prediction=Prediction.eps))
-    for network in (denoiser, autoencoder, *([clip] if clip else [])):
-        network.eval()
-    write_pipeline(folder, denoiser.unet, autoencoder, clip, process, peer.__name__)
-    pipeline = peer.from_pretrained(folder, low_cpu_mem_usage=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return DiffusionPipeline(denoiser, autoencoder, clip, process, mean, std), pipeline
 
 
 @contextmanager
