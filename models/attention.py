@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from models.layers import add
 
-# (probabilities [B, heads, N, M], name of the layer, whether it attends to the text) -> probabilities to use instead
-AttentionControl = Callable[[Tensor, str, bool], Tensor]
+# (queries [B, heads, N, d], keys and values [B, heads, M, d], name of the layer, whether it attends to the text) ->
+# what attention gives, [B, heads, N, d]; without control F.scaled_dot_product_attention(queries, keys, values)
+AttentionControl = Callable[[Tensor, Tensor, Tensor, str, bool], Tensor]
 # Text states [B, M, D]; or, where one text serves many calls, its keys and values [B, heads, M, C/heads] by layer name.
 Context = Tensor | Mapping[str, tuple[Tensor, Tensor]]
 
@@ -51,8 +52,7 @@ class Attention(nn.Module):
         if attn_control is None:
             h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, C/heads]
         else:
-            probs = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)  # [B, heads, N, M]
-            h = attn_control(probs, self.name, self.is_cross) @ v
+            h = attn_control(q, k, v, self.name, self.is_cross)
         return self.to_out[0](h.transpose(1, 2).flatten(2))
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:

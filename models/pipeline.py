@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,12 +15,24 @@ from models.autoencoder import AnyAutoencoder, finite, split_moments
 from models.conditions import Conditioning, Inputs, Samples
 from models.denoiser import Denoiser
 from models.guidance import Joined, classifier_free, within
-from models.process import Network, Process
+from models.process import Denoise, Network, Process
 from models.prompts import Prompt, parse, plain, text_states
 from models.samplers import sampler_of
 from models.solvers.common import Callback
 from models.text import TextTower, image_embeddings
 from models.tiles import check_tile, decode_in_tiles, encode_in_tiles
+
+
+class Control(Protocol):
+    """Watches the network while pictures are drawn, and may change what it does (`models.editing`)."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, name: str, is_cross: bool) -> Tensor:
+        """In place of every layer's attention (`models.attention`); the rows of the prompts are the last ones."""
+        ...
+
+    def around(self, denoise: Denoise, sigmas: Tensor) -> Denoise:
+        """What samplers call in place of `denoise`, at the levels sigmas [steps + 1] and between them."""
+        ...
 
 
 class DiffusionPipeline:
@@ -66,6 +79,8 @@ class DiffusionPipeline:
         indices: Sequence[int] | None = None,
         callback: Callback | None = None,
         inputs: Inputs | None = None,
+        noise_of: Sequence[str] | None = None,
+        control: Control | None = None,
     ) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] of B prompts, all in one batch.
 
@@ -78,6 +93,8 @@ class DiffusionPipeline:
             indices: number of the picture among those of one prompt and seed; None: all 0.
             callback: sees each step's normalised latents (`models.samplers`).
             inputs: arrays of the other conditions, B each, as `Conditions.prepare` makes them.
+            noise_of: B prompts whose noise they get; None: their own.
+            control: takes part in all calls of the network.
 
         Raises:
             UserError: steps, spacing or shift that the process cannot have; a prompt with broken syntax; guidance or
@@ -85,11 +102,15 @@ class DiffusionPipeline:
         """
         sampling = SamplingConfig() if sampling is None else sampling
         sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)
-        network, shape = self._guided(prompts, sampling, inputs or {})
-        noise = partial(self._noise, prompts, seeds, [0] * len(prompts) if indices is None else indices, shape)
+        network, shape = self._guided(prompts, sampling, inputs or {}, control)
+        indices = [0] * len(prompts) if indices is None else indices
+        noise = partial(self._noise, prompts if noise_of is None else noise_of, seeds, indices, shape)
         x = self.process.initial(noise(0), float(sigmas[0]))
         sample = sampler_of(sampling.sampler, lambda step: noise(step + 1), sampling.eta, self.process.fade)
-        return self.decode(sample(self.process.denoiser(network), x, sigmas, callback))
+        denoise = self.process.denoiser(network)
+        if control is not None:
+            denoise = control.around(denoise, sigmas)
+        return self.decode(sample(denoise, x, sigmas, callback))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] of normalised latents [B, C, h, w]."""
@@ -114,7 +135,7 @@ class DiffusionPipeline:
         return image_embeddings(self.text_tower, images.to(self.device)).cpu()
 
     def _guided(
-        self, texts: Sequence[str], sampling: SamplingConfig, inputs: Inputs
+        self, texts: Sequence[str], sampling: SamplingConfig, inputs: Inputs, control: Control | None
     ) -> tuple[Network, tuple[int, int, int]]:
         """The U-Net with its conditions and guidance, and the shape of a latent."""
         read = parse if sampling.prompt_syntax else plain
@@ -130,7 +151,8 @@ class DiffusionPipeline:
             )
         asked, nothing = self._told(pictures, sampling, inputs, guided)
         shape = self._latent_shape(sampling, asked)
-        bound = partial(classifier_free, self.denoiser.predict, asked, nothing, prepare=self.denoiser.prepared)
+        predict = partial(self.denoiser.predict, attn_control=None if control is None else control.attention)
+        bound = partial(classifier_free, predict, asked, nothing, prepare=self.denoiser.prepared)
         network = bound(scale=sampling.guidance_scale, rescale=sampling.guidance_rescale, joined=joined)
         if not sampling.guidance_interval:
             return network, shape

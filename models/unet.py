@@ -88,7 +88,7 @@ class UNet(nn.Module):
             sample: noisy latents [B, in_channels, h, w].
             timesteps: [B], in [0, T), fractions allowed.
             context: text states [B, L, D], or what `keys_values` made of them; None for a network without text.
-            attn_control: sees and may replace the probabilities of every attention layer.
+            attn_control: computes every attention layer in place of the usual attention (`models.attention`).
             class_labels: [B] int64 with num_class_embeds, [B] numbers with class_embed_type=timestep,
                 [B, projection_class_embeddings_input_dim] with projection.
             pooled: SDXL's pooled text states [B, P].

@@ -17,6 +17,7 @@ from conf.schema.choices import (
     Degradation,
     Device,
     Distance,
+    EditMode,
     EvaluationSubject,
     ExportFormat,
     ImageFormat,
@@ -36,6 +37,7 @@ from conf.schema.choices import (
 )
 from conf.schema.conditions import ConditionsConfig
 from conf.schema.data import BucketConfig, BuildRun, FilterConfig, MixedSource, PrecomputeRun, PreviewRun
+from conf.schema.editing import Edit
 from conf.schema.evaluation import EvaluateRun, LoopEvaluationConfig
 from conf.schema.pipeline import PipelineRun
 from conf.schema.planning import PlanRun
@@ -76,6 +78,8 @@ __all__ = [
     "Degradation",
     "Device",
     "Distance",
+    "Edit",
+    "EditMode",
     "EmaConfig",
     "EvaluateRun",
     "EvaluationSubject",

@@ -179,3 +179,9 @@ class Accelerator(Enum):
     h100 = "h100"
     h200 = "h200"
     b200 = "b200"
+
+
+class EditMode(Enum):
+    auto = "auto"  # replace between prompts of equally many words, else refine
+    replace = "replace"  # words are swapped, one for one
+    refine = "refine"  # words are added, left out or swapped; new ones have attention of their own

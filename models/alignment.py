@@ -1,0 +1,136 @@
+"""Words of prompts, their tokens, and which tokens of two prompts mean the same (Hertz et al. 2022, section 3.2).
+
+Shapes: L tokens of a text. Only the tokenizer decides which tokens a word has: a word may have several, and may come
+again; start, end and padding belong to no word.
+"""
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from conf.errors import UserError
+from models.prompts import END, common
+from models.text import TextTower
+
+WORD = re.compile(r"\w+(?:[-'\u2019]\w+)*|[^\w\s]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A prompt's words and where their tokens are."""
+
+    text: str
+    words: tuple[str, ...]
+    spans: tuple[range, ...]  # tokens of each word
+    tokens: tuple[int, ...]  # [L], of the whole prompt
+    start: int  # where the tokens of the words begin
+    end: int  # and end: the place of the end token
+
+    def find(self, phrase: str) -> list[int]:
+        """Tokens of a word or of words in a row, wherever they stand; of `phrase#2` the second time that they do.
+
+        Raises:
+            UserError: they are not in the prompt.
+        """
+        tokens = self.places(phrase)
+        if not tokens:
+            raise UserError(f"'{phrase}' is not in the prompt '{self.text}': choose among {', '.join(self.words)}")
+        return tokens
+
+    def places(self, phrase: str) -> list[int]:
+        """Likewise; none where they are not in the prompt."""
+        asked, _, number = phrase.partition("#")
+        parts = [word.casefold() for word in WORD.findall(asked)]
+        own = [word.casefold() for word in self.words]
+        starts = [i for i in range(len(own)) if parts and own[i : i + len(parts)] == parts]
+        if number:
+            starts = starts[int(number) - 1 :][:1] if number.isdecimal() and int(number) else []
+        spans = (span for start in starts for span in self.spans[start : start + len(parts)])
+        return sorted({token for span in spans for token in span})
+
+
+def words_of(tower: TextTower, text: str) -> Words:
+    """The words of a prompt.
+
+    Raises:
+        UserError: words that do not fit into the context.
+    """
+    found = list(WORD.finditer(text))
+    pieces = ["", *(text[: match.end()] for match in found), text + END]
+    alone = [match[0] for match in found]
+    tokens = tower.tokenize([*pieces, *alone, *(word + END for word in alone)])  # [., L]
+    begun, longer, lone = tokens[: len(found) + 1], tokens[len(found) + 1], tokens[len(found) + 2 :]
+    whole, length = begun[-1], tokens.shape[1]
+    ends = [min(common(piece, whole), length - 1) for piece in (*begun[:-1], longer)]
+    start = common(begun[0], longer)  # tokens before those of the words
+    sizes = [common(*pair) - start for pair in zip(lone[: len(found)], lone[len(found) :], strict=True)]
+    lost = [word for word, end, size in zip(alone, ends[:-1], sizes, strict=True) if end + size > length - 1]
+    if lost:
+        raise UserError(
+            f"prompt '{text}': longer than the {length} tokens of the text encoder, which do not hold "
+            f"'{' '.join(lost)}'; shorten it"
+        )
+    spans = tuple(range(start, max(start, end)) for start, end in pairwise(ends))
+    return Words(text, tuple(alone), spans, tuple(whole.tolist()), start, ends[-1])
+
+
+def replacement(source: Words, edited: Words) -> Tensor:
+    """Whose attention the tokens of an edited prompt take when words are swapped, [L of the source, L].
+
+    The words correspond one to one. A word whose number of tokens changes shares its attention evenly among the new
+    ones, so that every row sums to 1.
+
+    Raises:
+        UserError: prompts of different numbers of words.
+    """
+    if len(source.words) != len(edited.words):
+        raise UserError(
+            f"mode=replace: '{source.text}' has {len(source.words)} words and '{edited.text}' {len(edited.words)}; "
+            "write as many, or set mode=refine"
+        )
+    matrix = aligned(source, edited, [(i, i) for i in range(len(source.words))])
+    left = matrix.sum(1) == 0  # padding of the source where the edited prompt, which is longer, still has words
+    matrix[left, min(edited.end + 1, len(matrix) - 1)] = 1.0
+    return matrix
+
+
+def refinement(source: Words, edited: Words) -> Tensor:
+    """Likewise when words are added or left out: a column of zeros where a token is new."""
+    return aligned(source, edited, common_words(source, edited))
+
+
+def aligned(source: Words, edited: Words, pairs: list[tuple[int, int]]) -> Tensor:
+    """Tokens that correspond [L of the source, L]: of pairs of words, before all words, the end, and padding."""
+    length = len(source.tokens)
+    matrix = torch.zeros(length, length)
+    for old, new in ((source.spans[i], edited.spans[j]) for i, j in pairs):
+        if len(old) == len(new):
+            matrix[list(old), list(new)] = 1.0
+        elif new:
+            matrix[old.start : old.stop, new.start : new.stop] = 1.0 / len(new)
+    same = [*range(min(source.start, edited.start)), *range(max(source.end, edited.end) + 1, length)]
+    matrix[same, same] = 1.0
+    matrix[source.end, edited.end] = 1.0
+    return matrix
+
+
+def common_words(source: Words, edited: Words) -> list[tuple[int, int]]:
+    """The longest common subsequence of the words of two prompts, as pairs of their numbers."""
+    old, new = ([word.casefold() for word in words.words] for words in (source, edited))
+    best = [[0] * (len(new) + 1) for _ in range(len(old) + 1)]  # of what follows i and j
+    for i in reversed(range(len(old))):
+        for j in reversed(range(len(new))):
+            best[i][j] = best[i + 1][j + 1] + 1 if old[i] == new[j] else max(best[i + 1][j], best[i][j + 1])
+    pairs, i, j = [], 0, 0
+    while i < len(old) and j < len(new):
+        if old[i] == new[j]:
+            pairs.append((i, j))
+            i, j = i + 1, j + 1
+        elif best[i + 1][j] >= best[i][j + 1]:
+            i += 1
+        else:
+            j += 1
+    return pairs
