@@ -9,6 +9,7 @@ imported. So does every `UserError` and every operating-system error later on. `
 which `after_sweep(its folder, the id of this start, the configuration without what was swept)` is called.
 """
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -63,7 +64,7 @@ def entry(
 
         @functools.wraps(main)
         def command() -> None:
-            sys.argv[1:] = map(whole_dictionary, sys.argv[1:])
+            sys.argv[1:] = [readable(argument, schema) for argument in sys.argv[1:]]
             flags, overrides = ([a for a in sys.argv[1:] if a.startswith("-") is flag] for flag in (True, False))
             start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
             try:
@@ -133,9 +134,19 @@ def compose(config_name: str, schema: type[Run], overrides: list[str]) -> Run:
     register(config_name, schema)
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return to_object(hydra.compose(config_name, list(map(whole_dictionary, overrides))))
+            return to_object(hydra.compose(config_name, [readable(override, schema) for override in overrides]))
     except HydraException as error:
         raise UserError(explain(error, schema)) from error
+
+
+def readable(override: str, schema: type) -> str:
+    """An override as Hydra reads it: one of free text needs no quotes, nor does a dictionary its declaration."""
+    name, equals, value = override.partition("=")
+    texts = [option.name for option in dataclasses.fields(schema) if option.metadata.get("text")]
+    if name not in texts or not equals or value in ("", "null") or value[0] in "'\"":
+        return whole_dictionary(override)
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"{name}='{escaped}'"
 
 
 def whole_dictionary(override: str) -> str:

@@ -67,11 +67,11 @@ def words_of(tower: TextTower, text: str) -> Words:
     ends = [min(common(piece, whole), length - 1) for piece in (*begun[:-1], longer)]
     start = common(begun[0], longer)  # tokens before those of the words
     sizes = [common(*pair) - start for pair in zip(lone[: len(found)], lone[len(found) :], strict=True)]
-    lost = [word for word, end, size in zip(alone, ends[:-1], sizes, strict=True) if end + size > length - 1]
+    lost = [match for match, end, size in zip(found, ends[:-1], sizes, strict=True) if end + size > length - 1]
     if lost:
         raise UserError(
             f"prompt '{text}': longer than the {length} tokens of the text encoder, which do not hold "
-            f"'{' '.join(lost)}'; shorten it"
+            f"'{text[lost[0].start() :]}'; shorten it"
         )
     spans = tuple(range(start, max(start, end)) for start, end in pairwise(ends))
     return Words(text, tuple(alone), spans, tuple(whole.tolist()), start, ends[-1])

@@ -59,7 +59,7 @@ class ControlledAttention:
         self.until = torch.stack([row.until for row in rows])  # [R, L]
         self.weights = torch.stack([row.weights for row in rows])  # [R, L]
         self.self_until = torch.tensor([row.self_until for row in rows])  # [R]
-        self.plans: dict[bytes, _Plan] = {}
+        self.plans: dict[bytes, tuple[_Plan, _Plan]] = {}
         self.move_to(0.0)
 
     def move_to(self, progress: float) -> None:
@@ -67,12 +67,12 @@ class ControlledAttention:
         taken, own = progress < self.until, progress >= self.self_until  # [R, L], [R]
         key = torch.cat([taken.flatten(), own]).numpy().tobytes()
         if key not in self.plans:
-            self.plans[key] = self._plan(taken.float(), own)
-        self.plan, self.watching = self.plans[key], self._plan(taken.float(), own, weighted=False)
+            ones = torch.ones_like(self.weights)
+            self.plans[key] = self._plan(taken.float(), own, self.weights), self._plan(taken.float(), own, ones)
+        self.plan, self.unweighted = self.plans[key]
 
-    def _plan(self, taken: Tensor, own: Tensor, weighted: bool = True) -> _Plan:
+    def _plan(self, taken: Tensor, own: Tensor, weights: Tensor) -> _Plan:
         rows = torch.arange(len(own))
-        weights = self.weights if weighted else torch.ones_like(self.weights)
         follows = taken.any(1)  # [R]
         injected = self.alignment * (taken * weights)[:, None]
         values = torch.where(follows[:, None, None], injected, torch.diag_embed(weights))
@@ -101,9 +101,10 @@ class ControlledAttention:
         return self._to_text(q, k, v, self.plan)
 
     def maps(self, q: Tensor, k: Tensor, tokens: Tensor) -> Tensor:
-        """Attention [R, heads, N, W] that groups of tokens [R, M, W] get, as in `to_text` but before weights."""
+        """Attention [R, heads, N, W] that groups of tokens [R, L, W] get, as in `to_text` but before weights."""
         q, k = q[-len(self.sources) :], k[-len(self.sources) :]
-        return self._to_text(q, k, tokens.to(q.dtype).unsqueeze(1).expand(-1, q.shape[1], -1, -1), self.watching)
+        columns = F.pad(tokens, (0, 0, 0, k.shape[2] - tokens.shape[1])).to(q.dtype)  # [R, M, W]
+        return self._to_text(q, k, columns.unsqueeze(1).expand(-1, q.shape[1], -1, -1), self.unweighted)
 
     def _to_text(self, q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> Tensor:
         free = len(q) - len(self.sources)

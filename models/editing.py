@@ -5,9 +5,8 @@ made.source.image, made.result.image, made.result.maps["monster"]
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -46,10 +45,11 @@ class Editor:
     """A control of `DiffusionPipeline` for rows of which some are edits of others."""
 
     def __init__(self, rows: "Rows", watch: bool, device: torch.device) -> None:
-        self.rows, self.blended = rows, rows.blended()
+        self.rows, self.watch = rows, watch
         self.attending = ControlledAttention(rows.controls(), device)
-        words = rows.looked_at(watch)
-        self.maps = WordMaps(words, device) if any(words) else None
+        words, length = rows.looked_at(watch), len(rows.words[0].tokens)
+        self.maps = WordMaps(words, length, device, detailed=watch) if any(words) else None
+        self.change: dict[int, Tensor] = {}  # [h, w] by row, how far guesses were from those of the source so far
         self.step, self.progress, self.size = 0, 0.0, (0, 0)
         self.regions: dict[int, Tensor] = {}  # bool [h, w] by row
 
@@ -57,9 +57,8 @@ class Editor:
         """Of one layer (`models.attention`)."""
         if not is_cross:
             return self.attending.to_picture(q, k, v)
-        if self.maps is not None and q.shape[2] <= self.maps.largest:
-            tokens = self.maps.columns(k.shape[2])
-            self.maps.add(self.step, name, self.attending.maps(q, k, tokens), self.size)
+        if self.maps is not None and self.maps.wants(name):
+            self.maps.add(self.step, name, self.attending.maps(q, k, self.maps.tokens), self.size)
         return self.attending.to_text(q, k, v)
 
     def around(self, denoise: Denoise, sigmas: Tensor) -> Denoise:
@@ -74,80 +73,64 @@ class Editor:
         return controlled
 
     def _blend(self, x0: Tensor) -> Tensor:
-        """Guesses [R, C, h, w] that are those of their sources where the blend words are not."""
+        """Guesses [R, C, h, w] that are those of their sources outside the region of their edit."""
         guesses = list(x0)
-        for row, (source, edit) in self.blended.items():
-            if self.progress >= edit.blend_from and self.maps is not None:
-                places = (self.maps.region(place, edit.blend, edit.blend_threshold) for place in (source, row))
-                self.regions[row] = torch.stack(list(places)).any(0)
+        for row, (source, edit) in self.rows.edits.items():
+            if edit.blend_change:
+                self.change[row] = self.change.get(row, 0) + (x0[row] - x0[source]).abs().mean(0)
+            if (edit.blend or edit.blend_change) and self.progress >= edit.blend_from:
+                self.regions[row] = self._region(row, source, edit)
                 guesses[row] = torch.where(self.regions[row], x0[row], x0[source])
         return torch.stack(guesses)
 
-    def picture(self, row: int, image: Tensor, watch: bool) -> Picture:
-        """A drawn image [3, H, W] with the heat maps of its words."""
-        if self.maps is None or not watch:
-            return Picture(image, {})
-        return Picture(
-            image, {word: self.maps.of(row, word, image.shape[1:]) for word in labelled(self.rows.words[row])}
-        )
+    def _region(self, row: int, source: int, edit: Edit) -> Tensor:
+        """Where an edit may change the picture, bool [h, w]."""
+        regions = []
+        if edit.blend and self.maps is not None:
+            places = [self.maps.region(place, edit.blend, edit.blend_threshold) for place in (source, row)]
+            regions.append(places[0] | places[1])
+        if edit.blend_change:
+            regions.append(self.change[row] > edit.blend_threshold * self.change[row].max())
+        return torch.stack(regions).all(0)
 
-    def region(self, row: int, size: Sequence[int]) -> Tensor | None:
-        """Where a picture of this size may have changed."""
-        if row not in self.regions:
-            return None
-        return F.interpolate(self.regions[row][None, None].float(), tuple(size))[0, 0] > 0
+    def picture(self, row: int, image: Tensor) -> Picture:
+        """A drawn image [3, H, W] with the heat maps of its words, if they are asked for."""
+        words = labelled(self.rows.words[row]) if self.watch and self.maps is not None else {}
+        return Picture(image, {word: self.maps.of(row, word, image.shape[1:]) for word in words if self.maps})
+
+    def confined(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Pictures [R, 3, H, W] that outside a region are their sources' to the last bit; regions, bool [H, W] by row.
+
+        The guesses are so already, but a decoder mixes what is near, and its norms everything.
+        """
+        images, regions = images.clone(), {}
+        for row, region in self.regions.items():
+            share = F.interpolate(region[None, None].float(), images.shape[2:], mode="bilinear")[0, 0]
+            source = images[self.rows.edits[row][0]]
+            images[row] = source + share * (images[row] - source)
+            regions[row] = share > 0
+        return images, regions
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of a batch: sources, one for edits of the same picture, and then the edits."""
+    """The rows of a batch."""
 
-    edits: list[Edit]
-    bringers: list[int]  # the edit that each source row is taken from
-    sources: list[int]  # row of each edit's source
-    words: list[Words]  # of each row
-
-    @classmethod
-    def of(cls, edits: Sequence[Edit], keys: Sequence[tuple[str, int, int]], read: Callable[[str], Words]) -> Self:
-        """Of edits and what names their sources: prompt, seed and number."""
-        first = {key: number for number, key in reversed(list(enumerate(keys)))}
-        bringers = sorted(first.values())
-        texts = [edits[number].prompt for number in bringers] + [edit.edited for edit in edits]
-        known = {text: read(text) for text in dict.fromkeys(texts)}
-        sources = [bringers.index(first[key]) for key in keys]
-        return cls(list(edits), bringers, sources, [known[text] for text in texts])
-
-    @property
-    def owners(self) -> list[int]:
-        """The edit that each row belongs to."""
-        return [*self.bringers, *range(len(self.edits))]
-
-    @property
-    def prompts(self) -> list[str]:
-        """Of each row."""
-        return [self.edits[n].prompt for n in self.bringers] + [edit.edited for edit in self.edits]
-
-    def row(self, number: int) -> int:
-        """Of an edit."""
-        return len(self.bringers) + number
+    prompts: list[str]
+    words: list[Words]
+    edits: dict[int, tuple[int, Edit]]  # row of the source and edit, of those rows that are one
 
     def controls(self) -> list[TokenControl]:
         """Of each row."""
-        alone = [TokenControl.none(row, len(self.words[row].tokens)) for row in range(len(self.bringers))]
-        return alone + [
-            token_control(edit, source, self.words[source], self.words[self.row(number)])
-            for number, (edit, source) in enumerate(zip(self.edits, self.sources, strict=True))
-        ]
-
-    def blended(self) -> dict[int, tuple[int, Edit]]:
-        """Source row and edit of the rows whose change is kept to a region."""
-        pairs = enumerate(zip(self.sources, self.edits, strict=True))
-        return {self.row(number): (source, edit) for number, (source, edit) in pairs if edit.blend}
+        controls = [TokenControl.none(row, len(words.tokens)) for row, words in enumerate(self.words)]
+        for row, (source, edit) in self.edits.items():
+            controls[row] = token_control(edit, source, self.words[source], self.words[row])
+        return controls
 
     def looked_at(self, watch: bool) -> list[dict[str, list[int]]]:
         """Tokens of the words whose maps are needed, of each row."""
         chosen = [labelled(words) if watch else {} for words in self.words]
-        for row, (source, edit) in self.blended().items():
+        for row, (source, edit) in self.edits.items():
             for phrase in edit.blend:
                 found = {place: self.words[place].places(phrase) for place in (source, row)}
                 if not any(found.values()):
@@ -162,13 +145,20 @@ def token_control(edit: Edit, source: int, before: Words, after: Words) -> Token
     replace = edit.mode is EditMode.replace or (edit.mode is EditMode.auto and len(before.words) == len(after.words))
     alignment = (replacement if replace else refinement)(before, after)  # [L, L]
     known = torch.ones(len(alignment)) if replace else (alignment.sum(0) > 0).float()  # [L]
-    until, weights = edit.replace_until * known, torch.ones(len(alignment))
+    until = edit.replace_until * known
     for word, share in edit.until.items():
         tokens = after.find(word)
         until[tokens] = share * known[tokens]
-    for word, weight in edit.weights.items():
-        weights[after.find(word)] *= weight
-    return TokenControl(source, alignment, until, weights, edit.self_until)
+    weights = {token: weight for word, weight in edit.weights.items() for token in after.find(word)}
+    return TokenControl(source, alignment, until, factors(after, weights), edit.self_until)
+
+
+def factors(words: Words, weights: Mapping[int, float]) -> Tensor:
+    """Factors [L] of tokens: 1 where none is given, and of start, end and padding, which belong to no word."""
+    made = torch.ones(len(words.tokens))
+    for token in (token for span in words.spans for token in span):
+        made[token] = weights.get(token, 1.0)
+    return made
 
 
 def labelled(words: Words) -> dict[str, list[int]]:
@@ -211,35 +201,54 @@ def edit_pictures(
     sampling = SamplingConfig() if sampling is None else sampling
     numbers = [0] * len(edits) if indices is None else indices
     keys = [(edit.prompt, seed, number) for edit, seed, number in zip(edits, seeds, numbers, strict=True)]
-    rows = Rows.of(edits, keys, reader(model, sampling))
-    editor = Editor(rows, watch, model.device)
+    first = {key: number for number, key in reversed(list(enumerate(keys)))}  # edits that bring a source
+    bringers = sorted(first.values())
+    sources = [bringers.index(first[key]) for key in keys]  # row of each edit's source
+    owners = [*bringers, *range(len(edits))]  # edit that each row belongs to
+    prompts = [edits[number].prompt for number in bringers] + [edit.edited for edit in edits]
+    changed = {len(bringers) + number: pair for number, pair in enumerate(zip(sources, edits, strict=True))}
+    editor = Editor(Rows(prompts, read_words(model, prompts, sampling), changed), watch, model.device)
     images = model(
-        rows.prompts,
-        [seeds[owner] for owner in rows.owners],
+        prompts,
+        [seeds[owner] for owner in owners],
         sampling,
-        indices=[numbers[owner] for owner in rows.owners],
+        indices=[numbers[owner] for owner in owners],
         callback=callback,
-        inputs={name: array[rows.owners] for name, array in (inputs or {}).items()},
-        noise_of=[edits[owner].prompt for owner in rows.owners],
+        inputs={name: array[owners] for name, array in (inputs or {}).items()},
+        noise_of=[edits[owner].prompt for owner in owners],
         control=editor,
     )
-    pictures = [editor.picture(row, image, watch) for row, image in enumerate(images)]
-    return [
-        Edited(pictures[source], pictures[rows.row(number)], editor.region(rows.row(number), images.shape[2:]))
-        for number, source in enumerate(rows.sources)
-    ]
+    images, regions = editor.confined(images)
+    pictures = [editor.picture(row, image) for row, image in enumerate(images)]
+    return [Edited(pictures[source], pictures[row], regions.get(row)) for row, (source, _) in changed.items()]
 
 
-def reader(model: DiffusionPipeline, sampling: SamplingConfig) -> Callable[[str], Words]:
-    """Finds the words of a prompt as this network and this syntax see them."""
+def watch_pictures(
+    model: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: SamplingConfig | None = None,
+    *,
+    indices: Sequence[int] | None = None,
+    callback: Callback | None = None,
+    inputs: Inputs | None = None,
+) -> list[Picture]:
+    """The pictures that the pipeline draws of the same arguments, with the heat maps of all words."""
+    sampling = SamplingConfig() if sampling is None else sampling
+    editor = Editor(Rows(list(prompts), read_words(model, prompts, sampling), {}), True, model.device)
+    images = model(prompts, seeds, sampling, indices=indices, callback=callback, inputs=inputs, control=editor)
+    return [editor.picture(row, image) for row, image in enumerate(images)]
+
+
+def read_words(model: DiffusionPipeline, prompts: Sequence[str], sampling: SamplingConfig) -> list[Words]:
+    """The words of each prompt as this network and this syntax see them."""
     tower = model.text_tower
     if tower is None or not model.denoiser.conditions.takes_text:
         raise UserError("this network was trained without conditions.caption: it has no words to edit a picture by")
-
-    def read(text: str) -> Words:
+    found = {}
+    for text in dict.fromkeys(prompts):
         joined = (parse if sampling.prompt_syntax else plain)(text)
         if len(joined) > 1:
             raise UserError(f"prompt '{text}': an edit takes no AND; write one prompt")
-        return words_of(tower, joined[0].text)
-
-    return read
+        found[text] = words_of(tower, joined[0].text)
+    return [found[text] for text in prompts]

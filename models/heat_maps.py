@@ -1,7 +1,7 @@
 """What each word looks at: attention maps of words, per layer and step, and their sum over the picture.
 
 Tang et al. 2023, "What the DAAM": the maps of all layers, made as large as the picture, and of all steps, added up.
-Shapes: R pictures, W words of the one that has most, M tokens attended to, N = h·w tokens of the picture in a layer.
+Shapes: R pictures, W words of the one that has most, L tokens of the text, N = h·w tokens of the picture in a layer.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LARGEST = 32 * 32  # N above which a layer is left out
+from conf.errors import UserError
+
+TELLING = "up_blocks"  # layers whose maps say where things are; those of the way down hardly do (docs/editing.md)
 
 
 class WordMaps:
@@ -18,48 +20,52 @@ class WordMaps:
 
     Args:
         words: of each picture, with the tokens of each word.
+        length: L.
+        detailed: keep the map of every layer and step, not their sum alone.
     """
 
-    def __init__(self, words: Sequence[dict[str, list[int]]], device: torch.device, largest: int = LARGEST) -> None:
-        self.words, self.largest, self.device = words, largest, device
-        self.maps: dict[tuple[int, str], list[Tensor]] = {}  # [R, W, h, w] by step and layer, one of each call
-        self.total: Tensor | None = None  # [R, W, h, w], of all of them as large as the latent
-
-    def columns(self, length: int) -> Tensor:
-        """Which of M tokens each word has, [R, M, W]."""
-        tokens = torch.zeros(len(self.words), length, max(map(len, self.words)))
-        for row, own in enumerate(self.words):
+    def __init__(
+        self, words: Sequence[dict[str, list[int]]], length: int, device: torch.device, detailed: bool
+    ) -> None:
+        self.words, self.detailed = words, detailed
+        tokens = torch.zeros(len(words), length, max(map(len, words)))
+        for row, own in enumerate(words):
             for column, places in enumerate(own.values()):
                 tokens[row, places, column] = 1.0
-        return tokens.to(self.device)
+        self.tokens = tokens.to(device)  # [R, L, W], which tokens each word has
+        self.maps: dict[tuple[int, str], list[Tensor]] = {}  # [R, W, h, w] by step and layer, one of each call
+        self.total: Tensor | None = None  # [R, W, h, w], of telling layers, as large as the latent
+
+    def wants(self, layer: str) -> bool:
+        """Whether to add the map of a layer."""
+        return self.detailed or layer.startswith(TELLING)
 
     def add(self, step: int, layer: str, probabilities: Tensor, size: tuple[int, int]) -> None:
         """Take the attention [R, heads, N, W] of a layer, of a latent of this size."""
         scale = (size[0] * size[1] / probabilities.shape[2]) ** 0.5
         maps = probabilities.float().mean(1).transpose(1, 2).unflatten(2, (round(size[0] / scale), -1))  # [R, W, h, w]
-        self.maps.setdefault((step, layer), []).append(maps)
-        large = F.interpolate(maps, size, mode="bilinear")
-        self.total = large if self.total is None else self.total + large
+        if self.detailed:
+            self.maps.setdefault((step, layer), []).append(maps)
+        if layer.startswith(TELLING):
+            large = F.interpolate(maps, size, mode="bilinear")
+            self.total = large if self.total is None else self.total + large
 
-    def of(
-        self, row: int, word: str, size: Sequence[int], layers: Sequence[str] = (), steps: Sequence[int] = ()
-    ) -> Tensor:
-        """The map of a word [*size]: mean over calls; only of some layers and steps, if they are given."""
+    def of(self, row: int, word: str, size: Sequence[int], layers: str = TELLING, steps: Sequence[int] = ()) -> Tensor:
+        """The map of a word [*size], mean over calls: of layers whose names begin so, and of all steps or some."""
         column = list(self.words[row]).index(word)
         chosen = [
             F.interpolate(maps[row, column][None, None], tuple(size), mode="bicubic")[0, 0].clamp(min=0)
             for (step, layer), calls in self.maps.items()
             for maps in calls
-            if (not layers or layer in layers) and (not steps or step in steps)
+            if layer.startswith(layers) and (not steps or step in steps)
         ]
         return torch.stack(chosen).mean(0)
 
     def region(self, row: int, words: Sequence[str], threshold: float) -> Tensor:
-        """Where words are, bool [h, w] of the latent: what they got so far is this share of the largest, or nearly.
-
-        As in the paper's code, a pixel counts as soon as one beside it does.
-        """
-        assert self.total is not None
+        """Where words are, bool [h, w] of the latent: beyond this share of the way from least to most attention."""
+        if self.total is None:
+            raise UserError(f"blend={','.join(words)}: this network has no attention to words in its {TELLING}")
         columns = [list(self.words[row]).index(word) for word in words]
-        found = F.max_pool2d(self.total[row, columns].sum(0)[None], 3, stride=1, padding=1)[0]
-        return found >= threshold * found.max() if found.max() > 0 else torch.zeros_like(found, dtype=torch.bool)
+        found = self.total[row, columns].sum(0)
+        found = found - found.min()
+        return found > threshold * found.max()

@@ -37,7 +37,7 @@ from conf.schema.choices import (
 )
 from conf.schema.conditions import ConditionsConfig
 from conf.schema.data import BucketConfig, BuildRun, FilterConfig, MixedSource, PrecomputeRun, PreviewRun
-from conf.schema.editing import Edit
+from conf.schema.editing import Edit, EditRun
 from conf.schema.evaluation import EvaluateRun, LoopEvaluationConfig
 from conf.schema.pipeline import PipelineRun
 from conf.schema.planning import PlanRun
@@ -80,6 +80,7 @@ __all__ = [
     "Distance",
     "Edit",
     "EditMode",
+    "EditRun",
     "EmaConfig",
     "EvaluateRun",
     "EvaluationSubject",

@@ -1,21 +1,28 @@
-"""What can be changed about a picture by its words (`models.editing`)."""
+"""What can be changed about a picture by its words (`models.editing`), and the command that does."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from omegaconf import MISSING
+
+from conf.errors import UserError
 from conf.schema.choices import EditMode
-from conf.schema.sections import require
+from conf.schema.sections import RuntimeConfig, SamplingConfig, WandbConfig, check_lora, require, require_positive
+
+TEXT = {"text": True}  # metadata of options that the command line takes as they are, with commas and colons
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True)
 class EditStrength:
     """How much of the source an edit keeps; moments are shares of the sampling, from 0, its begin, to 1, its end."""
 
     mode: EditMode = EditMode.auto
-    replace_until: float = 0.8  # share of the sampling in which words that were there keep their attention
+    replace_until: float = 0.5  # share of the sampling in which words that were there keep their attention
     self_until: float = 0.4  # share of the sampling in which parts of the picture attend to each other as in the source
-    blend_from: float = 0.0  # share of the sampling after which the picture changes only where the words of blend are
-    blend_threshold: float = 0.3  # 0-1, of the largest attention to those words: where they are
+    blend_change: bool = False  # change the picture only where the prompts disagree about it
+    blend_threshold: float = 0.3  # 0-1, of the largest attention to blend's words, or disagreement: where that is
+    blend_from: float = 0.0  # share of the sampling from which on the picture changes only there
 
     def __post_init__(self) -> None:
         for option in ("replace_until", "self_until", "blend_from", "blend_threshold"):
@@ -23,7 +30,7 @@ class EditStrength:
             require(0 <= value <= 1, f"{option}={value}: must be in [0, 1]")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True)
 class Edit(EditStrength):
     """One picture and what is to be changed about it.
 
@@ -39,6 +46,8 @@ class Edit(EditStrength):
 
     def __post_init__(self) -> None:
         EditStrength.__post_init__(self)
+        for word, weight in self.weights.items():
+            require(math.isfinite(weight), f"weights={word}:{weight}: must be a number, such as 2.0")
         for word, share in self.until.items():
             require(0 <= share <= 1, f"until={word}:{share}: must be in [0, 1]")
 
@@ -46,3 +55,63 @@ class Edit(EditStrength):
     def edited(self) -> str:
         """The prompt of the edited picture."""
         return self.prompt if self.edit is None else self.edit
+
+
+@dataclass(kw_only=True)
+class EditRun(SamplingConfig, EditStrength):
+    """`train/edit.py`: pictures before and after edits of their prompts, and what their words look at."""
+
+    run: str = MISSING  # the run folder, in short; run_dir=FOLDER says the same
+    run_dir: str = MISSING
+    name: str = MISSING
+    seed: int = 0  # of the noise; picture i of a prompt uses (seed, prompt, i)
+    output_dir: str = MISSING
+    unet: str = MISSING  # folder with the exported U-Net
+    lora: str | None = None
+    lora_scale: float = 1.0
+    autoencoder: str = MISSING
+    clip: str = MISSING
+    prompt: str | None = field(default=None, metadata=TEXT)  # of the picture before
+    edit: str | None = field(default=None, metadata=TEXT)  # prompt of the picture after; None: the same
+    weights: str = field(default="", metadata=TEXT)  # factor of the attention that words get: "smiling:2.0,navy:0"
+    until: str = field(default="", metadata=TEXT)  # replace_until of single words: "red:0.4,planet:1"
+    blend: str = field(default="", metadata=TEXT)  # words where the picture may change: "monster,horns"; "": everywhere
+    edits_file: str | None = None  # a JSON object a line, with the options above that differ from edit to edit
+    images_per_edit: int = 1  # pictures drawn of each edit
+    maps: bool = True  # show what each word looks at
+    batch_size: int = 16  # edits made together; changes no picture
+    tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        SamplingConfig.__post_init__(self)
+        EditStrength.__post_init__(self)
+        check_lora(self.lora, self.lora_scale)
+        require_positive(self, "images_per_edit", "batch_size")
+        given = (self.prompt is not None) + (self.edits_file is not None)
+        require(given == 1, 'set prompt="..." and edit="...", or edits_file=FILE with an edit on each line')
+        numbers_of("weights", self.weights), numbers_of("until", self.until)
+
+
+def numbers_of(option: str, text: str) -> dict[str, float]:
+    """Numbers of words, written "smiling:2.0,navy:0".
+
+    Raises:
+        UserError: written otherwise.
+    """
+    found = {}
+    for part in phrases_of(text):
+        word, _, number = part.rpartition(":")
+        try:
+            found[word.strip()] = float(number)
+        except ValueError:
+            word = ""
+        if not word.strip():
+            raise UserError(f'{option}={text}: write {option}="WORD:NUMBER,WORD:NUMBER", such as "smiling:2.0,navy:0"')
+    return found
+
+
+def phrases_of(text: str) -> list[str]:
+    """Words written "monster,round ears"."""
+    return [part.strip() for part in text.split(",") if part.strip()]

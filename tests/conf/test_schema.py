@@ -29,7 +29,7 @@ SCHEMA = [
     f"schema/{name}.py"
     for name in (
         *("choices", "sections", "conditions", "data", "training", "evaluation"),
-        *("sampling", "pipeline", "planning", "reporting"),
+        *("sampling", "editing", "pipeline", "planning", "reporting"),
     )
 ]
 

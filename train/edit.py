@@ -1,0 +1,18 @@
+"""A picture before and after an edit of its prompt: `python train/edit.py run=... prompt="..." edit="..."`."""
+
+from conf.entry import entry
+from conf.schema import EditRun
+
+
+@entry("edit", EditRun)
+def main(cfg: EditRun) -> None:
+    """Heavy imports wait until the configuration is known to be sound."""
+    from train.engine.runtime import start, stop
+    from train.evaluation.editing import run
+
+    run(cfg, start(cfg.runtime))
+    stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What `train/edit.py` is asked for: one edit of the command line, or a file of them."""
+
+import json
+from dataclasses import MISSING, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from conf.schema import Edit, EditRun
+from conf.schema.editing import EditStrength, numbers_of, phrases_of
+
+STRENGTH = {option.name: option for option in fields(EditStrength)}
+OPTIONS = [option.name for option in fields(Edit)]
+
+
+def read_edits(cfg: EditRun) -> list[Edit]:
+    """All edits, in order; what a line of the file leaves out is as on the command line.
+
+    Raises:
+        UserError: no file, or a line of it that is no edit.
+    """
+    common = {name: getattr(cfg, name) for name in STRENGTH}
+    common |= {"weights": cfg.weights, "until": cfg.until, "blend": cfg.blend}
+    if cfg.edits_file is None:
+        return [edit_of(common | {"prompt": cfg.prompt, "edit": cfg.edit})]
+    path = Path(cfg.edits_file)
+    if not path.is_file():
+        raise UserError(f"edits_file={path}: no such file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"edits_file={path}: is no UTF-8 text; write one JSON object a line") from None
+    edits = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                edits.append(edit_of(common | options_of(line)))
+            except UserError as error:
+                raise UserError(f"edits_file={path}, line {number}: {error}") from None
+    if not edits:
+        raise UserError(f"edits_file={path}: holds no edit; write one JSON object a line")
+    return edits
+
+
+def options_of(line: str) -> dict[str, Any]:
+    """The options in a line."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError('is no JSON object; write {"prompt": "...", "edit": "..."}')
+    unknown = [name for name in found if name not in OPTIONS]
+    if unknown:
+        raise UserError(f"no option '{unknown[0]}': choose among {', '.join(OPTIONS)}")
+    if not isinstance(found.get("prompt"), str):
+        raise UserError('names no prompt; write {"prompt": "...", "edit": "..."}')
+    return found
+
+
+def edit_of(options: dict[str, Any]) -> Edit:
+    """An edit of plain values, whose words may be written as on the command line."""
+    made = dict(options)
+    for name in ("weights", "until"):
+        if isinstance(made[name], str):
+            made[name] = numbers_of(name, made[name])
+    if isinstance(made["blend"], str):
+        made["blend"] = phrases_of(made["blend"])
+    for name, option in STRENGTH.items():
+        made[name] = checked(name, made[name], option.default)
+    sound = {
+        "edit": made["edit"] is None or isinstance(made["edit"], str),
+        "weights": is_numbers(made["weights"]),
+        "until": is_numbers(made["until"]),
+        "blend": isinstance(made["blend"], list) and all(isinstance(word, str) for word in made["blend"]),
+    }
+    for name, right in sound.items():
+        if not right:
+            raise UserError(f"{name}={made[name]}: of another type than on the command line")
+    return Edit(**made)
+
+
+def checked(name: str, value: Any, default: Any) -> Any:
+    """A plain value as the type of its default."""
+    assert default is not MISSING
+    if isinstance(default, Enum) and isinstance(value, str):
+        choices = {choice.value: choice for choice in type(default)}
+        if value not in choices:
+            raise UserError(f"{name}={value}: choose one of {', '.join(choices)}")
+        return choices[value]
+    right = isinstance(value, type(default)) or (isinstance(default, float) and type(value) is int)
+    if not right:
+        raise UserError(f"{name}={value}: of another type than on the command line")
+    return value
+
+
+def is_numbers(value: Any) -> bool:
+    """Whether it gives words a number."""
+    return isinstance(value, dict) and all(isinstance(number, int | float) for number in value.values())
