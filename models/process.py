@@ -13,6 +13,7 @@ fractions for flow.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,12 +24,14 @@ from conf.errors import UserError
 from conf.schema import BetaSchedule, Distance, Prediction, ProcessConfig, Spacing, TimestepSampling
 from models.noise_schedules import Levels, alphas_cumprod, shifted_betas
 from models.schedules import spaced_sigmas, spaced_timesteps
+from models.weights import read_json
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], timesteps [B]) -> prediction [B, ...]
 Denoise = Callable[[Tensor, float], Tensor]  # (x [B, ...], sigma) -> x0 [B, ...]
 HIGHEST_SIGMA = 65536.0  # where sampling begins if the last timestep is noise alone, whose sigma is infinite
 BETA_NAMES = {BetaSchedule.linear: "linear", BetaSchedule.scaled_linear: "scaled_linear"}  # in diffusers
 BETA_NAMES[BetaSchedule.cosine] = "squaredcos_cap_v2"
+PREDICTION_NAMES = {Prediction.eps: "epsilon", Prediction.v: "v_prediction", Prediction.x0: "sample"}  # likewise
 
 
 class Process:
@@ -183,7 +186,6 @@ class Process:
                 "flow_shift": self.cfg.shift,
             }
         named = self.cfg.schedule in BETA_NAMES and self.cfg.shift == 1
-        names = {Prediction.eps: "epsilon", Prediction.v: "v_prediction", Prediction.x0: "sample"}
         return {
             "_class_name": "DDIMScheduler",
             "num_train_timesteps": total,
@@ -192,7 +194,7 @@ class Process:
             "rescale_betas_zero_snr": self.cfg.zero_terminal_snr,
             "beta_start": self.cfg.beta_start,
             "beta_end": self.cfg.beta_end,
-            "prediction_type": names[self.cfg.prediction],
+            "prediction_type": PREDICTION_NAMES[self.cfg.prediction],
             "timestep_spacing": "trailing",
             "steps_offset": 1,  # without effect on this spacing, but pipelines warn of another value
             "set_alpha_to_one": True,
@@ -210,3 +212,30 @@ class Process:
             std = self._std.to(index.device, torch.float32)[index]
         shape = (-1,) + (1,) * (like.ndim - 1)
         return alpha.view(shape), std.view(shape)
+
+
+def process_of(path: Path) -> ProcessConfig:
+    """The process of a `scheduler_config.json` of diffusers, as `Process.scheduler_config` and others write it.
+
+    Raises:
+        UserError: no such file, or a process that we do not have.
+    """
+    found = read_json(path, "the rest of a pipeline")
+    total = int(found.get("num_train_timesteps", 1000))
+    if found.get("use_flow_sigmas") or found.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+        shift = float(found.get("flow_shift", found.get("shift", 1.0)))
+        return ProcessConfig(prediction=Prediction.flow, train_timesteps=total, shift=shift)
+    if found.get("trained_betas") is not None:
+        raise UserError(f"{path}: has noise levels of its own (trained_betas): point run_dir at the run instead")
+    schedule, prediction = found.get("beta_schedule", "linear"), found.get("prediction_type", "epsilon")
+    schedules, predictions = ({name: kind for kind, name in names.items()} for names in (BETA_NAMES, PREDICTION_NAMES))
+    if schedule not in schedules or prediction not in predictions:
+        raise UserError(f"{path}: beta_schedule={schedule!r} with prediction_type={prediction!r} is not supported")
+    return ProcessConfig(
+        prediction=predictions[prediction],
+        train_timesteps=total,
+        schedule=schedules[schedule],
+        beta_start=float(found.get("beta_start", 0.0001)),
+        beta_end=float(found.get("beta_end", 0.02)),
+        zero_terminal_snr=bool(found.get("rescale_betas_zero_snr")),
+    )

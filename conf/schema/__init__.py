@@ -42,7 +42,7 @@ from conf.schema.evaluation import EvaluateRun, LoopEvaluationConfig
 from conf.schema.pipeline import PipelineRun
 from conf.schema.planning import PlanRun
 from conf.schema.reporting import DashboardRun, ReportRun
-from conf.schema.sampling import AverageRun, ExportRun, SampleRun
+from conf.schema.sampling import AverageRun, ExportRun, PlaygroundRun, SampleRun
 from conf.schema.sections import (
     BatchConfig,
     EmaConfig,
@@ -101,6 +101,7 @@ __all__ = [
     "Perceptual",
     "PipelineRun",
     "PlanRun",
+    "PlaygroundRun",
     "Precision",
     "PrecomputeRun",
     "Prediction",

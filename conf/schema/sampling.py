@@ -45,6 +45,34 @@ class SampleRun(SamplingConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class PlaygroundRun(SamplingConfig):
+    """`train/playground.py`: a page on which one draws pictures and edits them; it begins with these options."""
+
+    run_dir: str = MISSING  # a run, or a folder with a model_index.json: an export, or one in the format of the Hub
+    name: str = MISSING
+    seed: int = 0  # that the page begins with
+    unet: str = MISSING  # folder with the exported U-Net, of a run
+    lora: str | None = None
+    lora_scale: float = 1.0
+    autoencoder: str = MISSING
+    clip: str = MISSING
+    tile: int = 0  # pixels, as in sampling; 0: whole
+    examples: str = MISSING  # folder of image shards, whose first captions are offered as prompts if it is there
+    film_frames: int = 8  # of the strip that shows a picture on its way out of the noise
+    host: str = "127.0.0.1"  # address to listen on: this machine's own; 0.0.0.0 lets in everybody who can reach it
+    port: int = 7860  # to listen on; 0: any free one
+    queue: int = 16  # pictures that wait while one is drawn, at most; who asks for more is told to come back
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        SamplingConfig.__post_init__(self)
+        check_lora(self.lora, self.lora_scale)
+        require_positive(self, "queue")
+        require(self.film_frames > 1, f"film_frames={self.film_frames}: must be 2 or more")
+        require(0 <= self.port < 2**16, f"port={self.port}: must be in [0, 65535]")
+
+
+@dataclass(kw_only=True, slots=True)
 class ExportRun:
     """`train/export.py`: a trained model as other programs load it."""
 

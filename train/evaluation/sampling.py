@@ -15,7 +15,7 @@ from torch import Tensor
 
 from conf.entry import to_plain
 from conf.errors import UserError
-from conf.schema import EditRun, EvaluateRun, SampleRun, SamplingConfig
+from conf.schema import EditRun, EvaluateRun, PlaygroundRun, SampleRun, SamplingConfig
 from models.autoencoder import AnyAutoencoder, load_autoencoder
 from models.conditions import Inputs
 from models.denoiser import Denoiser
@@ -48,7 +48,7 @@ class Drawing(NamedTuple):
     titles: list[str]
 
 
-def load_model(cfg: SampleRun | EvaluateRun | EditRun, device: torch.device) -> DiffusionPipeline:
+def load_model(cfg: SampleRun | EvaluateRun | EditRun | PlaygroundRun, device: torch.device) -> DiffusionPipeline:
     """The exported U-Net with its autoencoder and CLIP; refuses a pair that was not trained together."""
     info = info_of_trained(cfg.unet, cfg.autoencoder, cfg.clip)
     autoencoder = load_autoencoder(cfg.autoencoder)
@@ -80,7 +80,7 @@ def put_together(
     denoiser: Denoiser,
     autoencoder: AnyAutoencoder,
     info: UNetInfo,
-    cfg: SampleRun | EvaluateRun | EditRun,
+    cfg: SampleRun | EvaluateRun | EditRun | PlaygroundRun,
     device: torch.device,
 ) -> DiffusionPipeline:
     """A U-Net with the other networks that it needs."""

@@ -1,0 +1,163 @@
+"""The page: controls on the left, what was drawn on the right. What a visitor set and got stays in his own page."""
+
+import random
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from conf.errors import UserError
+from conf.schema import Edit, EditMode, PlaygroundRun, Sampler
+from train.board.playground.request import request_of
+from train.board.playground.sheet import message, sheet
+from train.board.playground.studio import Studio, examples_of
+
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # of the visitor's system: none is fetched
+THEME = gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"])
+ONE_AT_A_TIME = "pictures"  # name of the queue that everybody who wants a picture stands in
+PROGRESS = gr.Progress()  # gradio finds each visitor's own by it
+MOST_WORDS = 24  # that have a slider
+MOST_STEPS = 100
+SEEDS = 1_000_000  # that "New seed" chooses among
+
+ABOUT = """# Playground
+Write what the picture shall show. Then change it by its words: swap one, turn one up or down, and see what each looks
+at."""
+EMPTY = "<p class='hint'>Write a prompt and press <b>Generate</b>: the picture will be here.</p>"
+EDIT_HELP = "The prompt again, with words swapped, added or left out. Empty: only the weights of the words change it."
+BLEND_HELP = "Words with commas between them, such as: planet. Empty: everywhere."
+MODE_HELP = "replace swaps word for word; refine adds or leaves out words; auto: replace if there are as many words."
+REPLACE_HELP = "Share of the steps in which words look where they did before the edit."
+SELF_HELP = "Share of the steps in which shapes are those of before."
+THRESHOLD_HELP = "Of the most attention those words get: where they are. Less: a larger region."
+
+Controls = dict[str, Component]  # by the names of `request_of`
+
+
+class Events:
+    """What happens when something is set or clicked."""
+
+    def __init__(self, cfg: PlaygroundRun, studio: Studio, controls: Controls, sliders: list[gr.Slider]) -> None:
+        self.cfg, self.studio, self.controls, self.sliders = cfg, studio, controls, sliders
+        self.words = gr.State([])  # of a visitor's sliders
+
+    def weigh(self, prompt: str, edit: str, before: list[str], *weights: float) -> list[Any]:
+        """The words that can be weighed, and a slider for each; words that were there keep their weights."""
+        try:
+            words = self.studio.words(edit.strip() or prompt, self.cfg)[: len(self.sliders)]
+        except UserError:  # which is said when a picture is asked for
+            words = []
+        known = dict(zip(before, weights, strict=False))
+        shown = [gr.update(visible=True, label=label(word), value=known.get(word, 1)) for word in words]
+        hidden = [gr.update(visible=False, value=1)] * (len(self.sliders) - len(words))
+        return [words, gr.update(visible=bool(words)), *shown, *hidden]
+
+    def draw(self, given: dict[Component, Any], progress: gr.Progress = PROGRESS) -> tuple[Any, str]:
+        """The pictures, and what is wrong; what was drawn before stays where a request is wrong."""
+        weights = dict(zip(given[self.words], (given[slider] for slider in self.sliders), strict=False))
+        values = {name: given[control] for name, control in self.controls.items()}
+        try:
+            request = request_of(self.cfg, values, weights)
+            drawn = self.studio.draw(request, lambda step, steps: progress((step, steps), unit="steps"))
+        except UserError as error:
+            return gr.skip(), message(str(error))
+        return sheet(drawn), ""
+
+
+def build(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
+    """The page of a model; pictures are drawn one after the other, whoever asks."""
+    with gr.Blocks(title="Latentline playground", analytics_enabled=False) as page:
+        gr.Markdown(ABOUT)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=340):
+                controls, generate, another = picture_controls(cfg)
+                changes, change = edit_controls()
+                with gr.Accordion("How much each word counts", visible=False, elem_id="weights") as weights:
+                    gr.Markdown("1: as it is; 0: not at all; below 0: the opposite", elem_classes="hint")
+                    sliders = [gr.Slider(-2, 4, 1, step=0.1, visible=False) for _ in range(MOST_WORDS)]
+                controls |= changes | how_controls(cfg) | strength_controls()
+            with gr.Column(scale=3, min_width=340):
+                trouble, result = gr.HTML(elem_id="trouble"), gr.HTML(EMPTY, elem_id="result")
+        events = Events(cfg, studio, controls, sliders)
+        gr.on(
+            [controls["prompt"].change, controls["edit"].change],
+            events.weigh,
+            [controls["prompt"], controls["edit"], events.words, *sliders],
+            [events.words, weights, *sliders],
+            queue=False,
+            show_progress="hidden",
+            trigger_mode="always_last",
+            api_visibility="private",
+        )
+        drawing: dict[str, Any] = {
+            "fn": events.draw,
+            "inputs": {events.words, *controls.values(), *sliders},
+            "outputs": [result, trouble],
+            "concurrency_id": ONE_AT_A_TIME,
+            "concurrency_limit": 1,
+            "api_visibility": "private",
+        }
+        asked = [generate.click, change.click, controls["prompt"].submit, controls["edit"].submit]
+        gr.on(asked + [slider.release for slider in sliders], **drawing)
+        seeded = another.click(lambda: random.randrange(SEEDS), None, controls["seed"], api_visibility="private")
+        seeded.then(**drawing)
+    page.queue(max_size=cfg.queue)
+    return page
+
+
+def label(word: str) -> str:
+    """Of a slider: "eyes (2)" is where the word stands for the second time."""
+    text, mark, number = word.partition("#")
+    return f"{text} ({number})" if mark else text
+
+
+def picture_controls(cfg: PlaygroundRun) -> tuple[Controls, gr.Button, gr.Button]:
+    """What the picture shows; the buttons that draw it, and that draw another one."""
+    examples = examples_of(cfg)
+    with gr.Group():
+        prompt = gr.Textbox(
+            examples[0] if examples else "", label="Prompt", lines=2, elem_id="prompt", submit_btn=False
+        )
+        with gr.Row():
+            seed = gr.Number(cfg.seed, label="Seed", precision=0, minimum=0, elem_id="seed")
+            another = gr.Button("New seed", elem_id="another")
+            generate = gr.Button("Generate", variant="primary", elem_id="generate")
+    if examples:
+        gr.Examples([[text] for text in examples], prompt, label="Captions of the data set", elem_id="examples")
+    return {"prompt": prompt, "seed": seed}, generate, another
+
+
+def edit_controls() -> tuple[Controls, gr.Button]:
+    """What is to be changed, and the button that does."""
+    with gr.Group():
+        edit = gr.Textbox("", label="Edited prompt", info=EDIT_HELP, lines=2, elem_id="edit")
+        blend = gr.Textbox("", label="Change only where these words are", info=BLEND_HELP, elem_id="blend")
+        change = gr.Button("Edit", variant="primary", elem_id="change")
+    return {"edit": edit, "blend": blend}, change
+
+
+def how_controls(cfg: PlaygroundRun) -> Controls:
+    """How a picture is drawn."""
+    with gr.Accordion("How it is drawn", open=False):
+        return {
+            "sampler": gr.Dropdown([each.value for each in Sampler], value=cfg.sampler.value, label="Sampler"),
+            "steps": gr.Slider(1, max(MOST_STEPS, cfg.steps), cfg.steps, step=1, label="Steps"),
+            "guidance_scale": gr.Slider(
+                0, max(12, cfg.guidance_scale), cfg.guidance_scale, step=0.5, label="Guidance", info="1: none"
+            ),
+        }
+
+
+def strength_controls() -> Controls:
+    """How much of the picture an edit keeps."""
+    usual = Edit(prompt="")
+    with gr.Accordion("How much stays as it was", open=False):
+        modes = [each.value for each in EditMode]
+        return {
+            "mode": gr.Radio(modes, value=usual.mode.value, label="Mode", info=MODE_HELP),
+            "replace_until": gr.Slider(0, 1, usual.replace_until, step=0.05, label="Keep places", info=REPLACE_HELP),
+            "self_until": gr.Slider(0, 1, usual.self_until, step=0.05, label="Keep shapes", info=SELF_HELP),
+            "blend_threshold": gr.Slider(
+                0, 1, usual.blend_threshold, step=0.05, label="Threshold of the region", info=THRESHOLD_HELP
+            ),
+        }

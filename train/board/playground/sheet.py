@@ -1,0 +1,75 @@
+"""What was drawn, as HTML that holds all its pictures. Hovering over a word shows its map; no script is needed."""
+
+import base64
+import io
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib import colormaps
+from PIL import Image
+
+from train.board.playground.studio import Drawn, Shown
+
+FOLDER = Path(__file__).parent / "html"
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+COLOURS = colormaps["turbo"]
+OPACITY = 0.65  # of a map over the picture
+SHEETS = count()  # pages tell their radio buttons apart by it
+
+
+def sheet(drawn: Drawn) -> str:
+    """The pictures side by side. Prompts are escaped."""
+    shown = {"Picture": drawn.before} if drawn.after is None else {"Before": drawn.before, "After": drawn.after}
+    request = drawn.request
+    return ENVIRONMENT.get_template("sheet.html").render(
+        number=next(SHEETS),
+        pictures=[(title, contents(picture)) for title, picture in shown.items()],
+        labels=drawn.film_labels,
+        weights=", ".join(f"{word} × {weight:g}" for word, weight in request.edit.weights.items()),
+        seed=request.seed,
+        sampling=request.sampling,
+        seconds=drawn.seconds,
+    )
+
+
+def contents(shown: Shown) -> dict[str, object]:
+    """What the template needs of one picture."""
+    height, width = shown.image.shape[:2]
+    return {
+        "prompt": shown.prompt,
+        "image": data_url(shown.image),
+        "ratio": f"{width} / {height}",
+        "film": list(map(data_url, shown.film)),
+        "words": [(word, data_url(coloured(heat))) for word, heat in shown.words],
+        "region": None if shown.region is None else data_url(shade(shown.region)),
+    }
+
+
+def message(text: str) -> str:
+    """One line that says what is wrong."""
+    return ENVIRONMENT.get_template("message.html").render(text=text)
+
+
+def coloured(values: np.ndarray) -> np.ndarray:
+    """A map [H, W] in [0, 1] as uint8 [H, W, 4], through which one sees the picture."""
+    pixels = COLOURS(values)
+    pixels[..., 3] = OPACITY
+    return (255 * pixels).round().astype(np.uint8)
+
+
+def shade(region: np.ndarray) -> np.ndarray:
+    """A region, bool [H, W], as uint8 [H, W, 4] that hides what is not in it."""
+    pixels = np.zeros((*region.shape, 4), np.uint8)
+    pixels[..., 3] = np.where(region, 0, 200)
+    return pixels
+
+
+def data_url(pixels: np.ndarray) -> str:
+    """A picture as a PNG in an address."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "png")
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,0 +1,140 @@
+"""What the page asks for and gets: pictures before and after an edit, with the maps of their words and their films."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conf.errors import UserError
+from conf.schema import PlaygroundRun, Precision, SamplingConfig
+from data.manifest import MANIFEST
+from models.editing import Picture, edit_pictures, reader
+from models.film import Film
+from models.pipeline import DiffusionPipeline
+from train.board.playground.request import Request
+from train.engine.pictures import to_uint8
+from train.engine.precision import autocast
+from train.evaluation.asking import samples_of
+from train.evaluation.prompts import captions_of_shards
+
+EXAMPLES = 4  # prompts that the page offers
+Told = Callable[[int, int], object]  # (steps done, all steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One picture with all that is known of it."""
+
+    prompt: str
+    image: np.ndarray  # uint8 [H, W, 3]
+    film: np.ndarray  # uint8 [F, H, W, 3], guesses of the picture while it was drawn
+    words: list[tuple[str, np.ndarray]]  # with the attention that each gets, [H, W] in [0, 1]
+    region: np.ndarray | None = None  # bool [H, W], where an edit may have changed it; None: everywhere
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The answer to one request."""
+
+    request: Request
+    before: Shown
+    after: Shown | None  # None: no edit was asked for
+    film_labels: list[str]
+    seconds: float
+
+
+class Studio:
+    """A model that draws for everybody; it keeps nothing of one visitor that another could see.
+
+    Raises:
+        UserError: a network that must be told something else than a prompt.
+    """
+
+    def __init__(self, model: DiffusionPipeline, precision: Precision, film_frames: int) -> None:
+        self.model, self.precision, self.film_frames = model, precision, film_frames
+        conditions = model.denoiser.conditions
+        for name, part in conditions.kinds.items():
+            if part.needs_picture or part.names:
+                raise UserError(f"this network was trained with conditions.{name}: the playground knows prompts alone")
+        if not conditions.takes_text:
+            raise UserError("this network was trained without conditions.caption: it takes no prompt to play with")
+
+    def words(self, prompt: str, sampling: SamplingConfig) -> list[str]:
+        """What weights can be given to: each word, and "word#2" where one stands for the second time.
+
+        Raises:
+            UserError: a prompt that is too long or has broken syntax.
+        """
+        found = [word for word in reader(self.model, sampling)(prompt).words if is_word(word)]
+        often, seen, names = Counter(map(str.casefold, found)), Counter[str](), []
+        for word in found:
+            seen[word.casefold()] += 1
+            names.append(word if often[word.casefold()] == 1 else f"{word}#{seen[word.casefold()]}")
+        return names
+
+    def draw(self, request: Request, told: Told | None = None) -> Drawn:
+        """Draw a picture and, if there is anything to be changed, the edited one beside it.
+
+        Args:
+            request: prompt, edit, seed and options.
+            told: hears of each step.
+
+        Raises:
+            UserError: see `models.editing.edit_pictures`; pictures that are not finite.
+        """
+        edit, steps = request.edit, request.sampling.steps
+        began, film = time.monotonic(), Film(self.film_frames, steps, [0, 1])
+
+        def watched(step: int, x: Tensor, x0: Tensor) -> None:
+            film(step, x, x0)
+            if told is not None:
+                told(step + 1, steps)
+
+        side = self.model.denoiser.unet.cfg.sample_size * self.model.autoencoder.cfg.downscale
+        samples = samples_of([{"caption": edit.prompt}], [0], request.seed, side)
+        with autocast(self.model.device, self.precision):
+            inputs = self.model.prepare(samples)
+            (made,) = edit_pictures(
+                self.model, [edit], [request.seed], request.sampling, watch=True, callback=watched, inputs=inputs
+            )
+            images = torch.stack([made.source.image, made.result.image])
+            if not images.isfinite().all():
+                raise UserError("the picture is NaN or infinite: set a lower guidance, or runtime.precision=fp32")
+            before, after = (to_uint8(strip) for strip in film.frames(self.model, images))
+        return Drawn(
+            request,
+            shown(edit.prompt, made.source, before),
+            shown(edit.edited, made.result, after, made.region) if request.changes else None,
+            film.labels,
+            time.monotonic() - began,
+        )
+
+
+def shown(prompt: str, picture: Picture, film: np.ndarray, region: Tensor | None = None) -> Shown:
+    """A picture as bytes."""
+    words = [(word.partition("#")[0], stretched(heat)) for word, heat in picture.maps.items() if is_word(word)]
+    where = None if region is None else region.cpu().numpy()
+    return Shown(prompt, to_uint8(picture.image[None])[0], film, words, where)
+
+
+def is_word(text: str) -> bool:
+    """Whether it is not punctuation alone."""
+    return any(map(str.isalnum, text))
+
+
+def stretched(values: Tensor) -> np.ndarray:
+    """A map [H, W] from its least value, which becomes 0, to its largest, 1."""
+    low, high = values.min(), values.max()
+    return ((values - low) / (high - low).clamp(min=1e-12)).float().cpu().numpy()
+
+
+def examples_of(cfg: PlaygroundRun) -> list[str]:
+    """Captions of the data set that the run was tested on, if it is there."""
+    if not (Path(cfg.examples) / MANIFEST).is_file():
+        return []
+    return [caption for caption in captions_of_shards(cfg.examples, EXAMPLES) if caption]
