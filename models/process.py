@@ -214,7 +214,7 @@ class Process:
         return alpha.view(shape), std.view(shape)
 
 
-def process_of(path: Path) -> ProcessConfig:
+def read_scheduler(path: Path) -> ProcessConfig:
     """The process of a `scheduler_config.json` of diffusers, as `Process.scheduler_config` and others write it.
 
     Raises:

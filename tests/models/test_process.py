@@ -1,14 +1,17 @@
 """The process against diffusers' schedulers and the formulas of the papers."""
 
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
+from conf.errors import UserError
 from conf.schema import BetaSchedule, Distance, Prediction, ProcessConfig, TimestepSampling
-from models.process import Network, Process
+from models.process import Network, Process, read_scheduler
 from models.solvers.ancestral import sample_ddim
 
 # diffusers 0.42 calls np.array(tensor), which numpy 2 finds fault with
@@ -269,3 +272,25 @@ def test_scheduler_config_names_a_scheduler_of_diffusers(prediction: Prediction)
     assert config["_class_name"] == kind.__name__
     scheduler = kind.from_config(config)
     assert all(scheduler.config[key] == value for key, value in config.items() if key != "_class_name")
+
+
+@pytest.mark.parametrize("schedule", [BetaSchedule.linear, BetaSchedule.cosine])
+@pytest.mark.parametrize("prediction", list(Prediction))
+def test_process_comes_back_from_its_scheduler_config(
+    prediction: Prediction, schedule: BetaSchedule, tmp_path: Path
+) -> None:
+    options = {"shift": 3.0} if prediction is Prediction.flow else {"schedule": schedule, "beta_start": 0.002}
+    process = process_of(prediction, train_timesteps=500, **options)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(process.scheduler_config()))
+    assert read_scheduler(tmp_path / "scheduler_config.json") == process.cfg
+
+
+def test_process_of_others_has_their_defaults_and_what_is_unknown_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "PNDMScheduler"}))
+    betas = DDIMScheduler().betas
+    assert torch.allclose(Process(read_scheduler(path))._alpha.float() ** 2, torch.cumprod(1 - betas, 0))
+    for config in ({"beta_schedule": "sigmoid"}, {"prediction_type": "x"}, {"trained_betas": [0.1]}):
+        path.write_text(json.dumps(config))
+        with pytest.raises(UserError, match=next(iter(config))):
+            read_scheduler(path)

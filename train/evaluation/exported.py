@@ -10,7 +10,7 @@ from models.autoencoder import load_autoencoder
 from models.conditions import Conditions, Surroundings
 from models.denoiser import Denoiser
 from models.pipeline import DiffusionPipeline
-from models.process import Process, process_of
+from models.process import Process, read_scheduler
 from models.text import load_text_tower
 from models.weights import CONFIG_NAME, read_json
 
@@ -45,7 +45,7 @@ def load_exported(folder: str, device: torch.device, tile: int = 0) -> Diffusion
         return Conditions(ConditionsConfig(), around)
 
     denoiser = Denoiser.from_pretrained(path / "unet", conditions)
-    process = Process(process_of(path / "scheduler" / SCHEDULER))
+    process = Process(read_scheduler(path / "scheduler" / SCHEDULER))
     for network in (denoiser, autoencoder, tower):
         network.eval().requires_grad_(False).to(device)
     return DiffusionPipeline(denoiser, autoencoder, tower, process, mean, std, tile)

@@ -1,6 +1,9 @@
-"""A run folder as a training with evaluations leaves it, made in a moment, with texts that try to be more than text."""
+"""A browser, and a run folder as a training leaves it, made in a moment, with texts that try to be more than text."""
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,24 @@ from data.manifest import Manifest
 from data.shards import ShardWriter
 
 EVIL = "<script>window.hacked = 1</script><img src=x onerror='window.hacked=2'> ' \" }} {% raw %} </script>"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MOMENTS = (100, 200, 300, 400, 500)  # samples seen at the evaluations
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        reason = "no browser here: apt-get install chromium"
+        if os.environ.get("LATENTLINE_REQUIRE_BROWSER"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:

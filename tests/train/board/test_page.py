@@ -1,7 +1,5 @@
 """The page in a browser: every section is there, charts and sliders work, and nothing is asked of anybody."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from conf.entry import compose
 from conf.schema import ReportRun
 from train.board import report
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SECTIONS = {
     "summary": "Summary",
     "samples": "Samples over the training",
@@ -24,22 +21,6 @@ SECTIONS = {
     "cost": "Hardware and cost",
     "configuration": "Configuration",
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        reason = "no browser here: apt-get install chromium"
-        if os.environ.get("LATENTLINE_REQUIRE_BROWSER"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 class Opened:

@@ -32,6 +32,7 @@ from models.unet import UNet
 from train.engine.provenance import UNetInfo, weights_digest
 from train.engine.runtime import Runtime
 from train.evaluation import sampling
+from train.evaluation.exported import load_exported
 from train.stages import export
 
 # of diffusers' scheduler, with numpy 2
@@ -99,6 +100,9 @@ def test_pipeline_of_diffusers_draws_our_pictures(
     mine = ((ours.permute(0, 2, 3, 1).numpy() + 1) / 2).clip(0, 1)
     assert np.abs(mine - theirs).max() <= 2 / 255
     assert mine.std() > 0.05
+    again = load_exported(str(tmp_path / "export"), runtime.device)
+    drawn = again(PROMPTS, [0, 0], SamplingConfig(sampler=Sampler(sampler), steps=steps, guidance_scale=3.0))
+    assert (drawn - ours).abs().max() <= 4 / 255  # in [-1, 1]
 
 
 def test_tokens_and_text_states_are_those_of_the_trained_tower(project: Any, tmp_path: Path) -> None:

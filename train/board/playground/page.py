@@ -1,9 +1,11 @@
 """The page: controls on the left, what was drawn on the right. What a visitor set and got stays in his own page."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from fastapi import FastAPI
 from gradio.components import Component
 
 from conf.errors import UserError
@@ -12,6 +14,7 @@ from train.board.playground.request import request_of
 from train.board.playground.sheet import message, sheet
 from train.board.playground.studio import Studio, examples_of
 
+STYLE = Path(__file__).parent / "html" / "page.css"
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # of the visitor's system: none is fetched
 THEME = gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"])
 ONE_AT_A_TIME = "pictures"  # name of the queue that everybody who wants a picture stands in
@@ -42,15 +45,19 @@ class Events:
         self.words = gr.State([])  # of a visitor's sliders
 
     def weigh(self, prompt: str, edit: str, before: list[str], *weights: float) -> list[Any]:
-        """The words that can be weighed, and a slider for each; words that were there keep their weights."""
+        """What is wrong with the prompt, the words that can be weighed, and a slider for each.
+
+        Words that were there before keep their weights.
+        """
+        words, trouble = list[str](), ""
         try:
             words = self.studio.words(edit.strip() or prompt, self.cfg)[: len(self.sliders)]
-        except UserError:  # which is said when a picture is asked for
-            words = []
+        except UserError as error:
+            trouble = message(str(error))
         known = dict(zip(before, weights, strict=False))
         shown = [gr.update(visible=True, label=label(word), value=known.get(word, 1)) for word in words]
         hidden = [gr.update(visible=False, value=1)] * (len(self.sliders) - len(words))
-        return [words, gr.update(visible=bool(words)), *shown, *hidden]
+        return [trouble, words, gr.update(visible=bool(words)), *shown, *hidden]
 
     def draw(self, given: dict[Component, Any], progress: gr.Progress = PROGRESS) -> tuple[Any, str]:
         """The pictures, and what is wrong; what was drawn before stays where a request is wrong."""
@@ -77,13 +84,13 @@ def build(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
                     sliders = [gr.Slider(-2, 4, 1, step=0.1, visible=False) for _ in range(MOST_WORDS)]
                 controls |= changes | how_controls(cfg) | strength_controls()
             with gr.Column(scale=3, min_width=340):
-                trouble, result = gr.HTML(elem_id="trouble"), gr.HTML(EMPTY, elem_id="result")
+                trouble, result = gr.HTML(elem_id="trouble"), gr.HTML(EMPTY, elem_id="result", min_height=240)
         events = Events(cfg, studio, controls, sliders)
         gr.on(
             [controls["prompt"].change, controls["edit"].change],
             events.weigh,
             [controls["prompt"], controls["edit"], events.words, *sliders],
-            [events.words, weights, *sliders],
+            [trouble, events.words, weights, *sliders],
             queue=False,
             show_progress="hidden",
             trigger_mode="always_last",
@@ -93,6 +100,7 @@ def build(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
             "fn": events.draw,
             "inputs": {events.words, *controls.values(), *sliders},
             "outputs": [result, trouble],
+            "show_progress_on": result,
             "concurrency_id": ONE_AT_A_TIME,
             "concurrency_limit": 1,
             "api_visibility": "private",
@@ -103,6 +111,24 @@ def build(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
         seeded.then(**drawing)
     page.queue(max_size=cfg.queue)
     return page
+
+
+def application(cfg: PlaygroundRun, studio: Studio) -> FastAPI:
+    """The page as it is served: it asks no other host for anything, and nobody is told or keeps who did what."""
+    return gr.mount_gradio_app(
+        FastAPI(),
+        build(cfg, studio),
+        path="",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        theme=THEME,
+        css_paths=STYLE,
+    )
 
 
 def label(word: str) -> str:
@@ -118,10 +144,10 @@ def picture_controls(cfg: PlaygroundRun) -> tuple[Controls, gr.Button, gr.Button
         prompt = gr.Textbox(
             examples[0] if examples else "", label="Prompt", lines=2, elem_id="prompt", submit_btn=False
         )
-        with gr.Row():
-            seed = gr.Number(cfg.seed, label="Seed", precision=0, minimum=0, elem_id="seed")
-            another = gr.Button("New seed", elem_id="another")
-            generate = gr.Button("Generate", variant="primary", elem_id="generate")
+        seed = gr.Number(cfg.seed, label="Seed", precision=0, minimum=0, elem_id="seed")
+    with gr.Row():
+        another = gr.Button("New seed", elem_id="another", min_width=100)
+        generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=160, scale=2)
     if examples:
         gr.Examples([[text] for text in examples], prompt, label="Captions of the data set", elem_id="examples")
     return {"prompt": prompt, "seed": seed}, generate, another
@@ -132,7 +158,7 @@ def edit_controls() -> tuple[Controls, gr.Button]:
     with gr.Group():
         edit = gr.Textbox("", label="Edited prompt", info=EDIT_HELP, lines=2, elem_id="edit")
         blend = gr.Textbox("", label="Change only where these words are", info=BLEND_HELP, elem_id="blend")
-        change = gr.Button("Edit", variant="primary", elem_id="change")
+    change = gr.Button("Edit", variant="primary", elem_id="change")
     return {"edit": edit, "blend": blend}, change
 
 

@@ -38,6 +38,8 @@ def request_of(cfg: PlaygroundRun, given: Mapping[str, Any], weights: Mapping[st
     options = {option.name: getattr(cfg, option.name) for option in fields(SamplingConfig)}
     options |= {"sampler": Sampler(given["sampler"]), "steps": int(given["steps"])}
     options |= {"guidance_scale": float(given["guidance_scale"])}
+    if options["sampler"] is not cfg.sampler:
+        options["eta"] = None  # it was meant for the other one
     edit = Edit(
         prompt=prompt,
         edit=edited or None,

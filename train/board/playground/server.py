@@ -4,7 +4,7 @@ import errno
 import importlib.util
 import os
 import socket
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conf.errors import UserError
 from conf.schema import PlaygroundRun
@@ -14,6 +14,9 @@ from train.engine.journal import say
 from train.engine.runtime import Runtime
 from train.evaluation.exported import is_exported, load_exported
 from train.evaluation.sampling import load_model
+
+if TYPE_CHECKING:  # it comes with gradio
+    import uvicorn
 
 
 def run(cfg: PlaygroundRun, runtime: Runtime) -> None:
@@ -26,10 +29,20 @@ def run(cfg: PlaygroundRun, runtime: Runtime) -> None:
         raise UserError("the playground needs the package gradio: pip install 'latentline[playground]'")
     with listen(cfg) as listening:
         studio = Studio(load(cfg, runtime), runtime.precision, cfg.film_frames)
-        server = served(cfg, studio)
+        server = server_of(cfg, studio)
         host, port = listening.getsockname()[:2]
         say("playground", f"http://{host}:{port} has the page; Ctrl+C ends it")
         server.run(sockets=[listening])
+
+
+def server_of(cfg: PlaygroundRun, studio: Studio) -> "uvicorn.Server":
+    """A server of the page."""
+    import uvicorn
+
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    from train.board.playground.page import application
+
+    return uvicorn.Server(uvicorn.Config(application(cfg, studio), log_level="warning", ws="none"))
 
 
 def load(cfg: PlaygroundRun, runtime: Runtime) -> DiffusionPipeline:
@@ -49,29 +62,3 @@ def listen(cfg: PlaygroundRun) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"port={cfg.port}: another program listens there; set another one, or port=0") from None
         raise UserError(f"host={cfg.host}, port={cfg.port}: cannot listen there ({error.strerror})") from None
-
-
-def served(cfg: PlaygroundRun, studio: Studio):  # type: ignore[no-untyped-def]  # -> uvicorn.Server
-    """A server of the page; without gradio's analytics, links to share it, and record of what visitors did."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
-    import gradio
-    import uvicorn
-    from fastapi import FastAPI
-
-    from train.board.playground.page import THEME, build
-
-    app = gradio.mount_gradio_app(
-        FastAPI(),
-        build(cfg, studio),
-        path="",
-        footer_links=[],
-        run_history=False,
-        show_error=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        enable_monitoring=False,
-        theme=THEME,
-        css_paths=Path(__file__).parent / "html" / "page.css",
-    )
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))

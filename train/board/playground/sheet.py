@@ -17,6 +17,7 @@ ENVIRONMENT = Environment(
     loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 COLOURS = colormaps["turbo"]
+FRAME = 128  # pixels of the sides of a film's frames, at most
 OPACITY = 0.65  # of a map over the picture
 SHEETS = count()  # pages tell their radio buttons apart by it
 
@@ -43,7 +44,7 @@ def contents(shown: Shown) -> dict[str, object]:
         "prompt": shown.prompt,
         "image": data_url(shown.image),
         "ratio": f"{width} / {height}",
-        "film": list(map(data_url, shown.film)),
+        "film": [data_url(frame, FRAME) for frame in shown.film],
         "words": [(word, data_url(coloured(heat))) for word, heat in shown.words],
         "region": None if shown.region is None else data_url(shade(shown.region)),
     }
@@ -68,8 +69,10 @@ def shade(region: np.ndarray) -> np.ndarray:
     return pixels
 
 
-def data_url(pixels: np.ndarray) -> str:
-    """A picture as a PNG in an address."""
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "png")
+def data_url(pixels: np.ndarray, largest: int | None = None) -> str:
+    """A picture as a PNG in an address; `largest`: pixels that its sides may have."""
+    stream, picture = io.BytesIO(), Image.fromarray(pixels)
+    if largest is not None:
+        picture.thumbnail((largest, largest))
+    picture.save(stream, "png")
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

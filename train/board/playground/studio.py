@@ -22,6 +22,7 @@ from train.engine.precision import autocast
 from train.evaluation.asking import samples_of
 from train.evaluation.prompts import captions_of_shards
 
+LARGEST_MAP = 128  # pixels of its sides: maps are smooth
 EXAMPLES = 4  # prompts that the page offers
 Told = Callable[[int, int], object]  # (steps done, all steps)
 
@@ -33,7 +34,7 @@ class Shown:
     prompt: str
     image: np.ndarray  # uint8 [H, W, 3]
     film: np.ndarray  # uint8 [F, H, W, 3], guesses of the picture while it was drawn
-    words: list[tuple[str, np.ndarray]]  # with the attention that each gets, [H, W] in [0, 1]
+    words: list[tuple[str, np.ndarray]]  # with the attention that each gets, [h, w] in [0, 1]
     region: np.ndarray | None = None  # bool [H, W], where an edit may have changed it; None: everywhere
 
 
@@ -128,7 +129,9 @@ def is_word(text: str) -> bool:
 
 
 def stretched(values: Tensor) -> np.ndarray:
-    """A map [H, W] from its least value, which becomes 0, to its largest, 1."""
+    """A map [H, W] from its least value, which becomes 0, to its largest, 1; of a large picture a smaller map."""
+    step = -(-max(values.shape) // LARGEST_MAP)
+    values = values[::step, ::step]
     low, high = values.min(), values.max()
     return ((values - low) / (high - low).clamp(min=1e-12)).float().cpu().numpy()
 

@@ -1,0 +1,269 @@
+"""The playground: what it draws, what it refuses, and the page in a browser, for two visitors at once."""
+
+import re
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conf.entry import compose
+from conf.errors import UserError
+from conf.networks import AutoencoderConfig, UNetConfig
+from conf.schema import (
+    ConditionsConfig,
+    PlaygroundRun,
+    Precision,
+    Prediction,
+    ProcessConfig,
+    Sampler,
+    SamplingConfig,
+)
+from conf.schema.conditions import MaskedConfig
+from models.autoencoder import Autoencoder
+from models.conditions import Conditions, Surroundings
+from models.denoiser import Denoiser
+from models.pipeline import DiffusionPipeline
+from models.process import Process
+from models.unet import UNet
+from train.board.playground import server
+from train.board.playground.request import request_of
+from train.board.playground.sheet import data_url, message, sheet
+from train.board.playground.studio import Drawn, Studio
+from train.engine.pictures import to_uint8
+from train.engine.runtime import Runtime
+
+LENGTH, WIDTH = 12, 16
+RED, BLUE, PLAIN = "a red dog, a red hat", "a blue dog, a red hat", "a cat"
+SET = {  # what a visitor who touched nothing but the prompt has set
+    **{"prompt": RED, "seed": 0, "sampler": "dpmpp_2m", "steps": 4, "guidance_scale": 3.0, "edit": "", "mode": "auto"},
+    **{"blend": "", "replace_until": 0.8, "self_until": 0.4, "blend_threshold": 0.3},
+}
+EVIL = "<b>dog</b> {{ 7 * 7 }}"
+
+
+class WordText:
+    """A text tower with start and end for which each word is a token; longer texts are cut."""
+
+    text_width, context_length = WIDTH, LENGTH
+
+    def tokenize(self, texts: list[str]) -> torch.Tensor:
+        rows = torch.zeros(len(texts), LENGTH, dtype=torch.int64)
+        for row, text in zip(rows, texts, strict=True):
+            words = re.findall(r"\w+|[^\w\s]", text)[: LENGTH - 2]
+            tokens = [1, *(3 + zlib.crc32(word.encode()) % 1000 for word in words), 2]
+            row[: len(tokens)] = torch.tensor(tokens)
+        return rows
+
+    def text_states(self, tokens: torch.Tensor) -> torch.Tensor:
+        waves = torch.sin((tokens.unsqueeze(-1) + 1) * torch.arange(1, WIDTH + 1))  # [B, L, D]
+        return waves + waves.cumsum(1) / torch.arange(1, LENGTH + 1).view(-1, 1)
+
+
+def untrained(told: ConditionsConfig | None = None) -> DiffusionPipeline:
+    """A tiny network of random weights, none of them zero; `told`: what it claims to be told instead of a caption."""
+    torch.manual_seed(0)
+    unet = UNet(
+        UNetConfig(
+            sample_size=8,
+            block_out_channels=[16, 16],
+            layers_per_block=1,
+            down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+            cross_attention_dim=WIDTH,
+            attention_head_dim=[2],
+            norm_num_groups=8,
+        )
+    )
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    autoencoder = Autoencoder(
+        AutoencoderConfig(
+            block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
+        )
+    )
+    mean, std = torch.zeros(4), torch.ones(4)
+    around = Surroundings.of(unet.cfg, downscale=2, latent_mean=mean, latent_std=std)
+    denoiser = Denoiser(unet.eval(), Conditions(ConditionsConfig(), around))
+    if told is not None:
+        denoiser.conditions = Conditions(told, around)
+    process = Process(ProcessConfig(prediction=Prediction.flow))
+    return DiffusionPipeline(denoiser, autoencoder.eval(), WordText(), process, mean, std)
+
+
+MODEL = untrained()
+STUDIO = Studio(MODEL, Precision.fp32, film_frames=3)
+CFG = compose("playground", PlaygroundRun, ["run_dir=nowhere", "steps=4", "port=0", "eta=0.5", "sampler=ddim"])
+
+
+def drawn(weights: dict[str, float] | None = None, **given: Any) -> Drawn:
+    return STUDIO.draw(request_of(CFG, SET | given, weights or {}))
+
+
+def test_picture_is_that_of_the_pipeline_with_a_map_of_each_word_and_a_film() -> None:
+    made = drawn(seed=3, sampler="ddim")
+    sampling = SamplingConfig(sampler=Sampler.ddim, steps=4, eta=0.5)
+    expected = MODEL([RED], [3], sampling)
+    assert np.abs(made.before.image.astype(int) - to_uint8(expected)[0]).max() <= 1  # it has a row beside it
+    assert made.after is None
+    assert [word for word, _ in made.before.words] == ["a", "red", "dog", "a", "red", "hat"]
+    assert all(heat.shape == (16, 16) and heat.min() == 0 and heat.max() == 1 for _, heat in made.before.words)
+    assert made.film_labels == ["step 1", "step 3", "step 4"] and len(made.before.film) == 3
+    assert np.array_equal(made.before.film[-1], made.before.image)
+
+
+def test_edit_is_drawn_beside_its_source_and_kept_to_its_region() -> None:
+    made = drawn(edit=BLUE, blend="dog , blue", blend_threshold=0.7)
+    assert made.after is not None and made.after.prompt == BLUE
+    assert np.array_equal(made.before.image, drawn().before.image)
+    changed = made.before.image != made.after.image
+    assert changed.any() and made.after.region is not None and not made.after.region.all()
+
+
+def test_weights_alone_are_an_edit_and_those_of_1_are_none() -> None:
+    assert drawn({"red#1": 1.0, "dog": 1.0}).after is None
+    made = [drawn({word: 0.0}).after for word in ("red#1", "red#2")]
+    assert all(made) and not np.array_equal(made[0].image, made[1].image)  # type: ignore[union-attr]
+
+
+def test_every_step_is_told() -> None:
+    heard: list[tuple[int, int]] = []
+    STUDIO.draw(request_of(CFG, SET, {}), lambda *step: heard.append(step))
+    assert heard == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_words_that_can_be_weighed_are_told_apart() -> None:
+    assert STUDIO.words(RED, CFG) == ["a#1", "red#1", "dog", "a#2", "red#2", "hat"]
+    assert STUDIO.words("", CFG) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"seed": None}, "the seed is empty"),
+        ({"prompt": "one two three four five six seven eight nine ten eleven"}, "do not hold 'eleven'"),
+        ({"blend": "giraffe"}, "'giraffe' is not in the prompt"),
+        ({"edit": "a small blue dog, a red hat", "mode": "replace"}, "mode=refine"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_in_one_line(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        drawn(**given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (ConditionsConfig(caption=None), "without conditions.caption"),
+        (ConditionsConfig(masked=MaskedConfig()), "with conditions.masked"),
+    ],
+)
+def test_network_that_needs_something_else_than_a_prompt_is_refused(told: ConditionsConfig, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Studio(untrained(told), Precision.fp32, 2)
+
+
+def test_texts_of_visitors_stay_texts() -> None:
+    for page in (sheet(drawn(prompt=EVIL, edit=f"{EVIL} x")), message(EVIL)):
+        assert "<b>dog" not in page and "&lt;b&gt;dog&lt;/b&gt; {{ 7 * 7 }}" in page
+
+
+def test_taken_port_and_unknown_host_are_said_in_one_line() -> None:
+    with server.listen(CFG) as listening:
+        port = listening.getsockname()[1]
+        assert listening.getsockname()[0] == "127.0.0.1"
+        with pytest.raises(UserError, match=f"^port={port}: another program"):
+            server.listen(replace(CFG, port=port))
+    with pytest.raises(UserError, match=r"^host=999\.1\.1\.1"):
+        server.listen(replace(CFG, host="999.1.1.1"))
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'latentline\[playground\]'"):
+        server.run(CFG, runtime)
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """Of the page, served by this process."""
+    with server.listen(CFG) as listening:
+        serving = server.server_of(CFG, STUDIO)
+        thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        serving.should_exit = True
+        thread.join(timeout=30)
+    assert not thread.is_alive()
+
+
+class Visitor:
+    """A browser of its own, with all that went wrong in it."""
+
+    def __init__(self, browser: Any, url: str) -> None:
+        self.url, self.trouble = url, list[str]()
+        self.context = browser.new_context()
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(60_000)
+        self.page.on("console", lambda message: self.trouble.append(f"{message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
+        self.page.on("request", lambda request: self.requested(request.url))
+        self.page.goto(url)
+
+    def requested(self, url: str) -> None:
+        if not url.startswith(("data:", self.url)):
+            self.trouble.append(f"request: {url}")
+
+    def type(self, box: str, text: str) -> None:
+        self.page.locator(f"#{box} textarea, #{box} input").first.fill(text)
+
+    def picture(self, number: int, prompt: str) -> str:
+        """The address of a picture, as soon as it is one of this prompt."""
+        image = self.page.locator(".picture").nth(number).locator(".drawn")
+        image.and_(self.page.get_by_alt_text(prompt, exact=True)).wait_for()
+        return str(image.get_attribute("src"))
+
+
+def test_visitors_draw_edit_and_weigh_at_once(browser: Any, url: str) -> None:
+    one, two = Visitor(browser, url), Visitor(browser, url)
+    for visitor, prompt in ((one, RED), (two, PLAIN)):
+        visitor.type("prompt", prompt)
+        visitor.page.locator("#generate").click()
+    for visitor, prompt in ((one, RED), (two, PLAIN)):
+        assert visitor.picture(0, prompt) == data_url(drawn(prompt=prompt, sampler="ddim").before.image)
+
+    one.type("edit", BLUE)
+    one.page.locator("#change").click()
+    edited = drawn(edit=BLUE, sampler="ddim").after
+    assert edited is not None and one.picture(1, BLUE) == data_url(edited.image)
+    assert one.page.locator(".film").count() == 2
+    word = one.page.locator(".picture").nth(1).locator("label", has_text="blue")
+    heat = word.locator(".map")
+    assert heat.evaluate("map => getComputedStyle(map).opacity") == "0"
+    word.hover()
+    one.page.wait_for_function("map => getComputedStyle(map).opacity == 1", arg=heat.element_handle())
+    assert heat.bounding_box() == one.page.locator(".picture").nth(1).locator(".drawn").bounding_box()
+
+    before = one.picture(1, BLUE)
+    slider = one.page.get_by_label("number input for blue")
+    slider.fill("-1")
+    slider.blur()
+    one.page.wait_for_function("before => document.querySelectorAll('.drawn')[1].src != before", arg=before)
+    weighed = drawn({"blue": -1.0}, edit=BLUE, sampler="ddim").after
+    assert weighed is not None and one.picture(1, BLUE) == data_url(weighed.image)
+
+    two.type("blend", "giraffe")
+    two.page.locator("#change").click()
+    two.page.get_by_role("alert").wait_for()
+    assert two.page.get_by_role("alert").inner_text().startswith("'giraffe' is not in the prompt 'a cat'")
+    assert two.picture(0, PLAIN)  # stays
+    assert one.trouble == two.trouble == []
+    one.context.close()
+    two.context.close()
