@@ -16,6 +16,7 @@ from conf.errors import UserError
 from conf.networks import AutoencoderConfig, UNetConfig
 from conf.schema import (
     ConditionsConfig,
+    Edit,
     PlaygroundRun,
     Precision,
     Prediction,
@@ -31,7 +32,7 @@ from models.pipeline import DiffusionPipeline
 from models.process import Process
 from models.unet import UNet
 from train.board.playground import server
-from train.board.playground.request import request_of
+from train.board.playground.request import AS_GIVEN, request_of
 from train.board.playground.sheet import data_url, message, sheet
 from train.board.playground.studio import Drawn, Studio
 from train.engine.pictures import to_uint8
@@ -40,10 +41,11 @@ from train.engine.runtime import Runtime
 LENGTH, WIDTH = 12, 16
 RED, BLUE, PLAIN = "a red dog, a red hat", "a blue dog, a red hat", "a cat"
 SET = {  # what a visitor who touched nothing but the prompt has set
-    **{"prompt": RED, "seed": 0, "sampler": "dpmpp_2m", "steps": 4, "guidance_scale": 3.0, "edit": "", "mode": "auto"},
-    **{"blend": "", "replace_until": 0.8, "self_until": 0.4, "blend_threshold": 0.3},
+    **{name: getattr(Edit(prompt=""), name) for name in AS_GIVEN},
+    **{"prompt": RED, "seed": 0, "sampler": "dpmpp_2m", "steps": 4, "guidance_scale": 3.0},
+    **{"edit": "", "mode": "auto", "blend": ""},
 }
-EVIL = "<b>dog</b> {{ 7 * 7 }}"
+EVIL = "<b>dog</b>"
 
 
 class WordText:
@@ -109,7 +111,7 @@ def test_picture_is_that_of_the_pipeline_with_a_map_of_each_word_and_a_film() ->
     made = drawn(seed=3, sampler="ddim")
     sampling = SamplingConfig(sampler=Sampler.ddim, steps=4, eta=0.5)
     expected = MODEL([RED], [3], sampling)
-    assert np.abs(made.before.image.astype(int) - to_uint8(expected)[0]).max() <= 1  # it has a row beside it
+    assert np.abs(made.before.image.astype(int) - to_uint8(expected)[0]).max() <= 1
     assert made.after is None
     assert [word for word, _ in made.before.words] == ["a", "red", "dog", "a", "red", "hat"]
     assert all(heat.shape == (16, 16) and heat.min() == 0 and heat.max() == 1 for _, heat in made.before.words)
@@ -118,11 +120,14 @@ def test_picture_is_that_of_the_pipeline_with_a_map_of_each_word_and_a_film() ->
 
 
 def test_edit_is_drawn_beside_its_source_and_kept_to_its_region() -> None:
-    made = drawn(edit=BLUE, blend="dog , blue", blend_threshold=0.7)
+    made = drawn(edit=BLUE, blend_change=True, blend_threshold=0.7)
     assert made.after is not None and made.after.prompt == BLUE
-    assert np.array_equal(made.before.image, drawn().before.image)
-    changed = made.before.image != made.after.image
-    assert changed.any() and made.after.region is not None and not made.after.region.all()
+    assert np.abs(made.before.image.astype(int) - drawn().before.image).max() <= 1
+    assert made.after.region is not None and 0 < made.after.region.mean() < 1
+    change = np.abs(made.after.image.astype(int) - made.before.image).max(-1)  # [H, W]
+    assert change.max() > 3 * change[~made.after.region].max()
+    named = drawn(edit=BLUE, blend="dog , blue").after
+    assert named is not None and named.region is not None and named.region.any()
 
 
 def test_weights_alone_are_an_edit_and_those_of_1_are_none() -> None:
@@ -148,7 +153,7 @@ def test_words_that_can_be_weighed_are_told_apart() -> None:
         ({"prompt": " "}, "the prompt is empty"),
         ({"seed": None}, "the seed is empty"),
         ({"prompt": "one two three four five six seven eight nine ten eleven"}, "do not hold 'eleven'"),
-        ({"blend": "giraffe"}, "'giraffe' is not in the prompt"),
+        ({"edit": BLUE, "blend": "giraffe"}, "'giraffe' is not in the prompt"),
         ({"edit": "a small blue dog, a red hat", "mode": "replace"}, "mode=refine"),
     ],
 )
@@ -172,7 +177,7 @@ def test_network_that_needs_something_else_than_a_prompt_is_refused(told: Condit
 
 def test_texts_of_visitors_stay_texts() -> None:
     for page in (sheet(drawn(prompt=EVIL, edit=f"{EVIL} x")), message(EVIL)):
-        assert "<b>dog" not in page and "&lt;b&gt;dog&lt;/b&gt; {{ 7 * 7 }}" in page
+        assert EVIL not in page and "&lt;b&gt;dog&lt;/b&gt;" in page
 
 
 def test_taken_port_and_unknown_host_are_said_in_one_line() -> None:
@@ -231,8 +236,18 @@ class Visitor:
         return str(image.get_attribute("src"))
 
 
-def test_visitors_draw_edit_and_weigh_at_once(browser: Any, url: str) -> None:
-    one, two = Visitor(browser, url), Visitor(browser, url)
+@pytest.fixture
+def visitors(browser: Any, url: str) -> Iterator[list[Visitor]]:
+    """Two, each with the page open."""
+    came = [Visitor(browser, url) for _ in range(2)]
+    yield came
+    for visitor in came:
+        visitor.context.close()
+
+
+@pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated")  # of gradio, with pandas 3
+def test_visitors_draw_edit_and_weigh_at_once(visitors: list[Visitor]) -> None:
+    one, two = visitors
     for visitor, prompt in ((one, RED), (two, PLAIN)):
         visitor.type("prompt", prompt)
         visitor.page.locator("#generate").click()
@@ -259,11 +274,10 @@ def test_visitors_draw_edit_and_weigh_at_once(browser: Any, url: str) -> None:
     weighed = drawn({"blue": -1.0}, edit=BLUE, sampler="ddim").after
     assert weighed is not None and one.picture(1, BLUE) == data_url(weighed.image)
 
+    two.type("edit", "a dog")
     two.type("blend", "giraffe")
     two.page.locator("#change").click()
     two.page.get_by_role("alert").wait_for()
-    assert two.page.get_by_role("alert").inner_text().startswith("'giraffe' is not in the prompt 'a cat'")
+    assert two.page.get_by_role("alert").inner_text().startswith("'giraffe' is not in the prompt 'a dog'")
     assert two.picture(0, PLAIN)  # stays
     assert one.trouble == two.trouble == []
-    one.context.close()
-    two.context.close()

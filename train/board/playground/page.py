@@ -32,7 +32,7 @@ BLEND_HELP = "Words with commas between them, such as: planet. Empty: everywhere
 MODE_HELP = "replace swaps word for word; refine adds or leaves out words; auto: replace if there are as many words."
 REPLACE_HELP = "Share of the steps in which words look where they did before the edit."
 SELF_HELP = "Share of the steps in which shapes are those of before."
-THRESHOLD_HELP = "Of the most attention those words get: where they are. Less: a larger region."
+THRESHOLD_HELP = "Of the most attention or disagreement: where the picture may change. Less: a larger region."
 
 Controls = dict[str, Component]  # by the names of `request_of`
 
@@ -157,9 +157,10 @@ def edit_controls() -> tuple[Controls, gr.Button]:
     """What is to be changed, and the button that does."""
     with gr.Group():
         edit = gr.Textbox("", label="Edited prompt", info=EDIT_HELP, lines=2, elem_id="edit")
+        blend_change = gr.Checkbox(False, label="Change only where the prompts disagree", elem_id="blend_change")
         blend = gr.Textbox("", label="Change only where these words are", info=BLEND_HELP, elem_id="blend")
     change = gr.Button("Edit", variant="primary", elem_id="change")
-    return {"edit": edit, "blend": blend}, change
+    return {"edit": edit, "blend_change": blend_change, "blend": blend}, change
 
 
 def how_controls(cfg: PlaygroundRun) -> Controls:

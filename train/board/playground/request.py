@@ -7,7 +7,7 @@ from typing import Any
 from conf.errors import UserError
 from conf.schema import Edit, EditMode, PlaygroundRun, Sampler, SamplingConfig
 
-KEPT = ("replace_until", "self_until", "blend_threshold")  # options of an edit that are plain numbers
+AS_GIVEN = ("replace_until", "self_until", "blend_change", "blend_threshold")  # options of an edit, by their own names
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,6 @@ def request_of(cfg: PlaygroundRun, given: Mapping[str, Any], weights: Mapping[st
         mode=EditMode(given["mode"]),
         weights={word: weight for word, weight in weights.items() if weight != 1},
         blend=[word.strip() for word in given["blend"].split(",") if word.strip()],
-        **{name: given[name] for name in KEPT},
+        **{name: given[name] for name in AS_GIVEN},
     )
     return Request(edit, int(given["seed"]), SamplingConfig(**options))

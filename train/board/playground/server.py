@@ -18,6 +18,8 @@ from train.evaluation.sampling import load_model
 if TYPE_CHECKING:  # it comes with gradio
     import uvicorn
 
+CLOSING_S = 2  # seconds that open pages get at the end
+
 
 def run(cfg: PlaygroundRun, runtime: Runtime) -> None:
     """Load the networks, listen, and serve whoever comes.
@@ -42,7 +44,8 @@ def server_of(cfg: PlaygroundRun, studio: Studio) -> "uvicorn.Server":
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     from train.board.playground.page import application
 
-    return uvicorn.Server(uvicorn.Config(application(cfg, studio), log_level="warning", ws="none"))
+    app = application(cfg, studio)
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=CLOSING_S))
 
 
 def load(cfg: PlaygroundRun, runtime: Runtime) -> DiffusionPipeline:

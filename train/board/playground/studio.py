@@ -13,9 +13,10 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import PlaygroundRun, Precision, SamplingConfig
 from data.manifest import MANIFEST
-from models.editing import Picture, edit_pictures, reader
+from models.editing import Picture, edit_pictures, read_words, watch_pictures
 from models.film import Film
 from models.pipeline import DiffusionPipeline
+from models.solvers.common import Callback
 from train.board.playground.request import Request
 from train.engine.pictures import to_uint8
 from train.engine.precision import autocast
@@ -71,7 +72,7 @@ class Studio:
         Raises:
             UserError: a prompt that is too long or has broken syntax.
         """
-        found = [word for word in reader(self.model, sampling)(prompt).words if is_word(word)]
+        found = [word for word in read_words(self.model, [prompt], sampling)[0].words if is_word(word)]
         often, seen, names = Counter(map(str.casefold, found)), Counter[str](), []
         for word in found:
             seen[word.casefold()] += 1
@@ -88,35 +89,36 @@ class Studio:
         Raises:
             UserError: see `models.editing.edit_pictures`; pictures that are not finite.
         """
-        edit, steps = request.edit, request.sampling.steps
-        began, film = time.monotonic(), Film(self.film_frames, steps, [0, 1])
+        began, steps = time.monotonic(), request.sampling.steps
+        film = Film(self.film_frames, steps, [0, 1] if request.changes else [0])
 
         def watched(step: int, x: Tensor, x0: Tensor) -> None:
             film(step, x, x0)
             if told is not None:
                 told(step + 1, steps)
 
-        side = self.model.denoiser.unet.cfg.sample_size * self.model.autoencoder.cfg.downscale
-        samples = samples_of([{"caption": edit.prompt}], [0], request.seed, side)
         with autocast(self.model.device, self.precision):
-            inputs = self.model.prepare(samples)
-            (made,) = edit_pictures(
-                self.model, [edit], [request.seed], request.sampling, watch=True, callback=watched, inputs=inputs
-            )
-            images = torch.stack([made.source.image, made.result.image])
+            made = self._made(request, watched)
+            images = torch.stack([picture.image for _, picture, _ in made])
             if not images.isfinite().all():
                 raise UserError("the picture is NaN or infinite: set a lower guidance, or runtime.precision=fp32")
-            before, after = (to_uint8(strip) for strip in film.frames(self.model, images))
-        return Drawn(
-            request,
-            shown(edit.prompt, made.source, before),
-            shown(edit.edited, made.result, after, made.region) if request.changes else None,
-            film.labels,
-            time.monotonic() - began,
-        )
+            strips = film.frames(self.model, images)  # [1 or 2, F, 3, H, W]
+        before, *after = [shown(*each, to_uint8(strip)) for each, strip in zip(made, strips, strict=True)]
+        return Drawn(request, before, after[0] if after else None, film.labels, time.monotonic() - began)
+
+    def _made(self, request: Request, watched: Callback) -> list[tuple[str, Picture, Tensor | None]]:
+        """Prompts, pictures, and where they may differ from the one before."""
+        edit, seeds, sampling = request.edit, [request.seed], request.sampling
+        side = self.model.denoiser.unet.cfg.sample_size * self.model.autoencoder.cfg.downscale
+        inputs = self.model.prepare(samples_of([{"caption": edit.prompt}], [0], request.seed, side))
+        if not request.changes:
+            (picture,) = watch_pictures(self.model, [edit.prompt], seeds, sampling, callback=watched, inputs=inputs)
+            return [(edit.prompt, picture, None)]
+        (made,) = edit_pictures(self.model, [edit], seeds, sampling, watch=True, callback=watched, inputs=inputs)
+        return [(edit.prompt, made.source, None), (edit.edited, made.result, made.region)]
 
 
-def shown(prompt: str, picture: Picture, film: np.ndarray, region: Tensor | None = None) -> Shown:
+def shown(prompt: str, picture: Picture, region: Tensor | None, film: np.ndarray) -> Shown:
     """A picture as bytes."""
     words = [(word.partition("#")[0], stretched(heat)) for word, heat in picture.maps.items() if is_word(word)]
     where = None if region is None else region.cpu().numpy()
