@@ -240,6 +240,14 @@ def watch_pictures(
     return [editor.picture(row, image) for row, image in enumerate(images)]
 
 
+def check_edit(model: DiffusionPipeline, edit: Edit, sampling: SamplingConfig) -> None:
+    """Refuse, before anything is drawn, what `edit_pictures` would refuse of the words of an edit."""
+    prompts = [edit.prompt, edit.edited]
+    rows = Rows(prompts, read_words(model, prompts, sampling), {1: (0, edit)})
+    rows.controls()
+    rows.looked_at(watch=False)
+
+
 def read_words(model: DiffusionPipeline, prompts: Sequence[str], sampling: SamplingConfig) -> list[Words]:
     """The words of each prompt as this network and this syntax see them."""
     tower = model.text_tower

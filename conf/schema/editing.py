@@ -17,7 +17,7 @@ TEXT = {"text": True}  # metadata of options that the command line takes as they
 class EditStrength:
     """How much of the source an edit keeps; moments are shares of the sampling, from 0, its begin, to 1, its end."""
 
-    mode: EditMode = EditMode.auto
+    mode: EditMode = EditMode.auto  # replace, refine, or what the prompts allow
     replace_until: float = 0.5  # share of the sampling in which words that were there keep their attention
     self_until: float = 0.4  # share of the sampling in which parts of the picture attend to each other as in the source
     blend_change: bool = False  # change the picture only where the prompts disagree about it
@@ -91,7 +91,8 @@ class EditRun(SamplingConfig, EditStrength):
         require_positive(self, "images_per_edit", "batch_size")
         given = (self.prompt is not None) + (self.edits_file is not None)
         require(given == 1, 'set prompt="..." and edit="...", or edits_file=FILE with an edit on each line')
-        numbers_of("weights", self.weights), numbers_of("until", self.until)
+        numbers_of("weights", self.weights)
+        numbers_of("until", self.until)
 
 
 def numbers_of(option: str, text: str) -> dict[str, float]:

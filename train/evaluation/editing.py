@@ -15,7 +15,7 @@ from conf.errors import UserError
 from conf.schema import Edit, EditRun
 from data.shards import atomic_path, atomic_write
 from models.conditions import Conditions
-from models.editing import Edited, edit_pictures, read_words
+from models.editing import Edited, check_edit, edit_pictures
 from models.pipeline import DiffusionPipeline
 from train.engine.journal import Journal, say
 from train.engine.pictures import captioned, to_uint8
@@ -48,7 +48,8 @@ def run(cfg: EditRun, runtime: Runtime) -> None:
     edits = read_edits(cfg)
     model = load_model(cfg, runtime.device)
     require_text_alone(model.denoiser.conditions)
-    read_words(model, [text for edit in edits for text in (edit.prompt, edit.edited)], cfg)
+    for edit in edits:
+        check_edit(model, edit, cfg)
     jobs = [Job(edit, number) for edit in edits for number in range(cfg.images_per_edit)]
     shared = {"seed": cfg.seed, **sampling_facts(cfg), "unet": weights_digest(cfg.unet), **lora_facts(cfg)}
     folder, mine, broken = Path(cfg.output_dir), range(runtime.rank, len(jobs), runtime.world), list[int]()

@@ -21,9 +21,9 @@ def read_edits(cfg: EditRun) -> list[Edit]:
         UserError: no file, or a line of it that is no edit.
     """
     common = {name: getattr(cfg, name) for name in STRENGTH}
-    common |= {"weights": cfg.weights, "until": cfg.until, "blend": cfg.blend}
+    common |= {"edit": cfg.edit, "weights": cfg.weights, "until": cfg.until, "blend": cfg.blend}
     if cfg.edits_file is None:
-        return [edit_of(common | {"prompt": cfg.prompt, "edit": cfg.edit})]
+        return [edit_of(common | {"prompt": cfg.prompt})]
     path = Path(cfg.edits_file)
     if not path.is_file():
         raise UserError(f"edits_file={path}: no such file")
