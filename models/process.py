@@ -228,7 +228,8 @@ def read_scheduler(path: Path) -> ProcessConfig:
     if found.get("trained_betas") is not None:
         raise UserError(f"{path}: has noise levels of its own (trained_betas): point run_dir at the run instead")
     schedule, prediction = found.get("beta_schedule", "linear"), found.get("prediction_type", "epsilon")
-    schedules, predictions = ({name: kind for kind, name in names.items()} for names in (BETA_NAMES, PREDICTION_NAMES))
+    schedules = {name: kind for kind, name in BETA_NAMES.items()}
+    predictions = {name: kind for kind, name in PREDICTION_NAMES.items()}
     if schedule not in schedules or prediction not in predictions:
         raise UserError(f"{path}: beta_schedule={schedule!r} with prediction_type={prediction!r} is not supported")
     return ProcessConfig(

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from conf.errors import UserError
+from conf.networks import UNetConfig
 from conf.schema import ConditionsConfig
 from models.autoencoder import load_autoencoder
 from models.conditions import Conditions, Surroundings
@@ -40,7 +41,7 @@ def load_exported(folder: str, device: torch.device, tile: int = 0) -> Diffusion
     channels = autoencoder.cfg.latent_channels
     mean, std = torch.zeros(channels), torch.full((channels,), 1 / scale)
 
-    def conditions(model):  # type: ignore[no-untyped-def]
+    def conditions(model: UNetConfig) -> Conditions:
         around = Surroundings.of(model, downscale=autoencoder.cfg.downscale, latent_mean=mean, latent_std=std)
         return Conditions(ConditionsConfig(), around)
 
