@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import os
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from conf.errors import UserError
@@ -34,7 +35,8 @@ def run(cfg: PlaygroundRun, runtime: Runtime) -> None:
         server = server_of(cfg, studio)
         host, port = listening.getsockname()[:2]
         say("playground", f"http://{host}:{port} has the page; Ctrl+C ends it")
-        server.run(sockets=[listening])
+        with suppress(KeyboardInterrupt):  # which it raises again when all is closed
+            server.run(sockets=[listening])
 
 
 def server_of(cfg: PlaygroundRun, studio: Studio) -> "uvicorn.Server":
