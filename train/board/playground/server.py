@@ -47,7 +47,7 @@ def server_of(cfg: PlaygroundRun, studio: Studio) -> "uvicorn.Server":
     from train.board.playground.page import application
 
     app = application(cfg, studio)
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=CLOSING_S))
+    return uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=CLOSING_S))
 
 
 def load(cfg: PlaygroundRun, runtime: Runtime) -> DiffusionPipeline:
