@@ -1,7 +1,7 @@
 """What an edit costs: a picture and its edit by attention control, against two pictures drawn plainly.
 
-The networks have the sizes of `experiment=demo` and random weights. Both sides are ours: the ratio is the share of plain
-sampling's speed that attention control leaves, 1 / 1.15 at least.
+The networks have the sizes of `experiment=demo` and random weights. Both sides are ours: the ratio is the share of
+plain sampling's speed that attention control leaves, 1 / 1.15 at least.
 """
 
 import tempfile

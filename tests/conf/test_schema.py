@@ -4,6 +4,7 @@ import ast
 import functools
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +164,11 @@ def test_what_an_experiment_starts_from_is_of_the_same_architecture(experiment: 
     if unet.init_from is not None and (first_name := maker(unet.init_from, experiment)) != experiment:
         first = composed(COMMANDS["unet"], first_name)
         narrowed = architecture(unet.model) | {"in_channels": first.model.in_channels}
-        assert architecture(first.model) == narrowed and first.process == unet.process
-        assert first.clip == unet.clip and first.autoencoder == unet.autoencoder
+        assert architecture(first.model) == narrowed
+        drawn_alike = replace(first.process, logit_mean=unet.process.logit_mean)  # a training may favour other moments
+        assert drawn_alike == unet.process
+        assert first.autoencoder == unet.autoencoder
+        assert first.clip == unet.clip or not asks_clip(unet.conditions)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -1,5 +1,6 @@
 """One network under plain data parallelism."""
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +19,8 @@ class DdpBackend:
 
     def __init__(self, runtime: Runtime, module: nn.Module, optim: OptimConfig, accumulation: int) -> None:
         self.accelerator = runtime.accelerator
+        # Gradients of 1 x 1 kernels have strides of either layout of pixels, which differ in name only.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self.wrapped: nn.Module = self.accelerator.prepare_model(module)
         self.optimizer = adamw(module, optim)
         self.grad_clip, self.accumulation = optim.grad_clip, accumulation

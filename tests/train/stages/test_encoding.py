@@ -64,6 +64,7 @@ def batch(images: Tensor, captions: list[str] | None = None) -> dict[str, Any]:
         "size": [(4, 4)] * count,
         "cuts": [[Cut(0, 0, 4, 4)] * (images.shape[1] if images.ndim == 5 else 1)] * count,
         "index": list(range(count)),
+        "key": [f"{number}" for number in range(count)],
     }
 
 
