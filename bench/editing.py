@@ -6,6 +6,7 @@ plain sampling's speed that attention control leaves, 1 / 1.15 at least.
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +28,7 @@ KINDS = {
     "refine": [Edit(prompt=prompt, edit=f"{prompt} with stars") for prompt in PROMPTS],
     "weights": [Edit(prompt=prompt, weights={"red": 2.0}) for prompt in PROMPTS],
     "blend": [
-        Edit(prompt=prompt, edit=edit, blend=[noun])
-        for prompt, edit, noun in zip(PROMPTS, EDITED, NOUNS, strict=True)
+        Edit(prompt=prompt, edit=edit, blend=[noun]) for prompt, edit, noun in zip(PROMPTS, EDITED, NOUNS, strict=True)
     ],
 }
 
@@ -38,15 +38,11 @@ def comparisons(folder: Path) -> Iterator[Comparison]:
     model, _ = models(folder, ConditionsConfig(), 4, StableDiffusionPipeline)
     sampling, count = SamplingConfig(steps=STEPS, guidance_scale=GUIDANCE_SCALE), 2 * len(PROMPTS)
 
-    def plain() -> None:
-        model([*PROMPTS, *EDITED], [0] * count, sampling)
-
+    plain = partial(model, [*PROMPTS, *EDITED], [0] * count, sampling)
     for name, edits in KINDS.items():
-
-        def edited(edits: list[Edit] = edits) -> None:
-            edit_pictures(model, edits, [0] * len(edits), sampling)
-
-        yield Comparison(name, ours=rate(count, edited), peer=rate(count, plain), unit="images/s", bar=BAR, pairs=9)
+        edited = partial(edit_pictures, model, edits, [0] * len(edits), sampling)
+        ours, peer = rate(count, edited), rate(count, plain)
+        yield Comparison(name=name, ours=ours, peer=peer, unit="images/s", bar=BAR, pairs=9)
 
 
 if __name__ == "__main__":
