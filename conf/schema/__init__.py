@@ -37,6 +37,7 @@ from conf.schema.choices import (
 )
 from conf.schema.conditions import ConditionsConfig
 from conf.schema.data import BucketConfig, BuildRun, FilterConfig, MixedSource, PrecomputeRun, PreviewRun
+from conf.schema.drawing import ModelRun, SamplingConfig
 from conf.schema.editing import Edit, EditRun
 from conf.schema.evaluation import EvaluateRun, LoopEvaluationConfig
 from conf.schema.pipeline import PipelineRun
@@ -51,7 +52,6 @@ from conf.schema.sections import (
     OptimConfig,
     ProcessConfig,
     RuntimeConfig,
-    SamplingConfig,
     StreamConfig,
     WandbConfig,
 )
@@ -96,6 +96,7 @@ __all__ = [
     "LrDecay",
     "MaskStyle",
     "MixedSource",
+    "ModelRun",
     "Offload",
     "OptimConfig",
     "Perceptual",

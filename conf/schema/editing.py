@@ -8,7 +8,8 @@ from omegaconf import MISSING
 
 from conf.errors import UserError
 from conf.schema.choices import EditMode
-from conf.schema.sections import RuntimeConfig, SamplingConfig, WandbConfig, check_lora, require, require_positive
+from conf.schema.drawing import ModelRun
+from conf.schema.sections import WandbConfig, require, require_positive
 
 TEXT = {"text": True}  # metadata of options that the command line takes as they are, with commas and colons
 
@@ -58,19 +59,11 @@ class Edit(EditStrength):
 
 
 @dataclass(kw_only=True)
-class EditRun(SamplingConfig, EditStrength):
+class EditRun(ModelRun, EditStrength):
     """`train/edit.py`: pictures before and after edits of their prompts, and what their words look at."""
 
     run: str = MISSING  # the run folder, in short; run_dir=FOLDER says the same
-    run_dir: str = MISSING
-    name: str = MISSING
-    seed: int = 0  # of the noise; picture i of a prompt uses (seed, prompt, i)
     output_dir: str = MISSING
-    unet: str = MISSING  # folder with the exported U-Net
-    lora: str | None = None
-    lora_scale: float = 1.0
-    autoencoder: str = MISSING
-    clip: str = MISSING
     prompt: str | None = field(default=None, metadata=TEXT)  # of the picture before
     edit: str | None = field(default=None, metadata=TEXT)  # prompt of the picture after; None: the same
     weights: str = field(default="", metadata=TEXT)  # factor of the attention that words get: "smiling:2.0,navy:0"
@@ -80,14 +73,11 @@ class EditRun(SamplingConfig, EditStrength):
     images_per_edit: int = 1  # pictures drawn of each edit
     maps: bool = True  # show what each word looks at
     batch_size: int = 16  # edits made together; changes no picture
-    tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        SamplingConfig.__post_init__(self)
+        ModelRun.__post_init__(self)
         EditStrength.__post_init__(self)
-        check_lora(self.lora, self.lora_scale)
         require_positive(self, "images_per_edit", "batch_size")
         given = (self.prompt is not None) + (self.edits_file is not None)
         require(given == 1, 'set prompt="..." and edit="...", or edits_file=FILE with an edit on each line')

@@ -5,12 +5,10 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from conf.schema.choices import EvaluationSubject, JudgeName, Perceptual
+from conf.schema.drawing import ModelRun
 from conf.schema.sections import (
     ImageConfig,
-    RuntimeConfig,
-    SamplingConfig,
     WandbConfig,
-    check_lora,
     require,
     require_positive,
 )
@@ -43,12 +41,9 @@ class LoopEvaluationConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class EvaluateRun(SamplingConfig):
+class EvaluateRun(ModelRun):
     """`train/evaluate.py`: pictures of held-out prompts, or those that an autoencoder gives back, against real ones."""
 
-    run_dir: str = MISSING
-    name: str = MISSING
-    seed: int = 0  # of the noise
     output_dir: str = MISSING
     subject: EvaluationSubject = EvaluationSubject.unet  # what is evaluated
     shards: str = MISSING
@@ -57,14 +52,9 @@ class EvaluateRun(SamplingConfig):
     others: str | None = None  # more real pictures, a folder of shards: how many lie nearer to reference than to these?
     statistics_dir: str = MISSING  # where what was measured of real pictures is kept
     unet: str = MISSING  # folder with the exported U-Net; with watch=true the one that its training will write
-    lora: str | None = None  # adapters that are merged into it: a .safetensors file, or a folder that holds one
-    lora_scale: float = 1.0  # factor on what they add to the weights
-    autoencoder: str = MISSING
-    clip: str = MISSING
     images: ImageConfig = field(default_factory=ImageConfig)
     samples: int = 128  # pictures; a caption is drawn again, with other noise, where there are fewer
     batch_size: int = 32  # pictures made together
-    tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
     inception: str | None = None  # file with the Inception weights of the FID; None: only offline metrics
     clip_score: str | None = None  # CLIP that compares pictures with captions: a folder, or open_clip's NAME/TAG
     perceptual: Perceptual = Perceptual.efficientnet  # distance between a picture and its original
@@ -73,12 +63,10 @@ class EvaluateRun(SamplingConfig):
     bootstrap: int = 50  # sets drawn again for the 95 % interval of a Fréchet distance; 0: no interval
     watch: bool = False  # evaluate the checkpoints of a training as they appear, until it is finished
     watch_s: float = 30.0  # seconds between two looks
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)  # without wandb.name: the training's own W&B run
 
     def __post_init__(self) -> None:
-        SamplingConfig.__post_init__(self)
-        check_lora(self.lora, self.lora_scale)
+        ModelRun.__post_init__(self)
         require(self.lora is None or not self.watch, "lora: goes with an export; leave it out with watch=true")
         require_positive(self, "batch_size", "watch_s")
         require_enough(f"samples={self.samples}", self.samples, self.inception)

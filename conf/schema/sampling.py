@@ -5,22 +5,15 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from conf.schema.choices import CacheDtype, ExportFormat
-from conf.schema.sections import RuntimeConfig, SamplingConfig, check_lora, require, require_positive
+from conf.schema.drawing import ModelRun
+from conf.schema.sections import require, require_positive
 
 
 @dataclass(kw_only=True, slots=True)
-class SampleRun(SamplingConfig):
+class SampleRun(ModelRun):
     """`train/sample.py`: prompts to PNGs, a captioned grid and a film strip."""
 
-    run_dir: str = MISSING
-    name: str = MISSING
-    seed: int = 0  # of the noise; picture i of a prompt uses (seed, prompt, i)
     output_dir: str = MISSING
-    unet: str = MISSING  # folder with the exported U-Net
-    lora: str | None = None
-    lora_scale: float = 1.0
-    autoencoder: str = MISSING
-    clip: str = MISSING
     prompts: list[str] = field(default_factory=list)  # 'prompts=["a red planet"]'; without text, classes or boxes
     prompts_file: str | None = None  # a text file, one prompt a line
     prompts_from: str | None = None  # folder of image shards, such as RUN/shards/heldout: its captions are prompts
@@ -29,13 +22,10 @@ class SampleRun(SamplingConfig):
     images_per_prompt: int = 1  # pictures drawn of each prompt
     film_frames: int = 0  # of film.png, which shows guesses of the picture from the first step to the last; 0: no film
     batch_size: int = 32  # pictures made together; changes no picture
-    tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
     prompt_syntax: bool = True
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        SamplingConfig.__post_init__(self)
-        check_lora(self.lora, self.lora_scale)
+        ModelRun.__post_init__(self)
         require_positive(self, "images_per_prompt", "batch_size")
         given = self.prompts or self.prompts_file or self.prompts_from or self.inputs
         require(bool(given), 'no prompts: set prompts=["..."], prompts_file=FILE, prompts_from=FOLDER or inputs=[FILE]')
@@ -45,28 +35,18 @@ class SampleRun(SamplingConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class PlaygroundRun(SamplingConfig):
+class PlaygroundRun(ModelRun):
     """`train/playground.py`: a page on which one draws pictures and edits them; it begins with these options."""
 
     run_dir: str = MISSING  # a run, or a folder with a model_index.json: an export, or one in the format of the Hub
-    name: str = MISSING
-    seed: int = 0  # that the page begins with
-    unet: str = MISSING  # folder with the exported U-Net, of a run
-    lora: str | None = None
-    lora_scale: float = 1.0
-    autoencoder: str = MISSING
-    clip: str = MISSING
-    tile: int = 0  # pixels, as in sampling; 0: whole
     examples: str = MISSING  # folder of image shards, whose first captions are offered as prompts if it is there
     film_frames: int = 8  # of the strip that shows a picture on its way out of the noise
     host: str = "127.0.0.1"  # address to listen on: this machine's own; 0.0.0.0 lets in everybody who can reach it
     port: int = 7860  # to listen on; 0: any free one
     queue: int = 16  # pictures that wait while one is drawn, at most; who asks for more is told to come back
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        SamplingConfig.__post_init__(self)
-        check_lora(self.lora, self.lora_scale)
+        ModelRun.__post_init__(self)
         require_positive(self, "queue")
         require(self.film_frames > 1, f"film_frames={self.film_frames}: must be 2 or more")
         require(0 <= self.port < 2**16, f"port={self.port}: must be in [0, 65535]")

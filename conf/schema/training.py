@@ -7,6 +7,7 @@ from omegaconf import MISSING
 from conf.networks import AutoencoderConfig, ClipConfig, DiscriminatorConfig, UNetConfig
 from conf.schema.choices import Adversarial, BackendName, Perceptual, Reconstruction
 from conf.schema.conditions import ConditionsConfig
+from conf.schema.drawing import SamplingConfig
 from conf.schema.evaluation import LoopEvaluationConfig
 from conf.schema.sections import (
     BatchConfig,
@@ -16,7 +17,6 @@ from conf.schema.sections import (
     OptimConfig,
     ProcessConfig,
     RuntimeConfig,
-    SamplingConfig,
     StreamConfig,
     WandbConfig,
     require,

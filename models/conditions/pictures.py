@@ -51,7 +51,7 @@ class ImageEmbedding(Condition):
         return {"image_embedding": torch.zeros_like(inputs["image_embedding"])}
 
     def baselines(self, originals: Tensor, inputs: Inputs) -> dict[str, Tensor]:
-        return {"another": originals.roll(1, 0)}  # real, but not what is asked for
+        return {"another": originals.roll(1, 0)}  # another one of its batch, not what is asked for
 
     def show(self, originals: Tensor, inputs: Inputs) -> Tensor:
         return originals

@@ -29,8 +29,8 @@ STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
 SCHEMA = [
     f"schema/{name}.py"
     for name in (
-        *("choices", "sections", "conditions", "data", "training", "evaluation"),
-        *("sampling", "editing", "pipeline", "planning", "reporting"),
+        *("choices", "sections", "conditions", "data", "training", "drawing"),
+        *("evaluation", "sampling", "editing", "pipeline", "planning", "reporting"),
     )
 ]
 

@@ -7,18 +7,13 @@ import pytest
 import torch
 
 from conf.errors import UserError
-from conf.networks import AutoencoderConfig, UNetConfig
-from conf.schema import ConditionsConfig, Edit, EditMode, Prediction, ProcessConfig, Sampler, SamplingConfig
+from conf.schema import Edit, EditMode, Prediction, Sampler, SamplingConfig
 from models.alignment import words_of
-from models.autoencoder import Autoencoder
-from models.conditions import Conditions, Surroundings
-from models.denoiser import Denoiser
 from models.editing import Edited, Editor, Rows, edit_pictures, factors, token_control, watch_pictures
 from models.pipeline import DiffusionPipeline
-from models.process import Process
-from models.unet import UNet
+from tiny_pipeline import WIDTH, tiny_pipeline
 
-LENGTH, WIDTH = 12, 16
+LENGTH = 12
 START, END = 1, 2
 RED, BLUE, LONG = "a red monster on a hill", "a blue monster on a hill", "a sad red monster on a hill"
 
@@ -45,31 +40,13 @@ class SyllableText:
 
 
 def build(prediction: Prediction = Prediction.flow) -> DiffusionPipeline:
-    torch.manual_seed(0)
-    cfg = UNetConfig(
-        sample_size=8,
+    return tiny_pipeline(
+        SyllableText(),
+        prediction,
         block_out_channels=[16, 32],
-        layers_per_block=1,
         down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-        cross_attention_dim=WIDTH,
-        attention_head_dim=[2],
-        norm_num_groups=8,
     )
-    unet = UNet(cfg)
-    with torch.no_grad():
-        for parameter in unet.parameters():  # no layer that starts at zero may hide a dependence
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    autoencoder = Autoencoder(
-        AutoencoderConfig(
-            block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
-        )
-    )
-    mean, std = torch.zeros(4), torch.ones(4)
-    around = Surroundings.of(cfg, downscale=2, latent_mean=mean, latent_std=std)
-    denoiser = Denoiser(unet.eval(), Conditions(ConditionsConfig(), around))
-    process = Process(ProcessConfig(prediction=prediction))
-    return DiffusionPipeline(denoiser, autoencoder.eval(), SyllableText(), process, mean, std)
 
 
 MODEL = build()

@@ -6,16 +6,11 @@ import pytest
 import torch
 
 from conf.errors import UserError
-from conf.networks import AutoencoderConfig, UNetConfig
-from conf.schema import STOCHASTIC, ConditionsConfig, Prediction, ProcessConfig, Sampler, SamplingConfig, Spacing
-from models.autoencoder import Autoencoder
-from models.conditions import Conditions, Surroundings
-from models.denoiser import Denoiser
+from conf.schema import STOCHASTIC, Prediction, Sampler, SamplingConfig, Spacing
 from models.pipeline import DiffusionPipeline, picture_noise
-from models.process import Process
-from models.unet import UNet
+from tiny_pipeline import WIDTH, tiny_pipeline
 
-LENGTH, WIDTH = 6, 16
+LENGTH = 6
 
 
 class HashedText:
@@ -30,32 +25,16 @@ class HashedText:
 
 
 def build(prediction: Prediction = Prediction.flow) -> DiffusionPipeline:
-    torch.manual_seed(0)
-    unet = UNet(
-        UNetConfig(
-            sample_size=8,
-            block_out_channels=[16, 32],
-            layers_per_block=1,
-            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-            up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-            cross_attention_dim=WIDTH,
-            attention_head_dim=[2],
-            norm_num_groups=8,
-        )
+    return tiny_pipeline(
+        HashedText(),
+        prediction,
+        perturbed=0.02,
+        mean=(0.5, -1.0, 0.0, 2.0),
+        std=(1.0, 0.5, 3.0, 0.1),
+        block_out_channels=[16, 32],
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
     )
-    with torch.no_grad():
-        for parameter in unet.parameters():  # no layer that starts at zero may hide a dependence
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    autoencoder = Autoencoder(
-        AutoencoderConfig(
-            block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
-        )
-    )
-    mean, std = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([1.0, 0.5, 3.0, 0.1])
-    process = Process(ProcessConfig(prediction=prediction))
-    around = Surroundings.of(unet.cfg, downscale=2, latent_mean=mean, latent_std=std)
-    denoiser = Denoiser(unet.eval(), Conditions(ConditionsConfig(), around))
-    return DiffusionPipeline(denoiser, autoencoder.eval(), HashedText(), process, mean, std)
 
 
 PIPELINE = build()

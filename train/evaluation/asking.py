@@ -89,6 +89,17 @@ def labels_in(conditions: Conditions, words: str, side: int) -> Item:
         raise UserError(f"prompt '{words}': {error}") from None
 
 
+def require_prompts_alone(conditions: Conditions, who: str) -> None:
+    """Refuse a network that must be told more than a prompt, for a command that has nothing else.
+
+    Raises:
+        UserError: naming the condition.
+    """
+    for name, part in conditions.kinds.items():
+        if part.needs_picture or part.names:
+            raise UserError(f"this network was trained with conditions.{name}: {who} knows prompts alone")
+
+
 def samples_of(items: Sequence[Item], numbers: Sequence[int], seed: int, side: int) -> Samples:
     """Of the pictures with these numbers, which decide what is random about their masks and degradations.
 

@@ -11,10 +11,8 @@ import numpy as np
 import torch
 
 from conf.entry import to_plain
-from conf.errors import UserError
 from conf.schema import Edit, EditRun
 from data.shards import atomic_path, atomic_write
-from models.conditions import Conditions
 from models.editing import Edited, check_edit, edit_pictures
 from models.pipeline import DiffusionPipeline
 from train.engine.journal import Journal, say
@@ -24,7 +22,7 @@ from train.engine.progress import Progress
 from train.engine.provenance import weights_digest
 from train.engine.runtime import Runtime
 from train.evaluation.album import read_parameters, read_png, write_png
-from train.evaluation.asking import samples_of
+from train.evaluation.asking import require_prompts_alone, samples_of
 from train.evaluation.edit_sheets import sheet
 from train.evaluation.edits import read_edits
 from train.evaluation.sampling import finite, load_model, lora_facts, require_finite, sampling_facts
@@ -47,7 +45,7 @@ def run(cfg: EditRun, runtime: Runtime) -> None:
     """
     edits = read_edits(cfg)
     model = load_model(cfg, runtime.device)
-    require_text_alone(model.denoiser.conditions)
+    require_prompts_alone(model.denoiser.conditions, "edit.py")
     for edit in edits:
         check_edit(model, edit, cfg)
     jobs = [Job(edit, number) for edit in edits for number in range(cfg.images_per_edit)]
@@ -66,13 +64,6 @@ def run(cfg: EditRun, runtime: Runtime) -> None:
     require_finite(cfg, [jobs[index].edit.edited for index in broken])
     if runtime.is_main:
         record(cfg, folder, jobs)
-
-
-def require_text_alone(conditions: Conditions) -> None:
-    """Refuse a network that must be told more than a prompt."""
-    for name, part in conditions.kinds.items():
-        if part.needs_picture or part.names:
-            raise UserError(f"this network was trained with conditions.{name}: edit.py knows prompts alone")
 
 
 def draw(model: DiffusionPipeline, cfg: EditRun, jobs: Sequence[Job]) -> list[Edited]:

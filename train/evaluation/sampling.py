@@ -15,7 +15,7 @@ from torch import Tensor
 
 from conf.entry import to_plain
 from conf.errors import UserError
-from conf.schema import EditRun, EvaluateRun, PlaygroundRun, SampleRun, SamplingConfig
+from conf.schema import ModelRun, SampleRun, SamplingConfig
 from models.autoencoder import AnyAutoencoder, load_autoencoder
 from models.conditions import Inputs
 from models.denoiser import Denoiser
@@ -48,7 +48,7 @@ class Drawing(NamedTuple):
     titles: list[str]
 
 
-def load_model(cfg: SampleRun | EvaluateRun | EditRun | PlaygroundRun, device: torch.device) -> DiffusionPipeline:
+def load_model(cfg: ModelRun, device: torch.device) -> DiffusionPipeline:
     """The exported U-Net with its autoencoder and CLIP; refuses a pair that was not trained together."""
     info = info_of_trained(cfg.unet, cfg.autoencoder, cfg.clip)
     autoencoder = load_autoencoder(cfg.autoencoder)
@@ -69,7 +69,7 @@ def refuse_merged(unet: str, lora: str) -> None:
         )
 
 
-def lora_facts(cfg: SampleRun | EvaluateRun | EditRun) -> dict[str, Any]:
+def lora_facts(cfg: ModelRun) -> dict[str, Any]:
     """The adapters that pictures depend on, in plain values; nothing where there are none."""
     if cfg.lora is None:
         return {}
@@ -80,7 +80,7 @@ def put_together(
     denoiser: Denoiser,
     autoencoder: AnyAutoencoder,
     info: UNetInfo,
-    cfg: SampleRun | EvaluateRun | EditRun | PlaygroundRun,
+    cfg: ModelRun,
     device: torch.device,
 ) -> DiffusionPipeline:
     """A U-Net with the other networks that it needs."""
@@ -94,7 +94,7 @@ def put_together(
 
 def draw(
     model: DiffusionPipeline,
-    cfg: SampleRun | EvaluateRun,
+    cfg: ModelRun,
     items: Sequence[Item],
     numbers: Sequence[int],
     film: Film | None = None,
@@ -115,7 +115,7 @@ def finite(images: Tensor) -> list[bool]:
     return images.flatten(1).isfinite().all(dim=1).tolist()
 
 
-def require_finite(cfg: SampleRun | EvaluateRun | EditRun, broken: Sequence[str]) -> None:
+def require_finite(cfg: ModelRun, broken: Sequence[str]) -> None:
     """Name the prompts whose pictures were not finite, if there are any."""
     if broken:
         named = ", ".join(f"'{prompt}'" for prompt in broken[:NAMED]) + (" …" if len(broken) > NAMED else "")

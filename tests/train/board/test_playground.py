@@ -13,24 +13,18 @@ import torch
 
 from conf.entry import compose
 from conf.errors import UserError
-from conf.networks import AutoencoderConfig, UNetConfig
 from conf.schema import (
     ConditionsConfig,
     Edit,
     PlaygroundRun,
     Precision,
-    Prediction,
-    ProcessConfig,
     Sampler,
     SamplingConfig,
 )
 from conf.schema.conditions import MaskedConfig
-from models.autoencoder import Autoencoder
 from models.conditions import Conditions, Surroundings
-from models.denoiser import Denoiser
 from models.pipeline import DiffusionPipeline
-from models.process import Process
-from models.unet import UNet
+from tiny_pipeline import WIDTH, tiny_pipeline
 from train.board.playground import server
 from train.board.playground.request import AS_GIVEN, request_of
 from train.board.playground.sheet import data_url, message, sheet
@@ -38,7 +32,7 @@ from train.board.playground.studio import Drawn, Studio
 from train.engine.pictures import to_uint8
 from train.engine.runtime import Runtime
 
-LENGTH, WIDTH = 12, 16
+LENGTH = 12
 RED, BLUE, PLAIN = "a red dog, a red hat", "a blue dog, a red hat", "a cat"
 SET = {  # what a visitor who touched nothing but the prompt has set
     **{name: getattr(Edit(prompt=""), name) for name in AS_GIVEN},
@@ -68,34 +62,18 @@ class WordText:
 
 def untrained(told: ConditionsConfig | None = None) -> DiffusionPipeline:
     """A tiny network of random weights, none of them zero; `told`: what it claims to be told instead of a caption."""
-    torch.manual_seed(0)
-    unet = UNet(
-        UNetConfig(
-            sample_size=8,
-            block_out_channels=[16, 16],
-            layers_per_block=1,
-            down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
-            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-            cross_attention_dim=WIDTH,
-            attention_head_dim=[2],
-            norm_num_groups=8,
-        )
+    model = tiny_pipeline(
+        WordText(),
+        block_out_channels=[16, 16],
+        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
     )
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    autoencoder = Autoencoder(
-        AutoencoderConfig(
-            block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
-        )
-    )
-    mean, std = torch.zeros(4), torch.ones(4)
-    around = Surroundings.of(unet.cfg, downscale=2, latent_mean=mean, latent_std=std)
-    denoiser = Denoiser(unet.eval(), Conditions(ConditionsConfig(), around))
     if told is not None:
-        denoiser.conditions = Conditions(told, around)
-    process = Process(ProcessConfig(prediction=Prediction.flow))
-    return DiffusionPipeline(denoiser, autoencoder.eval(), WordText(), process, mean, std)
+        around = Surroundings.of(
+            model.denoiser.unet.cfg, downscale=2, latent_mean=torch.zeros(4), latent_std=torch.ones(4)
+        )
+        model.denoiser.conditions = Conditions(told, around)
+    return model
 
 
 MODEL = untrained()

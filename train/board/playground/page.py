@@ -54,14 +54,15 @@ class Events:
             words = self.studio.words(edit.strip() or prompt, self.cfg)[: len(self.sliders)]
         except UserError as error:
             trouble = message(str(error))
-        known = dict(zip(before, weights, strict=False))
+        known = dict(zip(before, weights[: len(before)], strict=True))
         shown = [gr.update(visible=True, label=label(word), value=known.get(word, 1)) for word in words]
         hidden = [gr.update(visible=False, value=1)] * (len(self.sliders) - len(words))
         return [trouble, words, gr.update(visible=bool(words)), *shown, *hidden]
 
     def draw(self, given: dict[Component, Any], progress: gr.Progress = PROGRESS) -> tuple[Any, str]:
         """The pictures, and what is wrong; what was drawn before stays where a request is wrong."""
-        weights = dict(zip(given[self.words], (given[slider] for slider in self.sliders), strict=False))
+        words = given[self.words]
+        weights = {word: given[slider] for word, slider in zip(words, self.sliders[: len(words)], strict=True)}
         values = {name: given[control] for name, control in self.controls.items()}
         try:
             request = request_of(self.cfg, values, weights)

@@ -20,7 +20,7 @@ from models.solvers.common import Callback
 from train.board.playground.request import Request
 from train.engine.pictures import to_uint8
 from train.engine.precision import autocast
-from train.evaluation.asking import samples_of
+from train.evaluation.asking import require_prompts_alone, samples_of
 from train.evaluation.prompts import captions_of_shards
 
 LARGEST_MAP = 128  # pixels of its sides: maps are smooth
@@ -59,11 +59,8 @@ class Studio:
 
     def __init__(self, model: DiffusionPipeline, precision: Precision, film_frames: int) -> None:
         self.model, self.precision, self.film_frames = model, precision, film_frames
-        conditions = model.denoiser.conditions
-        for name, part in conditions.kinds.items():
-            if part.needs_picture or part.names:
-                raise UserError(f"this network was trained with conditions.{name}: the playground knows prompts alone")
-        if not conditions.takes_text:
+        require_prompts_alone(model.denoiser.conditions, "the playground")
+        if not model.denoiser.conditions.takes_text:
             raise UserError("this network was trained without conditions.caption: it takes no prompt to play with")
 
     def words(self, prompt: str, sampling: SamplingConfig) -> list[str]:
