@@ -5,7 +5,7 @@ made.source.image, made.result.image, made.result.maps["monster"]
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conf.errors import UserError
-from conf.schema import Edit, EditMode, SamplingConfig
+from conf.schema import Edit, EditMode, InversionMethod, SamplingConfig
 from models.alignment import Words, refinement, replacement, words_of
 from models.attention_control import ControlledAttention, TokenControl
 from models.conditions import Inputs
 from models.heat_maps import WordMaps
+from models.inversion import invert
 from models.pipeline import DiffusionPipeline
 from models.process import Denoise
 from models.prompts import parse, plain
@@ -39,6 +40,7 @@ class Edited:
     source: Picture
     result: Picture
     region: Tensor | None  # bool [H, W], where it may have changed; None: everywhere
+    found: Tensor | None = None  # [3, H, W], a given source as the network draws it again
 
 
 class Editor:
@@ -181,8 +183,12 @@ def edit_pictures(
     watch: bool = False,
     callback: Callback | None = None,
     inputs: Inputs | None = None,
+    given: Tensor | None = None,
+    inversion: InversionMethod = InversionMethod.negative_prompt,
 ) -> list[Edited]:
     """Sources and their edits, all in one batch; they share the noise, which belongs to the prompt of the source.
+
+    Edits of one source bring it once.
 
     Args:
         model: told a caption.
@@ -193,34 +199,52 @@ def edit_pictures(
         watch: make the heat maps of all words.
         callback: as for the pipeline; sees the rows of this batch.
         inputs: arrays of the other conditions, E each.
+        given: the sources [E, 3, H, W], of which the prompts say what they show; None: they are drawn.
+        inversion: how their noise is found (`models.inversion`).
 
     Raises:
         UserError: a network without text, words that are not in their prompt, prompts that are too long, prompts whose
-            words do not correspond in mode=replace, and what the pipeline refuses.
+            words do not correspond in mode=replace, and what the pipeline and `invert` refuse.
     """
     sampling = SamplingConfig() if sampling is None else sampling
     numbers = [0] * len(edits) if indices is None else indices
-    keys = [(edit.prompt, seed, number) for edit, seed, number in zip(edits, seeds, numbers, strict=True)]
-    first = {key: number for number, key in reversed(list(enumerate(keys)))}  # edits that bring a source
-    bringers = sorted(first.values())
-    sources = [bringers.index(first[key]) for key in keys]  # row of each edit's source
+    contents = [None] * len(edits) if given is None else [image.cpu().numpy().tobytes() for image in given]
+    bringers, sources = shared(list(zip([edit.prompt for edit in edits], seeds, numbers, contents, strict=True)))
     owners = [*bringers, *range(len(edits))]  # edit that each row belongs to
     prompts = [edits[number].prompt for number in bringers] + [edit.edited for edit in edits]
-    changed = {len(bringers) + number: pair for number, pair in enumerate(zip(sources, edits, strict=True))}
+    count = len(bringers)
+    changed = {count + number: pair for number, pair in enumerate(zip(sources, edits, strict=True))}
     editor = Editor(Rows(prompts, read_words(model, prompts, sampling), changed), watch, model.device)
-    images = model(
+    own, start = {name: array[owners] for name, array in (inputs or {}).items()}, None
+    if given is not None:
+        told = {name: array[:count] for name, array in own.items()}
+        found = invert(model, given[bringers], prompts[:count], sampling, inversion, told)
+        start = found.of([*range(count), *sources])
+    drawn = model(
         prompts,
         [seeds[owner] for owner in owners],
         sampling,
         indices=[numbers[owner] for owner in owners],
         callback=callback,
-        inputs={name: array[owners] for name, array in (inputs or {}).items()},
+        inputs=own,
         noise_of=[edits[owner].prompt for owner in owners],
+        start=start,
         control=editor,
     )
-    images, regions = editor.confined(images)
-    pictures = [editor.picture(row, image) for row, image in enumerate(images)]
-    return [Edited(pictures[source], pictures[row], regions.get(row)) for row, (source, _) in changed.items()]
+    before = drawn[:count] if given is None else given[bringers].to(drawn)
+    images, regions = editor.confined(torch.cat([before, drawn[count:]]))
+    made = [editor.picture(row, image) for row, image in enumerate(images)]
+    again = dict(enumerate(drawn[:count])) if given is not None else {}
+    return [
+        Edited(made[source], made[row], regions.get(row), again.get(source)) for row, (source, _) in changed.items()
+    ]
+
+
+def shared(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
+    """Numbers of the first of all equal keys, in order, and for each key where in that list its equal is."""
+    first = {key: number for number, key in reversed(list(enumerate(keys)))}
+    bringers = sorted(first.values())
+    return bringers, [bringers.index(first[key]) for key in keys]
 
 
 def watch_pictures(

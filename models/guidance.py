@@ -1,6 +1,6 @@
 """Guidance: wrappers that bind a conditional network to its conditions and leave a `Network` for the process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,5 +79,20 @@ def within(interval: tuple[float, float], inside: Network, outside: Network) -> 
 
     def network(x_t: Tensor, timesteps: Tensor) -> Tensor:
         return (inside if low < float(timesteps[0]) <= high else outside)(x_t, timesteps)
+
+    return network
+
+
+def by_step(timesteps: Sequence[float], makers: Sequence[Callable[[], Network]]) -> Network:
+    """A network for each of the timesteps that sampling visits, made when it gets there; one maker: for all.
+
+    All timesteps of a call are the same, as they are in sampling; between two of them it is the nearer one's.
+    """
+    if len(makers) == 1:
+        return makers[0]()
+
+    def network(x_t: Tensor, time: Tensor) -> Tensor:
+        distances = [abs(level - float(time[0])) for level in timesteps]
+        return makers[distances.index(min(distances))]()(x_t, time)
 
     return network

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -14,8 +15,8 @@ from conf.schema import SamplingConfig
 from models.autoencoder import AnyAutoencoder, finite, split_moments
 from models.conditions import Conditioning, Inputs, Samples
 from models.denoiser import Denoiser
-from models.guidance import Joined, classifier_free, within
-from models.process import Denoise, Network, Process
+from models.guidance import Joined, by_step, classifier_free, within
+from models.process import Denoise, Process
 from models.prompts import Prompt, parse, plain, text_states
 from models.samplers import sampler_of
 from models.solvers.common import Callback
@@ -33,6 +34,18 @@ class Control(Protocol):
     def around(self, denoise: Denoise, sigmas: Tensor) -> Denoise:
         """What samplers call in place of `denoise`, at the levels sigmas [steps + 1] and between them."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where sampling begins in place of noise: what `models.inversion` finds of a picture."""
+
+    x: Tensor  # [B, C, h, w] at the first noise level
+    away: tuple[Tensor, ...] = ()  # text states [B, L, D], of all steps or of each; (): of the negative prompt
+
+    def of(self, rows: Sequence[int]) -> "Start":
+        """That of some rows."""
+        return Start(self.x[rows], tuple(states[rows] for states in self.away))
 
 
 class DiffusionPipeline:
@@ -80,6 +93,7 @@ class DiffusionPipeline:
         callback: Callback | None = None,
         inputs: Inputs | None = None,
         noise_of: Sequence[str] | None = None,
+        start: Start | None = None,
         control: Control | None = None,
     ) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] of B prompts, all in one batch.
@@ -94,6 +108,7 @@ class DiffusionPipeline:
             callback: sees each step's normalised latents (`models.samplers`).
             inputs: arrays of the other conditions, B each, as `Conditions.prepare` makes them.
             noise_of: B prompts whose noise they get; None: their own.
+            start: what they begin with in place of noise, and what guidance leads away from.
             control: takes part in all calls of the network.
 
         Raises:
@@ -102,12 +117,11 @@ class DiffusionPipeline:
         """
         sampling = SamplingConfig() if sampling is None else sampling
         sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)
-        network, shape = self._guided(prompts, sampling, inputs or {}, control)
+        denoise, shape = self.denoiser_of(prompts, sampling, inputs, control, () if start is None else start.away)
         indices = [0] * len(prompts) if indices is None else indices
         noise = partial(self._noise, prompts if noise_of is None else noise_of, seeds, indices, shape)
-        x = self.process.initial(noise(0), float(sigmas[0]))
+        x = self.process.initial(noise(0), float(sigmas[0])) if start is None else start.x
         sample = sampler_of(sampling.sampler, lambda step: noise(step + 1), sampling.eta, self.process.fade)
-        denoise = self.process.denoiser(network)
         if control is not None:
             denoise = control.around(denoise, sigmas)
         return self.decode(sample(denoise, x, sigmas, callback))
@@ -117,6 +131,10 @@ class DiffusionPipeline:
         network = self.autoencoder
         decode = partial(decode_in_tiles, network.decode, side=self.tile, downscale=network.cfg.downscale)
         return finite(decode, latents * self.latent_std + self.latent_mean).clamp(-1, 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Normalised latents [B, C, h, w], those in the middle of the posterior, of pictures [B, 3, H, W]."""
+        return (self.latents(images).to(self.device) - self.latent_mean) / self.latent_std
 
     def prepare(self, samples: Samples) -> Inputs:
         """Arrays of the conditions, but for the text, of pictures and what is known of them."""
@@ -134,12 +152,20 @@ class DiffusionPipeline:
         """CLIP's embeddings [B, E] of pictures [B, 3, H, W]; on the CPU."""
         return image_embeddings(self.text_tower, images.to(self.device)).cpu()
 
-    def _guided(
-        self, texts: Sequence[str], sampling: SamplingConfig, inputs: Inputs, control: Control | None
-    ) -> tuple[Network, tuple[int, int, int]]:
-        """The U-Net with its conditions and guidance, and the shape of a latent."""
+    def denoiser_of(
+        self,
+        prompts: Sequence[str],
+        sampling: SamplingConfig,
+        inputs: Inputs | None = None,
+        control: Control | None = None,
+        away: Sequence[Tensor] = (),
+    ) -> tuple[Denoise, tuple[int, int, int]]:
+        """The U-Net with its conditions and guidance, as samplers call it, and the shape of a latent.
+
+        Arguments and errors are those of a call; `away` is that of its start.
+        """
         read = parse if sampling.prompt_syntax else plain
-        pictures = [(read if self.denoiser.conditions.takes_text else plain)(text) for text in texts]
+        pictures = [(read if self.denoiser.conditions.takes_text else plain)(text) for text in prompts]
         joined = self._joined(pictures) if any(len(picture) > 1 for picture in pictures) else None
         guided = sampling.guidance_scale != 1 or joined is not None
         if sampling.negative_prompt and not self.denoiser.conditions.takes_text:
@@ -149,34 +175,45 @@ class DiffusionPipeline:
                 f"guidance_scale={sampling.guidance_scale}: this network was trained without dropping a condition; "
                 "set guidance_scale=1"
             )
-        asked, nothing = self._told(pictures, sampling, inputs, guided)
-        shape = self._latent_shape(sampling, asked)
+        asked, nothing = self._told(pictures, sampling, inputs or {}, guided, away)
         predict = partial(self.denoiser.predict, attn_control=None if control is None else control.attention)
-        bound = partial(classifier_free, predict, asked, nothing, prepare=self.denoiser.prepared)
-        network = bound(scale=sampling.guidance_scale, rescale=sampling.guidance_rescale, joined=joined)
-        if not sampling.guidance_interval:
-            return network, shape
-        low, high = (self.process.timestep(sigma) if sigma > 0 else -1.0 for sigma in sampling.guidance_interval)
-        return within((low, high), network, bound(scale=1.0, joined=joined)), shape
+        bound = [partial(classifier_free, predict, asked, null, prepare=self.denoiser.prepared) for null in nothing]
+        scale, rescale = sampling.guidance_scale, sampling.guidance_rescale
+        sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)[:-1].tolist()
+        levels = [self.process.timestep(sigma) for sigma in sigmas]
+        network = by_step(levels, [partial(make, scale=scale, rescale=rescale, joined=joined) for make in bound])
+        if sampling.guidance_interval:
+            low, high = (self.process.timestep(sigma) if sigma > 0 else -1.0 for sigma in sampling.guidance_interval)
+            network = within((low, high), network, bound[0](scale=1.0, joined=joined))
+        return self.process.denoiser(network), self.latent_shape(sampling, asked)
 
     def _told(
-        self, pictures: list[list[Prompt]], sampling: SamplingConfig, inputs: Inputs, guided: bool
-    ) -> tuple[Conditioning, Conditioning]:
-        """What is asked for, by prompt, and what guidance leads away from, by picture."""
+        self,
+        pictures: list[list[Prompt]],
+        sampling: SamplingConfig,
+        inputs: Inputs,
+        guided: bool,
+        away: Sequence[Tensor],
+    ) -> tuple[Conditioning, list[Conditioning]]:
+        """What is asked for, by prompt, and what guidance leads away from, by picture: in all steps, or in each."""
         conditions = self.denoiser.conditions
         inputs = {name: array.to(self.device) for name, array in inputs.items()}
         owners = torch.tensor([number for number, picture in enumerate(pictures) for _ in picture], device=self.device)
         asked = {name: array[owners] for name, array in inputs.items()}
-        nothing = conditions.null(inputs) if guided else {}
+        null = conditions.null(inputs) if guided else {}
+        if conditions.takes_text:
+            asked["text"] = self.states([prompt for picture in pictures for prompt in picture])
+        if not guided:
+            return conditions(asked), [Conditioning()]
         if not conditions.takes_text:
-            return conditions(asked), conditions(nothing) if guided else Conditioning()
-        prompts, negative = [prompt for picture in pictures for prompt in picture], self._negative(sampling)
+            return conditions(asked), [conditions(null)]
+        negative = away or [self.states(self._negative(sampling)).expand(len(pictures), -1, -1)]
+        return conditions(asked), [conditions({**null, "text": states}) for states in negative]
+
+    def states(self, prompts: list[Prompt]) -> Tensor:
+        """Text states [R, L, D] of R prompts."""
         assert self.text_tower is not None
-        states = text_states(self.text_tower, prompts + (negative if guided else []), self.device)
-        asked["text"] = states[: len(prompts)]
-        if guided:
-            nothing["text"] = states[len(prompts) :].expand(len(pictures), -1, -1)
-        return conditions(asked), conditions(nothing) if guided else Conditioning()
+        return text_states(self.text_tower, prompts, self.device)
 
     def _negative(self, sampling: SamplingConfig) -> list[Prompt]:
         negative = (parse if sampling.prompt_syntax else plain)(sampling.negative_prompt)
@@ -184,8 +221,9 @@ class DiffusionPipeline:
             raise UserError(f"negative_prompt={sampling.negative_prompt}: takes no AND; separate the words with commas")
         return negative
 
-    def _latent_shape(self, sampling: SamplingConfig, given: Conditioning) -> tuple[int, int, int]:
+    def latent_shape(self, sampling: SamplingConfig, given: Conditioning | None = None) -> tuple[int, int, int]:
         """Channels, height and width: of the size that is asked for, of a condition's picture, or as in training."""
+        given = Conditioning() if given is None else given
         cfg, scale = self.denoiser.unet.cfg, self.autoencoder.cfg.downscale
         height, width = cfg.sample_size, cfg.sample_size
         if given.channels is not None:

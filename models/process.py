@@ -148,6 +148,10 @@ class Process:
             return self.cfg.train_timesteps * sigma / (1.0 + sigma)
         return float(np.interp(np.log(sigma), self._log_sigma, np.arange(len(self._log_sigma))))
 
+    def alpha(self, sigma: float) -> float:
+        """How much of x0 is in x_t at a noise level."""
+        return 1.0 / (1.0 + sigma) if self.flow else 1.0 / math.sqrt(1.0 + sigma**2)
+
     def initial(self, noise: Tensor, sigma: float) -> Tensor:
         """x at the first noise level, so that the network's first input x_t is the standard normal noise itself."""
         return noise * (1.0 + sigma if self.flow else math.sqrt(1.0 + sigma**2))
@@ -156,7 +160,7 @@ class Process:
         """Turn a network of this process into denoise(x, sigma) -> x0, the only thing that samplers see."""
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
-            alpha = 1.0 / (1.0 + sigma) if self.flow else 1.0 / math.sqrt(1.0 + sigma**2)
+            alpha = self.alpha(sigma)
             std = sigma * alpha
             timesteps = torch.full((len(x),), self.timestep(sigma), device=x.device)
             x_t = alpha * x

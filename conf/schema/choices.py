@@ -185,3 +185,9 @@ class EditMode(Enum):
     auto = "auto"  # replace between prompts of equally many words, else refine
     replace = "replace"  # words are swapped, one for one
     refine = "refine"  # words are added, left out or swapped; new ones have attention of their own
+
+
+class InversionMethod(Enum):
+    ddim = "ddim"  # the noise alone; guidance then leads away from the picture
+    negative_prompt = "negative_prompt"  # and guidance leads away from the source's prompt, which leaves it as it is
+    null_text = "null_text"  # and away from what was fitted to the picture at every step

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from conf.errors import UserError
-from conf.schema.choices import EditMode
+from conf.schema.choices import EditMode, InversionMethod
 from conf.schema.drawing import ModelRun
 from conf.schema.sections import WandbConfig, require, require_positive
 
@@ -41,6 +41,7 @@ class Edit(EditStrength):
 
     prompt: str  # of the source
     edit: str | None = None  # prompt of the edited picture; None: the same
+    image: str | None = None  # file with the source; None: it is drawn
     weights: Mapping[str, float] = field(default_factory=dict)  # factor of the attention that words get; 0: none
     until: Mapping[str, float] = field(default_factory=dict)  # replace_until of words
     blend: Sequence[str] = ()  # words where the picture may change; none: everywhere
@@ -66,11 +67,13 @@ class EditRun(ModelRun, EditStrength):
     output_dir: str = MISSING
     prompt: str | None = field(default=None, metadata=TEXT)  # of the picture before
     edit: str | None = field(default=None, metadata=TEXT)  # prompt of the picture after; None: the same
+    image: str | None = None  # file with the picture before, which prompt describes; None: it is drawn
+    inversion: InversionMethod = InversionMethod.negative_prompt  # how guidance is kept from changing a given picture
     weights: str = field(default="", metadata=TEXT)  # factor of the attention that words get: "smiling:2.0,navy:0"
     until: str = field(default="", metadata=TEXT)  # replace_until of single words: "red:0.4,planet:1"
     blend: str = field(default="", metadata=TEXT)  # words where the picture may change: "monster,horns"; "": everywhere
     edits_file: str | None = None  # a JSON object a line, with the options above that differ from edit to edit
-    images_per_edit: int = 1  # pictures drawn of each edit
+    images_per_edit: int = 1  # pictures drawn of each edit; of one of a given picture always 1
     maps: bool = True  # show what each word looks at
     batch_size: int = 16  # edits made together; changes no picture
     wandb: WandbConfig = field(default_factory=WandbConfig)

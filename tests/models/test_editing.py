@@ -1,8 +1,5 @@
 """Edits: one that changes nothing is plain sampling, bit for bit; every sampler, batch and guidance can edit."""
 
-import re
-import zlib
-
 import pytest
 import torch
 
@@ -10,46 +7,12 @@ from conf.errors import UserError
 from conf.schema import Edit, EditMode, Prediction, Sampler, SamplingConfig
 from models.alignment import words_of
 from models.editing import Edited, Editor, Rows, edit_pictures, factors, token_control, watch_pictures
-from models.pipeline import DiffusionPipeline
-from tiny_pipeline import WIDTH, tiny_pipeline
+from tiny_pipeline import LENGTH, SyllableText, worded_pipeline
 
-LENGTH = 12
-START, END = 1, 2
 RED, BLUE, LONG = "a red monster on a hill", "a blue monster on a hill", "a sad red monster on a hill"
 
 
-class SyllableText:
-    """A text tower with start, end and padding, for which a word of more than four letters is several tokens.
-
-    States depend on all tokens before, as those of CLIP.
-    """
-
-    text_width, context_length = WIDTH, LENGTH
-
-    def tokenize(self, texts: list[str]) -> torch.Tensor:
-        rows = torch.zeros(len(texts), LENGTH, dtype=torch.int64)
-        for row, text in zip(rows, texts, strict=True):
-            pieces = [piece for word in re.findall(r"\w+|[^\w\s]", text) for piece in re.findall(".{1,4}", word)]
-            tokens = [3 + zlib.crc32(piece.encode()) % 1000 for piece in pieces[: LENGTH - 2]]
-            row[: len(tokens) + 2] = torch.tensor([START, *tokens, END])
-        return rows
-
-    def text_states(self, tokens: torch.Tensor) -> torch.Tensor:
-        waves = torch.sin((tokens.unsqueeze(-1) + 1) * torch.arange(1, WIDTH + 1))  # [B, L, D]
-        return waves + waves.cumsum(1) / torch.arange(1, LENGTH + 1).view(-1, 1)
-
-
-def build(prediction: Prediction = Prediction.flow) -> DiffusionPipeline:
-    return tiny_pipeline(
-        SyllableText(),
-        prediction,
-        block_out_channels=[16, 32],
-        down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    )
-
-
-MODEL = build()
+MODEL = worded_pipeline()
 
 
 def made(*edits: Edit, watch: bool = False, **options: object) -> list[Edited]:
@@ -118,7 +81,9 @@ def test_edits_in_one_batch_are_those_of_separate_runs(guidance_scale: float) ->
 @pytest.mark.parametrize("prediction", list(Prediction))
 def test_every_process_can_be_edited(prediction: Prediction) -> None:
     sampling = SamplingConfig(steps=2, guidance_interval=[0.5, 1e6])  # the last call has no rows of guidance
-    (edited,) = edit_pictures(build(prediction), [Edit(prompt=RED, edit=BLUE, until={"blue": 0.5})], [0], sampling)
+    (edited,) = edit_pictures(
+        worded_pipeline(prediction), [Edit(prompt=RED, edit=BLUE, until={"blue": 0.5})], [0], sampling
+    )
     assert edited.result.image.isfinite().all()
     assert (edited.result.image - edited.source.image).abs().max() > 1e-4
 
@@ -180,7 +145,7 @@ def test_edit_that_cannot_be_is_refused_in_one_line(edit: dict[str, object], mes
 
 
 def test_network_without_words_is_refused() -> None:
-    model = build()
+    model = worded_pipeline()
     model.text_tower = None
     with pytest.raises(UserError, match=r"^this network was trained without conditions\.caption"):
         edit_pictures(model, [Edit(prompt=RED)], [0])

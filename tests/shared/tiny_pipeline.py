@@ -1,5 +1,7 @@
 """A pipeline of tiny networks with random weights, for tests of what is drawn."""
 
+import re
+import zlib
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from models.process import Process
 from models.unet import UNet
 
 WIDTH = 16  # of the text states
+LENGTH = 12  # tokens of a text
+START, END = 1, 2
 
 
 def tiny_pipeline(
@@ -57,3 +61,35 @@ def tiny_pipeline(
     denoiser = Denoiser(network.eval(), Conditions(ConditionsConfig(), around))
     process = Process(ProcessConfig(prediction=prediction))
     return DiffusionPipeline(denoiser, autoencoder.eval(), tower, process, means, deviations)
+
+
+class SyllableText:
+    """A text tower with start, end and padding, for which a word of more than four letters is several tokens.
+
+    States depend on all tokens before, as those of CLIP.
+    """
+
+    text_width, context_length = WIDTH, LENGTH
+
+    def tokenize(self, texts: list[str]) -> torch.Tensor:
+        rows = torch.zeros(len(texts), LENGTH, dtype=torch.int64)
+        for row, text in zip(rows, texts, strict=True):
+            pieces = [piece for word in re.findall(r"\w+|[^\w\s]", text) for piece in re.findall(".{1,4}", word)]
+            tokens = [3 + zlib.crc32(piece.encode()) % 1000 for piece in pieces[: LENGTH - 2]]
+            row[: len(tokens) + 2] = torch.tensor([START, *tokens, END])
+        return rows
+
+    def text_states(self, tokens: torch.Tensor) -> torch.Tensor:
+        waves = torch.sin((tokens.unsqueeze(-1) + 1) * torch.arange(1, WIDTH + 1))  # [B, L, D]
+        return waves + waves.cumsum(1) / torch.arange(1, LENGTH + 1).view(-1, 1)
+
+
+def worded_pipeline(prediction: Prediction = Prediction.flow) -> DiffusionPipeline:
+    """`tiny_pipeline` with attention to text in all of its blocks."""
+    return tiny_pipeline(
+        SyllableText(),
+        prediction,
+        block_out_channels=[16, 32],
+        down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    )

@@ -21,7 +21,7 @@ def read_edits(cfg: EditRun) -> list[Edit]:
         UserError: no file, or a line of it that is no edit.
     """
     common = {name: getattr(cfg, name) for name in STRENGTH}
-    common |= {"edit": cfg.edit, "weights": cfg.weights, "until": cfg.until, "blend": cfg.blend}
+    common |= {"edit": cfg.edit, "image": cfg.image, "weights": cfg.weights, "until": cfg.until, "blend": cfg.blend}
     if cfg.edits_file is None:
         return [edit_of(common | {"prompt": cfg.prompt})]
     path = Path(cfg.edits_file)
@@ -71,6 +71,7 @@ def edit_of(options: dict[str, Any]) -> Edit:
         made[name] = checked(name, made[name], option.default)
     sound = {
         "edit": made["edit"] is None or isinstance(made["edit"], str),
+        "image": made["image"] is None or isinstance(made["image"], str),
         "weights": is_numbers(made["weights"]),
         "until": is_numbers(made["until"]),
         "blend": isinstance(made["blend"], list) and all(isinstance(word, str) for word in made["blend"]),

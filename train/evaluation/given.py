@@ -35,15 +35,15 @@ class GivenPicture:
     digest: str  # sha256 of all its files but the caption
 
 
-def read_given(path: str) -> GivenPicture:
-    """A picture of any size with its labels and mask.
+def read_given(path: str, option: str = "inputs") -> GivenPicture:
+    """A picture of any size with its labels and mask; `option` is what errors call it.
 
     Raises:
         UserError: naming the file, and what is wrong with it or with one beside it.
     """
     contents = {name: _content(Path(path).with_suffix(name)) for name in (".json", ".seg.png", ".mask.png")}
     if (content := _content(Path(path))) is None:
-        raise UserError(f"inputs={path}: no such file")
+        raise UserError(f"{option}={path}: no such file")
     try:
         image = open_image(content, ImageConfig().max_pixels)
         meta = json.loads(contents[".json"] or b"{}")
@@ -52,7 +52,7 @@ def read_given(path: str) -> GivenPicture:
         labels = read_labels(meta, contents[".seg.png"], image.size)
         masks = {} if contents[".mask.png"] is None else {"mask": read_mask(contents[".mask.png"], image.size)}
     except (UserError, ValueError, RecursionError) as error:
-        raise UserError(f"inputs={path}: {error}") from None
+        raise UserError(f"{option}={path}: {error}") from None
     digest = hashlib.sha256(content)
     for name, beside in contents.items():
         digest.update(f"{name} {-1 if beside is None else len(beside)} ".encode() + (beside or b""))

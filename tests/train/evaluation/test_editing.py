@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from conf.entry import compose
 from conf.errors import UserError
@@ -99,3 +101,38 @@ def test_edits_are_drawn_recorded_and_the_same_in_any_batch(project: Any, runtim
     assert (read_png(folder / "00000-before.png") == read_png(folder / "00002-before.png")).all()  # one source
     assert len(list((folder / "samples").glob("edit-*.png"))) == 4  # sheets, as W&B gets them
     assert read_png(folder / "grid.png").shape[1] > 500
+
+
+def test_edits_that_are_there_are_not_drawn_again(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+    options = [f"run={project.folder}", "runtime=cpu", "wandb.mode=disabled", "steps=2", f"output_dir={tmp_path / 'o'}"]
+    lines = [{"prompt": "a red planet", "edit": f"a {color} planet", "blend": ["planet"]} for color in ("blue", "pink")]
+    cfg = compose("edit", EditRun, [*options, written(tmp_path, *map(json.dumps, lines))])
+    run(cfg, runtime)
+    files = sorted((tmp_path / "o").glob("0*.png"))
+    assert len(files) == 6
+    content = [file.read_bytes() for file in files]
+    files[4].unlink()  # the second edit's picture before
+    times = [file.stat().st_mtime_ns for file in files[:3]]
+    run(cfg, runtime)
+    assert [file.read_bytes() for file in files] == content
+    assert [file.stat().st_mtime_ns for file in files[:3]] == times
+    run(compose("edit", EditRun, [*options, "self_until=0.9", f"edits_file={tmp_path / 'edits.jsonl'}"]), runtime)
+    assert files[0].read_bytes() != content[0]  # its options are other ones
+
+
+def test_given_pictures_are_edited_by_file(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for name, side in (("photo.png", 32), ("large.png", 48)):
+        Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(tmp_path / name)
+    options = [f"run={project.folder}", "runtime=cpu", "wandb.mode=disabled", "steps=2", "sampler=ddim"]
+    line = {"prompt": "a red planet", "edit": "a blue planet"}
+    lines = [{**line, "image": str(tmp_path / "photo.png"), "blend_change": True}, line]
+    file = written(tmp_path, *map(json.dumps, lines))
+    run(compose("edit", EditRun, [*options, "images_per_edit=2", file, f"output_dir={tmp_path / 'o'}"]), runtime)
+    given, *drawn = [json.loads(line) for line in (tmp_path / "o" / "edits.jsonl").read_text().splitlines()]
+    assert len(drawn) == 2 and not any("reconstruction_psnr" in record for record in drawn)
+    assert given["inversion"] == "negative_prompt" and given["reconstruction_psnr"] > 5
+    assert (read_png(tmp_path / "o" / "00000-before.png") == read_png(tmp_path / "photo.png")).all()
+    for name, message in (("large.png", "has 48 x 48 pixels, .* 32 x 32 are drawn"), ("none.png", "no such file")):
+        with pytest.raises(UserError, match=rf"^image=.*{name}: {message}"):
+            run(compose("edit", EditRun, [*options, "prompt=a", f"image={tmp_path / name}"]), runtime)
