@@ -5,6 +5,7 @@ again; start, end and padding belong to no word.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,6 +29,14 @@ class Words:
     tokens: tuple[int, ...]  # [L], of the whole prompt
     start: int  # where the tokens of the words begin
     end: int  # and end: the place of the end token
+
+    def named(self) -> dict[str, list[int]]:
+        """Tokens of each word; one that stands there several times is "word#1", "word#2" …, as `find` takes them."""
+        often, seen, found = Counter(map(str.casefold, self.words)), Counter[str](), {}
+        for word, span in zip(self.words, self.spans, strict=True):
+            seen[word.casefold()] += 1
+            found[word if often[word.casefold()] == 1 else f"{word}#{seen[word.casefold()]}"] = list(span)
+        return found
 
     def find(self, phrase: str) -> list[int]:
         """Tokens of a word or of words in a row, wherever they stand; of `phrase#2` the second time that they do.

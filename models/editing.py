@@ -4,7 +4,6 @@
 made.source.image, made.result.image, made.result.maps["monster"]
 """
 
-from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -97,7 +96,7 @@ class Editor:
 
     def picture(self, row: int, image: Tensor) -> Picture:
         """A drawn image [3, H, W] with the heat maps of its words, if they are asked for."""
-        words = labelled(self.rows.words[row]) if self.watch and self.maps is not None else {}
+        words = self.rows.words[row].named() if self.watch and self.maps is not None else {}
         return Picture(image, {word: self.maps.of(row, word, image.shape[1:]) for word in words if self.maps})
 
     def confined(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
@@ -131,7 +130,7 @@ class Rows:
 
     def looked_at(self, watch: bool) -> list[dict[str, list[int]]]:
         """Tokens of the words whose maps are needed, of each row."""
-        chosen = [labelled(words) if watch else {} for words in self.words]
+        chosen = [words.named() if watch else {} for words in self.words]
         for row, (source, edit) in self.edits.items():
             for phrase in edit.blend:
                 found = {place: self.words[place].places(phrase) for place in (source, row)}
@@ -161,16 +160,6 @@ def factors(words: Words, weights: Mapping[int, float]) -> Tensor:
     for token in (token for span in words.spans for token in span):
         made[token] = weights.get(token, 1.0)
     return made
-
-
-def labelled(words: Words) -> dict[str, list[int]]:
-    """Tokens of all words; one that comes again is "word#2"."""
-    seen: Counter[str] = Counter()
-    found = {}
-    for word, span in zip(words.words, words.spans, strict=True):
-        seen[word] += 1
-        found[word if seen[word] == 1 else f"{word}#{seen[word]}"] = list(span)
-    return found
 
 
 def edit_pictures(

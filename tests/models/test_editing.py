@@ -121,7 +121,7 @@ def test_heat_maps_are_the_mean_attention_of_words() -> None:
             torch.testing.assert_close(spy.maps.of(0, word, (side, side), name), expected)
     (picture,) = watch_pictures(MODEL, [RED], [0], sampling)
     assert torch.equal(picture.image, image[0])
-    assert list(picture.maps) == ["a", "red", "monster", "on", "a#2", "hill"]
+    assert list(picture.maps) == ["a#1", "red", "monster", "on", "a#2", "hill"]
     assert all(heat.shape == (16, 16) and (heat >= 0).all() for heat in picture.maps.values())
     assert torch.stack(list(picture.maps.values())).sum(0).max() <= 1 + 1e-5
 

@@ -1,7 +1,6 @@
 """What the page asks for and gets: pictures before and after an edit, with the maps of their words and their films."""
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,17 +63,12 @@ class Studio:
             raise UserError("this network was trained without conditions.caption: it takes no prompt to play with")
 
     def words(self, prompt: str, sampling: SamplingConfig) -> list[str]:
-        """What weights can be given to: each word, and "word#2" where one stands for the second time.
+        """What weights can be given to: each word, by the name that it has in `models.alignment`.
 
         Raises:
             UserError: a prompt that is too long or has broken syntax.
         """
-        found = [word for word in read_words(self.model, [prompt], sampling)[0].words if is_word(word)]
-        often, seen, names = Counter(map(str.casefold, found)), Counter[str](), []
-        for word in found:
-            seen[word.casefold()] += 1
-            names.append(word if often[word.casefold()] == 1 else f"{word}#{seen[word.casefold()]}")
-        return names
+        return [word for word in read_words(self.model, [prompt], sampling)[0].named() if is_word(word)]
 
     def draw(self, request: Request, told: Told | None = None) -> Drawn:
         """Draw a picture and, if there is anything to be changed, the edited one beside it.
