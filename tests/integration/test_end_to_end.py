@@ -78,6 +78,7 @@ def test_one_command_leaves_metrics_of_every_stage(smoke: tuple[Path, str]) -> N
         expected |= {f"eval/prompt_following/{attribute}", f"probe/accuracy/{attribute}"}
     assert expected <= summary.keys()
     assert all(isinstance(value, float) and np.isfinite(value) for value in summary.values())
+    assert any("eval/loop/fd_efficientnet" in row for row in rows(run_dir / "unet"))
     assert all(f"{name} " in output for name in expected if not name.startswith("seconds/"))
     with Image.open(run_dir / "grid.png") as grid:
         assert grid.width > 256 and len(grid.convert("RGB").getcolors(maxcolors=2**20) or []) > 100
