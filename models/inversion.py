@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
-from conf.schema import InversionMethod, Sampler, SamplingConfig
+from conf.schema import STOCHASTIC, InversionMethod, Sampler, SamplingConfig
 from models.conditions import Inputs
 from models.pipeline import DiffusionPipeline, Start
 from models.process import Denoise
 from models.prompts import parse, plain
 
-FIRST_ORDER = (Sampler.ddim, Sampler.euler)  # one update without noise of their own
+DDIM = Sampler.ddim
 CORRECTIONS = 4  # of the beginning of a step, each of which calls the network
 FIT_STEPS, FIT_RATE = 10, 1e-2  # of Adam at each step (Mokady et al. 2023, section 4)
 
@@ -51,7 +51,7 @@ def invert(
         sampling, guidance_scale=1.0, guidance_rescale=0.0, guidance_interval=[], negative_prompt=""
     )  # with any other guidance the steps hardly have a way back
     denoise, shape = model.denoiser_of(prompts, unguided, inputs)
-    require_invertible(sampling, images, shape, model.autoencoder.cfg.downscale)
+    require_invertible(sampling, method, images, shape, model.autoencoder.cfg.downscale)
     sigmas = model.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)
     path = walk_back(denoise, model.encode(images), sigmas)
     if method is InversionMethod.ddim or sampling.guidance_scale == 1:
@@ -63,11 +63,18 @@ def invert(
     return Start(path[0], fit_null_text(model, denoise, path, sigmas, nothing, sampling.guidance_scale, inputs or {}))
 
 
-def require_invertible(sampling: SamplingConfig, images: Tensor, latent: Sequence[int], downscale: int) -> None:
-    """Refuse a sampler whose steps cannot be walked back, and pictures [..., H, W] of another size than is drawn."""
-    if sampling.sampler not in FIRST_ORDER or sampling.eta:
-        told = f"sampler={sampling.sampler.value}" + (f" with eta={sampling.eta}" if sampling.eta else "")
-        raise UserError(f"{told}: a given picture is found again by DDIM alone; set sampler=ddim and leave eta out")
+def require_invertible(
+    sampling: SamplingConfig, method: InversionMethod, images: Tensor, latent: Sequence[int], downscale: int
+) -> None:
+    """Refuse samplers that miss a picture by themselves, and pictures [..., H, W] of another size than is drawn.
+
+    The others solve the equation whose solution was walked back; null text is fitted to DDIM's very steps.
+    """
+    sampler, eta = sampling.sampler, sampling.eta
+    if sampler in STOCHASTIC and eta != 0 and not (sampler is DDIM and eta is None):
+        raise UserError(f"sampler={sampler.value}: adds noise, with which no given picture is found: set sampler=ddim")
+    if method is InversionMethod.null_text and sampler not in (DDIM, Sampler.euler):
+        raise UserError(f"inversion=null_text: is fitted to the steps of sampler=ddim, not {sampler.value}")
     (height, width), wanted = images.shape[-2:], [side * downscale for side in latent[-2:]]
     if [height, width] != wanted:
         raise UserError(

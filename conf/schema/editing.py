@@ -82,6 +82,11 @@ class EditRun(ModelRun, EditStrength):
         ModelRun.__post_init__(self)
         EditStrength.__post_init__(self)
         require_positive(self, "images_per_edit", "batch_size")
+        no_picture = self.image is None and self.edits_file is None
+        require(
+            not no_picture or self.inversion is InversionMethod.negative_prompt,
+            f"inversion={self.inversion.value}: is for a given picture; set image=FILE as well",
+        )
         given = (self.prompt is not None) + (self.edits_file is not None)
         require(given == 1, 'set prompt="..." and edit="...", or edits_file=FILE with an edit on each line')
         numbers_of("weights", self.weights)

@@ -1,6 +1,7 @@
 """Inversion: steps that are walked back lead to the picture again, and guidance is kept from changing it."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -137,13 +138,15 @@ def test_edit_without_a_change_is_the_picture_drawn_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampling", "message"),
+    ("options", "method", "message"),
     [
-        (SamplingConfig(), "^sampler=dpmpp_2m: a given picture is found again by DDIM alone; set sampler=ddim"),
-        (SamplingConfig(sampler=Sampler.ddim, eta=0.5), "^sampler=ddim with eta=0.5: a given picture"),
-        (SamplingConfig(sampler=Sampler.ddim, size=[16, 32]), r"^has 16 x 16 pixels, .* where 16 x 32 are drawn"),
+        ({"sampler": Sampler.ddpm}, "ddim", "^sampler=ddpm: adds noise"),
+        ({"sampler": Sampler.dpmpp_2m_sde}, "ddim", "^sampler=dpmpp_2m_sde: adds noise"),
+        ({"sampler": Sampler.ddim, "eta": 0.5}, "ddim", "^sampler=ddim: adds noise"),
+        ({}, "null_text", "^inversion=null_text: is fitted to the steps of sampler=ddim, not dpmpp_2m"),
+        ({"size": [16, 32]}, "ddim", r"^has 16 x 16 pixels, .* where 16 x 32 are drawn"),
     ],
 )
-def test_what_cannot_be_walked_back_is_refused(sampling: SamplingConfig, message: str) -> None:
+def test_what_cannot_be_walked_back_is_refused(options: dict[str, Any], method: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        invert(MODEL, GIVEN, [RED, BLUE], sampling)
+        invert(MODEL, GIVEN, [RED, BLUE], SamplingConfig(**options), InversionMethod(method))

@@ -21,8 +21,13 @@ def heated(image: Tensor, heat: Tensor) -> np.ndarray:
 
 
 def sheet(made: Edited, before: str, after: str) -> Image.Image:
-    """Two rows: the picture before and its words, the picture after and its words; at the end where it may change."""
-    rows = [column(made.source, before), column(made.result, after)]
+    """Two rows: the picture before and its words, the picture after and its words.
+
+    At their ends a given picture as the network draws it again, and where the picture may change.
+    """
+    rows = [row_of(made.source, before), row_of(made.result, after)]
+    if made.found is not None:
+        rows[0].append((to_uint8(made.found[None])[0], "drawn again"))
     if made.region is not None:
         shown = torch.where(made.region, made.result.image, 1.0)
         rows[1].append((to_uint8(shown[None])[0], "where it may change"))
@@ -32,7 +37,7 @@ def sheet(made: Edited, before: str, after: str) -> Image.Image:
     return captioned(np.stack([image for image, _ in cells]), [caption for _, caption in cells], width)
 
 
-def column(picture: Picture, prompt: str) -> list[tuple[np.ndarray, str]]:
+def row_of(picture: Picture, prompt: str) -> list[tuple[np.ndarray, str]]:
     """A picture and what each word looks at, with captions."""
     maps = [(heated(picture.image, heat), f"{word} {heat.mean():.3f}") for word, heat in picture.maps.items()]
     return [(to_uint8(picture.image[None])[0], prompt), *maps]

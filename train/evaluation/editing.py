@@ -81,7 +81,7 @@ def jobs_of(model: DiffusionPipeline, cfg: EditRun, edits: Sequence[Edit]) -> li
     for path in dict.fromkeys(edit.image for edit in edits if edit.image is not None):
         picture = read_given(path, "image")
         try:
-            require_invertible(cfg, picture.item["image"], shape, model.autoencoder.cfg.downscale)
+            require_invertible(cfg, cfg.inversion, picture.item["image"], shape, model.autoencoder.cfg.downscale)
         except UserError as error:
             raise UserError(f"image={path}: {error}") from None
         digests[path] = picture.digest

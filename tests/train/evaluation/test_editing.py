@@ -70,6 +70,7 @@ def test_line_that_is_no_edit_is_named(tmp_path: Path, line: str, message: str) 
         ("steps=3", r'^set prompt="\.\.\." and edit="\.\.\.", or edits_file=FILE'),
         ("weights=red", r"^weights=red: write weights=\"WORD:NUMBER"),
         ("self_until=1.5", r"^self_until=1.5: must be in \[0, 1\]"),
+        ("inversion=null_text", "^inversion=null_text: is for a given picture; set image=FILE"),
     ],
 )
 def test_impossible_options_end_before_torch_is_imported(override: str, message: str) -> None:
@@ -124,7 +125,7 @@ def test_given_pictures_are_edited_by_file(project: Any, runtime: Runtime, tmp_p
     random = np.random.default_rng(0)
     for name, side in (("photo.png", 32), ("large.png", 48)):
         Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(tmp_path / name)
-    options = [f"run={project.folder}", "runtime=cpu", "wandb.mode=disabled", "steps=2", "sampler=ddim"]
+    options = [f"run={project.folder}", "runtime=cpu", "wandb.mode=disabled", "steps=2"]
     line = {"prompt": "a red planet", "edit": "a blue planet"}
     lines = [{**line, "image": str(tmp_path / "photo.png"), "blend_change": True}, line]
     file = written(tmp_path, *map(json.dumps, lines))
