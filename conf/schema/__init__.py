@@ -39,7 +39,7 @@ from conf.schema.choices import (
 from conf.schema.conditions import ConditionsConfig
 from conf.schema.data import BucketConfig, BuildRun, FilterConfig, MixedSource, PrecomputeRun, PreviewRun
 from conf.schema.drawing import ModelRun, SamplingConfig
-from conf.schema.editing import Edit, EditRun
+from conf.schema.editing import Edit, EditRun, EvaluateEditsRun
 from conf.schema.evaluation import EvaluateRun, LoopEvaluationConfig
 from conf.schema.pipeline import PipelineRun
 from conf.schema.planning import PlanRun
@@ -83,6 +83,7 @@ __all__ = [
     "EditMode",
     "EditRun",
     "EmaConfig",
+    "EvaluateEditsRun",
     "EvaluateRun",
     "EvaluationSubject",
     "ExportFormat",

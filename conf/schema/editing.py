@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -91,6 +92,30 @@ class EditRun(ModelRun, EditStrength):
         require(given == 1, 'set prompt="..." and edit="...", or edits_file=FILE with an edit on each line')
         numbers_of("weights", self.weights)
         numbers_of("until", self.until)
+
+
+@dataclass(kw_only=True)
+class EvaluateEditsRun(ModelRun):
+    """`train/evaluate_edits.py`: do edits change what they say, and nothing else? On the demo set's captions."""
+
+    run: str = MISSING  # the run folder, in short; run_dir=FOLDER says the same
+    shards: str = MISSING  # of the demo set: train/ for the probe, heldout/ for what is edited
+    statistics_dir: str = MISSING  # where the probe is kept
+    output_dir: str = MISSING
+    strength: dict[str, Any] = field(default_factory=dict)  # options of all edits; {}: those that suit each sort
+    edits_per_sort: int = 20  # colors, backgrounds, kinds, added and removed parts
+    reweighted: int = 40  # prompts of which a word is weighted; 0: none
+    batch_size: int = 10  # edits made together, and prompts re-weighted; changes no picture
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        ModelRun.__post_init__(self)
+        require_positive(self, "edits_per_sort", "batch_size")
+        require(self.reweighted >= 0, f"reweighted={self.reweighted}: must be 0 (off) or positive")
+        known = [option.name for option in fields(EditStrength) if option.name != "mode"]
+        for name in self.strength:
+            require(name in known, f"strength.{name}: no option of an edit; choose among {', '.join(known)}")
+        EditStrength(**self.strength)
 
 
 def numbers_of(option: str, text: str) -> dict[str, float]:

@@ -5,6 +5,7 @@ attributes (shape, mood, eyes, ring …) are those that a person sees at that si
 (seed, index).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,13 @@ MOONS = {"": None, "a moon": "one"}
 HILLS = {"plains": "gentle", "mountains": "ridge"}
 SUNS = {"": None, "with a sun": "sun"}
 
+CAPTIONS = {
+    "monster": "a {mood} {body} {color} monster{parts} on a {background} background",
+    "plant": "a {mood} {plant} in a {pot} {color} pot on a {background} background",
+    "planet": "a {surface} {color} planet{parts} on a {background} background",
+    "landscape": "{color} {hills} under a {background} sky {sun}",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Scene:
@@ -101,11 +109,18 @@ def scene(seed: int, index: int) -> Scene:
 def draw_scene(random: np.random.Generator, kind: str) -> Scene:
     """A scene of this kind: everything else about it by chance."""
     color, background = _pick(random, COLORS), _pick(random, BACKGROUNDS)
-    words, rest, options = _DRAW[kind](random, color, background)
+    rest, options = _DRAW[kind](random, color)
     attributes = {"kind": kind, "color": color, "background": background, **rest}
     layout = f"layout {random.integers(LAYOUTS)}"  # the rest of chance: stars, tilt of a ring, course of hills
     fixed = {"seed": layout, "animationVariant": ["none"], "backgroundColor": [BACKGROUNDS[background]]}
-    return Scene(attributes, words, {**fixed, **options})
+    return Scene(attributes, describe(attributes), {**fixed, **options})
+
+
+def describe(attributes: Mapping[str, str]) -> str:
+    """The caption of a scene with these attributes, all that its kind has."""
+    parts = _join(*(attributes.get(name, "") for name in ("eyes", "top", "ring", "moon")))
+    words = {**attributes, "parts": f" with {parts}" if parts else ""}
+    return CAPTIONS[attributes["kind"]].format_map(words).strip()
 
 
 def render(drawn: Scene, resolution: int) -> Image.Image:
@@ -113,10 +128,9 @@ def render(drawn: Scene, resolution: int) -> Image.Image:
     return picture(drawn.svg(), resolution)
 
 
-def _monster(random: np.random.Generator, color: str, background: str) -> tuple[str, dict[str, str], dict[str, Any]]:
+def _monster(random: np.random.Generator, color: str) -> tuple[dict[str, str], dict[str, Any]]:
     body, top = _pick(random, BODIES), _pick(random, TOPS)
     eyes, mood = _pick(random, MONSTER_EYES), _pick(random, MOODS)
-    caption = f"a {mood} {body} {color} monster with {_join(eyes, top)} on a {background} background"
     options = {
         "bodyColor": [COLORS[color]],
         "accentColor": [_mix(COLORS[color], "#ffffff", 0.45)],
@@ -127,12 +141,11 @@ def _monster(random: np.random.Generator, color: str, background: str) -> tuple[
         **part("pattern", None),
         **part("cheeks", None),
     }
-    return caption, {"body": body, "top": top, "eyes": eyes, "mood": mood}, options
+    return {"body": body, "top": top, "eyes": eyes, "mood": mood}, options
 
 
-def _plant(random: np.random.Generator, color: str, background: str) -> tuple[str, dict[str, str], dict[str, Any]]:
+def _plant(random: np.random.Generator, color: str) -> tuple[dict[str, str], dict[str, Any]]:
     plant, pot, mood = _pick(random, PLANTS), _pick(random, POTS), _pick(random, MOODS)
-    caption = f"a {mood} {plant} in a {pot} {color} pot on a {background} background"
     options = {
         "potColor": [COLORS[color]],
         "plantColor": ["#22c55e"],
@@ -144,13 +157,11 @@ def _plant(random: np.random.Generator, color: str, background: str) -> tuple[st
         **part("pattern", None),
         **part("cheeks", None),
     }
-    return caption, {"plant": plant, "pot": pot, "mood": mood}, options
+    return {"plant": plant, "pot": pot, "mood": mood}, options
 
 
-def _planet(random: np.random.Generator, color: str, background: str) -> tuple[str, dict[str, str], dict[str, Any]]:
+def _planet(random: np.random.Generator, color: str) -> tuple[dict[str, str], dict[str, Any]]:
     surface, ring, moon = _pick(random, SURFACES), _pick(random, RINGS), _pick(random, MOONS)
-    extras = _join(ring, moon)
-    caption = f"a {surface} {color} planet{' with ' + extras if extras else ''} on a {background} background"
     options = {
         "planetColor": [COLORS[color]],
         "moonColor": ["#d3d7e2"],
@@ -159,17 +170,16 @@ def _planet(random: np.random.Generator, color: str, background: str) -> tuple[s
         **part("ring", RINGS[ring]),
         **part("moons", MOONS[moon]),
     }
-    return caption, {"surface": surface, "ring": ring, "moon": moon}, options
+    return {"surface": surface, "ring": ring, "moon": moon}, options
 
 
-def _landscape(random: np.random.Generator, color: str, background: str) -> tuple[str, dict[str, str], dict[str, Any]]:
+def _landscape(random: np.random.Generator, color: str) -> tuple[dict[str, str], dict[str, Any]]:
     hills, sun = _pick(random, HILLS), _pick(random, SUNS)
-    caption = f"{color} {hills} under a {background} sky{' ' + sun if sun else ''}"
     options: dict[str, Any] = {"orbColor": ["#ffb020"], **part("orb", SUNS[sun])}
     for layer, shade in enumerate((0.0, 0.14, 0.28, 0.42), start=1):  # far to near
         options[f"hill{layer}Color"] = [_mix(COLORS[color], "#000000", shade)]
         options |= part(f"hill{layer}", HILLS[hills])
-    return caption, {"hills": hills, "sun": sun}, options
+    return {"hills": hills, "sun": sun}, options
 
 
 _DRAW = {"monster": _monster, "plant": _plant, "planet": _planet, "landscape": _landscape}

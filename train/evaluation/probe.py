@@ -1,5 +1,6 @@
 """Does a picture show what is asked for as a whole: the attributes in a demo caption, or a class?"""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conf.errors import UserError
+from train.evaluation.demo_edits import attributes_of
 from train.evaluation.judge import Item, Judge
 
 ATTRIBUTES = ("kind", "background", "color")
@@ -33,7 +35,10 @@ class ProbeNet(nn.Module):
 
 
 class Probe(Judge):
-    """Reads one value of each attribute from a picture; one that its training never saw is never right."""
+    """Reads one value of each attribute from a picture; one that its training never saw is never right.
+
+    A sample may lack an attribute: it then says nothing about it.
+    """
 
     facts: dict[str, list[Any]]  # the values that the classes of each attribute stand for
 
@@ -50,7 +55,8 @@ class Probe(Judge):
     def facts_of(cls, items: Sequence[Item]) -> dict[str, list[Any]]:
         """All values that occur, in order."""
         asked = [cls.asked(item) for item in items]
-        return {name: sorted({values[name] for values in asked}) for name in asked[0]}
+        names = dict.fromkeys(name for values in asked for name in values)
+        return {name: sorted({values[name] for values in asked if name in values}) for name in names}
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -63,9 +69,21 @@ class Probe(Judge):
         total = torch.zeros((), device=images.device)
         for name, logits in self.network(images).items():
             index = {value: number for number, value in enumerate(self.facts[name])}
-            targets = torch.tensor([index[values[name]] for values in asked], device=images.device)
-            total = total + F.cross_entropy(logits, targets)
+            rows = [row for row, values in enumerate(asked) if name in values]
+            targets = torch.tensor([index[asked[row][name]] for row in rows], device=images.device)
+            if rows:
+                total = total + F.cross_entropy(logits[rows], targets)
         return total
+
+    @torch.no_grad()
+    def log_probability(self, images: Tensor, name: str, value: Any) -> Tensor:
+        """Of a value of an attribute, [B] on the CPU."""
+        return self.network(images)[name].log_softmax(1)[:, self.facts[name].index(value)].cpu()
+
+    @torch.no_grad()
+    def most_probable(self, images: Tensor, name: str) -> list[Any]:
+        """The value of an attribute that each picture shows."""
+        return [self.facts[name][number] for number in self.network(images)[name].argmax(1).tolist()]
 
     @torch.no_grad()
     def correct(self, images: Tensor, items: Sequence[Item]) -> dict[str, Tensor]:
@@ -73,8 +91,16 @@ class Probe(Judge):
         asked, right = [self.asked(item) for item in items], {}
         for name, logits in self.network(images).items():
             read = [self.facts[name][number] for number in logits.argmax(1).tolist()]
-            right[name] = torch.tensor([value == values[name] for value, values in zip(read, asked, strict=True)])
+            known = [
+                float(value == values[name]) if name in values else math.nan
+                for value, values in zip(read, asked, strict=True)
+            ]
+            right[name] = torch.tensor(known)
         return right
+
+    def scores(self, columns: dict[str, Tensor]) -> dict[str, float]:
+        """Shares of the pictures that have the attribute."""
+        return {name: column.nanmean().item() for name, column in columns.items()}
 
 
 class CaptionProbe(Probe):
@@ -96,6 +122,22 @@ class CaptionProbe(Probe):
     def asked(item: Item) -> dict[str, Any]:
         """Of the sample's JSON."""
         return {name: item["meta"][name] for name in ATTRIBUTES}
+
+
+class SceneProbe(Probe):
+    """All that a scene of the demo set is described by."""
+
+    option, group, steps = "the demo set", "scene_following", 800
+
+    @classmethod
+    def require(cls, item: Item) -> None:
+        """As for captions."""
+        CaptionProbe.require(item)
+
+    @staticmethod
+    def asked(item: Item) -> dict[str, Any]:
+        """Of the sample's JSON."""
+        return attributes_of(item["meta"])
 
 
 class ClassProbe(Probe):
