@@ -39,8 +39,9 @@ class Caption(Condition):
         self.tokens = 0 if around.null_text is None else len(around.null_text)
 
     def null(self, inputs: Inputs) -> Inputs:
-        known = self.null_text is not None and "text" in inputs  # a pipeline brings states of its own
-        return {"text": self.null_text.expand_as(inputs["text"])} if known else {}
+        if self.null_text is None or "text" not in inputs:  # a pipeline brings states of its own
+            return {}
+        return {"text": self.null_text.expand_as(inputs["text"])}
 
     def forward(self, inputs: Inputs) -> Conditioning:
         return Conditioning(context=inputs["text"])

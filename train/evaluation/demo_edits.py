@@ -48,7 +48,7 @@ def demo_edits(scenes: Sequence[Attributes], each: int, seed: int, **strength: A
         seed: of what is changed to what.
         strength: options of all edits, instead of those that suit a sort.
     """
-    found = []
+    found: list[DemoEdit] = []
     for sort, suited in SORTS.items():
         changes = _changes(sort, scenes, rng(seed, 0, f"edits: {sort}"))
         for (before, after, attribute), _ in zip(changes, range(each), strict=False):
@@ -59,7 +59,7 @@ def demo_edits(scenes: Sequence[Attributes], each: int, seed: int, **strength: A
 
 def weighable(scenes: Sequence[Attributes], count: int) -> list[tuple[str, str, str]]:
     """Captions of the first scenes, an attribute in turn, and the one word of the caption that names it."""
-    found = []
+    found = list[tuple[str, str, str]]()
     for scene in scenes[:count]:
         caption = describe(scene)
         named = [name for name in WEIGHED if scene.get(name) and caption.split().count(scene[name]) == 1]

@@ -145,7 +145,7 @@ def reweighted(
 
 def edits_metrics(rows: Sequence[Row]) -> dict[str, float]:
     """Shares and mean ratios, `eval/edits/SORT/...`, and of all edits."""
-    found = {}
+    found = dict[str, float]()
     for sort in [*dict.fromkeys(row["sort"] for row in rows), "all"]:
         own = [row for row in rows if sort in (row["sort"], "all")]
         values = {name: [row[f"right/{which}"] for row in own] for name, which in RIGHT.items()}
@@ -161,8 +161,8 @@ def weights_metrics(curves: Sequence[Row]) -> dict[str, float]:
         return {}
     odds = np.array([curve["probabilities"] for curve in curves])  # [N, weights]
     rises, moves = np.diff(odds, axis=1), np.ptp(odds, axis=1) > MOVING
-    rising = (rises >= -TOLERANCE).all(1)
-    found = {"rising": rising, "rising_strictly": (rises > 0).all(1), "moving": moves}
+    rising = np.all(rises >= -TOLERANCE, axis=1)
+    found = {"rising": rising, "rising_strictly": np.all(rises > 0, axis=1), "moving": moves}
     if moves.any():
         found["rising_of_moving"] = rising[moves]
     return {f"eval/edits/weights/{name}": float(value.mean()) for name, value in found.items()}
