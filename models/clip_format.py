@@ -23,6 +23,7 @@ LAYER = {
     "mlp.c_proj": "mlp.fc2",
 }
 PADDING = "<|padding|>"
+TOKENS = "text_model.embeddings.token_embedding.weight"
 QKV = ("q_proj", "k_proj", "v_proj")  # one tensor, attn.in_proj_weight or _bias, in open_clip
 
 
@@ -55,13 +56,19 @@ def text_from_hugging_face(weights: Mapping[str, Tensor], layers: int) -> dict[s
     return made
 
 
+def with_padding(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of a CLIPTextModel that knows the padding of `tokenizer_files`: one more token, which looks like 0."""
+    tokens = weights[TOKENS]
+    return {**weights, TOKENS: torch.cat([tokens, tokens[:1]])}
+
+
 def text_config(clip: Clip) -> dict[str, Any]:
-    """`config.json` of the CLIPTextModel whose last hidden states are the tower's text states."""
+    """`config.json` of the CLIPTextModel whose last hidden states are the tower's text states (`with_padding`)."""
     sizes, tokenizer = clip.config, clip.tokenizer
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": tokenizer.vocab_size + 1,
         "hidden_size": sizes.text_width,
         "intermediate_size": 4 * sizes.text_width,
         "num_hidden_layers": sizes.text_layers - sizes.skip_last,
@@ -72,20 +79,20 @@ def text_config(clip: Clip) -> dict[str, Any]:
         "layer_norm_eps": 1e-5,
         "bos_token_id": tokenizer.sot_token_id,
         "eos_token_id": tokenizer.eot_token_id,
-        "pad_token_id": 0,
+        "pad_token_id": tokenizer.vocab_size,
     }
 
 
 def tokenizer_files(clip: Clip) -> dict[str, str]:
     """File name -> content of the CLIPTokenizer that makes the tower's tokens.
 
-    They are padded with token 0. It is "!" inside a word, which as the name of the padding would be taken for it
-    wherever a text says "!"; so it has a second name.
+    The tower pads with token 0. That is "!" inside a word, which as the name of the padding would be taken for it
+    wherever a text says "!", and of two names for one number transformers saves one; so padding is a token of its own.
     """
     tokenizer = clip.tokenizer
     special = {tokenizer.sot_token_id: "<|startoftext|>", tokenizer.eot_token_id: "<|endoftext|>"}
     vocabulary = {special.get(number, word): number for word, number in tokenizer.encoder.items()}
-    vocabulary[PADDING] = 0
+    vocabulary[PADDING] = tokenizer.vocab_size
     pairs = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
     start, end = special.values()
     config = {

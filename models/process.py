@@ -231,6 +231,8 @@ def read_scheduler(path: Path) -> ProcessConfig:
         return ProcessConfig(prediction=Prediction.flow, train_timesteps=total, shift=shift)
     if found.get("trained_betas") is not None:
         raise UserError(f"{path}: has noise levels of its own (trained_betas): point run_dir at the run instead")
+    if "sigma_data" in found:
+        raise UserError(f"{path}: scales what the network sees (sigma_data): not supported")
     schedule, prediction = found.get("beta_schedule", "linear"), found.get("prediction_type", "epsilon")
     schedules = {name: kind for kind, name in BETA_NAMES.items()}
     predictions = {name: kind for kind, name in PREDICTION_NAMES.items()}

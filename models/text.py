@@ -101,6 +101,9 @@ class HuggingFaceText(nn.Module):
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise UserError(f"{path / WEIGHTS_NAME} does not fit the network (missing: {', '.join(missing[:3])})")
+        padding, known = tokenizer.pad_token_id, encoder.get_input_embeddings().num_embeddings
+        if padding is not None and padding >= known:
+            raise UserError(f"{words}: pads with token {padding}, of which {path} knows {known}; export it again")
         return cls(encoder.float(), tokenizer)
 
 

@@ -290,7 +290,8 @@ def test_process_of_others_has_their_defaults_and_what_is_unknown_is_refused(tmp
     path.write_text(json.dumps({"_class_name": "PNDMScheduler"}))
     betas = DDIMScheduler().betas
     assert torch.allclose(Process(read_scheduler(path))._alpha.float() ** 2, torch.cumprod(1 - betas, 0))
-    for config in ({"beta_schedule": "sigmoid"}, {"prediction_type": "x"}, {"trained_betas": [0.1]}):
-        path.write_text(json.dumps(config))
-        with pytest.raises(UserError, match=next(iter(config))):
+    strange = {"beta_schedule": "sigmoid", "prediction_type": "x", "trained_betas": [0.1], "sigma_data": 0.5}
+    for name, value in strange.items():
+        path.write_text(json.dumps({name: value}))
+        with pytest.raises(UserError, match=name):
             read_scheduler(path)

@@ -77,6 +77,13 @@ def test_folder_of_our_own_clip_is_told_apart(tmp_path: Path) -> None:
     assert isinstance(load_text_tower(tmp_path), Clip)
 
 
+def test_padding_that_the_encoder_does_not_know_is_one_line(tmp_path: Path) -> None:
+    write_clip(tmp_path)
+    CLIPTokenizer.from_pretrained(tmp_path, pad_token="<pad>").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"pads with token 4, of which .* knows 4; export it again"):
+        load_text_tower(tmp_path)
+
+
 def test_incomplete_folders_are_one_line(tmp_path: Path) -> None:
     write_clip(tmp_path)
     config = (tmp_path / "config.json").read_text()

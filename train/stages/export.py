@@ -16,7 +16,7 @@ from conf.schema import ExportFormat, ExportRun
 from data.shards import atomic_write
 from models.autoencoder import Autoencoder
 from models.clip import Clip
-from models.clip_format import text_config, text_to_hugging_face, tokenizer_files
+from models.clip_format import text_config, text_to_hugging_face, tokenizer_files, with_padding
 from models.denoiser import Denoiser
 from models.process import Process
 from models.single_file import write_single_file
@@ -142,7 +142,7 @@ def write_pipeline(
     if clip is not None:
         config = text_config(clip)
         text = text_to_hugging_face(clip.network.state_dict(), config["num_hidden_layers"])
-        save_folder(folder / "text_encoder", config, text, TEXT_WEIGHTS)
+        save_folder(folder / "text_encoder", config, with_padding(text), TEXT_WEIGHTS)
         for file, content in tokenizer_files(clip).items():
             atomic_write(folder / "tokenizer" / file, content.encode())
     scheduler = process.scheduler_config()
