@@ -40,6 +40,7 @@ SET = {  # what a visitor who touched nothing but the prompt has set
     **{"edit": "", "mode": "auto", "blend": ""},
 }
 EVIL = "<b>dog</b>"
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
 
 class WordText:
@@ -190,9 +191,9 @@ def url() -> Iterator[str]:
 class Visitor:
     """A browser of its own, with all that went wrong in it."""
 
-    def __init__(self, browser: Any, url: str) -> None:
+    def __init__(self, browser: Any, url: str, **device: Any) -> None:
         self.url, self.trouble = url, list[str]()
-        self.context = browser.new_context()
+        self.context = browser.new_context(**device)
         self.page = self.context.new_page()
         self.page.set_default_timeout(60_000)
         self.page.on("console", lambda message: self.trouble.append(f"{message.type}: {message.text}"))
@@ -212,6 +213,13 @@ class Visitor:
         image = self.page.locator(".picture").nth(number).locator(".drawn")
         image.and_(self.page.get_by_alt_text(prompt, exact=True)).wait_for()
         return str(image.get_attribute("src"))
+
+    def overflow(self) -> int:
+        """Pixels that the page is wider than the window."""
+        return int(self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+
+    def wait_until_shown(self, map_of_word: Any) -> None:
+        self.page.wait_for_function("map => getComputedStyle(map).opacity == 1", arg=map_of_word.element_handle())
 
 
 @pytest.fixture
@@ -241,9 +249,10 @@ def test_visitors_draw_edit_and_weigh_at_once(visitors: list[Visitor]) -> None:
     heat = word.locator(".map")
     assert heat.evaluate("map => getComputedStyle(map).opacity") == "0"
     word.hover()
-    one.page.wait_for_function("map => getComputedStyle(map).opacity == 1", arg=heat.element_handle())
+    one.wait_until_shown(heat)
     assert heat.bounding_box() == one.page.locator(".picture").nth(1).locator(".drawn").bounding_box()
 
+    word.click()
     before = one.picture(1, BLUE)
     slider = one.page.get_by_label("number input for blue")
     slider.fill("-1")
@@ -251,6 +260,7 @@ def test_visitors_draw_edit_and_weigh_at_once(visitors: list[Visitor]) -> None:
     one.page.wait_for_function("before => document.querySelectorAll('.drawn')[1].src != before", arg=before)
     weighed = drawn({"blue": -1.0}, edit=BLUE, sampler="ddim").after
     assert weighed is not None and one.picture(1, BLUE) == data_url(weighed.image)
+    assert one.page.locator(".looks :checked + span").all_inner_texts() == ["picture", "picture"]  # no map of before
 
     two.type("edit", "a dog")
     two.type("blend", "giraffe")
@@ -259,3 +269,26 @@ def test_visitors_draw_edit_and_weigh_at_once(visitors: list[Visitor]) -> None:
     assert two.page.get_by_role("alert").inner_text().startswith("'giraffe' is not in the prompt 'a dog'")
     assert two.picture(0, PLAIN)  # stays
     assert one.trouble == two.trouble == []
+
+
+@pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated")  # of gradio, with pandas 3
+def test_page_fits_a_phone_and_a_tap_shows_what_a_word_looks_at(browser: Any, url: str) -> None:
+    visitor = Visitor(browser, url, **PHONE)
+    page = visitor.page
+    visitor.type("prompt", RED)
+    page.get_by_label("number input for dog").wait_for()
+    assert visitor.overflow() == 0
+    page.locator("#generate").tap()
+    visitor.picture(0, RED)
+    page.wait_for_function("Math.abs(document.getElementById('shown').getBoundingClientRect().top) < 50")
+    word = page.locator(".picture label", has_text="dog")
+    word.tap()
+    visitor.wait_until_shown(word.locator(".map"))
+    other = page.locator(".picture label", has_text="hat")
+    other.tap()
+    visitor.wait_until_shown(other.locator(".map"))
+    page.wait_for_function("map => getComputedStyle(map).opacity == 0", arg=word.locator(".map").element_handle())
+    assert visitor.overflow() == 0
+    page.set_viewport_size({"width": 320, "height": 640})
+    assert visitor.overflow() == 0 and visitor.trouble == []
+    visitor.context.close()

@@ -34,6 +34,13 @@ REPLACE_HELP = "Share of the steps in which words look where they did before the
 SELF_HELP = "Share of the steps in which shapes are those of before."
 THRESHOLD_HELP = "Of the most attention or disagreement: where the picture may change. Less: a larger region."
 
+# Where the pictures are below the controls, as on a phone, one who asks for some is taken there.
+GO_THERE = """() => {
+  const shown = document.getElementById("shown");
+  if (shown.getBoundingClientRect().top >= document.getElementById("change").getBoundingClientRect().bottom)
+    shown.scrollIntoView({behavior: "smooth"});
+}"""
+
 Controls = dict[str, Component]  # by the names of `request_of`
 
 
@@ -84,11 +91,11 @@ def build(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
                     gr.Markdown("1: as it is; 0: not at all; below 0: the opposite", elem_classes="hint")
                     sliders = [gr.Slider(-2, 4, 1, step=0.1, visible=False) for _ in range(MOST_WORDS)]
                 controls |= changes | how_controls(cfg) | strength_controls()
-            with gr.Column(scale=3, min_width=340):
+            with gr.Column(scale=3, min_width=340, elem_id="shown"):
                 trouble, result = gr.HTML(elem_id="trouble"), gr.HTML(EMPTY, elem_id="result", min_height=240)
         events = Events(cfg, studio, controls, sliders)
         gr.on(
-            [controls["prompt"].change, controls["edit"].change],
+            [page.load, controls["prompt"].change, controls["edit"].change],
             events.weigh,
             [controls["prompt"], controls["edit"], events.words, *sliders],
             [trouble, events.words, weights, *sliders],
@@ -107,7 +114,9 @@ def build(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
             "api_visibility": "private",
         }
         asked = [generate.click, change.click, controls["prompt"].submit, controls["edit"].submit]
-        gr.on(asked + [slider.release for slider in sliders], **drawing)
+        asked += [slider.release for slider in sliders]
+        gr.on(asked, **drawing)
+        gr.on([*asked, another.click], js=GO_THERE, api_visibility="private")
         seeded = another.click(lambda: random.randrange(SEEDS), None, controls["seed"], api_visibility="private")
         seeded.then(**drawing)
     page.queue(max_size=cfg.queue)
