@@ -16,6 +16,7 @@ from conf.errors import UserError
 from models.prompts import END, common
 from models.text import TextTower
 
+QUOTED = 50  # characters of a text in an error
 WORD = re.compile(r"\w+(?:[-'\u2019]\w+)*|[^\w\s]+")
 
 
@@ -79,11 +80,16 @@ def words_of(tower: TextTower, text: str) -> Words:
     lost = [match for match, end, size in zip(found, ends[:-1], sizes, strict=True) if end + size > length - 1]
     if lost:
         raise UserError(
-            f"prompt '{text}': longer than the {length} tokens of the text encoder, which do not hold "
-            f"'{text[lost[0].start() :]}'; shorten it"
+            f"prompt '{brief(text)}': longer than the {length} tokens of the text encoder, which do not hold "
+            f"'{brief(text[lost[0].start() :])}'; shorten it"
         )
     spans = tuple(range(start, max(start, end)) for start, end in pairwise(ends))
     return Words(text, tuple(alone), spans, tuple(whole.tolist()), start, ends[-1])
+
+
+def brief(text: str) -> str:
+    """The beginning of a text, for one line."""
+    return text if len(text) <= QUOTED else f"{text[:QUOTED].rstrip()}…"
 
 
 def replacement(source: Words, edited: Words) -> Tensor:

@@ -66,21 +66,28 @@ def invert(
 def require_invertible(
     sampling: SamplingConfig, method: InversionMethod, images: Tensor, latent: Sequence[int], downscale: int
 ) -> None:
-    """Refuse samplers that miss a picture by themselves, and pictures [..., H, W] of another size than is drawn.
-
-    The others solve the equation whose solution was walked back; null text is fitted to DDIM's very steps.
-    """
-    sampler, eta = sampling.sampler, sampling.eta
-    if sampler in STOCHASTIC and eta != 0 and not (sampler is DDIM and eta is None):
-        raise UserError(f"sampler={sampler.value}: adds noise, with which no given picture is found: set sampler=ddim")
-    if method is InversionMethod.null_text and sampler not in (DDIM, Sampler.euler):
-        raise UserError(f"inversion=null_text: is fitted to the steps of sampler=ddim, not {sampler.value}")
+    """Refuse samplers that miss a picture by themselves, and pictures [..., H, W] of another size than is drawn."""
+    if reason := unfit(sampling, method):
+        raise UserError(reason)
     (height, width), wanted = images.shape[-2:], [side * downscale for side in latent[-2:]]
     if [height, width] != wanted:
         raise UserError(
             f"has {height} x {width} pixels, height x width, where {wanted[0]} x {wanted[1]} are drawn: cut it to that "
             f"size, or set size=[{height},{width}]"
         )
+
+
+def unfit(sampling: SamplingConfig, method: InversionMethod) -> str:
+    """Why this sampler does not draw a given picture again, in one line; empty where it does.
+
+    Those without noise solve the equation whose solution was walked back; null text is fitted to DDIM's very steps.
+    """
+    sampler, eta = sampling.sampler, sampling.eta
+    if sampler in STOCHASTIC and eta != 0 and not (sampler is DDIM and eta is None):
+        return f"sampler={sampler.value}: adds noise, with which no given picture is found: set sampler=ddim"
+    if method is InversionMethod.null_text and sampler not in (DDIM, Sampler.euler):
+        return f"inversion=null_text: is fitted to the steps of sampler=ddim, not {sampler.value}"
+    return ""
 
 
 def step(x: Tensor, x0: Tensor, sigma: float, following: float) -> Tensor:

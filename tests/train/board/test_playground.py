@@ -1,5 +1,6 @@
 """The playground: what it draws, what it refuses, and the page in a browser, for two visitors at once."""
 
+import base64
 import re
 import threading
 import zlib
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conf.entry import compose
 from conf.errors import UserError
@@ -29,6 +31,7 @@ from train.board.playground import server
 from train.board.playground.request import AS_GIVEN, request_of
 from train.board.playground.sheet import data_url, message, sheet
 from train.board.playground.studio import Drawn, Studio
+from train.board.playground.upload import pixels_of
 from train.engine.pictures import to_uint8
 from train.engine.runtime import Runtime
 
@@ -37,8 +40,9 @@ RED, BLUE, PLAIN = "a red dog, a red hat", "a blue dog, a red hat", "a cat"
 SET = {  # what a visitor who touched nothing but the prompt has set
     **{name: getattr(Edit(prompt=""), name) for name in AS_GIVEN},
     **{"prompt": RED, "seed": 0, "sampler": "dpmpp_2m", "steps": 4, "guidance_scale": 3.0},
-    **{"edit": "", "mode": "auto", "blend": ""},
+    **{"edit": "", "mode": "auto", "blend": "", "picture": "", "inversion": "negative_prompt"},
 }
+GIVEN = np.random.default_rng(0).integers(256, size=(24, 40, 3), dtype=np.uint8)  # wider than what is drawn
 EVIL = "<b>dog</b>"
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
@@ -115,6 +119,21 @@ def test_weights_alone_are_an_edit_and_those_of_1_are_none() -> None:
     assert all(made) and not np.array_equal(made[0].image, made[1].image)  # type: ignore[union-attr]
 
 
+def test_given_picture_is_cut_and_edited_with_ddim_where_the_sampler_adds_noise() -> None:
+    cut = np.asarray(Image.fromarray(GIVEN).resize((16, 16), Image.Resampling.LANCZOS, box=(8, 0, 32, 24)))
+    made = drawn(picture=data_url(GIVEN), edit=BLUE, sampler="euler_ancestral", inversion="ddim")
+    assert np.array_equal(made.before.image, cut) and np.array_equal(pixels_of(data_url(cut), 16, 16), cut)
+    assert made.after is not None and not np.array_equal(made.after.image, cut)
+    assert made.request.sampling.sampler is Sampler.ddim and made.request.instead_of is Sampler.euler_ancestral
+    again = made.before.film[-1].astype(float)
+    assert made.psnr == pytest.approx(20 * np.log10(255) - 10 * np.log10(np.square(again - cut).mean()), abs=0.5)
+    page = sheet(made)
+    assert f"PSNR of {made.psnr:.1f} dB" in page and "euler_ancestral does not find a given picture again" in page
+    kept = drawn(picture=data_url(GIVEN), edit=BLUE)
+    assert kept.request.sampling.sampler is Sampler.dpmpp_2m and kept.request.instead_of is None
+    assert drawn(picture=data_url(GIVEN), inversion="null_text").request.instead_of is Sampler.dpmpp_2m
+
+
 def test_every_step_is_told() -> None:
     heard: list[tuple[int, int]] = []
     STUDIO.draw(request_of(CFG, SET, {}), lambda *step: heard.append(step))
@@ -131,6 +150,14 @@ def test_words_that_can_be_weighed_are_told_apart() -> None:
     [
         ({"prompt": " "}, "the prompt is empty"),
         ({"seed": None}, "the seed is empty"),
+        ({"seed": 1.5}, "seed 1.5: write a whole number from 0 to"),
+        ({"seed": -3}, "seed -3: write a whole number"),
+        ({"seed": 1e23}, r"seed 1e\+23: write a whole number"),
+        ({"picture": "data:image/png;base64,aGVsbG8="}, "your picture: not a readable picture"),
+        ({"picture": "data:image/png;base64,a"}, "your picture: broken on its way"),
+        ({"picture": data_url(GIVEN)[:422]}, "your picture: broken picture"),
+        ({"picture": "too large"}, "your picture has more than 20 MB"),
+        ({"prompt": "long " * 80}, "do not hold 'long long"),
         ({"prompt": "one two three four five six seven eight nine ten eleven"}, "do not hold 'eleven'"),
         ({"edit": BLUE, "blend": "giraffe"}, "'giraffe' is not in the prompt"),
         ({"edit": "a small blue dog, a red hat", "mode": "replace"}, "mode=refine"),
@@ -140,6 +167,7 @@ def test_what_cannot_be_drawn_is_said_in_one_line(given: dict[str, Any], said: s
     with pytest.raises(UserError, match=said) as caught:
         drawn(**given)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(
@@ -291,4 +319,32 @@ def test_page_fits_a_phone_and_a_tap_shows_what_a_word_looks_at(browser: Any, ur
     assert visitor.overflow() == 0
     page.set_viewport_size({"width": 320, "height": 640})
     assert visitor.overflow() == 0 and visitor.trouble == []
+    visitor.context.close()
+
+
+@pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated")  # of gradio, with pandas 3
+def test_visitor_edits_a_picture_of_his_own(browser: Any, url: str) -> None:
+    visitor = Visitor(browser, url)
+    page, choose = visitor.page, visitor.page.get_by_label("Your picture", exact=True)
+    page.get_by_text("Edit your own picture").click()
+    choose.set_input_files({"name": "text.png", "mimeType": "image/png", "buffer": b"hello"})
+    page.get_by_role("alert").wait_for()
+    assert page.get_by_role("alert").inner_text() == "your picture: not a readable picture"
+    content = base64.b64decode(data_url(GIVEN).partition(",")[2])
+    choose.set_input_files({"name": "mine.png", "mimeType": "image/png", "buffer": content})
+    page.locator(".preview").wait_for()
+    assert page.get_by_role("alert").count() == 0
+    visitor.type("prompt", RED)
+    visitor.type("edit", BLUE)
+    page.locator("#change").click()
+    expected = drawn(picture=data_url(GIVEN), edit=BLUE, sampler="ddim")
+    assert expected.after is not None
+    assert visitor.picture(0, RED) == data_url(expected.before.image) == page.locator(".preview").get_attribute("src")
+    assert visitor.picture(1, BLUE) == data_url(expected.after.image)
+    assert f"PSNR of {expected.psnr:.1f} dB" in page.locator(".sheet").inner_text()
+    page.locator("#away").click()
+    page.locator(".preview").wait_for(state="detached")
+    page.locator("#change").click()
+    page.wait_for_function("mine => document.querySelector('.drawn').src != mine", arg=data_url(expected.before.image))
+    assert visitor.picture(0, RED) == data_url(drawn(sampler="ddim").before.image) and visitor.trouble == []
     visitor.context.close()

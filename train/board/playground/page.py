@@ -9,15 +9,17 @@ from fastapi import FastAPI
 from gradio.components import Component
 
 from conf.errors import UserError
-from conf.schema import Edit, EditMode, PlaygroundRun, Sampler
+from conf.schema import Edit, EditMode, InversionMethod, PlaygroundRun, Sampler
 from train.board.playground.request import request_of
-from train.board.playground.sheet import message, sheet
+from train.board.playground.sheet import data_url, message, preview, sheet
 from train.board.playground.studio import Studio, examples_of
+from train.board.playground.upload import INPUT, pixels_of
 
 STYLE = Path(__file__).parent / "html" / "page.css"
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # of the visitor's system: none is fetched
 THEME = gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"])
 ONE_AT_A_TIME = "pictures"  # name of the queue that everybody who wants a picture stands in
+QUIETLY: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # of small events
 PROGRESS = gr.Progress()  # gradio finds each visitor's own by it
 MOST_WORDS = 24  # that have a slider
 MOST_STEPS = 100
@@ -32,6 +34,8 @@ BLEND_HELP = "Words with commas between them, such as: planet. Empty: everywhere
 MODE_HELP = "replace swaps word for word; refine adds or leaves out words; auto: replace if there are as many words."
 REPLACE_HELP = "Share of the steps in which words look where they did before the edit."
 SELF_HELP = "Share of the steps in which shapes are those of before."
+OWN_HELP = "It is cut to the middle, and the prompt must say what it shows. It stays in this page alone."
+INVERSION_HELP = "Of your own picture: what guidance leads away from. null_text fits it at each step, which takes long."
 THRESHOLD_HELP = "Of the most attention or disagreement: where the picture may change. Less: a larger region."
 
 # Where the pictures are below the controls, as on a phone, one who asks for some is taken there.
@@ -66,6 +70,16 @@ class Events:
         hidden = [gr.update(visible=False, value=1)] * (len(self.sliders) - len(words))
         return [trouble, words, gr.update(visible=bool(words)), *shown, *hidden]
 
+    def take(self, address: str) -> list[Any]:
+        """A given picture, cut; how it looks, a button that takes it away, and what is wrong with it."""
+        if not address:
+            return ["", "", gr.update(visible=False), ""]
+        try:
+            pixels = pixels_of(address, *self.studio.size(self.cfg))
+        except UserError as error:
+            return [gr.skip(), "", gr.update(visible=True), message(str(error))]
+        return [data_url(pixels), preview(pixels), gr.update(visible=True), ""]
+
     def draw(self, given: dict[Component, Any], progress: gr.Progress = PROGRESS) -> tuple[Any, str]:
         """The pictures, and what is wrong; what was drawn before stays where a request is wrong."""
         words = given[self.words]
@@ -86,11 +100,12 @@ def build(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=2, min_width=340):
                 controls, generate, another = picture_controls(cfg)
+                own, looks, away = own_controls()
                 changes, change = edit_controls()
                 with gr.Accordion("How much each word counts", visible=False, elem_id="weights") as weights:
                     gr.Markdown("1: as it is; 0: not at all; below 0: the opposite", elem_classes="hint")
                     sliders = [gr.Slider(-2, 4, 1, step=0.1, visible=False) for _ in range(MOST_WORDS)]
-                controls |= changes | how_controls(cfg) | strength_controls()
+                controls |= own | changes | how_controls(cfg) | strength_controls()
             with gr.Column(scale=3, min_width=340, elem_id="shown"):
                 trouble, result = gr.HTML(elem_id="trouble"), gr.HTML(EMPTY, elem_id="result", min_height=240)
         events = Events(cfg, studio, controls, sliders)
@@ -99,11 +114,12 @@ def build(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
             events.weigh,
             [controls["prompt"], controls["edit"], events.words, *sliders],
             [trouble, events.words, weights, *sliders],
-            queue=False,
-            show_progress="hidden",
             trigger_mode="always_last",
-            api_visibility="private",
+            **QUIETLY,
         )
+        taken = [controls["picture"], looks, away, trouble]
+        controls["picture"].change(events.take, controls["picture"], taken, **QUIETLY)
+        away.click(lambda: events.take(""), None, taken, **QUIETLY)
         drawing: dict[str, Any] = {
             "fn": events.draw,
             "inputs": {events.words, *controls.values(), *sliders},
@@ -154,13 +170,23 @@ def picture_controls(cfg: PlaygroundRun) -> tuple[Controls, gr.Button, gr.Button
         prompt = gr.Textbox(
             examples[0] if examples else "", label="Prompt", lines=2, elem_id="prompt", submit_btn=False
         )
-        seed = gr.Number(cfg.seed, label="Seed", precision=0, minimum=0, elem_id="seed")
+        seed = gr.Number(cfg.seed, label="Seed", elem_id="seed")
     with gr.Row():
         another = gr.Button("New seed", elem_id="another", min_width=100)
         generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=160, scale=2)
     if examples:
         gr.Examples([[text] for text in examples], prompt, label="Captions of the data set", elem_id="examples")
     return {"prompt": prompt, "seed": seed}, generate, another
+
+
+def own_controls() -> tuple[Controls, gr.HTML, gr.Button]:
+    """A given picture in place of a drawn one; how it looks, and the button that takes it away."""
+    with gr.Accordion("Edit your own picture", open=False, elem_id="own"):
+        gr.Markdown(OWN_HELP, elem_classes="hint")
+        gr.HTML(INPUT)
+        looks, away = gr.HTML(), gr.Button("Take it away", visible=False, size="sm", elem_id="away")
+        picture = gr.Textbox("", elem_id="picture")
+    return {"picture": picture}, looks, away
 
 
 def edit_controls() -> tuple[Controls, gr.Button]:
@@ -189,12 +215,15 @@ def strength_controls() -> Controls:
     """How much of the picture an edit keeps."""
     usual = Edit(prompt="")
     with gr.Accordion("How much stays as it was", open=False):
-        modes = [each.value for each in EditMode]
+        modes, inversions = [each.value for each in EditMode], [each.value for each in InversionMethod]
         return {
             "mode": gr.Radio(modes, value=usual.mode.value, label="Mode", info=MODE_HELP),
             "replace_until": gr.Slider(0, 1, usual.replace_until, step=0.05, label="Keep places", info=REPLACE_HELP),
             "self_until": gr.Slider(0, 1, usual.self_until, step=0.05, label="Keep shapes", info=SELF_HELP),
             "blend_threshold": gr.Slider(
                 0, 1, usual.blend_threshold, step=0.05, label="Threshold of the region", info=THRESHOLD_HELP
+            ),
+            "inversion": gr.Radio(
+                inversions, value=InversionMethod.negative_prompt.value, label="Inversion", info=INVERSION_HELP
             ),
         }

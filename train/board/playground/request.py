@@ -1,12 +1,14 @@
 """What a visitor set, as the options of one picture and its edit."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from conf.errors import UserError
-from conf.schema import Edit, EditMode, PlaygroundRun, Sampler, SamplingConfig
+from conf.schema import Edit, EditMode, InversionMethod, PlaygroundRun, Sampler, SamplingConfig
+from models.inversion import unfit
 
+SEEDS = 2**53  # beyond it, not every whole number has one of its own in a browser
 AS_GIVEN = ("replace_until", "self_until", "blend_change", "blend_threshold")  # options of an edit, by their own names
 
 
@@ -17,11 +19,14 @@ class Request:
     edit: Edit
     seed: int
     sampling: SamplingConfig
+    picture: str = ""  # the visitor's own, as the page sends it (`upload`); "": it is drawn
+    inversion: InversionMethod = InversionMethod.negative_prompt
+    instead_of: Sampler | None = None  # the one that was chosen and does not find a given picture
 
     @property
     def changes(self) -> bool:
         """Whether there is more than the prompt."""
-        return self.edit.edited != self.edit.prompt or bool(self.edit.weights)
+        return self.edit.edited != self.edit.prompt or bool(self.edit.weights) or bool(self.picture)
 
 
 def request_of(cfg: PlaygroundRun, given: Mapping[str, Any], weights: Mapping[str, float]) -> Request:
@@ -33,8 +38,6 @@ def request_of(cfg: PlaygroundRun, given: Mapping[str, Any], weights: Mapping[st
     prompt, edited = given["prompt"].strip(), given["edit"].strip()
     if not prompt:
         raise UserError("the prompt is empty: write what the picture shall show")
-    if given["seed"] is None:
-        raise UserError("the seed is empty: write a whole number")
     options = {option.name: getattr(cfg, option.name) for option in fields(SamplingConfig)}
     options |= {"sampler": Sampler(given["sampler"]), "steps": int(given["steps"])}
     options |= {"guidance_scale": float(given["guidance_scale"])}
@@ -48,4 +51,27 @@ def request_of(cfg: PlaygroundRun, given: Mapping[str, Any], weights: Mapping[st
         blend=[word.strip() for word in given["blend"].split(",") if word.strip()],
         **{name: given[name] for name in AS_GIVEN},
     )
-    return Request(edit, int(given["seed"]), SamplingConfig(**options))
+    request = Request(edit, seed_of(given["seed"]), SamplingConfig(**options))
+    return of_picture(request, given["picture"], InversionMethod(given["inversion"])) if given["picture"] else request
+
+
+def of_picture(request: Request, picture: str, inversion: InversionMethod) -> Request:
+    """The same for a given picture, with DDIM where the sampler would not find it."""
+    chosen, sampling = request.sampling.sampler, request.sampling
+    if not unfit(sampling, inversion):
+        return replace(request, picture=picture, inversion=inversion)
+    sampling = replace(sampling, sampler=Sampler.ddim, eta=None)
+    return replace(request, picture=picture, inversion=inversion, sampling=sampling, instead_of=chosen)
+
+
+def seed_of(given: float | None) -> int:
+    """Of the number that was written.
+
+    Raises:
+        UserError: none, not a whole one, or one that a browser rounds.
+    """
+    if given is None:
+        raise UserError("the seed is empty: write a whole number")
+    if not 0 <= given < SEEDS or given != int(given):
+        raise UserError(f"seed {given:g}: write a whole number from 0 to {SEEDS - 1}")
+    return int(given)

@@ -34,6 +34,9 @@ def sheet(drawn: Drawn) -> str:
         seed=request.seed,
         sampling=request.sampling,
         seconds=drawn.seconds,
+        psnr=drawn.psnr,
+        inversion=request.inversion.value,
+        instead_of=request.instead_of.value if request.instead_of else "",
     )
 
 
@@ -48,6 +51,11 @@ def contents(shown: Shown) -> dict[str, object]:
         "words": [(word, data_url(coloured(heat))) for word, heat in shown.words],
         "region": None if shown.region is None else data_url(shade(shown.region)),
     }
+
+
+def preview(pixels: np.ndarray) -> str:
+    """A given picture [H, W, 3], as the network will see it."""
+    return ENVIRONMENT.get_template("preview.html").render(image=data_url(pixels))
 
 
 def message(text: str) -> str:

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import PlaygroundRun, Precision, SamplingConfig
+from data.images import to_tensor
 from data.manifest import MANIFEST
 from models.editing import Picture, edit_pictures, read_words, watch_pictures
 from models.film import Film
+from models.losses import psnr
 from models.pipeline import DiffusionPipeline
 from models.solvers.common import Callback
 from train.board.playground.request import Request
+from train.board.playground.upload import pixels_of
 from train.engine.pictures import to_uint8
 from train.engine.precision import autocast
 from train.evaluation.asking import require_prompts_alone, samples_of
@@ -25,6 +28,7 @@ from train.evaluation.prompts import captions_of_shards
 LARGEST_MAP = 128  # pixels of its sides: maps are smooth
 EXAMPLES = 4  # prompts that the page offers
 Told = Callable[[int, int], object]  # (steps done, all steps)
+Made = tuple[str, Picture, Tensor | None]  # prompt, picture, and where it may differ from the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class Drawn:
     after: Shown | None  # None: no edit was asked for
     film_labels: list[str]
     seconds: float
+    psnr: float | None = None  # dB, of a given picture as it is drawn again
 
 
 class Studio:
@@ -58,6 +63,7 @@ class Studio:
 
     def __init__(self, model: DiffusionPipeline, precision: Precision, film_frames: int) -> None:
         self.model, self.precision, self.film_frames = model, precision, film_frames
+        self.side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale  # pixels
         require_prompts_alone(model.denoiser.conditions, "the playground")
         if not model.denoiser.conditions.takes_text:
             raise UserError("this network was trained without conditions.caption: it takes no prompt to play with")
@@ -89,24 +95,42 @@ class Studio:
                 told(step + 1, steps)
 
         with autocast(self.model.device, self.precision):
-            made = self._made(request, watched)
+            made, found = self._made(request, watched)
             images = torch.stack([picture.image for _, picture, _ in made])
             if not images.isfinite().all():
                 raise UserError("the picture is NaN or infinite: set a lower guidance, or runtime.precision=fp32")
-            strips = film.frames(self.model, images)  # [1 or 2, F, 3, H, W]
+            drawn = images if found is None else torch.stack([found, images[1]])
+            strips = film.frames(self.model, drawn)  # [1 or 2, F, 3, H, W]
         before, *after = [shown(*each, to_uint8(strip)) for each, strip in zip(made, strips, strict=True)]
-        return Drawn(request, before, after[0] if after else None, film.labels, time.monotonic() - began)
+        again = None if found is None else psnr(found[None], images[:1]).item()
+        return Drawn(request, before, after[0] if after else None, film.labels, time.monotonic() - began, again)
 
-    def _made(self, request: Request, watched: Callback) -> list[tuple[str, Picture, Tensor | None]]:
-        """Prompts, pictures, and where they may differ from the one before."""
-        edit, seeds, sampling = request.edit, [request.seed], request.sampling
-        side = self.model.denoiser.unet.cfg.sample_size * self.model.autoencoder.cfg.downscale
-        inputs = self.model.prepare(samples_of([{"caption": edit.prompt}], [0], request.seed, side))
+    def _made(self, request: Request, watched: Callback) -> tuple[list[Made], Tensor | None]:
+        """The pictures, and a given one as it is drawn again."""
+        edit, seeds, sampling, given = request.edit, [request.seed], request.sampling, None
+        inputs = self.model.prepare(samples_of([{"caption": edit.prompt}], [0], request.seed, self.side))
         if not request.changes:
             (picture,) = watch_pictures(self.model, [edit.prompt], seeds, sampling, callback=watched, inputs=inputs)
-            return [(edit.prompt, picture, None)]
-        (made,) = edit_pictures(self.model, [edit], seeds, sampling, watch=True, callback=watched, inputs=inputs)
-        return [(edit.prompt, made.source, None), (edit.edited, made.result, made.region)]
+            return [(edit.prompt, picture, None)], None
+        if request.picture:
+            given = to_tensor(pixels_of(request.picture, *self.size(sampling)))[None]
+        (made,) = edit_pictures(
+            self.model,
+            [edit],
+            seeds,
+            sampling,
+            watch=True,
+            callback=watched,
+            inputs=inputs,
+            given=given,
+            inversion=request.inversion,
+        )
+        return [(edit.prompt, made.source, None), (edit.edited, made.result, made.region)], made.found
+
+    def size(self, sampling: SamplingConfig) -> tuple[int, int]:
+        """Height and width of the pictures that are drawn, in pixels."""
+        height, width = sampling.size or (self.side, self.side)
+        return height, width
 
 
 def shown(prompt: str, picture: Picture, region: Tensor | None, film: np.ndarray) -> Shown:
