@@ -198,13 +198,14 @@ def edit_pictures(
     sampling = SamplingConfig() if sampling is None else sampling
     numbers = [0] * len(edits) if indices is None else indices
     contents = [None] * len(edits) if given is None else [image.cpu().numpy().tobytes() for image in given]
-    bringers, sources = shared(list(zip([edit.prompt for edit in edits], seeds, numbers, contents, strict=True)))
+    bringers, sources = distinct(list(zip([edit.prompt for edit in edits], seeds, numbers, contents, strict=True)))
     owners = [*bringers, *range(len(edits))]  # edit that each row belongs to
     prompts = [edits[number].prompt for number in bringers] + [edit.edited for edit in edits]
     count = len(bringers)
     changed = {count + number: pair for number, pair in enumerate(zip(sources, edits, strict=True))}
     editor = Editor(Rows(prompts, read_words(model, prompts, sampling), changed), watch, model.device)
-    own, start = {name: array[owners] for name, array in (inputs or {}).items()}, None
+    own = {name: array[owners] for name, array in (inputs or {}).items()}
+    start = None
     if given is not None:
         told = {name: array[:count] for name, array in own.items()}
         found = invert(model, given[bringers], prompts[:count], sampling, inversion, told)
@@ -229,7 +230,7 @@ def edit_pictures(
     ]
 
 
-def shared(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
+def distinct(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
     """Numbers of the first of all equal keys, in order, and for each key where in that list its equal is."""
     first = {key: number for number, key in reversed(list(enumerate(keys)))}
     bringers = sorted(first.values())

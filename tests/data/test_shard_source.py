@@ -1,0 +1,180 @@
+"""Shards of others, and mixes of several sources."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sources import config, picture
+
+from conf.entry import compose
+from conf.errors import UserError
+from conf.schema import BuildRun, FilterConfig, ImageConfig, MixedSource, Source
+from data import remote
+from data.building import build
+from data.datasets import ImageDataset
+from data.labels import UNLABELLED, encode_map
+from data.manifest import Manifest
+from data.shards import ShardReader, ShardWriter
+from data.sources import open_source
+
+# --- shards of others
+
+
+def laion(folder: Path, shards: int = 3, samples: int = 6) -> None:
+    """Shards as img2dataset writes them."""
+    folder.mkdir(parents=True)
+    for number in range(shards):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for i in range(samples):
+                key, buffer = f"{number:05d}{i:04d}", io.BytesIO()
+                pixels = np.random.default_rng(number * samples + i).integers(256, size=(20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(buffer, "JPEG")
+                meta = {"key": key, "caption": f"caption {key}", "width": 24, "aesthetic": i, "original_width": 2400}
+                files = {"jpg": buffer.getvalue(), "txt": f"caption {key}".encode(), "json": json.dumps(meta).encode()}
+                for extension, content in files.items():
+                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        (folder / f"{number:05d}_stats.json").write_text(json.dumps({"successes": samples}))
+
+
+def made(output: Path) -> list[dict[str, Any]]:
+    """The JSON of all samples of a build, by key."""
+    readers = [ShardReader(path) for path in sorted(output.glob("*/*.tar"))]
+    found = [json.loads(bytes(reader[i]["json"])) for reader in readers for i in range(len(reader))]
+    return sorted(found, key=lambda meta: meta["key"])
+
+
+def built(tmp_path: Path, path: str, **options: Any) -> list[dict[str, Any]]:
+    cfg = BuildRun(
+        run_dir=".", output_dir=str(tmp_path / "out"), source=Source.shards, path=path, **{"workers": 1, **options}
+    )
+    build(cfg)
+    return made(tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_of_img2dataset_are_taken_as_they_are(tmp_path: Path, workers: int) -> None:
+    laion(tmp_path / "laion")
+    found = built(tmp_path, str(tmp_path / "laion"), workers=workers, filters=FilterConfig(min_score={"aesthetic": 2}))
+    assert [meta["source_key"] for meta in found] == [f"{n:05d}{i:04d}" for n in range(3) for i in range(2, 6)]
+    assert found[0]["key"] == "00000000002" and found[0]["caption"] == "caption 000000002"
+    assert (found[0]["original_width"], found[0]["width"]) == (2400, 24)
+
+
+def test_braces_a_single_tar_and_the_counts_beside_shards(tmp_path: Path) -> None:
+    laion(tmp_path / "laion")
+    some = config(Source.shards, path=str(tmp_path / "laion" / "{00001..00002}.tar"))
+    assert [Path(shard).name for shard in open_source(some).shards] == ["00001.tar", "00002.tar"]
+    assert open_source(some).expected() == 12
+    assert len(open_source(config(Source.shards, path=str(tmp_path / "laion" / "00001.tar"))).shards) == 1
+    for path, message in ((tmp_path / "nothing", "no such folder or .tar"), (tmp_path, r"no \.tar in it")):
+        with pytest.raises(UserError, match=message):
+            open_source(config(Source.shards, path=str(path)))
+
+
+def test_broken_and_missing_shards_are_rejects_and_the_rest_is_used(tmp_path: Path) -> None:
+    laion(tmp_path / "laion")
+    whole = (tmp_path / "laion" / "00001.tar").read_bytes()
+    (tmp_path / "laion" / "00001.tar").write_bytes(whole[: len(whole) // 2 // 512 * 512])
+    found = built(tmp_path, str(tmp_path / "laion" / "{00000..00003}.tar"))
+    keys = [meta["source_key"] for meta in found]
+    assert 12 < len(keys) < 18 and keys[:6] == [f"00000{i:04d}" for i in range(6)] and "000020005" in keys
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert ["truncated" in reject["reason"] for reject in rejects] == [True, False]
+    assert "samples are used" in rejects[0]["reason"] and "00003.tar is missing" in rejects[1]["reason"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_over_http(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    monkeypatch.setattr(remote, "PAUSE_S", 0.01)
+    laion(tmp_path / "served" / "laion", shards=4)
+    http.faults |= {"00001.tar": "500", "00002.tar": "stall"}
+    found = built(tmp_path, f"{http.url}/laion/{{00000..00003}}.tar", timeout_s=0.5, workers=workers)
+    assert {meta["source_key"][:5] for meta in found} == {"00000", "00003"} and len(found) == 12
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert "500 Internal Server Error" in reasons[0] and "silent or stuck for 0.5 s" in reasons[1]
+    http.faults |= {f"0000{n}.tar": "500" for n in range(4)}
+    with pytest.raises(UserError, match=r"none of 4 samples can be used, most often because: .*500"):
+        built(tmp_path / "again", f"{http.url}/laion/{{00000..00003}}.tar")
+
+
+def labelled(folder: Path, changes: dict[int, dict[str, Any]]) -> None:
+    """A shard whose samples have a class, a box and a map; `changes` of their JSON, or of the map's size, by number."""
+    folder.mkdir(parents=True)
+    with ShardWriter(folder, 100) as writer:
+        for i in range(6):
+            boxes = [{"box": [0.25, 0, 1, 0.5], "class": "wheel", "class_id": 1, "score": 0.5}]
+            meta = {"class": f"class {i % 3}", "class_id": i % 3, "boxes": boxes, **changes.get(i, {})}
+            segments = np.full(meta.pop("map", (20, 24)), UNLABELLED, np.uint8)
+            segments[5:10] = i
+            pixels = np.random.default_rng(i).integers(256, size=(20, 24, 3), dtype=np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            files = {"png": buffer.getvalue(), "txt": f"caption {i}".encode(), "json": json.dumps(meta).encode()}
+            writer.add(f"{i}", {**files, "seg.png": encode_map(segments)})
+
+
+def test_labels_of_other_shards_pass_through_and_are_checked(tmp_path: Path) -> None:
+    other = {"boxes": [{"box": [0, 0, 300, 200], "class_id": 1}]}
+    labelled(tmp_path / "in", {2: other, 3: {"map": (20, 20)}, 4: {"class": "else"}})
+    found = built(tmp_path, str(tmp_path / "in"), resolution=10, heldout_fraction=0)
+    assert [(meta["source_key"], meta["class_id"]) for meta in found] == [("0", 0), ("1", 1), ("5", 2)]
+    assert found[0]["boxes"] == [{"box": [0.25, 0, 1, 0.5], "class": "wheel", "class_id": 1, "score": 0.5}]
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [reject["reason"].partition(":")[0] for reject in rejects] == ["boxes[0].box", "seg.png", "class_id"]
+    assert rejects[2]["reason"] == "class_id: 1 is 'class 1' in this data set, not 'else'"
+    assert Manifest.load(tmp_path / "out" / "train").provenance["labels"] == {
+        "classes": ["class 0", "class 1", "class 2"],
+        "box_classes": ["", "wheel"],
+        "segments": [""] * 6,
+    }
+    dataset = ImageDataset(tmp_path / "out" / "train", ImageConfig(resolution=10), 0, labels=True)
+    labels = dataset.at(2)["labels"]
+    assert labels.segments.shape == (10, 10) and set(np.unique(labels.segments)) == {5, UNLABELLED}
+    assert labels.boxes[0].corners == pytest.approx(
+        (0.2, 0, 1, 0.5)
+    )  # 24 x 20 became 12 x 10, of which 10 x 10 are cut
+    assert labels.class_name == "class 2"
+
+
+# --- several sources
+
+
+def test_a_mix_keeps_its_shares_everywhere_and_says_what_is_left(tmp_path: Path) -> None:
+    laion(tmp_path / "laion", shards=2, samples=10)
+    for i in range(40):
+        picture(tmp_path / "mine" / f"{i:02d}.png")
+        (tmp_path / "mine" / f"{i:02d}.txt").write_text(f"mine {i}")
+    sources = [
+        MixedSource(source=Source.shards, name="laion", path=str(tmp_path / "laion"), weight=2.0),
+        MixedSource(name="mine", path=str(tmp_path / "mine")),
+    ]
+    out = tmp_path / "out"
+    cfg = BuildRun(run_dir=".", output_dir=str(out), source=Source.mix, sources=sources, heldout_fraction=0, workers=2)
+    build(cfg)
+    found = [meta["mixed_from"] for meta in made(out)]
+    assert found.count("laion") == 20 and abs(found.count("mine") - 10) <= 1
+    for start in range(0, 27, 3):
+        assert sorted(found[start : start + 3]) == ["laion", "laion", "mine"]
+    described = Manifest.load(out / "train").provenance["source"]["sources"]
+    assert described["laion"]["taken"] == 20 and described["mine"]["of"] == 40
+
+
+def test_a_mix_needs_its_sources() -> None:
+    with pytest.raises(UserError, match="source=mix and 'sources="):
+        BuildRun(run_dir=".", output_dir=".", source=Source.mix)
+    with pytest.raises(UserError, match="the names folder, folder are not all different"):
+        BuildRun(run_dir=".", output_dir=".", source=Source.mix, sources=[MixedSource(path="a"), MixedSource(path="b")])
+
+
+def test_the_sources_of_a_mix_come_from_the_command_line(tmp_path: Path) -> None:
+    given = "sources=[{source: twemoji, weight: 2}, {source: demo}]"
+    options = ["source=mix", given, f"run_dir={tmp_path}", "samples=9", "resolution=32"]
+    source = open_source(compose("build_shards", BuildRun, options))
+    assert [ref.name.partition(":")[0] for ref in source.refs(tmp_path)] == ["twemoji", "twemoji", "demo"] * 3
