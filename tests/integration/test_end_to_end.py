@@ -131,7 +131,7 @@ def unet_command(smoke: tuple[Path, str], folder: Path, *overrides: str) -> list
         *("train/train_unet.py", "experiment=smoke", f"run_dir={folder}", f"latents={given}/latents"),
         *(f"autoencoder={given}/autoencoder/export", f"clip={given}/clip/export", "runtime=cpu"),
         *(f"loop.samples={STEPS * BATCH}", f"loop.log_every={BATCH}", "loop.evaluate_every=400"),
-        *("loop.checkpoint_every=128", *overrides),
+        *("loop.checkpoint_every=128", "evaluation.samples=0", *overrides),
     ]
 
 
@@ -201,7 +201,7 @@ def test_two_processes_with_zero_2_have_the_loss_curve_of_one(
 def test_sweep_gives_each_member_its_own_folder_and_trains_none_twice(smoke: tuple[Path, str], tmp_path: Path) -> None:
     run_dir, _ = smoke
     inputs = [f"latents={run_dir}/latents", f"autoencoder={run_dir}/autoencoder/export", f"clip={run_dir}/clip/export"]
-    short = ["loop.samples=64", "loop.log_every=64", "sample_prompts=0", "wandb.mode=disabled"]
+    short = ["loop.samples=64", "loop.log_every=64", "sample_prompts=0", "evaluation.samples=0", "wandb.mode=disabled"]
     sweep = ["-m", "experiment=smoke", f"run_dir={tmp_path}", *inputs, *short, "optim.lr=1e-4,1e-2"]
     first = finish("train/train_unet.py", *sweep)
     members = [path.parent for path in (tmp_path / "sweep/train_unet").glob("*/DONE")]

@@ -100,7 +100,7 @@ class Probe(Judge):
 
     def scores(self, columns: dict[str, Tensor]) -> dict[str, float]:
         """Shares of the pictures that have the attribute."""
-        return {name: column.nanmean().item() for name, column in columns.items()}
+        return {name: column.float().nanmean().item() for name, column in columns.items()}
 
 
 class CaptionProbe(Probe):
