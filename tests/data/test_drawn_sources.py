@@ -1,5 +1,6 @@
 """Sources that draw their pictures: what they say, what they show, and that both agree."""
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -10,7 +11,7 @@ from conf.schema import Source
 from data.images import parse_color
 from data.labels import read_labels
 from data.sources import open_source
-from data.sources.demo import BACKGROUNDS, BODIES, COLORS, KINDS, MONSTER_EYES, TOPS, render, scene
+from data.sources.demo import BACKGROUNDS, BODIES, COLORS, KINDS, MONSTER_EYES, TOPS, describe, render, scene
 from data.sources.layout import OBJECTS, OVERLAP, layout
 from data.sources.rendering import SEGMENTS
 from data.sources.subject import LOOK, WORD
@@ -35,6 +36,22 @@ def test_captions_name_kind_color_and_background() -> None:
         assert f"{background} {place}" in s.caption, s.caption
         assert not (set(s.caption.split()) & set(BACKGROUNDS)) - {background}
         assert not (set(s.caption.split()) & set(COLORS)) - {color}
+
+
+def test_captions_stay_as_they_were_published() -> None:
+    captions = "\n".join(scene(0, index).caption for index in range(200))
+    assert hashlib.sha256(captions.encode()).hexdigest().startswith("505e39324967a224")
+
+
+def test_captions_follow_from_what_is_drawn() -> None:
+    planet = {"kind": "planet", "color": "blue", "background": "gray", "surface": "smooth", "ring": "", "moon": ""}
+    assert describe(planet) == "a smooth blue planet on a gray background"
+    assert describe(planet | {"ring": "a ring"}) == "a smooth blue planet with a ring on a gray background"
+    both = describe(planet | {"ring": "a ring", "moon": "a moon"})
+    assert both == "a smooth blue planet with a ring and a moon on a gray background"
+    land = {"kind": "landscape", "color": "white", "background": "cyan", "hills": "plains", "sun": ""}
+    assert describe(land) == "white plains under a cyan sky"
+    assert describe(land | {"sun": "with a sun"}) == "white plains under a cyan sky with a sun"
 
 
 def test_palettes_are_far_apart() -> None:

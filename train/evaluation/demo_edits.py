@@ -80,6 +80,8 @@ def _changes(
         elif sort == "kind" and scene["kind"] in OBJECTS:
             kind = _other(random, OBJECTS, scene["kind"])
             others = [other for other in scenes if other["kind"] == kind]
+            if not others:
+                continue
             like = others[int(random.integers(len(others)))]
             yield scene, like | {name: scene[name] for name in ("color", "background")}, "kind"
         elif sort in ("added", "removed"):

@@ -33,9 +33,9 @@ from train.evaluation.sampling import load_model
 
 SHOWN = 4  # edits of each sort in edits.png
 WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0)
-TOLD = ("right", "right_fresh", "distance_ratio", "outside_ratio")
-TOLERANCE = 0.01  # of a probability, by which it may fall from one weight to the next and still count as rising
-MOVING = 0.1  # of it, by which it must differ between two weights to count as moving
+TOLD = ("right", "right_fresh", "lacking/right", "lacking/right_fresh", "distance_ratio", "outside_ratio")
+TOLERANCE = 0.01  # of a log-probability, by which it may fall from one weight to the next and still count as rising
+MOVING = 0.1  # of a probability, by which it must differ between two weights to count as moving
 RIGHT = {"right": "edit", "right_fresh": "own", "right_before": "source"}
 RATIOS = {
     "distance_ratio": ("distance/edit", "distance/same"),
@@ -144,15 +144,26 @@ def reweighted(
 
 
 def edits_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """Shares and mean ratios, `eval/edits/SORT/...`, and of all edits."""
+    """Shares and mean ratios of each sort and of all, `eval/edits/SORT/...`, and of those with something to change.
+
+    A source may show what is asked for before the edit, so that an edit which does nothing is right;
+    `eval/edits/SORT/lacking/...` is of the sources that do not.
+    """
     found = dict[str, float]()
     for sort in [*dict.fromkeys(row["sort"] for row in rows), "all"]:
         own = [row for row in rows if sort in (row["sort"], "all")]
-        values = {name: [row[f"right/{which}"] for row in own] for name, which in RIGHT.items()}
-        for name, (mine, theirs) in RATIOS.items():
-            values[name] = [row[mine] / row[theirs] for row in own if mine in row and row[theirs] > 0]
-        found |= {f"eval/edits/{sort}/{name}": float(np.mean(value)) for name, value in values.items() if value}
+        lacking = [row for row in own if not row["right/source"]]
+        found |= means(f"eval/edits/{sort}", own) | means(f"eval/edits/{sort}/lacking", lacking)
+        found[f"eval/edits/{sort}/lacking/share"] = len(lacking) / len(own)
     return found
+
+
+def means(group: str, rows: Sequence[Row]) -> dict[str, float]:
+    """Means over a group of edits; without those that nothing can be said of."""
+    values = {name: [row[f"right/{which}"] for row in rows] for name, which in RIGHT.items()}
+    for name, (mine, theirs) in RATIOS.items():
+        values[name] = [row[mine] / row[theirs] for row in rows if mine in row and row[theirs] > 0]
+    return {f"{group}/{name}": float(np.mean(value)) for name, value in values.items() if value}
 
 
 def weights_metrics(curves: Sequence[Row]) -> dict[str, float]:
@@ -160,11 +171,14 @@ def weights_metrics(curves: Sequence[Row]) -> dict[str, float]:
     if not curves:
         return {}
     odds = np.array([curve["probabilities"] for curve in curves])  # [N, weights]
-    rises, moves = np.diff(odds, axis=1), np.ptp(odds, axis=1) > MOVING
+    logs = np.log(np.maximum(odds, np.finfo(np.float32).tiny))
+    rises, moves = np.diff(logs, axis=1), np.ptp(odds, axis=1) > MOVING
     rising = np.all(rises >= -TOLERANCE, axis=1)
-    found = {"rising": rising, "rising_strictly": np.all(rises > 0, axis=1), "moving": moves}
-    if moves.any():
-        found["rising_of_moving"] = rising[moves]
+    still = np.ptp(logs, axis=1) <= TOLERANCE  # counts as rising, too
+    found = {"rising": rising, "rising_strictly": np.all(rises > 0, axis=1), "still": still, "moving": moves}
+    for name, which in (("rising_of_moving", moves), ("rising_unless_still", ~still)):
+        if which.any():
+            found[name] = rising[which]
     return {f"eval/edits/weights/{name}": float(value.mean()) for name, value in found.items()}
 
 

@@ -41,6 +41,11 @@ def test_every_sort_of_edit_changes_what_it_says_and_nothing_else() -> None:
     assert {edit.edit.replace_until for edit in demo_edits(SCENES, 2, 0, replace_until=0.9)} == {0.9}
 
 
+def test_kinds_that_no_scene_has_are_no_edits() -> None:
+    plants = [scene for scene in SCENES if scene["kind"] == "plant"]
+    assert {edit.sort for edit in demo_edits(plants, 3, seed=0)} == {"color", "background"}
+
+
 def test_words_that_are_weighted_stand_once_in_their_prompt() -> None:
     found = weighable(SCENES, 30)
     assert len(found) == 30 and len({attribute for _, attribute, _ in found}) > 4
@@ -81,11 +86,28 @@ def test_row_tells_right_from_wrong_and_the_outside_from_the_inside() -> None:
     assert not any("/kind/" in name for name in metrics)  # nothing of what was not there
 
 
+def test_edits_that_had_nothing_to_change_do_not_make_the_others_right() -> None:
+    def row(before: bool, after: bool, away: float) -> dict[str, Any]:
+        right = {"right/source": before, "right/edit": after, "right/own": True}
+        return {"sort": "added", **right, "distance/edit": away, "distance/same": 1.0, "distance/own": 1.0}
+
+    found = edits_metrics([row(True, True, 0.0), row(True, True, 0.0), row(False, False, 0.9), row(False, True, 0.7)])
+    for sort in ("added", "all"):
+        assert found[f"eval/edits/{sort}/right"] == 0.75 and found[f"eval/edits/{sort}/lacking/right"] == 0.5
+        assert found[f"eval/edits/{sort}/lacking/share"] == 0.5
+        assert found[f"eval/edits/{sort}/distance_ratio"] == pytest.approx(0.4)
+        assert found[f"eval/edits/{sort}/lacking/distance_ratio"] == pytest.approx(0.8)
+    nothing = edits_metrics([row(True, True, 0.0)])
+    assert nothing["eval/edits/all/lacking/share"] == 0 and "eval/edits/all/lacking/right" not in nothing
+
+
 def test_weights_that_let_a_probability_fall_do_not_count_as_rising() -> None:
     curves = [[0.1, 0.2, 0.5, 0.8, 0.9], [0.9, 0.9, 0.895, 0.9, 0.9], [0.9, 0.5, 0.6, 0.7, 0.8], [0.5] * 5]
+    curves += [[0.009, 0.007, 0.005, 0.003, 0.001]]  # falls to a ninth, by less than 0.01
     found = weights_metrics([{"probabilities": curve} for curve in curves])
-    names = ("rising", "rising_strictly", "moving", "rising_of_moving")
-    assert [found[f"eval/edits/weights/{name}"] for name in names] == [0.75, 0.25, 0.5, 0.5]
+    expected = {"rising": 0.6, "rising_strictly": 0.2, "still": 0.4, "moving": 0.4, "rising_of_moving": 0.5}
+    assert found.pop("eval/edits/weights/rising_unless_still") == pytest.approx(1 / 3)
+    assert found == {f"eval/edits/weights/{name}": pytest.approx(value) for name, value in expected.items()}
 
 
 def test_command_measures_and_leaves_pictures(project: Any, runtime: Runtime, tmp_path: Path) -> None:
