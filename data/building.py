@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from data.manifest import MANIFEST, Manifest
 from data.records import Record, RecordMaker, make_all
 from data.shards import ShardInfo, ShardWriter, atomic_write
 from data.sources import SampleSource, open_source
+from data.sources.folder import by_suffix
 from data.split import Split
 
 STAGING = ".building"
@@ -170,12 +172,20 @@ def _check_folder(output: Path) -> None:
 
 
 def _summary(built: Built) -> str:
+    others = by_suffix(_others(built.train.provenance["source"]))
     size = (built.train.bytes + built.heldout.bytes) / 1e6
     return (
         f"{built.train.samples} samples for training and {built.heldout.samples} held out ({size:.1f} MB), "
         f"{built.rejected} rejected, {built.dropped} dropped by filters"
         f"{' (see ' + REJECTS + ')' if built.rejected or built.dropped else ''},"
+        f"{' left out for their suffix: ' + others + ',' if others else ''}"
     )
+
+
+def _others(source: dict[str, Any]) -> Counter[str]:
+    """Files that a source, or those of a mix, did not take for images, by suffix."""
+    counts = Counter(source.get("other_files", {}))
+    return sum(map(_others, source.get("sources", {}).values()), counts)
 
 
 @contextmanager

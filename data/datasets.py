@@ -15,13 +15,12 @@ from PIL import Image
 from conf.errors import UserError
 from conf.schema import ImageConfig, StreamConfig
 from data.buckets import Shape, nearest_shape
-from data.images import Cut, cut_of, open_image, to_pixels, to_tensor
+from data.images import EXTENSIONS, Cut, cut_of, open_image, to_pixels, to_tensor
 from data.labels import MAP, Labels, Vocabulary, cut_labels, read_labels
 from data.manifest import find_shards
 from data.order import FullOrder, Order, WindowedOrder, rng
 from data.record_store import RecordStore
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 Batch = dict[str, Any]
 
 
@@ -46,7 +45,7 @@ class ImageDataset:
         self.vocabulary = Vocabulary.of(self.manifest.provenance.get("labels", {}))
         self.order = order_of(seed, [shard.samples for shard in self.manifest.shards], stream)
         self.skip = stream.skip_broken
-        self.records = RecordStore(folder, self.manifest, [IMAGE_EXTENSIONS, ("txt",)], stream)
+        self.records = RecordStore(folder, self.manifest, [EXTENSIONS, ("txt",)], stream)
 
     def item(self, position: int) -> Batch:
         """The sample at a position of the training stream, with its own crop and flip."""
@@ -103,7 +102,7 @@ class ImageDataset:
     def _open(self, index: int) -> tuple[Image.Image, Batch]:
         """The decoded picture of a sample, and what else is known of it."""
         record = self.records[index]
-        content = bytes(next(record[name] for name in IMAGE_EXTENSIONS if name in record))
+        content = bytes(next(record[name] for name in EXTENSIONS if name in record))
         try:
             image = open_image(content, self.images.max_pixels)
             meta = json.loads(bytes(record.get("json", b"{}")))

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from conf.errors import UserError
-from data.images import Cut
+from data.images import Cut, ImageError, Unfit, open_indices
 
 MAP = "seg.png"  # extension of the map: 8 bits, a class for each pixel of the picture
 UNLABELLED = 255  # in a map: no class
@@ -142,17 +142,11 @@ def encode_map(segments: np.ndarray) -> bytes:
 def decode_map(content: bytes, size: tuple[int, int]) -> np.ndarray:
     """Contents of `KEY.seg.png` → uint8 `[H, W]`; `size` (width, height) is the picture's. Raises LabelError."""
     try:
-        image = Image.open(io.BytesIO(content), formats=["PNG"])
-    except Exception as error:  # a hostile header makes Pillow's parsers raise nearly anything
-        raise LabelError(f"{MAP}: not a readable PNG") from error
-    if image.size != size:  # before a pixel is decoded
-        raise LabelError(f"{MAP}: has {image.width} x {image.height} pixels, the picture {size[0]} x {size[1]}")
-    if image.mode not in ("L", "P"):
-        raise LabelError(f"{MAP}: has pixels of mode {image.mode}, not 8 bits of grey or palette")
-    try:
-        return np.array(image)
-    except Exception as error:
-        raise LabelError(f"{MAP}: broken PNG") from error
+        return open_indices(content, size)
+    except Unfit as error:
+        raise LabelError(f"{MAP}: {error}") from error
+    except ImageError as error:
+        raise LabelError(f"{MAP}: {'broken' if 'broken' in str(error) else 'not a readable'} PNG") from error
 
 
 def shrink_map(segments: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -10,7 +10,7 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,11 @@ from data.images import SUFFIXES
 from data.labels import MAP, Vocabulary
 from data.sources import Ref, Rejected, Sample, numbered
 
+MOST_NAMED = 8  # suffixes in a line
 CAPTION_BYTES = 65536  # a longer caption file is taken for a mistake
+NO_SUFFIX = "none"
+_LOOP = "a link to a folder that it lies in"
+_DANGLING = "a link to what is not there"
 _NO_CAPTION = 'no caption: neither a .txt nor a .json with "caption" lies beside it'
 
 
@@ -61,8 +65,10 @@ class FolderSource:
         self.table = None if path.is_dir() else [cfg.image_column, cfg.caption_column]
         self.entries = self.entries[: cfg.samples or None]
         if not self.entries:
-            what = f"images ({', '.join(SUFFIXES)})" if path.is_dir() else "rows"
-            raise UserError(f"path={cfg.path}: no {what} in it")
+            if path.is_dir():
+                there = f"; it has {by_suffix(self.other_files)}" if self.other_files else ""
+                raise UserError(f"path={cfg.path}: no images ({', '.join(SUFFIXES)}) in it{there}")
+            raise UserError(f"path={cfg.path}: no rows in it")
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -145,6 +151,13 @@ class FolderSource:
             raise Rejected(f"cannot be read: {error.strerror or error}") from error
 
 
+def by_suffix(counts: Mapping[str, int]) -> str:
+    """How many files there are, the commonest suffix first."""
+    commonest = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    named = [f"{count:,} {'without suffix' if suffix == NO_SUFFIX else suffix}" for suffix, count in commonest]
+    return ", ".join(named[:MOST_NAMED]) + (f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else "")
+
+
 def _folder_name(path: str) -> str:
     """Name of the folder that a picture lies in; "" for the source's own."""
     return os.path.basename(os.path.dirname(path))
@@ -161,30 +174,44 @@ def _list_folder(root: Path) -> tuple[list[Entry], dict[str, int]]:
     for folder, names, problem in _walk(root):
         prefix = "" if folder == "." else f"{folder}/"
         if problem:
-            entries.append(Entry(folder, None, problem=f"unreadable folder: {problem}"))
+            entries.append(Entry(folder, None, problem=problem))
         beside = {f"{Path(n).stem}{Path(n).suffix.lower()}": n for n in names if n.lower().endswith((".txt", ".json"))}
         maps = {name[: -len(MAP) - 1]: name for name in names if name.lower().endswith(f".{MAP}")}
-        known = {*beside.values(), *maps.values()}
+        unused = {*names}
         for name in names:
             stem, suffix = Path(name).stem, Path(name).suffix.lower()
-            if suffix in SUFFIXES and name not in known:
+            path = os.path.join(root, prefix, name)
+            lost = os.path.islink(path) and not os.path.exists(path)
+            if suffix in SUFFIXES and name not in maps.values():
                 caption = beside.get(f"{stem}.txt") or beside.get(f"{stem}.json")
-                problem = None if caption else _NO_CAPTION
-                meta = beside.get(f"{stem}.json")
-                paths = [f"{prefix}{found}" if found else None for found in (caption, meta, maps.get(stem))]
+                problem = None if caption else _DANGLING if lost else _NO_CAPTION
+                found = (caption, beside.get(f"{stem}.json"), maps.get(stem))
+                paths = [f"{prefix}{file}" if file else None for file in found]
                 entries.append(Entry(f"{prefix}{name}", None, paths[0], problem, None, *paths[1:]))
-            elif name not in known:
-                others[suffix or "none"] += 1
+                unused -= {name, caption, *found}
+            elif lost:
+                entries.append(Entry(f"{prefix}{name}", None, problem=_DANGLING))
+                unused.remove(name)
+        others.update(Path(name).suffix.lower() or NO_SUFFIX for name in unused)
     return sorted(entries, key=lambda entry: entry.path), dict(sorted(others.items()))
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str], str | None]]:
-    """(folder relative to root, file names, problem) of each folder."""
+    """(folder relative to root, file names, problem) of each folder; links are followed, but not to a folder above."""
     problems: list[OSError] = []
-    for folder, _, names in os.walk(root, onerror=problems.append):
+    above = {str(root): {os.path.realpath(root)}}  # of each folder to come: where it and those above it really are
+    for folder, folders, names in os.walk(root, onerror=problems.append, followlinks=True):
+        behind, real = above.pop(folder), ""
+        for name in list(folders):
+            path = os.path.join(folder, name)
+            if (real := os.path.realpath(path)) in behind:
+                folders.remove(name)
+                yield Path(path).relative_to(root).as_posix(), [], _LOOP
+            else:
+                above[path] = behind | {real}
         yield Path(folder).relative_to(root).as_posix(), names, None
     for problem in problems:
-        yield Path(problem.filename).relative_to(root).as_posix(), [], problem.strerror
+        yield Path(problem.filename).relative_to(root).as_posix(), [], f"unreadable folder: {problem.strerror}"
 
 
 def _read_table(path: Path, image_column: str, caption_column: str) -> Iterator[dict[str, Any]]:

@@ -14,12 +14,13 @@ from braceexpand import braceexpand
 
 from conf.errors import UserError
 from conf.schema import BuildRun
+from data.images import EXTENSIONS
 from data.labels import MAP, Vocabulary
 from data.remote import fetch, is_remote, listed
 from data.shards import ShardReader
 from data.sources import Ref, Rejected, Sample
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", *EXTENSIONS)  # a .png beside a .jpg is a map or a mask more often than the image
 IN_FLIGHT = 2**14  # refs after which those of an earlier shard are made, so that a fetched one can go
 OPEN = 8  # shards that a process holds open
 
@@ -96,7 +97,7 @@ class ShardsSource:
         record = self._readers[path][row]
         image = next((bytes(record[name]) for name in IMAGES if name in record), None)
         if image is None:
-            raise Rejected(f"no picture ({', '.join(IMAGES)})")
+            raise Rejected(f"no picture ({', '.join(EXTENSIONS)})")
         meta = _meta(record)
         caption = str(record["txt"], "utf-8", "replace") if "txt" in record else meta.get("caption")
         if not isinstance(caption, str):

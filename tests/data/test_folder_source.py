@@ -63,6 +63,73 @@ def test_pipes_folders_and_dangling_links_are_rejects(tmp_path: Path) -> None:
     ]
 
 
+def reasons(path: Path) -> dict[str, str]:
+    """Outcome of each entry of a folder."""
+    source = open_source(config(Source.folder, path=str(path)))
+    return {source.name(index): outcome(source, index) for index in range(len(source))}
+
+
+def test_linked_folders_and_files_are_read_wherever_a_link_lies(tmp_path: Path) -> None:
+    for folder in ("far/a", "far/b"):
+        picture(tmp_path / folder / "x.png")
+        (tmp_path / folder / "x.txt").write_text(folder)
+    here = tmp_path / "here"
+    (here / "sub").mkdir(parents=True)
+    (here / "set").symlink_to("../far")
+    (here / "sub" / "again").symlink_to(tmp_path / "far" / "a")
+    (here / "one.png").symlink_to(tmp_path / "far" / "a" / "x.png")
+    (here / "one.txt").symlink_to(tmp_path / "far" / "b" / "x.txt")
+    found = {"one.png": "far/b", "set/a/x.png": "far/a", "set/b/x.png": "far/b", "sub/again/x.png": "far/a"}
+    assert reasons(here) == found
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "link").symlink_to(here)
+    assert reasons(tmp_path / "only") == {f"link/{name}": caption for name, caption in found.items()}
+    assert reasons(tmp_path / "only" / "link") == found  # a path that is a link itself
+
+
+@pytest.mark.timeout(30)
+def test_links_that_lead_nowhere_or_in_a_circle_are_named(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        picture(tmp_path / name / "x.png")
+        (tmp_path / name / "x.txt").write_text(name)
+    (tmp_path / "a" / "to_b").symlink_to("../b")
+    (tmp_path / "b" / "to_a").symlink_to("../a")
+    (tmp_path / "b" / "up").symlink_to("..")
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "folder").symlink_to("gone")
+    (tmp_path / "lost.png").symlink_to("gone.png")
+    found = reasons(tmp_path)
+    circles = {name for name, reason in found.items() if reason == "rejected: a link to a folder that it lies in"}
+    assert circles == {"a/to_b/to_a", "a/to_b/up", "b/to_a/to_b", "b/up"}
+    assert {name for name, reason in found.items() if reason == "rejected: a link to what is not there"} == {
+        *("self", "folder", "lost.png"),
+    }
+    assert {name for name, reason in found.items() if reason in ("a", "b")} == {
+        *("a/x.png", "b/x.png", "a/to_b/x.png", "b/to_a/x.png"),
+    }
+
+
+def test_every_kind_of_image_is_found_and_the_rest_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for suffix in (".JPG", ".jfif", ".jpe", ".avif", ".jp2", ".apng", ".pbm", ".tga", ".ico"):
+        format = Image.registered_extensions()[suffix.lower()]
+        Image.effect_noise((16, 16), 50).convert("RGB").save(photos / f"a{suffix}", format)
+    for name in ("a.txt", "b.heic", "c.heic", "b.txt", "d.psd", "README"):
+        (photos / name).write_text("a caption")
+    cfg = config(Source.folder, path=str(photos), workers=1, heldout_fraction=0)
+    cfg.output_dir = str(tmp_path / "shards")
+    assert build(cfg).train.samples == 9
+    assert build(cfg).skipped
+    told = capsys.readouterr().out.splitlines()
+    rest = "left out for their suffix: 2 .heic, 1 .psd, 1 .txt, 1 without suffix, in "
+    assert len(told) == 2 and all(f"0 rejected, 0 dropped by filters, {rest}" in line for line in told)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.heic").write_text("x")
+    with pytest.raises(UserError, match=r"no images \(\.png, .*\) in it; it has 1 \.heic$"):
+        open_source(config(Source.folder, path=str(tmp_path / "none")))
+
+
 ROWS = [
     ("inside/x.png", "a caption", "a caption"),
     ("../secret.png", "a caption", "rejected: the path leaves the table's folder"),

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from data.images import ImageError, open_image
 from train.board.panels import PICTURES
 from train.board.run_folder import RunFolder
 
 WIDEST = 1600  # pixels of an embedded picture
 NARROWEST = 160
+MOST_PIXELS = 2**28  # of a file that is embedded
 QUALITY = 82  # of WebP
 SHRINK = 0.8  # of the sides, until the budget holds
 TITLES = {pictures.name: pictures.title for pictures in PICTURES}
@@ -75,9 +77,8 @@ def embed(frames: Sequence[Frame], budget: int) -> None:
     for number, frame in enumerate(frames):
         share = left / (len(frames) - number)  # what small pictures leave is for those after them
         try:
-            with Image.open(frame.path) as opened:
-                picture = opened.convert("RGB")
-        except (OSError, Image.DecompressionBombError):
+            picture = open_image(frame.path.read_bytes(), MOST_PIXELS)
+        except (OSError, ImageError):
             continue  # still being written, no picture, or one that no page should hold
         frame.source, frame.width, frame.height = fitted(picture, share)
         left -= len(frame.source)

@@ -4,11 +4,10 @@ photo.png        or .jpg, .webp …; super-resolution takes it as the small pict
 photo.txt        its caption
 photo.json       its labels, as `data.labels` reads them
 photo.seg.png    the class of each pixel
-photo.mask.png   white where inpainting shall paint
+photo.mask.png   white where inpainting shall paint, as `data.images.open_mask` reads it
 """
 
 import hashlib
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import ImageConfig
-from data.images import FORMATS, ImageError, open_image, to_tensor
+from data.images import ImageError, Unfit, open_image, open_mask, to_tensor
 from data.labels import read_labels
-
-WHITE = 128  # of 255, from which on a pixel of a mask is to be painted
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +63,13 @@ def caption_beside(path: str) -> str:
 
 
 def read_mask(content: bytes, size: tuple[int, int]) -> Tensor:
-    """Contents of a mask to bool [H, W]; `size` (width, height) is the picture's. Raises UserError."""
+    """Contents of a mask to bool [H, W], true in the hole; `size` (width, height) is the image's. Raises UserError."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.size != size:  # before a pixel is decoded
-                raise UserError(
-                    f"its mask has {image.width} x {image.height} pixels, the picture {size[0]} x {size[1]}; make them "
-                    "equal"
-                )
-            return torch.from_numpy(np.array(image.convert("L"))) >= WHITE
-    except UserError:
-        raise
-    except Exception as error:  # whatever Pillow's parsers raise
-        raise ImageError("its mask is not a readable picture") from error
+        return torch.from_numpy(open_mask(content, size))
+    except Unfit as error:
+        raise UserError(f"its mask {error}") from error
+    except ImageError as error:
+        raise UserError("its mask is not a readable picture") from error
 
 
 def _content(path: Path) -> bytes | None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import ImageConfig, PreviewRun
-from data.datasets import IMAGE_EXTENSIONS, ImageDataset
+from data.datasets import ImageDataset
+from data.images import EXTENSIONS, size_of
 from data.labels import LabelError, Labels, read_labels
 from data.latent_dataset import LatentDataset
 from data.manifest import MANIFEST, Manifest
@@ -136,13 +137,13 @@ def survey_images(dataset: ImageDataset, indices: Sequence[int]) -> Survey:
     for index in indices:
         try:
             record = dataset.records[index]
-            content = bytes(next(record[name] for name in IMAGE_EXTENSIONS if name in record))
-            width, height = Image.open(io.BytesIO(content)).size
+            content = bytes(next(record[name] for name in EXTENSIONS if name in record))
+            width, height = size_of(content)
             labels = read_labels(_fields(record), None, (width, height))
         except LabelError as error:
             survey.broken[f"label {str(error).partition(':')[0]}"] += 1
             continue
-        except (UserError, OSError) as error:
+        except UserError as error:
             survey.broken[str(error).split(":")[-1].strip()] += 1
             continue
         caption = bytes(record["txt"]).decode("utf-8", "replace")

@@ -82,6 +82,22 @@ def test_mask_must_be_there_and_of_the_pictures_size(tmp_path: Path) -> None:
         read_given(str(tmp_path / "nowhere.png"))
 
 
+def test_a_mask_is_read_as_it_looks_and_refused_where_it_could_mean_either(tmp_path: Path) -> None:
+    path, shape = picture(tmp_path / "photo.png"), np.zeros((8, 12), dtype=bool)
+    shape[2:4, 5:9] = True
+    rgba = np.full((8, 12, 4), 255, dtype=np.uint8)
+    rgba[..., 3] *= shape
+    for values in (shape, shape.astype(np.uint8), shape.astype(np.uint16) * 65535, rgba):
+        Image.fromarray(values).save(tmp_path / "photo.mask.png")
+        assert np.array_equal(read_given(path).item["mask"].numpy(), shape)
+    rgba[..., :3] = 120
+    Image.fromarray(rgba).save(tmp_path / "photo.mask.png")
+    with pytest.raises(
+        UserError, match=r"^inputs=.*/photo\.png: its mask is partly transparent, .*make it black and white$"
+    ):
+        read_given(path)
+
+
 def test_pictures_of_one_size_share_a_batch(tmp_path: Path) -> None:
     paths = [picture(tmp_path / f"{name}.png", width) for name, width in (("a", 12), ("b", 12), ("c", 16))]
     asked = Asked([Prompt("", file=path) for path in paths], None, {path: read_given(path) for path in paths})
