@@ -1,21 +1,33 @@
 """Tensors to pictures that people look at: bytes, grids with captions, and film strips."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
 from data.labels import Box
+from train.engine.fonts import Lettering
 
 _INK = (45, 45, 50)
+_UNSPACED = (
+    "\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef"  # Chinese and Japanese: a line may end anywhere
+)
+_PIECES = re.compile(rf"(\s*)([{_UNSPACED}]|[^\s{_UNSPACED}]+)")
 READABLE = 128  # pixels of width that a caption needs
 _FRAMES = ("#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#d6a100", "#f032e6")  # by class
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+class Font(Protocol):
+    """What text is measured with: a font of Pillow, or a chain of them."""
+
+    def getlength(self, text: str) -> float:
+        """Width in pixels."""
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -55,7 +67,7 @@ def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None
     rows = -(-count // columns)
     margin = max(4, width // 10)
     font_size = min(20, max(11, width // 11))
-    font, line_height = ImageFont.load_default(size=font_size), round(font_size * 1.3)
+    font, line_height = Lettering(font_size), round(font_size * 1.3)
     lines = [wrap(caption, font, width) for caption in captions] if captions is not None else [[]] * count
     tallest = [max(map(len, lines[row * columns : (row + 1) * columns])) for row in range(rows)]
     heights = [height + (n * line_height + margin // 2 if n else 0) for n in tallest]
@@ -67,7 +79,8 @@ def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None
         canvas.paste(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC), (left, top))
         for number, line in enumerate(lines[index]):
             at = (left + width / 2, top + height + margin // 2 + number * line_height)
-            draw.text(at, line, fill=_INK, font=font, anchor="ma")
+            font.draw(draw, at, line, _INK, centred=True)
+    font.tell()
     return canvas
 
 
@@ -80,16 +93,18 @@ def boxed(image: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
     """A picture uint8 [H, W, 3] with its boxes drawn on it, each with the name of its class."""
     canvas = Image.fromarray(image)
     height, width = image.shape[:2]
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=max(9, width // 14))
+    draw, font = ImageDraw.Draw(canvas), Lettering(max(9, width // 14))
     for box in boxes:
         color = _FRAMES[box.class_id % len(_FRAMES)]
         left, top, right, bottom = (end * side for end, side in zip(box.corners, (width, height) * 2, strict=True))
         draw.rectangle((round(left), round(top), round(right) - 1, round(bottom) - 1), outline=color)
         name = box.class_name or str(box.class_id)
-        x, line = max(0, min(round(left), width - font.getlength(name) - 1)), draw.textbbox((0, 0), name, font=font)[3]
-        at = (x, max(0, round(top) - line - 1))  # above the box, where there is room
-        draw.rectangle(draw.textbbox(at, name, font=font), fill=color)
-        draw.text(at, name, fill="white", font=font)
+        x0, y0, x1, y1 = font.getbbox(name)
+        x = max(0, min(round(left), width - font.getlength(name) - 1))
+        y = max(0, round(top) - y1 - 1)  # above the box, where there is room
+        draw.rectangle((x + x0, y + y0, x + x1, y + y1), fill=color)
+        font.draw(draw, (x, y), name, "white")
+    font.tell()
     return np.asarray(canvas)
 
 
@@ -106,24 +121,25 @@ def film_strips(frames: np.ndarray, captions: Sequence[str], labels: Sequence[st
     rows = [grid(row, count, labels, scale) for row in frames]
     margin = max(4, width * scale // 10)  # as that of the grid
     font_size = min(24, max(14, width * scale // 9))
-    font, line_height = ImageFont.load_default(size=font_size), round(font_size * 1.3)
+    font, line_height = Lettering(font_size), round(font_size * 1.3)
     lines = [wrap(caption, font, rows[0].width - 2 * margin, lines=2) for caption in captions]
     heights = [row.height + len(text) * line_height for row, text in zip(rows, lines, strict=True)]
     canvas = Image.new("RGB", (rows[0].width, sum(heights) + margin), "white")
     draw, top = ImageDraw.Draw(canvas), margin
     for row, text, height in zip(rows, lines, heights, strict=True):
         for number, line in enumerate(text):
-            draw.text((margin, top + number * line_height), line, fill=_INK, font=font)
+            font.draw(draw, (margin, top + number * line_height), line, _INK)
         canvas.paste(row, (0, top + len(text) * line_height))
         top += height
+    font.tell()
     return canvas
 
 
 def wrap(text: str, font: Font, width: int, lines: int = 6) -> list[str]:
     """Break text into at most `lines` lines of at most `width` pixels; what does not fit ends in an ellipsis."""
     wrapped: list[str] = []
-    for word in text.split():
-        joined = f"{wrapped[-1]} {word}" if wrapped else word
+    for space, word in _PIECES.findall(text.strip()):
+        joined = wrapped[-1] + (" " if space else "") + word if wrapped else word
         if wrapped and font.getlength(joined) <= width:
             wrapped[-1] = joined
         else:

@@ -25,12 +25,14 @@ from data.latent_dataset import LatentDataset
 from data.manifest import MANIFEST, Manifest
 from data.shards import atomic_path, atomic_write
 from models.autoencoder import load_autoencoder
+from train.engine.fonts import charted
 from train.engine.journal import say
-from train.engine.pictures import boxed, captioned, on_squares, to_uint8
+from train.engine.pictures import READABLE, boxed, captioned, on_squares, to_uint8
 from train.engine.runtime import Runtime
 
 REJECTS = "rejects.jsonl"
 SIDE = 128  # pixels of a picture on the sheet
+COLUMNS = 8  # of the image that holds the pictures of a page
 BARS = 10  # classes in the chart, the commonest
 ROWS = 100  # of the table of classes
 VALUES = 64  # of a latent that go into the histogram of its channel
@@ -38,6 +40,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</t
 <style>body {{ font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1200px; color: #2d2d32 }}
 table {{ border-collapse: collapse; margin: 1em 0 }} td, th {{ padding: .2em .9em; text-align: right;
 border-bottom: 1px solid #ddd }} td:first-child, th:first-child {{ text-align: left }} img {{ max-width: 100% }}
+.gallery {{ display: flex; flex-wrap: wrap; gap: 1em }} figure {{ margin: 0 }} figcaption {{ overflow-wrap: anywhere }}
 pre {{ background: #f6f6f6; padding: 1em; overflow: auto }}</style>
 <h1>{title}</h1>{body}</html>
 """
@@ -85,12 +88,16 @@ def run(cfg: PreviewRun, runtime: Runtime) -> None:
         dataset = ImageDataset(folder, ImageConfig(resolution=SIDE), cfg.seed, labels=True)
         pictures, captions = shown(dataset, cfg.pictures)
         survey = survey_images(dataset, spread(dataset.samples, cfg.samples))
-    sheet, figure = captioned(pictures, captions), charts(survey)
+    sheet = captioned(pictures, captions)
+    with charted(name for counts in survey.classes.values() for name in counts):
+        figure = charts(survey)
     output.mkdir(parents=True, exist_ok=True)
     for name, picture in (("contact_sheet.png", sheet), ("statistics.png", figure)):
         with atomic_path(output / name) as path:
             picture.save(path, "PNG")
-    page = to_page(str(folder), dataset.manifest, survey, rejects_of(folder), [sheet, figure])
+    page = to_page(
+        str(folder), dataset.manifest, survey, rejects_of(folder), [gallery(pictures, captions), plain(figure)]
+    )
     atomic_write(output / "preview.html", page.encode())
     say("preview", f"{dataset.samples:,} samples: {output / 'preview.html'}")
 
@@ -211,16 +218,14 @@ def reason_of(reject: dict[str, Any]) -> str:
     return f"dropped by filters.{reject['filter']}" if "filter" in reject else str(reject["reason"])
 
 
-def to_page(
-    title: str, manifest: Manifest, survey: Survey, rejects: list[dict[str, Any]], pictures: Sequence[Image.Image]
-) -> str:
-    """One page with everything in it, pictures included."""
+def to_page(title: str, manifest: Manifest, survey: Survey, rejects: list[dict[str, Any]], shown: Sequence[str]) -> str:
+    """One page with everything in it; `shown`: the pictures and the charts, as HTML."""
     totals = [["samples", f"{manifest.samples:,}"], ["shards", f"{len(manifest.shards):,}"]]
     totals += [["size", f"{manifest.bytes / 1e6:,.1f} MB"], ["rejected", f"{len(rejects):,}"]]
     columns = [(name, np.quantile(values, [0, 0.05, 0.5, 0.95, 1])) for name, values in survey.numbers.items()]
     spreads = [[name, *(f"{q:.4g}" for q in quantiles)] for name, quantiles in columns]
     reasons = Counter(reason_of(reject) for reject in rejects) + survey.broken
-    sheet, figure = map(_embedded, pictures)
+    sheet, figure = shown
     provenance = json.dumps(manifest.provenance | {"measured": manifest.stats}, indent=1)
     body = [
         _table(["", ""], totals),
@@ -244,7 +249,33 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return f"<table>{''.join('<tr>' + ''.join(row) for row in cells)}</table>"
 
 
-def _embedded(picture: Image.Image) -> str:
+def gallery(pictures: np.ndarray, captions: Sequence[str]) -> str:
+    """Pictures, uint8 [N, H, W, 3], with their captions as text, in the fonts of whoever looks at the page.
+
+    They are the parts of one that the page holds once.
+    """
+    count, height, width = pictures.shape[:3]
+    rows, scale = -(-count // COLUMNS), max(1, READABLE // width)
+    cells = np.zeros((rows * COLUMNS, height, width, 3), np.uint8)
+    cells[:count] = pictures
+    sheet = cells.reshape(rows, COLUMNS, height, width, 3).swapaxes(1, 2).reshape(rows * height, COLUMNS * width, 3)
+    one = f"width:{width * scale}px;height:{height * scale}px"
+    shown = f"background:url({_address(Image.fromarray(sheet))}) 0 0/{COLUMNS * 100}% auto"
+    style = f"<style>.one{{{one};{shown}}}.gallery figure{{width:{width * scale}px}}</style>"
+    figures = [
+        f'<figure><div class="one" style="background-position:{-column * width * scale}px {-row * height * scale}px">'
+        f'</div><figcaption dir="auto">{html.escape(caption)}</figcaption></figure>'
+        for (row, column), caption in zip((divmod(i, COLUMNS) for i in range(count)), captions, strict=True)
+    ]
+    return f'{style}<div class="gallery">{"".join(figures)}</div>'
+
+
+def plain(picture: Image.Image) -> str:
+    """A picture as it is."""
+    return f'<img src="{_address(picture)}">'
+
+
+def _address(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -60,6 +60,20 @@ def test_classes_are_counted_and_boxes_drawn(scenes: Any, runtime: Runtime, tmp_
             assert changed[bottom - 1, left:right].mean() > 0.9 and changed[top:bottom, right - 1].mean() > 0.9
 
 
+def test_the_page_has_captions_as_text(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
+    """In the fonts of whoever looks at it: an image could show those of this machine alone."""
+    data, captions = tmp_path / "shards" / "train", ["고양이", "ድመት", "красный кот", "a <b>cat</b>"]
+    reader = ShardReader(scenes.folder / "shards" / "train" / "00000.tar")
+    with ShardWriter(data, 100) as writer:
+        for i, caption in enumerate(captions):
+            files = {"png": bytes(reader[i]["png"]), "txt": caption.encode()}
+            writer.add(f"{i}", files | {"json": json.dumps({"class_id": i, "class": caption}).encode()})
+    page = preview_of(scenes, runtime, data, tmp_path / "out")
+    assert all(f'<figcaption dir="auto">{caption}</figcaption>' in page for caption in captions[:3])
+    assert "a &lt;b&gt;cat&lt;/b&gt;</figcaption>" in page
+    assert page.count('<div class="one"') == 4 and page.count("data:image/png;base64,") == 2
+
+
 def test_caption_lengths_are_those_of_all_samples(scenes: Any) -> None:
     dataset = ImageDataset(scenes.folder / "shards" / "train", scenes.config("clip").images, 0)
     survey = preview.survey_images(dataset, range(dataset.samples))
