@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -11,6 +11,7 @@ from PIL import Image
 from data.images import ImageError, open_image
 from train.board.panels import PICTURES
 from train.board.run_folder import RunFolder
+from train.engine.journal import captions_in
 
 WIDEST = 1600  # pixels of an embedded picture
 NARROWEST = 160
@@ -34,6 +35,7 @@ class Frame:
     source: str = ""  # data URI; empty if the file cannot be read
     width: int = 0  # pixels of what is embedded
     height: int = 0
+    captions: list[str] = field(default_factory=list)  # that are drawn in it
 
 
 @dataclass(slots=True)
@@ -77,10 +79,12 @@ def embed(frames: Sequence[Frame], budget: int) -> None:
     for number, frame in enumerate(frames):
         share = left / (len(frames) - number)  # what small pictures leave is for those after them
         try:
-            picture = open_image(frame.path.read_bytes(), MOST_PIXELS)
+            content = frame.path.read_bytes()
+            picture = open_image(content, MOST_PIXELS)
         except (OSError, ImageError):
             continue  # still being written, no picture, or one that no page should hold
         frame.source, frame.width, frame.height = fitted(picture, share)
+        frame.captions = captions_in(content)
         left -= len(frame.source)
 
 

@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 from omegaconf import OmegaConf
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from rich.console import Console
 from rich.text import Text
 
@@ -34,6 +34,7 @@ WANDB_FINISH_TIMEOUT_S = 300.0  # for the last upload
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # where `wandb login` goes unless $WANDB_BASE_URL is set
 METRICS, X_AXIS = "metrics.jsonl", "samples_seen"
 DETAILS = ("perf/", "train/loss_by_timestep/")  # for the dashboard only
+CAPTIONS = "Captions"  # of an image's `info`, and the text chunk of its PNG: those that are drawn in it, as JSON
 SPREAD = ("_low", "_high", "_std")  # likewise, at the end of a name
 
 
@@ -104,14 +105,12 @@ class Journal:
             self.wandb.log(samples_seen, metrics)
             self.wandb.forward(self.inbox)
 
-    def image(self, name: str, pixels: np.ndarray, samples_seen: int, caption: str = "") -> Path:
-        """Record a picture, uint8 [H, W, 3], as samples/<name>-<samples_seen>.png; returns that path."""
+    def image(self, name: str, image: np.ndarray | Image.Image, samples_seen: int, caption: str = "") -> Path:
+        """Record an image or pixels, uint8 [H, W, 3], as samples/<name>-<samples_seen>.png; returns that path."""
         path = self.output_dir / "samples" / f"{name.replace('/', '-')}-{samples_seen:012d}.png"
         if not self.is_main:
             return path
-        content = io.BytesIO()
-        Image.fromarray(pixels).save(content, "PNG")
-        atomic_write(path, content.getvalue())
+        atomic_write(path, png_of(Image.fromarray(image) if isinstance(image, np.ndarray) else image))
         if self.wandb is not None:
             self.wandb.image(f"samples/{name}", path, samples_seen, caption)
         return path
@@ -129,6 +128,25 @@ class Journal:
         if self.wandb is not None:
             self.wandb.forward(self.inbox)
             self.wandb.finish(exit_code)
+
+
+def png_of(image: Image.Image) -> bytes:
+    """Contents of a PNG, with the captions that are drawn in it as text beside the pixels."""
+    content, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    if CAPTIONS in image.info:
+        info.add_itxt(CAPTIONS, json.dumps(image.info[CAPTIONS]))
+    image.save(content, "PNG", pnginfo=info)
+    return content.getvalue()
+
+
+def captions_in(content: bytes) -> list[str]:
+    """The captions of a PNG that `png_of` made; none of another file."""
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            found = json.loads(image.info.get(CAPTIONS, "[]"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return []
+    return [str(caption) for caption in found] if isinstance(found, list) else []
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from data.labels import Box
 from train.engine.fonts import Lettering
+from train.engine.journal import CAPTIONS
 
 _INK = (45, 45, 50)
 _UNSPACED = (
@@ -86,7 +87,9 @@ def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None
 
 def captioned(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
     """The grid that people look at: pictures [B, H, W, 3] enlarged until their captions can be read."""
-    return grid(images, columns, captions, scale=max(1, READABLE // images.shape[2]))
+    sheet = grid(images, columns, captions, scale=max(1, READABLE // images.shape[2]))
+    sheet.info[CAPTIONS] = list(captions)
+    return sheet
 
 
 def boxed(image: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
@@ -132,6 +135,7 @@ def film_strips(frames: np.ndarray, captions: Sequence[str], labels: Sequence[st
         canvas.paste(row, (0, top + len(text) * line_height))
         top += height
     font.tell()
+    canvas.info[CAPTIONS] = list(captions)
     return canvas
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from data.shards import atomic_path
+from train.engine.journal import png_of
 from train.engine.pictures import captioned, film_strips
 from train.evaluation.prompts import Job
 
@@ -91,7 +92,7 @@ class Album:
             sheets["film.png"] = film_strips(frames, [self._title(index) for index in self.filmed], self.labels)
         for name, sheet in sheets.items():
             with atomic_path(self.folder / name) as path:
-                sheet.save(path, "PNG")
+                path.write_bytes(png_of(sheet))
         return [self.folder / name for name in sheets]
 
     def _shown(self, index: int) -> np.ndarray:

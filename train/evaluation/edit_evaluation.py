@@ -198,7 +198,7 @@ def write(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: list[Row], cur
     atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
     journal = Journal(folder, cfg.wandb, "edits", {"run_dir": cfg.run_dir, "edits": to_plain(cfg)}, is_main=True)
     journal.log(0, metrics)
-    journal.image("edits", np.asarray(sheet.convert("RGB")), 0, "before, after, drawn anew with the same noise")
+    journal.image("edits", sheet, 0, "before, after, drawn anew with the same noise")
     journal.finish()
     for sort in [*SORTS, "all"]:
         measured = {name: metrics.get(f"eval/edits/{sort}/{name}") for name in TOLD}

@@ -146,7 +146,7 @@ def report(
     exit_code = 1
     try:
         journal.log(seen, metrics)
-        picture = journal.image("evaluation", np.asarray(grid), seen, "held-out captions")
+        picture = journal.image("evaluation", grid, seen, "held-out captions")
         if live:  # it passes them on
             put(trained, Message(seen, finite(metrics), "evaluation", str(picture.absolute())))
         exit_code = 0

@@ -201,10 +201,10 @@ class UNetStage:
         images = conditions.finish(images, originals, inputs)
         titles, shown = conditions.titles(captions, inputs), conditions.show(originals, inputs)
         sheet = beside([*shown, images, originals]) if shown else images
-        journal.image("prompts", np.asarray(captioned(to_uint8(sheet), titles)), samples_seen, "held-out samples")
+        journal.image("prompts", captioned(to_uint8(sheet), titles), samples_seen, "held-out samples")
         frames = np.stack([to_uint8(strip) for strip in film.frames(model, images)])
         strips = film_strips(frames, titles[:FILMED], film.labels)
-        journal.image("film", np.asarray(strips), samples_seen, "guesses of the picture during sampling")
+        journal.image("film", strips, samples_seen, "guesses of the picture during sampling")
 
     def export(self, folder: Path) -> None:
         """Averaged weights in diffusers' format, and beside them what sampling needs to know."""

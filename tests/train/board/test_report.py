@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,6 +14,8 @@ from train.board import curves, facts, report
 from train.board.panels import Panel
 from train.board.pictures import galleries
 from train.board.run_folder import RunFolder
+from train.engine.journal import captions_in, png_of
+from train.engine.pictures import captioned
 
 
 def render(folder: Path, *overrides: str) -> str:
@@ -46,6 +49,18 @@ def test_pictures_keep_within_their_budget_and_the_frames_within_their_number(tm
     assert sum(len(frame.source) for frame in film.frames) <= 120_000
     assert all(160 <= frame.width < 350 for frame in film.frames)
     assert film.frames[0].width / film.frames[0].height == pytest.approx(350 / 200, rel=0.02)
+
+
+def test_captions_that_an_image_shows_stand_on_the_page_as_text(tmp_path: Path) -> None:
+    """In the fonts of whoever looks: those of the machine that drew the image may have lacked them."""
+    (tmp_path / "unet/samples").mkdir(parents=True)
+    (tmp_path / "unet/metrics.jsonl").write_text('{"samples_seen": 10, "time": 5}\n')
+    sheet = captioned(np.zeros((2, 32, 32, 3), np.uint8), ["고양이", "a <b>cat</b>"])
+    (tmp_path / "unet/samples/prompts-000000000010.png").write_bytes(png_of(sheet))
+    (tmp_path / "unet/samples/torn-000000000010.png").write_bytes(png_of(sheet)[:200])
+    page = render(tmp_path)
+    assert '<li dir="auto">고양이</li><li dir="auto">a &lt;b&gt;cat&lt;/b&gt;</li>' in page.replace("\n", "")
+    assert page.count('data-film="unet/samples/') == 1 and captions_in(b"no image") == []
 
 
 def test_a_long_curve_is_thinned_to_means_and_keeps_its_gaps() -> None:
