@@ -38,7 +38,8 @@ FORMATS = {
 }
 ANY = tuple(FORMATS)
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-EXTENSIONS = tuple(suffix[1:] for suffix in SUFFIXES)  # of members of a shard, the first that is there counts
+USUAL = ("png", "jpg", "jpeg", "webp")
+EXTENSIONS = tuple(dict.fromkeys((*USUAL, *(suffix[1:] for suffix in SUFFIXES))))  # in a shard, the first counts
 OPAQUE = 128  # of 255, from which on a pixel of a mask counts as drawn
 CONTRAST = 1 / 8  # of the range of brightness, below which a mask is of one brightness
 

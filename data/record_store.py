@@ -17,7 +17,7 @@ from data.remote import RemoteError, is_remote, joined
 from data.shard_cache import ShardCache
 from data.shards import ShardReader, sha256_of
 
-NAMED = 4  # extensions of those that a sample lacks
+NAMED = 4  # of the extensions that a sample lacks, the usual ones
 OPEN_SHARDS = 512  # memory-mapped at a time in one process: each holds a file descriptor
 RETRY_S = 600.0  # after which a shard that could not be fetched is asked for again; a broken file stays broken
 
@@ -138,7 +138,7 @@ class RecordStore:
         for choices in self.required:
             if not any(extension in present for extension in choices):
                 remedy = REMEDY[self.manifest.kind]
-                named = "/.".join(choices[:NAMED]) + ("/…" if len(choices) > NAMED else "")
+                named = "/.".join(choices[:NAMED])
                 raise UserError(f"shard {self._name(shard)}: {sample} has no .{named}: {remedy}")
 
 

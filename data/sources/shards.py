@@ -14,7 +14,7 @@ from braceexpand import braceexpand
 
 from conf.errors import UserError
 from conf.schema import BuildRun
-from data.images import EXTENSIONS
+from data.images import EXTENSIONS, USUAL
 from data.labels import MAP, Vocabulary
 from data.remote import fetch, is_remote, listed
 from data.shards import ShardReader
@@ -97,7 +97,7 @@ class ShardsSource:
         record = self._readers[path][row]
         image = next((bytes(record[name]) for name in IMAGES if name in record), None)
         if image is None:
-            raise Rejected(f"no picture ({', '.join(EXTENSIONS)})")
+            raise Rejected(f"no picture ({', '.join(USUAL)} …)")
         meta = _meta(record)
         caption = str(record["txt"], "utf-8", "replace") if "txt" in record else meta.get("caption")
         if not isinstance(caption, str):

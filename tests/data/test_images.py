@@ -262,6 +262,13 @@ def test_a_profile_that_says_nothing_of_these_pixels_leaves_them(name: str) -> N
     assert np.array_equal(np.asarray(open_image(encoded(image, icc_profile=given), LIMIT)), np.asarray(image))
 
 
+def test_a_profile_of_other_pixels_is_ignored() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for mode in ("CMYK", "L"):
+        image = Image.new("RGB", (8, 8), (10, 200, 90)).convert(mode)
+        assert pixel(encoded(image, "TIFF", icc_profile=srgb)) == pixel(encoded(image, "TIFF"))
+
+
 def test_a_profile_is_applied_once() -> None:
     """What is stored bears no profile: the next reader would apply it again."""
     swapped = profile([(0.385, 0.717, 0.097), (0.436, 0.222, 0.014), (0.143, 0.061, 0.714)])

@@ -43,6 +43,28 @@ def laion(folder: Path, shards: int = 3, samples: int = 6) -> None:
         (folder / f"{number:05d}_stats.json").write_text(json.dumps({"successes": samples}))
 
 
+def test_images_of_every_suffix_are_read_whether_built_from_or_trained_on(tmp_path: Path) -> None:
+    """The same photo, as often as not turned by its EXIF; in a tar that is a link."""
+    there = tmp_path / "there"
+    suffixes = {"avif": "AVIF", "jfif": "JPEG", "jp2": "JPEG2000", "tif": "TIFF", "gif": "GIF", "webp": "WEBP"}
+    photo = Image.new("RGB", (24, 20), "red")
+    photo.paste("blue", (0, 0, 24, 10))
+    with ShardWriter(there, 100) as writer:
+        for suffix, format in suffixes.items():
+            turned, buffer, exif = format in ("AVIF", "JPEG", "TIFF", "WEBP"), io.BytesIO(), Image.Exif()
+            exif[0x0112] = 3
+            stored = photo.transpose(Image.Transpose.ROTATE_180) if turned else photo
+            stored.save(buffer, format, **({"exif": exif} if turned else {}))
+            writer.add(suffix, {suffix.upper(): buffer.getvalue(), "txt": suffix.encode()})
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "00000.tar").symlink_to(there / "00000.tar")
+    dataset = ImageDataset(tmp_path / "linked", ImageConfig(resolution=20), 0)
+    for index in range(len(suffixes)):
+        top, bottom = dataset.at(index)["image"][:, 2, 10], dataset.at(index)["image"][:, 17, 10]
+        assert top[2] > 0.8 > -0.8 > top[0] and bottom[0] > 0.8 > -0.8 > bottom[2]
+    assert [meta["source_key"] for meta in built(tmp_path, str(tmp_path / "linked"))] == list(suffixes)
+
+
 def made(output: Path) -> list[dict[str, Any]]:
     """The JSON of all samples of a build, by key."""
     readers = [ShardReader(path) for path in sorted(output.glob("*/*.tar"))]

@@ -39,7 +39,7 @@ def read_given(path: str, option: str = "inputs") -> GivenPicture:
     """
     contents = {name: _content(Path(path).with_suffix(name)) for name in (".json", ".seg.png", ".mask.png")}
     if (content := _content(Path(path))) is None:
-        raise UserError(f"{option}={path}: no such file")
+        raise UserError(f"{option}={path}: {'a folder: name its files' if Path(path).is_dir() else 'no such file'}")
     try:
         image = open_image(content, ImageConfig().max_pixels)
         meta = json.loads(contents[".json"] or b"{}")

@@ -80,6 +80,8 @@ def test_mask_must_be_there_and_of_the_pictures_size(tmp_path: Path) -> None:
         read_given(path)
     with pytest.raises(UserError, match=r"^inputs=.*/nowhere\.png: no such file$"):
         read_given(str(tmp_path / "nowhere.png"))
+    with pytest.raises(UserError, match=r"^inputs=.*: a folder: name its files$"):
+        read_given(str(tmp_path))
 
 
 def test_a_mask_is_read_as_it_looks_and_refused_where_it_could_mean_either(tmp_path: Path) -> None:
