@@ -178,7 +178,7 @@ def _summary(built: Built) -> str:
         f"{built.train.samples} samples for training and {built.heldout.samples} held out ({size:.1f} MB), "
         f"{built.rejected} rejected, {built.dropped} dropped by filters"
         f"{' (see ' + REJECTS + ')' if built.rejected or built.dropped else ''},"
-        f"{' left out for their suffix: ' + others + ',' if others else ''}"
+        f"{' other files left out: ' + others + ',' if others else ''}"
     )
 
 

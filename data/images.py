@@ -45,7 +45,7 @@ CONTRAST = 1 / 8  # of the range of brightness, below which a mask is of one bri
 
 # Every image comes in through this module, which has a limit of its own (max_pixels), lower or higher than Pillow's.
 Image.MAX_IMAGE_PIXELS = None
-# Of broken metadata, which stops nobody from seeing the image.
+# Warnings of broken metadata, which stops nobody from seeing the image.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 T = TypeVar("T")
@@ -67,16 +67,16 @@ class ImageError(UserError):
     """A picture that cannot or must not be decoded; the message is the reason."""
 
 
+class Unfit(ImageError):
+    """A mask or map that can be decoded and is not what it should be; the message says what it is or has."""
+
+
 def parse_color(name: str) -> tuple[int, int, int]:
     """A colour name or #rrggbb as 0–255; raises ValueError for anything else."""
     color = ImageColor.getrgb(name)
     if len(color) != 3:
         raise ValueError(f"{name!r} has an alpha channel")
     return color
-
-
-class Unfit(ImageError):
-    """A mask or map that can be decoded and is not what it should be; the message says what it is or has."""
 
 
 def open_image(data: bytes, max_pixels: int, background: str = "white") -> Image.Image:
@@ -283,12 +283,13 @@ def _step(raw: str) -> int:
 
 def _color_key(image: Image.Image, raw: str, data: bytes) -> Image.Image:
     """Alpha of an image with one transparent colour, which Pillow has as the file says it: before it changed depth."""
-    pixels, key = np.asarray(image.convert("L") if image.mode == "1" else image), image.info["transparency"]
+    pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
+    key = np.array(image.info["transparency"]) & (65535 if raw.endswith("16B") else 255)  # the file has 16 bits always
     if raw == "RGB;16B":  # of which Pillow keeps the high bytes
         low = _opened(data, ("PNG", "ICO"))
         low.tile = [low.tile[0]._replace(args="RGB;16L")]  # type: ignore[attr-defined]
         pixels = pixels.astype(np.uint16) << 8 | np.asarray(low)
-    equal = pixels == np.array(key) * _step(raw)
+    equal = pixels == key * _step(raw)
     hidden = equal.all(axis=2) if equal.ndim == 3 else equal
     return Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8))
 

@@ -59,7 +59,8 @@ class FolderSource:
         self.listing = _listing_digest(self.root, self.entries)
         self.classes: dict[str, int] | None = None  # numbers by name, where folders are classes
         if cfg.class_from_folder:
-            names = {_folder_name(entry.path) for entry in self.entries} - {""}
+            linked = (_LOOP, _DANGLING)  # to nothing that could be an image
+            names = {_folder_name(entry.path) for entry in self.entries if entry.problem not in linked} - {""}
             self.classes = {name: number for number, name in enumerate(sorted(names))}
             self.entries = [entry._replace(problem=_captionless(entry)) for entry in self.entries]
         self.table = None if path.is_dir() else [cfg.image_column, cfg.caption_column]
@@ -177,12 +178,12 @@ def _list_folder(root: Path) -> tuple[list[Entry], dict[str, int]]:
             entries.append(Entry(folder, None, problem=problem))
         beside = {f"{Path(n).stem}{Path(n).suffix.lower()}": n for n in names if n.lower().endswith((".txt", ".json"))}
         maps = {name[: -len(MAP) - 1]: name for name in names if name.lower().endswith(f".{MAP}")}
-        unused = {*names}
+        no_images, unused = set(maps.values()), set(names)
         for name in names:
             stem, suffix = Path(name).stem, Path(name).suffix.lower()
             path = os.path.join(root, prefix, name)
             lost = os.path.islink(path) and not os.path.exists(path)
-            if suffix in SUFFIXES and name not in maps.values():
+            if suffix in SUFFIXES and name not in no_images:
                 caption = beside.get(f"{stem}.txt") or beside.get(f"{stem}.json")
                 problem = None if caption else _DANGLING if lost else _NO_CAPTION
                 found = (caption, beside.get(f"{stem}.json"), maps.get(stem))
@@ -201,10 +202,11 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str], str | None]]:
     problems: list[OSError] = []
     above = {str(root): {os.path.realpath(root)}}  # of each folder to come: where it and those above it really are
     for folder, folders, names in os.walk(root, onerror=problems.append, followlinks=True):
-        behind, real = above.pop(folder), ""
+        behind = above.pop(folder)
         for name in list(folders):
             path = os.path.join(folder, name)
-            if (real := os.path.realpath(path)) in behind:
+            real = os.path.realpath(path)
+            if real in behind:
                 folders.remove(name)
                 yield Path(path).relative_to(root).as_posix(), [], _LOOP
             else:

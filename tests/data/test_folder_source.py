@@ -122,7 +122,7 @@ def test_every_kind_of_image_is_found_and_the_rest_is_told(tmp_path: Path, capsy
     assert build(cfg).train.samples == 9
     assert build(cfg).skipped
     told = capsys.readouterr().out.splitlines()
-    rest = "left out for their suffix: 2 .heic, 1 .psd, 1 .txt, 1 without suffix, in "
+    rest = "other files left out: 2 .heic, 1 .psd, 1 .txt, 1 without suffix, in "
     assert len(told) == 2 and all(f"0 rejected, 0 dropped by filters, {rest}" in line for line in told)
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.heic").write_text("x")

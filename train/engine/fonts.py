@@ -15,10 +15,8 @@ from PIL import ImageDraw, ImageFont
 from train.engine.journal import say
 
 DRAWS_BOXES = "lastresort"  # fonts that claim every character
-REGULAR = 400  # weight of a font for running text
 _told: set[str] = set()  # scripts that could not be drawn, as the console knows
-
-
+REGULAR = 400  # weight of a font for running text
 Run = tuple[ImageFont.FreeTypeFont, str]  # text of one font
 
 
@@ -117,11 +115,7 @@ def missing_script(char: str) -> str:
     """The script of a character that no font has, such as "Hangul"; empty where some font has it."""
     if char.isspace() or unicodedata.category(char)[0] in "CM" or has(font_with(char), char):
         return ""
-    return (
-        unicodedata.name(char, "?").split()[0].title().replace("Cjk", "CJK")
-        if char.isalpha()
-        else f"symbols such as {char!a}"
-    )
+    return unicodedata.name(char, "?").split()[0].title().replace("Cjk", "CJK") if char.isalpha() else "some symbols"
 
 
 @lru_cache(maxsize=4096)
@@ -132,6 +126,7 @@ def font_with(char: str) -> str | None:
     return next((path for path in (bundled(), *system_fonts()) if has(path, char)), None)
 
 
+@lru_cache(maxsize=65536)
 def has(path: str | None, char: str) -> bool:
     """Whether a font has a character."""
     codes = coverage(path)
