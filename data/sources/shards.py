@@ -16,10 +16,10 @@ from conf.errors import UserError
 from conf.schema import BuildRun
 from data.labels import MAP, Vocabulary
 from data.remote import fetch, is_remote, listed
-from data.shards import ShardReader
-from data.sources import Ref, Rejected, Sample
+from data.samples import caption_of, fields_of, image_of
+from data.shards import ShardReader, tars_in
+from data.sources import Ref, Sample
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
 IN_FLIGHT = 2**14  # refs after which those of an earlier shard are made, so that a fetched one can go
 OPEN = 8  # shards that a process holds open
 
@@ -74,8 +74,11 @@ class ShardsSource:
             return
         for row in range(rows):
             yield Ref(f"{prefix}{row:06d}", f"{shard}: {reader.key(row)}", (str(reader.path), row))
+        rejects = [(name, "no extension, and so of no sample") for name in reader.others]
         if reader.problem:
-            yield Ref(f"{prefix}{rows:06d}", shard, None, f"{reader.problem}; its first {rows} samples are used")
+            rejects.append(("", f"{reader.problem}; its first {rows} samples are used"))
+        for row, (name, problem) in enumerate(rejects, rows):
+            yield Ref(f"{prefix}{row:06d}", f"{shard}: {name}" if name else shard, None, problem)
 
     def _local(self, number: int, folder: Path) -> Path:
         shard = self.shards[number]
@@ -87,22 +90,16 @@ class ShardsSource:
         return target
 
     def sample(self, place: tuple[str, int]) -> Sample:
-        """Contents and caption of a sample; raises Rejected."""
+        """Contents and caption of a sample; raises UserError."""
         path, row = place
         if path not in self._readers:
             if len(self._readers) == OPEN:
                 self._readers.pop(next(iter(self._readers)))
             self._readers[path] = ShardReader(Path(path), tolerant=True)
         record = self._readers[path][row]
-        image = next((bytes(record[name]) for name in IMAGES if name in record), None)
-        if image is None:
-            raise Rejected(f"no picture ({', '.join(IMAGES)})")
-        meta = _meta(record)
-        caption = str(record["txt"], "utf-8", "replace") if "txt" in record else meta.get("caption")
-        if not isinstance(caption, str):
-            raise Rejected('no caption: neither .txt nor "caption" in .json')
         segments = bytes(record[MAP]) if MAP in record else None
-        return Sample(image, caption, {**meta, "source_key": record["__key__"]}, segments)
+        meta = {**fields_of(record), "source_key": record["__key__"]}
+        return Sample(image_of(record), caption_of(record), meta, segments)
 
     def vocabulary(self) -> Vocabulary:
         """What its samples will say."""
@@ -132,22 +129,15 @@ def _expanded(path: str, timeout_s: float) -> list[str]:
     if is_remote(path):
         return listed(path, timeout_s=timeout_s)
     folder = Path(path).expanduser()
+    if folder.is_file():
+        return [str(folder)]
     if not folder.is_dir():
         raise UserError(f"path={path}: no such folder or .tar")
-    return [str(tar) for tar in sorted(folder.glob("[!.]*.tar"))]
+    return [str(tar) for tar in sorted([*tars_in(folder), *tars_in(folder, compressed=True)])]
 
 
 def _successes(shard: Path) -> int | None:
     try:
         return int(json.loads(shard.with_name(f"{shard.stem}_stats.json").read_bytes())["successes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-
-
-def _meta(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the sample's JSON; none where it does not parse, as it is not needed."""
-    try:
-        meta = json.loads(bytes(record.get("json", b"{}")))
-    except (ValueError, RecursionError):
-        return {}
-    return meta if isinstance(meta, dict) else {}

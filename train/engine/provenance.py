@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -190,7 +191,14 @@ def normalisation(cfg: UNetRun, manifest: Manifest) -> tuple[list[float], list[f
         before = UNetInfo.load(cfg.init_from)
         if before.autoencoder == manifest.provenance["autoencoder"]:
             return before.latent_mean, before.latent_std
-    return manifest.stats["mean"], manifest.stats["std"]
+    mean, std = (manifest.stats.get(name) for name in ("mean", "std"))
+    values = [*mean, *std] if isinstance(mean, list) and isinstance(std, list) else [None]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise UserError(
+            f"latents={cfg.latents}: its manifest has no finite mean and std of each channel: run "
+            "data/precompute_latents.py again"
+        )
+    return mean, std
 
 
 def check_shapes(cfg: UNetRun, facts: dict[str, Any]) -> None:

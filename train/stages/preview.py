@@ -18,10 +18,11 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import ImageConfig, PreviewRun
-from data.datasets import IMAGE_EXTENSIONS, ImageDataset
+from data.datasets import ImageDataset
 from data.labels import LabelError, Labels, read_labels
 from data.latent_dataset import LatentDataset
 from data.manifest import MANIFEST, Manifest
+from data.samples import caption_of, fields_of, image_of
 from data.shards import atomic_path, atomic_write
 from models.autoencoder import load_autoencoder
 from train.engine.journal import say
@@ -136,16 +137,15 @@ def survey_images(dataset: ImageDataset, indices: Sequence[int]) -> Survey:
     for index in indices:
         try:
             record = dataset.records[index]
-            content = bytes(next(record[name] for name in IMAGE_EXTENSIONS if name in record))
+            content, caption = image_of(record), caption_of(record)
             width, height = Image.open(io.BytesIO(content)).size
-            labels = read_labels(_fields(record), None, (width, height))
+            labels = read_labels(fields_of(record), None, (width, height))
         except LabelError as error:
             survey.broken[f"label {str(error).partition(':')[0]}"] += 1
             continue
         except (UserError, OSError) as error:
             survey.broken[str(error).split(":")[-1].strip()] += 1
             continue
-        caption = bytes(record["txt"]).decode("utf-8", "replace")
         survey.add(width=width, height=height, aspect=width / height, caption_length=len(caption))
         survey.add(kilobytes=len(content) / 1000)
         survey.count(labels)
@@ -164,17 +164,6 @@ def survey_latents(dataset: LatentDataset, indices: Sequence[int]) -> Survey:
         survey.add(posterior_deviation=float((0.5 * logvar).exp().mean()))
         survey.add(caption_length=len(item["caption"]), tokens=int((item["tokens"] > 0).sum()))
     return survey
-
-
-def _fields(record: dict[str, Any]) -> dict[str, Any]:
-    """The sample's JSON; raises UserError."""
-    try:
-        fields = json.loads(bytes(record.get("json", b"{}")))
-    except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise UserError("its .json holds no object")
-    return fields
 
 
 def charts(survey: Survey) -> Image.Image:
