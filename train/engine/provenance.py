@@ -191,7 +191,8 @@ def normalisation(cfg: UNetRun, manifest: Manifest) -> tuple[list[float], list[f
         before = UNetInfo.load(cfg.init_from)
         if before.autoencoder == manifest.provenance["autoencoder"]:
             return before.latent_mean, before.latent_std
-    mean, std = (manifest.stats.get(name) for name in ("mean", "std"))
+    stats: dict[str, Any] = {"mean": None, "std": None} | manifest.stats
+    mean, std = stats["mean"], stats["std"]
     values = [*mean, *std] if isinstance(mean, list) and isinstance(std, list) else [None]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         raise UserError(
