@@ -85,7 +85,8 @@ def _build(cfg: BuildRun, source: SampleSource, options: dict[str, Any], known: 
         os.replace(journal.rejects, output / REJECTS)
         shutil.rmtree(journal.staging)
         if not report.seen:
-            raise UserError(f"source={cfg.source.value}: there is no sample in path={cfg.path}")
+            where = f"in path={cfg.path}" if cfg.path else "in one of the sources, and so none in their mix"
+            raise UserError(f"source={cfg.source.value}: there is no sample {where}")
         raise UserError(
             f"source={cfg.source.value}: none of {report.seen} samples can be used, most often because: "
             f"{report.commonest()}; all reasons are in {output / REJECTS}"

@@ -304,10 +304,10 @@ class ShardReader:
             members = self._arrange(members)
         counts = Counter(members)
         self._first = array("q", accumulate((counts[i] for i in range(len(self._keys))), initial=0))
-        for sample, extension_id, size in zip(members, self._extension_ids, self._sizes, strict=True):
-            if size < 0:
-                problem = "is there twice" if size == TWICE else "is a link or a special file, which shards cannot have"
-                self._broken[sample] = f"its .{self._extensions[extension_id]} {problem}"
+        for member in [number for number, size in enumerate(self._sizes) if size < 0]:
+            twice = self._sizes[member] == TWICE
+            problem = "is there twice" if twice else "is a link or a special file, which shards cannot have"
+            self._broken[members[member]] = f"its .{self._extensions[self._extension_ids[member]]} {problem}"
 
     def _scan(self, content: memoryview, members: "array[int]") -> None:
         """Take in all members in their order, and the number of the sample that each belongs to."""

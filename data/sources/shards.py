@@ -31,7 +31,9 @@ class ShardsSource:
         self.path, self.samples, self.timeout_s = cfg.path or "", cfg.samples, cfg.timeout_s
         self.shards = _expanded(self.path, self.timeout_s)
         if not self.shards:
-            raise UserError(f"path={cfg.path}: no .tar in it")
+            below = sorted({tar.parent.name for tar in Path(self.path).expanduser().glob("*/[!.]*.tar")})
+            hint = f"; its subfolders {', '.join(below[:3])}{' …' * (len(below) > 3)} have some" if below else ""
+            raise UserError(f"path={cfg.path}: no .tar in it{hint}")
         self._readers: dict[str, ShardReader] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class ShardsSource:
             yield Ref(f"{prefix}{row:06d}", f"{shard}: {reader.key(row)}", (str(reader.path), row))
         rejects = [(name, "no extension, and so of no sample") for name in reader.others]
         if reader.problem:
-            rejects.append(("", f"{reader.problem}; its first {rows} samples are used"))
+            rejects.append(("", reader.problem + (f"; its first {rows} samples are used" if rows else "")))
         for row, (name, problem) in enumerate(rejects, rows):
             yield Ref(f"{prefix}{row:06d}", f"{shard}: {name}" if name else shard, None, problem)
 

@@ -162,14 +162,16 @@ def survey_latents(dataset: LatentDataset, indices: Sequence[int]) -> Survey:
             step = max(1, len(values) // VALUES)
             survey.add(**{f"channel_{channel}": values[::step].tolist()})
         survey.add(posterior_deviation=float((0.5 * logvar).exp().mean()))
-        survey.add(caption_length=len(item["caption"]), tokens=int((item["tokens"] > 0).sum()))
+        survey.add(caption_length=len(item["caption"]))
+        if "tokens" in item:  # captions are a condition
+            survey.add(tokens=int((item["tokens"] > 0).sum()))
     return survey
 
 
 def charts(survey: Survey) -> Image.Image:
     """One histogram per measurement, and the commonest classes."""
     columns = 3
-    rows = -(-(len(survey.numbers) + len(survey.classes)) // columns)
+    rows = max(1, -(-(len(survey.numbers) + len(survey.classes)) // columns))  # none: all that was looked at is broken
     figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
     for number, (counted, counts) in enumerate(survey.classes.items(), start=len(survey.numbers) + 1):
         axes = figure.add_subplot(rows, columns, number)
