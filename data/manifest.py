@@ -129,7 +129,8 @@ def find_shards(folder: str | Path, kind: str = "images", skip_broken: bool = Fa
         if not manifest.samples and Path(folder).name == "heldout":
             raise UserError(f"'{folder}' holds no samples: build the shards with heldout_fraction above 0")
     if manifest.shards and not manifest.samples:
-        raise UserError(f"the shards of '{folder}' hold no samples: {REMEDY[kind]}")
+        names = ", ".join(shard.name for shard in manifest.shards[:3]) + " …" * (len(manifest.shards) > 3)
+        raise UserError(f"'{folder}' holds no samples, its shards are empty ({names}): {REMEDY[kind]}")
     if manifest.samples == 0:
         raise UserError(f"no {'latents' if kind == 'latents' else 'shards'} at '{folder}': {REMEDY[kind]}")
     if manifest.kind != kind:

@@ -127,6 +127,12 @@ def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:
     if manifest.kind != "latents":
         raise UserError(f"latents={cfg.latents}: holds {manifest.kind}, not latents; run data/precompute_latents.py")
     facts = manifest.provenance
+    absent = {"autoencoder", "clip", "images", "latent_channels", "latent_size", "text_dim"} - facts.keys()
+    if absent:
+        raise UserError(
+            f"latents={cfg.latents}: its manifest does not say {', '.join(sorted(absent))}: run "
+            "data/precompute_latents.py again"
+        )
     found = {
         "autoencoder (weights)": (weights_digest(cfg.autoencoder), facts["autoencoder"]),
         "model.out_channels": (cfg.model.out_channels, facts["latent_channels"]),
