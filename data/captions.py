@@ -28,9 +28,8 @@ def decode_text(content: bytes | bytearray | memoryview) -> str:
 
 def clean_caption(text: str) -> str:
     """NFC without a byte-order mark, white space and control characters collapsed to single spaces; may be empty."""
-    printable = _CONTROLS.sub(" ", text).lstrip("\ufeff ")
-    encodable = printable.encode("utf-8", "replace").decode()  # JSON may smuggle in lone surrogates
-    return " ".join(unicodedata.normalize("NFC", encodable).split())
+    encodable = _CONTROLS.sub(" ", text).encode("utf-8", "replace").decode()  # JSON may smuggle in lone surrogates
+    return " ".join(unicodedata.normalize("NFC", encodable).split()).lstrip("\ufeff ")
 
 
 def caption_rank(caption: str) -> float:

@@ -77,11 +77,16 @@ class RecordStore:
         row = next(i for i in range(len(reader)) if without_dots(reader.key(i)) == key)
         return self.firsts[shard] + row
 
+    def key(self, index: int) -> str:
+        """Key of a sample, also of one that cannot be read."""
+        shard, row = self.place(index)
+        return self._open(shard).key(row)
+
     def name(self, index: int) -> str:
         """Shard and key of a sample, for messages."""
         shard, row = self.place(index)
         try:
-            return f"shard {self._name(shard)}: sample '{self._open(shard).key(row)}'"
+            return f"shard {self._name(shard)}: sample '{self.key(index)}'"
         except UserError:
             return f"shard {self._name(shard)}: sample number {row}"
 
