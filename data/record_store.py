@@ -15,7 +15,7 @@ from conf.schema import StreamConfig
 from data.manifest import REMEDY, Manifest, folder_of
 from data.remote import RemoteError, is_remote, joined
 from data.shard_cache import ShardCache
-from data.shards import ShardReader, listed, sha256_of, without_dots
+from data.shards import ShardReader, described, sha256_of, without_dots
 
 OPEN_SHARDS = 512  # memory-mapped at a time in one process: each holds a file descriptor
 RETRY_S = 600.0  # after which a shard that could not be fetched is asked for again; a broken file stays broken
@@ -145,7 +145,7 @@ class RecordStore:
     def _require(self, present: Collection[str], sample: str, shard: int) -> None:
         for choices in self.required:
             if not any(extension in present for extension in choices):
-                lack = f"has no .{'/.'.join(choices)}: {listed(present)}"
+                lack = f"has no .{'/.'.join(choices)}: {described(present)}"
                 raise UserError(f"shard {self._name(shard)}: {sample} {lack}: {REMEDY[self.manifest.kind]}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from conf.errors import UserError
 from data.captions import clean_caption, decode_text
-from data.shards import IMAGES, Buffer, listed
+from data.shards import IMAGES, Buffer, described
 
 CAPTION_BYTES = 65536  # a longer caption is taken for a mistake
 _JSON_NAMES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
@@ -20,7 +20,7 @@ def image_of(record: Mapping[str, Any]) -> bytes:
     for name in ("jpg", "jpeg", *IMAGES):
         if name in record:
             return bytes(record[name])
-    raise UserError(f"no image: {listed(record)}")
+    raise UserError(f"no image: {described(record)}")
 
 
 def caption_of(record: Mapping[str, Any]) -> str:
@@ -32,7 +32,7 @@ def caption_of(record: Mapping[str, Any]) -> str:
             raise UserError(f"its .txt is {error}") from None
     fields = fields_of(record)
     if "caption" not in fields:
-        raise UserError(f'no caption: it has no .txt, and no "caption" in a .json; {listed(record)}')
+        raise UserError(f'no caption: it has no .txt, and no "caption" in a .json; {described(record)}')
     return caption_from(fields["caption"])
 
 

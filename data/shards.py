@@ -100,7 +100,7 @@ def without_dots(key: str) -> str:
     return folder + slash + name.replace(".", "%2E")
 
 
-def listed(extensions: Collection[str]) -> str:
+def described(extensions: Collection[str]) -> str:
     """What a sample has, for messages, and the rule of keys where a dot may be why something is missing."""
     names = sorted(extension for extension in extensions if extension != "__key__")
     found = f"it has .{', .'.join(names[:8])}{' …' * (len(names) > 8)}"
@@ -421,5 +421,7 @@ def _map(path: Path) -> memoryview:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError:
         raise missing(path) from None
+    except OSError as error:  # a folder of that name, no permission
+        raise UserError(f"shard {path} cannot be read: {error.strerror}") from None
     except ValueError:  # an empty file cannot be mapped
         raise unreadable(path) from None

@@ -123,6 +123,12 @@ def test_not_a_tar_and_missing(tmp_path: Path) -> None:
         read(tmp_path / "b.tar")
 
 
+def test_a_folder_in_place_of_a_shard_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").mkdir()
+    with pytest.raises(UserError, match=r"a\.tar cannot be read: Is a directory$"):
+        read(tmp_path / "a.tar")
+
+
 def test_reader_survives_pickle_and_release(tmp_path: Path) -> None:
     write(tmp_path)
     reader = ShardReader(tmp_path / "00000.tar")
