@@ -45,12 +45,12 @@ class Built:
     @property
     def rejected(self) -> int:
         """Broken samples."""
-        return int(self.train.stats["rejected"])
+        return int(self.train.stats.get("rejected", 0))
 
     @property
     def dropped(self) -> int:
         """Samples that filters left out."""
-        return sum(self.train.stats["dropped"].values())
+        return sum(self.train.stats.get("dropped", {}).values())
 
 
 def build(cfg: BuildRun) -> Built:
@@ -86,6 +86,9 @@ def _build(cfg: BuildRun, source: SampleSource, options: dict[str, Any], known: 
     if not shards["train"]:
         os.replace(journal.rejects, output / REJECTS)
         shutil.rmtree(journal.staging)
+        if not report.seen:
+            where = f"in path={cfg.path}" if cfg.path else "in one of the sources, and so none in their mix"
+            raise UserError(f"source={cfg.source.value}: there is no sample {where}")
         raise UserError(
             f"source={cfg.source.value}: none of {report.seen} samples can be used, most often because: "
             f"{report.commonest()}; all reasons are in {output / REJECTS}"
@@ -147,9 +150,9 @@ def _identity(cfg: BuildRun, source: SampleSource) -> dict[str, Any]:
 def _finished(output: Path, options: dict[str, Any]) -> Built:
     """The build that is there; raises UserError when its options are others."""
     train, heldout = (Manifest.load(output / side) for side in ("train", "heldout"))
-    if train.provenance.get("made_by") != MADE_BY:
+    there = train.provenance.get("options")
+    if train.provenance.get("made_by") != MADE_BY or not isinstance(there, dict):
         raise UserError(f"output_dir={output}: holds shards of another origin; choose another output_dir")
-    there = train.provenance["options"]
     for name in [*options, *there]:
         if options.get(name) != there.get(name):
             difference = f"{name} differs: {there.get(name)} there, {options.get(name)} now"

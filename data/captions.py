@@ -1,14 +1,35 @@
-"""Captions: one spelling for each, and which of them training never sees."""
+"""Captions: how text is read, one spelling for each caption, and which of them training never sees."""
 
+import codecs
 import hashlib
+import re
 import unicodedata
+
+from conf.errors import UserError
+
+# Byte-order marks; that of UTF-32 begins as that of UTF-16 does.
+_MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # Unicode's categories Cc, Zl and Zp
+_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f]")
+
+
+def decode_text(content: bytes | bytearray | memoryview) -> str:
+    """Text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark; raises UserError for anything else."""
+    start = bytes(content[:4])
+    encoding = next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8-sig")
+    try:
+        text = str(content, encoding)
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8, nor UTF-16 with a byte-order mark") from None
+    if len(_NO_TEXT.findall(text)) * 3 > len(text):  # Latin or Cyrillic letters in UTF-16 are, byte by byte, ASCII
+        raise UserError("not UTF-8 but UTF-16 without a byte-order mark: save it as UTF-8")
+    return text
 
 
 def clean_caption(text: str) -> str:
-    """NFC, white space and control characters collapsed to single spaces; may be empty."""
-    printable = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
-    encodable = printable.encode("utf-8", "replace").decode()  # JSON may smuggle in lone surrogates
-    return " ".join(unicodedata.normalize("NFC", encodable).split())
+    """NFC without a byte-order mark, white space and control characters collapsed to single spaces; may be empty."""
+    encodable = _CONTROLS.sub(" ", text).encode("utf-8", "replace").decode()  # JSON may smuggle in lone surrogates
+    return " ".join(unicodedata.normalize("NFC", encodable).split()).lstrip("\ufeff ")
 
 
 def caption_rank(caption: str) -> float:

@@ -4,7 +4,6 @@ positions -> sample indices -> records of memory-mapped shards -> tensors. All t
 from (seed, position).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,11 @@ from data.labels import MAP, Labels, Vocabulary, cut_labels, read_labels
 from data.manifest import find_shards
 from data.order import FullOrder, Order, WindowedOrder, rng
 from data.record_store import RecordStore
+from data.samples import caption_of, fields_of, image_of
+from data.shards import TEXTS
 
 Batch = dict[str, Any]
+REBUILD = "rebuild the shards with data/build_shards.py, which leaves broken samples out"
 
 
 class ImageDataset:
@@ -45,7 +47,7 @@ class ImageDataset:
         self.vocabulary = Vocabulary.of(self.manifest.provenance.get("labels", {}))
         self.order = order_of(seed, [shard.samples for shard in self.manifest.shards], stream)
         self.skip = stream.skip_broken
-        self.records = RecordStore(folder, self.manifest, [EXTENSIONS, ("txt",)], stream)
+        self.records = RecordStore(folder, self.manifest, [EXTENSIONS, TEXTS], stream)
 
     def item(self, position: int) -> Batch:
         """The sample at a position of the training stream, with its own crop and flip."""
@@ -102,17 +104,13 @@ class ImageDataset:
     def _open(self, index: int) -> tuple[Image.Image, Batch]:
         """The decoded picture of a sample, and what else is known of it."""
         record = self.records[index]
-        content = bytes(next(record[name] for name in EXTENSIONS if name in record))
         try:
-            image = open_image(content, self.images.max_pixels)
-            meta = json.loads(bytes(record.get("json", b"{}")))
-            if not isinstance(meta, dict):
-                raise UserError("its .json holds no object")
+            image = open_image(image_of(record), self.images.max_pixels)
+            caption, meta = caption_of(record), fields_of(record)
             labels = {"labels": self._labels(record, meta, image.size)} if self.labels else {}
-        except (UserError, ValueError, RecursionError) as error:
-            remedy = "rebuild the shards with data/build_shards.py, which leaves broken samples out"
-            raise UserError(f"{self.records.name(index)}: {error}: {remedy}") from None
-        return image, {"caption": caption_of(record), "key": record["__key__"], "meta": meta, **labels}
+        except UserError as error:
+            raise UserError(f"{self.records.name(index)}: {error}: {REBUILD}") from None
+        return image, {"caption": caption, "key": record["__key__"], "meta": meta, **labels}
 
     def _labels(self, record: dict[str, Any], meta: dict[str, Any], size: tuple[int, int]) -> Labels:
         labels = read_labels(meta, bytes(record[MAP]) if MAP in record else None, size)
@@ -132,14 +130,14 @@ class ImageDataset:
 def captions_of(folder: str | Path, samples: int = 0) -> list[str]:
     """Captions of the first `samples` (0: all) of a folder of image shards; no picture is decoded."""
     manifest = find_shards(folder, "images")
-    records = RecordStore(folder, manifest, [("txt",)], StreamConfig(window=1))  # of remote shards one at a time
-    count = min(samples or manifest.samples, manifest.samples)
-    return [caption_of(records[index]) for index in range(count)]
-
-
-def caption_of(record: dict[str, Any]) -> str:
-    """The caption of a record, without white space around it."""
-    return bytes(record["txt"]).decode("utf-8", "replace").strip()
+    records = RecordStore(folder, manifest, [TEXTS], StreamConfig(window=1))  # of remote shards one at a time
+    captions = list[str]()
+    for index in range(min(samples or manifest.samples, manifest.samples)):
+        try:
+            captions.append(caption_of(records[index]))
+        except UserError as error:
+            raise UserError(f"{records.name(index)}: {error}: {REBUILD}") from None
+    return captions
 
 
 def order_of(seed: int, sizes: Sequence[int], stream: StreamConfig) -> Order:

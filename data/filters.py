@@ -90,6 +90,6 @@ def _number(value: Any) -> float | None:
     """Scores are numbers, or, in tables of text, numbers in text."""
     try:
         number = None if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return None if number is None or isnan(number) else number

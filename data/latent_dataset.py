@@ -13,6 +13,7 @@ import torch
 from conf.errors import UserError
 from conf.schema import StreamConfig
 from data.buckets import BucketedOrder, bucket_of
+from data.captions import decode_text
 from data.datasets import Batch, collate, order_of, require_some, upcoming
 from data.latents import decode_npy
 from data.manifest import find_shards
@@ -152,13 +153,13 @@ class LatentDataset:
                 for name, target, size in targets:
                     data, first = self._data(record, name, index, layout), 0 if name in SHARED else size * variant
                     target[row * size : (row + 1) * size] = data[first : first + size]
+                captions.append(self._caption(record, index))
             except UserError as error:
                 if not skip:
                     raise
                 skipped.append(str(error))
                 continue
             keys.append(record["__key__"])
-            captions.append(str(record["txt"], "utf-8", "replace"))
             kept.append(position)
         require_some(kept, skipped)
         batch: Batch = {name: _tensor(out[: len(kept)]) for name, out in rows.items()}
@@ -178,6 +179,13 @@ class LatentDataset:
                 "batch.micro_batch_size (0: the global batch) and keep it when a run is continued"
             )
         return self.layouts[first]
+
+    def _caption(self, record: dict[str, Any], index: int) -> str:
+        try:
+            return decode_text(record["txt"])
+        except UserError as error:
+            problem = f"its .txt is {error}: run data/precompute_latents.py again"
+            raise UserError(f"{self.records.name(index)}: {problem}") from None
 
     def _data(self, record: dict[str, Any], name: str, index: int, layout: Layout) -> memoryview:
         try:

@@ -18,7 +18,9 @@ import numpy as np
 
 from conf.errors import UserError
 from conf.schema import CacheDtype
-from data.shards import Buffer, ShardInfo, ShardWriter
+from data.captions import decode_text
+from data.samples import fields_of
+from data.shards import Buffer, ShardInfo, ShardWriter, without_dots
 
 LOGVAR_RANGE = (-30.0, 20.0)  # of the log-variance, as diffusers clamps it
 
@@ -64,7 +66,7 @@ class LatentWriter:
         files |= {f"{name}.npy": encode_npy(array) for name, array in (arrays or {}).items()}
         files["txt"] = caption.encode()
         files["json"] = json.dumps(meta, sort_keys=True).encode()
-        self.shards.add(key, files)
+        self.shards.add(without_dots(key), files)
 
     def close(self) -> list[ShardInfo]:
         """Finish the last shard; return what this writer wrote."""
@@ -100,8 +102,8 @@ def read_latent(record: Mapping[str, Any]) -> LatentRecord:
         tokens=arrays.pop("tokens", None),
         text=arrays.pop("text", None),
         arrays=arrays,
-        caption=bytes(record.get("txt", b"")).decode(),
-        meta=json.loads(bytes(record.get("json", b"{}"))),
+        caption=decode_text(record.get("txt", b"")),
+        meta=fields_of(record),
     )
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from conf.errors import UserError
 from data.remote import is_remote, joined, read
-from data.shards import ShardInfo, ShardReader, atomic_write
+from data.shards import ShardInfo, ShardReader, atomic_write, tars_in
 
 __all__ = ["MANIFEST", "Manifest", "ShardInfo", "find_shards", "folder_of"]
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-SHARDS = "[!.]*.tar"
+FIELDS = {"kind": str, "shards": list, "provenance": dict, "stats": dict}
 SHARD_FIELDS = {"name", "samples", "bytes", "sha256"}
 SIDES = ("train", "heldout")
 HELDOUT = 0.04  # of foreign shards
@@ -85,11 +85,13 @@ class Manifest:
                 raise UserError(
                     f"{path} has schema {content['schema']}, this version reads {SCHEMA}: rebuild the shards"
                 )
-            if not all(isinstance(shard, ShardInfo) for shard in content["shards"]):
+            if not all(isinstance(shard, ShardInfo) and shard.is_sound() for shard in content["shards"]):
                 raise ValueError("a shard without name, samples, bytes and sha256")
-            names = ("kind", "shards", "provenance", "stats")
-            return cls(**{name: content[name] for name in names})
-        except (ValueError, KeyError, TypeError) as error:
+            for name, kind in FIELDS.items():
+                if type(content[name]) is not kind:
+                    raise ValueError(f"{name} is not {kind.__name__}")
+            return cls(**{name: content[name] for name in FIELDS})
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is not a manifest ({error!r}): rebuild the shards or delete it") from None
 
 
@@ -126,6 +128,9 @@ def find_shards(folder: str | Path, kind: str = "images", skip_broken: bool = Fa
             _check_files(Path(folder), manifest)
         if not manifest.samples and Path(folder).name == "heldout":
             raise UserError(f"'{folder}' holds no samples: build the shards with heldout_fraction above 0")
+    if manifest.shards and not manifest.samples:
+        names = ", ".join(shard.name for shard in manifest.shards[:3]) + " …" * (len(manifest.shards) > 3)
+        raise UserError(f"'{folder}' holds no samples, its shards are empty ({names}): {REMEDY[kind]}")
     if manifest.samples == 0:
         raise UserError(f"no {'latents' if kind == 'latents' else 'shards'} at '{folder}': {REMEDY[kind]}")
     if manifest.kind != kind:
@@ -138,7 +143,7 @@ def folder_of(folder: str | Path) -> str | Path:
     if is_remote(folder):
         return folder
     folder = Path(folder)
-    flat = folder.name in SIDES and not folder.exists() and any(folder.parent.glob(SHARDS))
+    flat = folder.name in SIDES and not folder.exists() and bool(tars_in(folder.parent))
     return folder.parent if flat else folder
 
 
@@ -161,7 +166,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 def _scan(folder: Path, kind: str, skip_broken: bool) -> Manifest:
     """Foreign shards; in a flat folder the last 4 % of them are held out, at least one."""
     there = Path(folder_of(folder))
-    paths = sorted(there.glob(SHARDS))
+    paths = tars_in(there)
     if kind == "latents" and paths:
         raise UserError(f"'{there}' has shards but no {MANIFEST}: {REMEDY['latents']}")
     if there != folder:
@@ -169,10 +174,16 @@ def _scan(folder: Path, kind: str, skip_broken: bool) -> Manifest:
             raise UserError(f"'{there}' has a single shard, none is left to hold out: {REMEDY['images']}")
         heldout = max(1, round(HELDOUT * len(paths)))
         paths = paths[:-heldout] if folder.name == "train" else paths[-heldout:]
+    for path in tars_in(there, compressed=True):
+        print(f"left out: shard {path} is compressed: make a plain .tar of it", file=sys.stderr)
     shards = []
     for path in paths:
         try:
-            shards.append(ShardInfo(name=path.name, samples=len(ShardReader(path)), bytes=path.stat().st_size))
+            reader = ShardReader(path)
+            shards.append(ShardInfo(name=path.name, samples=len(reader), bytes=path.stat().st_size))
+            if reader.others:
+                count, first = len(reader.others), reader.others[0]
+                print(f"left out: {count} files without an extension in {path}, such as '{first}'", file=sys.stderr)
         except UserError as error:
             if not skip_broken:
                 raise

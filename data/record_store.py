@@ -15,7 +15,7 @@ from conf.schema import StreamConfig
 from data.manifest import REMEDY, Manifest, folder_of
 from data.remote import RemoteError, is_remote, joined
 from data.shard_cache import ShardCache
-from data.shards import ShardReader, sha256_of
+from data.shards import ShardReader, described, sha256_of, without_dots
 
 NAMED = 4  # of the extensions that a sample lacks, the usual ones
 OPEN_SHARDS = 512  # memory-mapped at a time in one process: each holds a file descriptor
@@ -58,7 +58,11 @@ class RecordStore:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard = bisect_right(self.ends, index)
-        record = self._open(shard)[index - self.firsts[shard]]
+        reader, row = self._open(shard), index - self.firsts[shard]
+        try:
+            record = reader[row]
+        except UserError as error:
+            raise UserError(f"{self.name(index)}: {error}: {REMEDY[self.manifest.kind]}") from None
         if self.skip:  # else it was checked when the shard was opened
             self._require(record.keys(), f"sample '{record['__key__']}'", shard)
         return record
@@ -69,16 +73,21 @@ class RecordStore:
         return shard, index - self.firsts[shard]
 
     def find(self, shard: int, key: str) -> int:
-        """Index of the sample with a key in a shard."""
+        """Index of the sample of a shard whose latents have this key."""
         reader = self._open(shard)
-        row = next(i for i in range(len(reader)) if reader.key(i) == key)
+        row = next(i for i in range(len(reader)) if without_dots(reader.key(i)) == key)
         return self.firsts[shard] + row
+
+    def key(self, index: int) -> str:
+        """Key of a sample, also of one that cannot be read."""
+        shard, row = self.place(index)
+        return self._open(shard).key(row)
 
     def name(self, index: int) -> str:
         """Shard and key of a sample, for messages."""
         shard, row = self.place(index)
         try:
-            return f"shard {self._name(shard)}: sample '{self._open(shard).key(row)}'"
+            return f"shard {self._name(shard)}: sample '{self.key(index)}'"
         except UserError:
             return f"shard {self._name(shard)}: sample number {row}"
 
@@ -137,9 +146,8 @@ class RecordStore:
     def _require(self, present: Collection[str], sample: str, shard: int) -> None:
         for choices in self.required:
             if not any(extension in present for extension in choices):
-                remedy = REMEDY[self.manifest.kind]
-                named = "/.".join(choices[:NAMED])
-                raise UserError(f"shard {self._name(shard)}: {sample} has no .{named}: {remedy}")
+                lack = f"has no .{'/.'.join(choices[:NAMED])}: {described(present)}"
+                raise UserError(f"shard {self._name(shard)}: {sample} {lack}: {REMEDY[self.manifest.kind]}")
 
 
 def remote_cache(url: str, manifest: Manifest, stream: StreamConfig) -> ShardCache:

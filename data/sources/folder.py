@@ -18,10 +18,10 @@ from conf.errors import UserError
 from conf.schema import BuildRun
 from data.images import SUFFIXES
 from data.labels import MAP, Vocabulary
+from data.samples import CAPTION_BYTES, caption_from, caption_in, fields_in
 from data.sources import Ref, Rejected, Sample, numbered
 
 MOST_NAMED = 8  # suffixes in a line
-CAPTION_BYTES = 65536  # a longer caption file is taken for a mistake
 NO_SUFFIX = "none"
 _LOOP = "a link to a folder that it lies in"
 _DANGLING = "a link to what is not there"
@@ -100,7 +100,7 @@ class FolderSource:
         else:
             try:
                 caption = _parse_caption(entry.caption_path, self._read(entry.caption_path, CAPTION_BYTES))
-            except Rejected as error:
+            except UserError as error:
                 raise Rejected(f"caption file: {error}") from error
         content = self._read(entry.path, 8 * self.max_pixels + 2**20)  # 16 bits per channel, uncompressed
         beside = self._fields(entry.meta_path) if entry.meta_path else {}
@@ -120,10 +120,9 @@ class FolderSource:
     def _fields(self, path: str) -> dict[str, Any]:
         """The fields of a JSON file; none where it does not parse: the caption that was needed came from elsewhere."""
         try:
-            fields = json.loads(self._read(path, CAPTION_BYTES))
-        except (Rejected, ValueError, RecursionError):
+            return fields_in(self._read(path, CAPTION_BYTES))
+        except UserError:
             return {}
-        return fields if isinstance(fields, dict) else {}
 
     def vocabulary(self) -> Vocabulary:
         """The folders, where they are classes."""
@@ -292,16 +291,15 @@ def _is_plain(value: Any) -> bool:
 
 
 def _parse_caption(path: str, content: bytes) -> str:
+    if not path.lower().endswith(".json"):
+        return caption_in(content)
     try:
-        text = content.decode("utf-8-sig")
-        caption = json.loads(text)["caption"] if path.lower().endswith(".json") else text
-    except UnicodeDecodeError as error:
-        raise Rejected("not UTF-8") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Rejected('no JSON object with "caption"') from error
-    if not isinstance(caption, str):
-        raise Rejected('"caption" is not text')
-    return caption
+        fields = fields_in(content)
+    except UserError as error:
+        raise Rejected(f'no JSON object with "caption" ({error})') from None
+    if "caption" not in fields:
+        raise Rejected('no JSON object with "caption"')
+    return caption_from(fields["caption"])
 
 
 def _listing_digest(root: Path, entries: list[Entry]) -> str:

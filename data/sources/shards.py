@@ -14,13 +14,12 @@ from braceexpand import braceexpand
 
 from conf.errors import UserError
 from conf.schema import BuildRun
-from data.images import EXTENSIONS, USUAL
 from data.labels import MAP, Vocabulary
 from data.remote import fetch, is_remote, listed
-from data.shards import ShardReader
-from data.sources import Ref, Rejected, Sample
+from data.samples import caption_of, fields_of, image_of
+from data.shards import ShardReader, tars_in
+from data.sources import Ref, Sample
 
-IMAGES = ("jpg", "jpeg", *EXTENSIONS)  # a .png beside a .jpg is a map or a mask more often than the image
 IN_FLIGHT = 2**14  # refs after which those of an earlier shard are made, so that a fetched one can go
 OPEN = 8  # shards that a process holds open
 
@@ -32,7 +31,9 @@ class ShardsSource:
         self.path, self.samples, self.timeout_s = cfg.path or "", cfg.samples, cfg.timeout_s
         self.shards = _expanded(self.path, self.timeout_s)
         if not self.shards:
-            raise UserError(f"path={cfg.path}: no .tar in it")
+            below = sorted({tar.parent.name for tar in Path(self.path).expanduser().glob("*/[!.]*.tar")})
+            hint = f"; its subfolders {', '.join(below[:3])}{' …' * (len(below) > 3)} have some" if below else ""
+            raise UserError(f"path={cfg.path}: no .tar in it{hint}")
         self._readers: dict[str, ShardReader] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,8 +76,11 @@ class ShardsSource:
             return
         for row in range(rows):
             yield Ref(f"{prefix}{row:06d}", f"{shard}: {reader.key(row)}", (str(reader.path), row))
+        rejects = [(name, "no extension, and so of no sample") for name in reader.others]
         if reader.problem:
-            yield Ref(f"{prefix}{rows:06d}", shard, None, f"{reader.problem}; its first {rows} samples are used")
+            rejects.append(("", reader.problem + (f"; its first {rows} samples are used" if rows else "")))
+        for row, (name, problem) in enumerate(rejects, rows):
+            yield Ref(f"{prefix}{row:06d}", f"{shard}: {name}" if name else shard, None, problem)
 
     def _local(self, number: int, folder: Path) -> Path:
         shard = self.shards[number]
@@ -88,22 +92,16 @@ class ShardsSource:
         return target
 
     def sample(self, place: tuple[str, int]) -> Sample:
-        """Contents and caption of a sample; raises Rejected."""
+        """Contents and caption of a sample; raises UserError."""
         path, row = place
         if path not in self._readers:
             if len(self._readers) == OPEN:
                 self._readers.pop(next(iter(self._readers)))
             self._readers[path] = ShardReader(Path(path), tolerant=True)
         record = self._readers[path][row]
-        image = next((bytes(record[name]) for name in IMAGES if name in record), None)
-        if image is None:
-            raise Rejected(f"no picture ({', '.join(USUAL)} …)")
-        meta = _meta(record)
-        caption = str(record["txt"], "utf-8", "replace") if "txt" in record else meta.get("caption")
-        if not isinstance(caption, str):
-            raise Rejected('no caption: neither .txt nor "caption" in .json')
         segments = bytes(record[MAP]) if MAP in record else None
-        return Sample(image, caption, {**meta, "source_key": record["__key__"]}, segments)
+        meta = {**fields_of(record), "source_key": record["__key__"]}
+        return Sample(image_of(record), caption_of(record), meta, segments)
 
     def vocabulary(self) -> Vocabulary:
         """What its samples will say."""
@@ -133,22 +131,15 @@ def _expanded(path: str, timeout_s: float) -> list[str]:
     if is_remote(path):
         return listed(path, timeout_s=timeout_s)
     folder = Path(path).expanduser()
+    if folder.is_file():
+        return [str(folder)]
     if not folder.is_dir():
         raise UserError(f"path={path}: no such folder or .tar")
-    return [str(tar) for tar in sorted(folder.glob("[!.]*.tar"))]
+    return [str(tar) for tar in sorted([*tars_in(folder), *tars_in(folder, compressed=True)])]
 
 
 def _successes(shard: Path) -> int | None:
     try:
         return int(json.loads(shard.with_name(f"{shard.stem}_stats.json").read_bytes())["successes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-
-
-def _meta(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the sample's JSON; none where it does not parse, as it is not needed."""
-    try:
-        meta = json.loads(bytes(record.get("json", b"{}")))
-    except (ValueError, RecursionError):
-        return {}
-    return meta if isinstance(meta, dict) else {}

@@ -106,6 +106,8 @@ SAMPLE_FAULTS: dict[str, tuple[str, Callable[[Files], Files], str]] = {
     "JSON that does not parse": ("images", replaced("json", b"{"), "Expecting property name"),
     "JSON that is no object": ("images", replaced("json", b"[1]"), r"\.json holds no object"),
     "JSON without end": ("images", replaced("json", b"[" * 100_000), "recursion"),
+    "a caption in latin-1": ("images", replaced("txt", b"caf\xe9"), r"its \.txt is not UTF-8"),
+    "a caption of latents in latin-1": ("latents", replaced("txt", b"caf\xe9"), r"its \.txt is not UTF-8"),
     "no tokens": ("latents", replaced("tokens.npy", None), r"has no \.tokens\.npy"),
     "other dtype": ("latents", replaced("moments.npy", encode_npy(np.zeros((1, 8, 4, 4), np.float32))), "float32"),
     "other shape": ("latents", replaced("moments.npy", encode_npy(np.zeros((1, 8, 4, 5), np.float16))), r"4, 5\]"),

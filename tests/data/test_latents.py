@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from conf.errors import UserError
-from conf.schema import CacheDtype
+from conf.schema import CacheDtype, StreamConfig
 from data.latents import ChannelStats, LatentWriter, as_float32, decode_npy, encode_npy, read_latent
-from data.shards import ShardReader
+from data.manifest import Manifest
+from data.record_store import RecordStore
+from data.shards import ShardReader, without_dots
 
 RANDOM = np.random.default_rng(0)
 MOMENTS = RANDOM.normal(size=(2, 8, 4, 6)).astype(np.float32) * 10
@@ -55,6 +57,20 @@ def test_arrays_are_views_that_numpy_reads_too(tmp_path: Path) -> None:
     assert not moments.flags.owndata and not moments.flags.writeable
     assert moments.ctypes.data % 64 == 0  # aligned, so that no copy is needed
     np.testing.assert_array_equal(moments, np.load(io.BytesIO(record["moments.npy"]), allow_pickle=False))
+
+
+@pytest.mark.parametrize("key", ["k" * 187, "a.b/22.05", "/ключ" * 40, "a~2"])
+def test_keys_of_foreign_shards_are_kept_apart_and_arrays_stay_aligned(tmp_path: Path, key: str) -> None:
+    with LatentWriter(tmp_path, 10, CacheDtype.fp16) as writer:
+        for name in (key, f"{key}x", f"{key}.x"):
+            writer.add(name, MOMENTS, TOKENS, name, {})
+    manifest = Manifest(kind="latents", shards=writer.close())
+    records = RecordStore(tmp_path, manifest, [("moments.npy",)], StreamConfig())
+    assert len({records[index]["__key__"] for index in range(3)}) == 3
+    for index, name in enumerate((key, f"{key}x", f"{key}.x")):
+        record = read_latent(records[index])
+        assert record.caption == name and record.moments.ctypes.data % 64 == 0
+        assert records.find(0, without_dots(name)) == index
 
 
 @pytest.mark.parametrize("value", [1e5, np.inf, np.nan])

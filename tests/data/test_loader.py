@@ -212,7 +212,8 @@ def bad(folder: Path, files: dict[str, bytes], position: int = 1) -> Path:
 
 
 @pytest.mark.parametrize(
-    "files, missing", [({"png": b""}, r"no \.txt"), ({"txt": b""}, r"no \.png/\.jpg/\.jpeg/\.webp")]
+    "files, missing",
+    [({"png": b""}, r"no \.txt/\.json: it has \.png"), ({"txt": b""}, r"no \.png/\.jpg/\.jpeg/\.webp.*: it has \.txt")],
 )
 def test_a_shard_without_captions_or_images_is_refused_at_the_start(
     tmp_path: Path, files: dict[str, bytes], missing: str

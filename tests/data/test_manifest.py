@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,57 @@ def test_a_position_among_a_billion_samples_is_found_in_little_memory(huge: Path
     print(f"window {window}: {seconds:.2f} s, {memory / 1e6:.0f} MB")
     assert samples == 10**9 and 0 <= index < samples
     assert memory <= 100e6
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("schema", float("nan")),
+        ("kind", None),
+        ("shards", None),
+        ("shards", {}),
+        ("shards", [[]]),
+        ("shards", [{"name": "00000.tar", "samples": -1, "bytes": 1, "sha256": ""}]),
+        ("shards", [{"name": "00000.tar", "samples": float("nan"), "bytes": 1, "sha256": ""}]),
+        ("shards", [{"name": "00000.tar", "samples": True, "bytes": 1, "sha256": ""}]),
+        ("shards", [{"name": 3, "samples": 1, "bytes": 1, "sha256": ""}]),
+        ("shards", [{"name": "00000.tar", "samples": 1, "bytes": 1, "sha256": None}]),
+        ("provenance", []),
+        ("stats", None),
+    ],
+)
+def test_a_manifest_with_another_value_is_one_line(tmp_path: Path, name: str, value: object) -> None:
+    build(tmp_path)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(content | {name: value}))
+    with pytest.raises(UserError, match=r"manifest\.json (is not a manifest|has schema nan)") as raised:
+        find_shards(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "NaN", "[" * 100_000, '{"schema": 1}'])
+def test_a_file_that_is_no_manifest_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json is not a manifest"):
+        find_shards(tmp_path)
+
+
+def test_foreign_shards_say_what_they_leave_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "00003.tar.gz").write_bytes(b"\x1f\x8b")
+    with tarfile.open(tmp_path / "00004.TAR", "w") as tar:
+        for name in ("README", "a.txt", "folder/.hidden"):
+            tar.addfile(tarfile.TarInfo(name))
+    assert [shard.samples for shard in find_shards(tmp_path).shards] == [2, 2, 1, 1]
+    compressed, others = capsys.readouterr().err.splitlines()
+    assert "00003.tar.gz is compressed" in compressed and "1 files without an extension" in others
+
+
+def test_shards_without_samples_are_not_said_to_be_missing(tmp_path: Path) -> None:
+    build(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "99999.tar").write_bytes(bytes(10_240))
+    assert find_shards(tmp_path / "train").samples == 5
+    with pytest.raises(UserError, match=r"/heldout' holds no samples, its shards are empty \(99999\.tar\): run data"):
+        find_shards(tmp_path / "heldout")

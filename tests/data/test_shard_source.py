@@ -126,6 +126,97 @@ def test_shards_over_http(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         built(tmp_path / "again", f"{http.url}/laion/{{00000..00003}}.tar")
 
 
+def png(color: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pack(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def reasons(output: Path) -> list[tuple[str, str]]:
+    rejects = map(json.loads, (output / "rejects.jsonl").read_text().splitlines())
+    return [(reject["path"].rpartition("/")[2], reject["reason"]) for reject in rejects]
+
+
+def test_captions_in_json_capitals_and_other_formats_are_read(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "BMP")
+    files = {"a.PNG": png(), "a.JSON": b'{"caption": "a"}', "b.bmp": buffer.getvalue(), "b.Txt": b"b"}
+    pack(tmp_path / "in" / "00000.TAR", files)
+    assert [meta["caption"] for meta in built(tmp_path, str(tmp_path / "in"), heldout_fraction=0)] == ["a", "b"]
+    direct = ImageDataset(tmp_path / "in", ImageConfig(resolution=8), 0)
+    assert [direct.at(index)["caption"] for index in (0, 1)] == ["a", "b"]
+
+
+def test_a_reject_says_what_its_sample_has(tmp_path: Path) -> None:
+    files = {
+        "a.jpg": png(),
+        "b.1.jpg": png(),
+        "b.txt": b"b",
+        "c.xyz": b"",
+        "c.txt": b"c",
+        "d.png": png(),
+        "d.txt": b"d",
+    }
+    pack(tmp_path / "in" / "0.tar", {**files, "LICENSE": b"free"})
+    pack(tmp_path / "in" / "1.tar.gz", {})
+    (tmp_path / "in" / "1.tar.gz").write_bytes(b"\x1f\x8b rest")
+    assert len(built(tmp_path, str(tmp_path / "in"))) == 1
+    assert reasons(tmp_path / "out") == [
+        ("0.tar: a", 'no caption: it has no .txt, and no "caption" in a .json; it has .jpg'),
+        ("0.tar: b", "no image: it has .1.jpg, .txt; what follows the first dot of a file's name is its extension"),
+        ("0.tar: c", "no image: it has .txt, .xyz"),
+        ("0.tar: LICENSE", "no extension, and so of no sample"),
+        (
+            "1.tar.gz",
+            f"shard {tmp_path}/in/1.tar.gz is compressed (gzip): unpack it and make a plain .tar of it",
+        ),
+    ]
+
+
+def test_nothing_but_empty_shards_is_one_line(tmp_path: Path) -> None:
+    pack(tmp_path / "in" / "0.tar", {})
+    with pytest.raises(UserError, match=r"^source=shards: there is no sample in path=.*/in$"):
+        built(tmp_path, str(tmp_path / "in"))
+    sources = [MixedSource(source=Source.shards, path=str(tmp_path / "in")), MixedSource(source=Source.demo)]
+    out = str(tmp_path / "mix")
+    cfg = BuildRun(run_dir=".", output_dir=out, source=Source.mix, sources=sources, resolution=16, samples=9)
+    with pytest.raises(UserError, match=r"^source=mix: there is no sample in one of the sources"):
+        build(cfg)
+    pack(tmp_path / "in" / "1.tar", {"a.png": png(), "a.txt": b"a", "._a.png": b"of macOS"})
+    assert len(built(tmp_path, str(tmp_path / "in"))) == 1 and reasons(tmp_path / "out") == []
+
+
+def test_shards_below_the_folder_are_mentioned(tmp_path: Path) -> None:
+    pack(tmp_path / "in" / "part" / "0.tar", {})
+    with pytest.raises(UserError, match=r"no \.tar in it; its subfolders part have some$"):
+        open_source(config(Source.shards, path=str(tmp_path / "in")))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"successes": NaN}', '{"successes": Infinity}', "[" * 9999])
+def test_counts_beside_shards_that_are_none_do_not_matter(tmp_path: Path, content: str) -> None:
+    pack(tmp_path / "in" / "0.tar", {"a.png": png(), "a.txt": b"a"})
+    (tmp_path / "in" / "0_stats.json").write_text(content)
+    assert open_source(config(Source.shards, path=str(tmp_path / "in"))).expected() is None
+
+
+def test_scores_of_any_size_are_compared(tmp_path: Path) -> None:
+    for number, score in enumerate(("1" * 400, "NaN", '"1"', "2", "null")):
+        meta = f'{{"caption": "{number}", "score": {score}}}'.encode()
+        pack(tmp_path / "in" / f"{number}.tar", {"a.png": png(), "a.json": meta})
+    found = built(tmp_path, str(tmp_path / "in"), filters=FilterConfig(min_score={"score": 2}))
+    assert [meta["caption"] for meta in found] == ["3"] and len(reasons(tmp_path / "out")) == 4
+    assert "NaN" not in (tmp_path / "out" / "rejects.jsonl").read_text()
+
+
 def labelled(folder: Path, changes: dict[int, dict[str, Any]]) -> None:
     """A shard whose samples have a class, a box and a map; `changes` of their JSON, or of the map's size, by number."""
     folder.mkdir(parents=True)

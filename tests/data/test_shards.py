@@ -123,6 +123,12 @@ def test_not_a_tar_and_missing(tmp_path: Path) -> None:
         read(tmp_path / "b.tar")
 
 
+def test_a_folder_in_place_of_a_shard_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").mkdir()
+    with pytest.raises(UserError, match=r"a\.tar cannot be read: Is a directory$"):
+        read(tmp_path / "a.tar")
+
+
 def test_reader_survives_pickle_and_release(tmp_path: Path) -> None:
     write(tmp_path)
     reader = ShardReader(tmp_path / "00000.tar")
@@ -197,3 +203,121 @@ def test_a_member_twice_in_a_sample_is_refused(tmp_path: Path) -> None:
             tar.addfile(tarfile.TarInfo("0.txt"))
     with pytest.raises(UserError, match="twice"):
         read(tmp_path / "a.tar")
+
+
+# --- shards of others
+
+
+def pack(path: Path, *names: str, form: int = tarfile.GNU_FORMAT) -> Path:
+    """A tar of files whose content is their number; of names that end in "@" links."""
+    with tarfile.open(path, "w", format=form) as tar:
+        for number, name in enumerate(names):
+            info, content = tarfile.TarInfo(name.rstrip("@")), str(number).encode()
+            if name.endswith("@"):
+                info.type, info.linkname, content = tarfile.SYMTYPE, "l" * 150, b""
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def numbers(path: Path) -> dict[str, dict[str, int]]:
+    return {key: {name: int(value) for name, value in files.items()} for key, files in read(path).items()}
+
+
+def test_members_of_a_sample_may_lie_anywhere(tmp_path: Path) -> None:
+    wanted = {"a": {"jpg": 0, "txt": 3}, "b": {"jpg": 1, "txt": 4}, "c": {"jpg": 2, "txt": 5, "json": 6}}
+    assert numbers(pack(tmp_path / "a.tar", "a.jpg", "b.jpg", "c.jpg", "a.txt", "b.txt", "c.txt", "c.json")) == wanted
+    wanted = {"a": {"jpg": 0, "txt": 2}, "b": {"jpg": 1, "txt": 3}, "c": {"jpg": 4, "txt": 5}}
+    assert numbers(pack(tmp_path / "b.tar", "a.jpg", "b.jpg", "a.txt", "b.txt", "c.jpg", "c.txt")) == wanted
+
+
+def test_a_key_that_comes_again_is_another_sample(tmp_path: Path) -> None:
+    path = pack(tmp_path / "a.tar", "a.jpg", "a.txt", "b.jpg", "b.txt", "a.jpg", "a.txt", "c.txt", "a.jpg")
+    assert numbers(path) == {
+        "a": {"jpg": 0, "txt": 1},
+        "b": {"jpg": 2, "txt": 3},
+        "a~2": {"jpg": 4, "txt": 5},
+        "c": {"txt": 6},
+        "a~3": {"jpg": 7},
+    }
+
+
+def test_dots_part_samples_that_would_be_lost_in_one(tmp_path: Path) -> None:
+    names = ["v1.0/22.05.png", "v1.0/22.05.txt", "v1.0/22.06.PNG", "v1.0/22.06.json", "1.0.jpg", "1.jpg", "1.0.txt"]
+    assert numbers(pack(tmp_path / "a.tar", *names, "1.txt", "1.0.seg.png")) == {
+        "v1.0/22.05": {"png": 0, "txt": 1},
+        "v1.0/22.06": {"png": 2, "json": 3},
+        "1.0": {"jpg": 4, "txt": 6, "seg.png": 8},
+        "1": {"jpg": 5, "txt": 7},
+    }
+
+
+def test_further_files_of_one_sample_stay_with_it(tmp_path: Path) -> None:
+    names = ["a.jpg", "a.txt", "a.seg.png", "a.depth.png", "a.depth.json", "b.left.jpg", "b.right.jpg", "b.txt"]
+    assert numbers(pack(tmp_path / "a.tar", *names)) == {
+        "a": {"jpg": 0, "txt": 1, "seg.png": 2, "depth.png": 3, "depth.json": 4},
+        "b": {"left.jpg": 5, "right.jpg": 6, "txt": 7},
+    }
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_sample_with_a_link_or_a_member_twice_is_broken_alone(tmp_path: Path, form: int) -> None:
+    path = pack(tmp_path / "a.tar", "a.jpg", "a.txt@", "b.jpg", "b.jpg", "b.txt", "c.jpg", "c.txt", "README", form=form)
+    reader = ShardReader(path)
+    assert [reader.key(i) for i in range(len(reader))] == ["a", "b", "c"] and reader.others == ["README"]
+    for row, reason in ((0, r"its \.txt is a link"), (1, r"its \.jpg is there twice")):
+        with pytest.raises(UserError, match=reason):
+            reader[row]
+    assert bytes(reader[2]["txt"]) == b"6"
+
+
+@pytest.mark.parametrize("unsorted", [False, True])
+def test_of_a_shard_that_breaks_off_the_last_sample_is_left_out(tmp_path: Path, unsorted: bool) -> None:
+    names = ["a.jpg", "b.jpg", "a.txt", "b.txt"] if unsorted else ["a.jpg", "a.txt", "b.jpg", "b.txt"]
+    whole = pack(tmp_path / "a.tar", *names).read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: 3 * 1024])  # three members of four
+    reader = ShardReader(tmp_path / "a.tar", tolerant=True)
+    assert [reader.key(i) for i in range(len(reader))] == (["b"] if unsorted else ["a"])
+    assert "truncated" in reader.problem
+
+
+def test_tars_that_were_joined_are_read_to_their_end(tmp_path: Path) -> None:
+    first, second = (pack(tmp_path / name, f"{name}.txt").read_bytes() for name in ("a", "b"))
+    (tmp_path / "both.tar").write_bytes(first + second)
+    assert numbers(tmp_path / "both.tar") == {"a": {"txt": 0}, "b": {"txt": 0}}
+    (tmp_path / "both.tar").write_bytes(first + b"something else" * 100)
+    with pytest.raises(UserError, match="not a readable tar"):
+        read(tmp_path / "both.tar")
+
+
+@pytest.mark.parametrize("mode, name", [("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz")])
+def test_a_compressed_tar_is_named_as_such(tmp_path: Path, mode: str, name: str) -> None:
+    with tarfile.open(tmp_path / "a.tar", f"w:{mode}") as tar:
+        tar.addfile(tarfile.TarInfo("0.txt"))
+    with pytest.raises(UserError, match=rf"a\.tar is compressed \({name}\): unpack it"):
+        read(tmp_path / "a.tar")
+
+
+def test_many_dotted_keys_are_no_trouble(tmp_path: Path) -> None:
+    names = [f"x.{number}.{extension}" for number in range(2_000) for extension in ("jpg", "txt")]
+    found = read(pack(tmp_path / "a.tar", *names))
+    assert list(found) == [f"x.{number}" for number in range(2_000)] and found["x.7"] == {"jpg": b"14", "txt": b"15"}
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves the last file to the collector
+@pytest.mark.parametrize("key", ["k" * 187, "k" * 300, "ключ" * 60, f"{'d' * 200}/{'k' * 120}", "/" + "k" * 150])
+def test_keys_of_any_length_are_written_so_that_others_read_them(tmp_path: Path, key: str) -> None:
+    with ShardWriter(tmp_path, 9) as writer:
+        writer.add(key, {"moments.npy": b"1" * 600, "txt": b"2"})
+        writer.add("next", {"txt": b"3"})
+    assert read(tmp_path / "00000.tar") == {key: {"moments.npy": b"1" * 600, "txt": b"2"}, "next": {"txt": b"3"}}
+    dataset = webdataset.WebDataset([str(tmp_path / "00000.tar")], shardshuffle=False)
+    assert [sample["__key__"] for sample in dataset] == [key, "next"]
+    del dataset
+    gc.collect()
+
+
+def test_names_in_no_encoding_can_be_printed(tmp_path: Path) -> None:
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        (key,) = read(pack(tmp_path / "a.tar", "caf\udce9.txt", form=form))
+        assert key.encode()

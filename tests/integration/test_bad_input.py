@@ -112,7 +112,8 @@ def test_no_shards_at_the_path(tmp_path: Path) -> None:
 
 def test_shard_without_captions(tmp_path: Path) -> None:
     shards(tmp_path / "shards", k3={"png": picture()})
-    refused(tmp_path, r"^shard .*train/00000\.tar: sample '000000003' has no \.txt: run data/build_shards\.py or set")
+    lack = r"has no \.txt/\.json: it has \.png: run data/build_shards\.py or set"
+    refused(tmp_path, rf"^shard .*train/00000\.tar: sample '000000003' {lack}")
 
 
 def test_image_bomb_in_a_shard(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -126,6 +127,12 @@ def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:
     if manifest.kind != "latents":
         raise UserError(f"latents={cfg.latents}: holds {manifest.kind}, not latents; run data/precompute_latents.py")
     facts = manifest.provenance
+    absent = {"autoencoder", "clip", "images", "latent_channels", "latent_size", "text_dim"} - facts.keys()
+    if absent:
+        raise UserError(
+            f"latents={cfg.latents}: its manifest does not say {', '.join(sorted(absent))}: run "
+            "data/precompute_latents.py again"
+        )
     found = {
         "autoencoder (weights)": (weights_digest(cfg.autoencoder), facts["autoencoder"]),
         "model.out_channels": (cfg.model.out_channels, facts["latent_channels"]),
@@ -190,7 +197,15 @@ def normalisation(cfg: UNetRun, manifest: Manifest) -> tuple[list[float], list[f
         before = UNetInfo.load(cfg.init_from)
         if before.autoencoder == manifest.provenance["autoencoder"]:
             return before.latent_mean, before.latent_std
-    return manifest.stats["mean"], manifest.stats["std"]
+    stats: dict[str, Any] = {"mean": None, "std": None} | manifest.stats
+    mean, std = stats["mean"], stats["std"]
+    values = [*mean, *std] if isinstance(mean, list) and isinstance(std, list) else [None]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise UserError(
+            f"latents={cfg.latents}: its manifest has no finite mean and std of each channel: run "
+            "data/precompute_latents.py again"
+        )
+    return mean, std
 
 
 def check_shapes(cfg: UNetRun, facts: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ photo.mask.png   white where inpainting shall paint, as `data.images.open_mask` 
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from conf.errors import UserError
 from conf.schema import ImageConfig
 from data.images import ImageError, Unfit, open_image, open_mask, to_tensor
 from data.labels import read_labels
+from data.samples import caption_in, fields_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,10 @@ def read_given(path: str, option: str = "inputs") -> GivenPicture:
         raise UserError(f"{option}={path}: {'a folder: name its files' if Path(path).is_dir() else 'no such file'}")
     try:
         image = open_image(content, ImageConfig().max_pixels)
-        meta = json.loads(contents[".json"] or b"{}")
-        if not isinstance(meta, dict):
-            raise UserError("its .json holds no object")
+        meta = fields_in(contents[".json"] or b"{}")
         labels = read_labels(meta, contents[".seg.png"], image.size)
         masks = {} if contents[".mask.png"] is None else {"mask": read_mask(contents[".mask.png"], image.size)}
-    except (UserError, ValueError, RecursionError) as error:
+    except UserError as error:
         raise UserError(f"{option}={path}: {error}") from None
     digest = hashlib.sha256(content)
     for name, beside in contents.items():
@@ -58,8 +56,12 @@ def read_given(path: str, option: str = "inputs") -> GivenPicture:
 
 def caption_beside(path: str) -> str:
     """Of a picture's file; empty where there is none."""
-    content = _content(Path(path).with_suffix(".txt"))
-    return "" if content is None else content.decode("utf-8", "replace").strip()
+    beside = Path(path).with_suffix(".txt")
+    content = _content(beside)
+    try:
+        return "" if content is None else caption_in(content)
+    except UserError as error:
+        raise UserError(f"inputs={path}: {beside.name}: {error}") from None
 
 
 def read_mask(content: bytes, size: tuple[int, int]) -> Tensor:

@@ -144,7 +144,7 @@ def decoded(
         try:
             return images.variants(index, cfg.variants, shapes)
         except UserError as error:
-            return {"key": images.records[index]["__key__"], "reason": str(error)}
+            return {"key": images.records.key(index), "reason": str(error)}
 
     waiting: dict[torch.Size, list[Batch]] = {}
     pending: deque[Future[Batch]] = deque()

@@ -19,10 +19,11 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import ImageConfig, PreviewRun
 from data.datasets import ImageDataset
-from data.images import EXTENSIONS, size_of
+from data.images import size_of
 from data.labels import LabelError, Labels, read_labels
 from data.latent_dataset import LatentDataset
 from data.manifest import MANIFEST, Manifest
+from data.samples import caption_of, fields_of, image_of
 from data.shards import atomic_path, atomic_write
 from models.autoencoder import load_autoencoder
 from train.engine.fonts import charted
@@ -144,16 +145,15 @@ def survey_images(dataset: ImageDataset, indices: Sequence[int]) -> Survey:
     for index in indices:
         try:
             record = dataset.records[index]
-            content = bytes(next(record[name] for name in EXTENSIONS if name in record))
+            content, caption = image_of(record), caption_of(record)
             width, height = size_of(content)
-            labels = read_labels(_fields(record), None, (width, height))
+            labels = read_labels(fields_of(record), None, (width, height))
         except LabelError as error:
             survey.broken[f"label {str(error).partition(':')[0]}"] += 1
             continue
         except UserError as error:
             survey.broken[str(error).split(":")[-1].strip()] += 1
             continue
-        caption = bytes(record["txt"]).decode("utf-8", "replace")
         survey.add(width=width, height=height, aspect=width / height, caption_length=len(caption))
         survey.add(kilobytes=len(content) / 1000)
         survey.count(labels)
@@ -170,25 +170,16 @@ def survey_latents(dataset: LatentDataset, indices: Sequence[int]) -> Survey:
             step = max(1, len(values) // VALUES)
             survey.add(**{f"channel_{channel}": values[::step].tolist()})
         survey.add(posterior_deviation=float((0.5 * logvar).exp().mean()))
-        survey.add(caption_length=len(item["caption"]), tokens=int((item["tokens"] > 0).sum()))
+        survey.add(caption_length=len(item["caption"]))
+        if "tokens" in item:  # captions are a condition
+            survey.add(tokens=int((item["tokens"] > 0).sum()))
     return survey
-
-
-def _fields(record: dict[str, Any]) -> dict[str, Any]:
-    """The sample's JSON; raises UserError."""
-    try:
-        fields = json.loads(bytes(record.get("json", b"{}")))
-    except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise UserError("its .json holds no object")
-    return fields
 
 
 def charts(survey: Survey) -> Image.Image:
     """One histogram per measurement, and the commonest classes."""
     columns = 3
-    rows = -(-(len(survey.numbers) + len(survey.classes)) // columns)
+    rows = max(1, -(-(len(survey.numbers) + len(survey.classes)) // columns))  # none: all that was looked at is broken
     figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
     for number, (counted, counts) in enumerate(survey.classes.items(), start=len(survey.numbers) + 1):
         axes = figure.add_subplot(rows, columns, number)

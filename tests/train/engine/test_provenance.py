@@ -1,7 +1,7 @@
 """What was not made together is not used together, and the message says which part is the stranger."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,20 @@ def test_info_of_a_fitting_cache(latents: Any) -> None:
 def test_network_that_does_not_fit_the_cache_is_refused_by_its_field(latents: Any, override: str, field: str) -> None:
     with pytest.raises(UserError, match=rf"^latents=.* does not fit this run: {field}"):
         check(latents, override)
+
+
+@pytest.mark.parametrize("stats", [{}, {"mean": [0.0] * 4}, {"mean": [0.0] * 4, "std": [float("nan")] * 4}])
+def test_a_cache_without_finite_statistics_is_refused(latents: Any, stats: dict[str, Any]) -> None:
+    manifest = replace(Manifest.load(latents.folder / "latents" / "train"), stats=stats)
+    with pytest.raises(UserError, match=r"^latents=.*: its manifest has no finite mean and std of each channel"):
+        check_latents(latents.config("unet"), manifest)
+
+
+def test_a_cache_that_does_not_say_how_it_was_made_is_refused(latents: Any) -> None:
+    manifest = Manifest.load(latents.folder / "latents" / "train")
+    for facts in ({}, {name: value for name, value in manifest.provenance.items() if name != "latent_size"}):
+        with pytest.raises(UserError, match=r"^latents=.*: its manifest does not say .*latent_size.*: run data/"):
+            check_latents(latents.config("unet"), replace(manifest, provenance=facts))
 
 
 @pytest.mark.parametrize("option", ["autoencoder", "clip"])

@@ -17,7 +17,7 @@ from conf.schema.conditions import BoxesConfig, BoxMapConfig, ClassConfig, LowRe
 from models.conditions import PREPARING, Conditions
 from train.evaluation.album import together
 from train.evaluation.asking import Asked, labels_in, require_told, samples_of
-from train.evaluation.given import read_given
+from train.evaluation.given import caption_beside, read_given
 from train.evaluation.prompts import Job, Prompt, jobs_of, read_prompts
 
 
@@ -47,6 +47,16 @@ def test_all_that_lies_beside_a_picture_is_read(tmp_path: Path) -> None:
     assert whole.digest != alone.digest
     cfg = compose("sample", SampleRun, ["run_dir=run", f"inputs=[{path}]", "prompts=[a moon]"])
     assert read_prompts(cfg) == [Prompt("a moon"), Prompt("a hill", file=path)]
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfa\r\nhill", "a hill".encode("utf-16"), b"a\0hill"])
+def test_a_caption_beside_a_picture_is_read_as_that_of_a_data_set(tmp_path: Path, content: bytes) -> None:
+    path = picture(tmp_path / "photo.png")
+    (tmp_path / "photo.txt").write_bytes(content)
+    assert caption_beside(path) == "a hill"
+    (tmp_path / "photo.txt").write_bytes(b"une \xe9cole")
+    with pytest.raises(UserError, match=r"^inputs=.*/photo\.png: photo\.txt: not UTF-8"):
+        caption_beside(path)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """The latent cache: what it holds, who made it, and that a kill, a wrong picture or another encoder cannot spoil it."""
 
 import hashlib
+import io
 import json
+import tarfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -308,6 +310,34 @@ def test_pictures_that_cannot_be_read_are_rejected_by_name(towers: Any, runtime:
     (reject,) = map(json.loads, (tmp_path / "latents" / "train" / "rejects.jsonl").read_text().splitlines())
     assert (manifest.samples, manifest.stats["rejected"]) == (19, 1)
     assert reject["key"] == ShardReader(broken / "train" / "00000.tar").key(3) and "not a readable" in reject["reason"]
+
+
+def test_foreign_shards_of_any_names_and_order_become_latents(towers: Any, runtime: Runtime, tmp_path: Path) -> None:
+    reader = ShardReader(towers.folder / "shards" / "train" / "00000.tar")
+    images = [bytes(reader[i]["png"]) for i in range(6)]
+    keys = ["k" * 187, "ключ" * 40, "v1.0/22.05", "v1.0/22.06", "same", "link"]
+    texts = [b"\xef\xbb\xbfa dog", b"two\r\nlines", b"a\0cat", b"caf\xe9", b"first", b"second"]
+    members = [(f"{key}.PNG", image) for key, image in zip(keys, images, strict=True)]
+    members += [(f"{key}.txt", text) for key, text in zip(keys, texts, strict=True)]
+    members += [("between.png", b"no picture"), ("between.txt", b""), ("same.png", images[0]), ("same.txt", b"again")]
+    for number in range(2):
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "shards" / f"{number}.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                if name == "link.PNG":
+                    info.type, info.linkname, content = tarfile.LNKTYPE, "same.PNG", b""
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    precompute(towers, runtime, tmp_path / "latents", f"shards={tmp_path / 'shards'}")
+    made = ShardReader(tmp_path / "latents" / "train" / "00000.tar")
+    records = [read_latent(made[i]) for i in range(len(made))]
+    wanted = {"k" * 187: "a dog", "ключ" * 40: "two lines", "v1.0/22%2E05": "a cat", "same": "first", "same~2": "again"}
+    assert {record.key: record.caption for record in records} == wanted
+    rejects = [json.loads(line) for line in (tmp_path / "latents" / "train" / "rejects.jsonl").read_text().splitlines()]
+    assert [reject["key"] for reject in rejects] == ["v1.0/22.06", "link", "between"]
+    found = zip(("not UTF-8", "is a link", "not a readable"), rejects, strict=True)
+    assert all(reason in reject["reason"] for reason, reject in found)
 
 
 def test_a_plan_tells_storage_and_time_and_writes_nothing(

@@ -11,10 +11,11 @@ from PIL import Image
 
 from conf.entry import compose
 from conf.errors import UserError
-from conf.schema import BuildRun, ImageConfig, PreviewRun, Source
+from conf.schema import BuildRun, CacheDtype, ImageConfig, PreviewRun, Source
 from data.building import build
 from data.datasets import ImageDataset
 from data.latent_dataset import LatentDataset
+from data.latents import LatentWriter
 from data.manifest import Manifest
 from data.shards import ShardReader, ShardWriter
 from train.engine.pictures import to_uint8
@@ -95,6 +96,19 @@ def test_latents_are_decoded_and_measured_per_channel(latents: Any, runtime: Run
     images = ImageDataset(latents.folder / "shards" / "train", latents.config("latents").images, 0)
     original = (images.at(0)["image"].permute(1, 2, 0).numpy() + 1) * 127.5
     assert np.abs(shown[0] - original).mean() < 60  # 14 dB: a picture of the same scene
+
+
+def test_latents_without_captions_are_measured(tmp_path: Path) -> None:
+    with LatentWriter(tmp_path, 9, CacheDtype.fp16) as writer:
+        writer.add("0", np.ones((1, 4, 2, 2), np.float32), None, "a class", {})
+    provenance = {"conditions": {"class_label": {}}}
+    Manifest(kind="latents", shards=writer.close(), provenance=provenance).save(tmp_path)
+    survey = preview.survey_latents(LatentDataset(tmp_path, 0), [0])
+    assert survey.numbers["caption length"] == [7] and "tokens" not in survey.numbers
+
+
+def test_charts_of_nothing_are_drawn() -> None:
+    assert preview.charts(preview.Survey()).width > 0
 
 
 def test_rejects_and_broken_pictures_are_counted_by_reason(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""What a sample of an image-text shard holds: one reader for builds, trainings and everything that shows data.
+
+Captions lie in `KEY.txt` or as "caption" in `KEY.json`; images have one of the extensions `EXTENSIONS`.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from conf.errors import UserError
+from data.captions import clean_caption, decode_text
+from data.images import EXTENSIONS
+from data.shards import Buffer, described
+
+CAPTION_BYTES = 65536  # a longer caption is taken for a mistake
+_JSON_NAMES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+
+
+def image_of(record: Mapping[str, Any]) -> bytes:
+    """Contents of the image file of a sample; of several the photo, since a .png beside a .jpg is mostly its mask."""
+    for name in ("jpg", "jpeg", *EXTENSIONS):
+        if name in record:
+            return bytes(record[name])
+    raise UserError(f"no image: {described(record)}")
+
+
+def caption_of(record: Mapping[str, Any]) -> str:
+    """The caption of a sample as a build would write it; may be empty."""
+    if "txt" in record:
+        try:
+            return caption_in(record["txt"])
+        except UserError as error:
+            raise UserError(f"its .txt is {error}") from None
+    fields = fields_of(record)
+    if "caption" not in fields:
+        raise UserError(f'no caption: it has no .txt, and no "caption" in a .json; {described(record)}')
+    return caption_from(fields["caption"])
+
+
+def caption_in(content: Buffer) -> str:
+    """The caption that a text file holds; raises UserError."""
+    if len(content) > CAPTION_BYTES:
+        raise UserError(f"too long for a caption: it has more than {CAPTION_BYTES} bytes")
+    return clean_caption(decode_text(content))
+
+
+def caption_from(value: Any) -> str:
+    """The caption that a field of JSON holds; raises UserError."""
+    if not isinstance(value, str):
+        raise UserError(f'"caption" is not text but {_JSON_NAMES.get(type(value), "an object")}')
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise UserError('"caption" has half of a character (a lone surrogate)') from None
+    if size > CAPTION_BYTES:
+        raise UserError(f'"caption" is too long: it has more than {CAPTION_BYTES} bytes')
+    return clean_caption(value)
+
+
+def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a sample's .json, none where it has none; raises UserError."""
+    return fields_in(record["json"]) if "json" in record else {}
+
+
+def fields_in(content: Buffer) -> dict[str, Any]:
+    """The object that a JSON file holds; NaN and infinities, which JSON does not know, are null. Raises UserError."""
+    try:
+        fields = json.loads(decode_text(content), parse_constant=lambda _: None, parse_float=_finite)
+    except UserError as error:
+        raise UserError(f"its .json is {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"its .json is broken: {error}") from None
+    if not isinstance(fields, dict):
+        raise UserError("its .json holds no object")
+    return fields
+
+
+def _finite(digits: str) -> float | None:
+    value = float(digits)
+    return value if abs(value) < float("inf") else None

@@ -1,0 +1,139 @@
+"""Captions: the same text comes out wherever a sample is read, and what is not certain is refused."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from conf.errors import UserError
+from conf.schema import BuildRun, ImageConfig, Source, StreamConfig
+from data.building import build
+from data.captions import clean_caption, decode_text
+from data.datasets import ImageDataset, captions_of
+from data.samples import caption_of, fields_in, image_of
+
+TEXTS = {  # contents of a .txt → its caption, or why there is none
+    b"\xef\xbb\xbfa dog": "a dog",
+    b"a dog\r\non two lines\r\n": "a dog on two lines",
+    b"a dog\0and nul": "a dog and nul",
+    b"\xef\xbb\xbf\xef\xbb\xbf a dog": "a dog",
+    "une école".encode("utf-16"): "une école",
+    "une école".encode("utf-32"): "une école",
+    b"\xfe\xff" + "犬".encode("utf-16-be"): "犬",
+    "e\u0301cole".encode(): "école",
+    "a\u200bdog\ufeff".encode(): "a\u200bdog\ufeff",
+    "already \ufffd".encode(): "already \ufffd",
+    b"\xefa dog": UserError("not UTF-8"),
+    "une école".encode("latin-1"): UserError("not UTF-8"),
+    "a dog".encode("utf-16-le"): UserError("UTF-16 without a byte-order mark"),
+    "собака".encode("utf-16-be"): UserError("UTF-16 without a byte-order mark"),
+    b"\xff\xfea": UserError("not UTF-8"),
+    b"\xff\xfe\x3d\xd8": UserError("not UTF-8"),
+    b"x" * 65_537: UserError("more than 65536 bytes"),
+}
+FIELDS = {  # contents of a .json → its caption, or why there is none
+    b'{"caption": "a dog"}': "a dog",
+    b'\xef\xbb\xbf{"caption": "\\ufeffa\\ndog"}': "a dog",
+    '{"caption": "école"}'.encode("utf-16"): "école",
+    b'{"caption": "\\ud83d\\udc15"}': "\N{DOG}",
+    b'{"caption": null}': UserError("not text but null"),
+    b'{"caption": NaN}': UserError("not text but null"),
+    b'{"caption": -Infinity}': UserError("not text but null"),
+    b'{"caption": ["a"]}': UserError("not text but a list"),
+    b'{"caption": {}}': UserError("not text but an object"),
+    b'{"caption": 3}': UserError("not text but a number"),
+    b'{"caption": true}': UserError("not text but true or false"),
+    b'{"caption": "half \\ud83d"}': UserError("lone surrogate"),
+    b'{"text": "a dog"}': UserError('no "caption" in a .json; it has .json, .png'),
+    '{"caption": "école"}'.encode("latin-1"): UserError("its .json is not UTF-8"),
+    b'{"caption": "a dog"': UserError("its .json is broken"),
+    b'{"n": ' + b"1" * 5000 + b"}": UserError("its .json is broken"),
+    b"[" * 100_000: UserError("its .json is broken"),
+    b"[1]": UserError("its .json holds no object"),
+    b"": UserError("its .json is broken"),
+}
+CASES = [("txt", *case) for case in TEXTS.items()] + [("json", *case) for case in FIELDS.items()]
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(folder: Path, content: bytes, extension: str) -> None:
+    """A sample with this caption after one that is sound, in a shard and as files."""
+    (folder / "shards").mkdir()
+    (folder / "files").mkdir()
+    members = {"0.png": png(), "0.txt": b"sound", "1.png": png(), f"1.{extension}": content}
+    with tarfile.open(folder / "shards" / "00000.tar", "w") as tar:
+        for name, value in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(value)
+            tar.addfile(info, io.BytesIO(value))
+            (folder / "files" / name).write_bytes(value)
+
+
+def config(output: Path, source: Source, path: Path) -> BuildRun:
+    return BuildRun(run_dir=".", output_dir=str(output), source=source, path=str(path), workers=1, heldout_fraction=0)
+
+
+@pytest.mark.parametrize("extension, content, expected", CASES)
+def test_a_caption_is_the_same_text_wherever_it_is_read(
+    tmp_path: Path, extension: str, content: bytes, expected: str | UserError
+) -> None:
+    write(tmp_path, content, extension)
+    made = {}
+    for source, path in ((Source.shards, "shards"), (Source.folder, "files")):
+        output = tmp_path / source.value
+        build(config(output, source, tmp_path / path))
+        made[source] = captions_of(output / "train")
+        rejects = [json.loads(line)["reason"] for line in (output / "rejects.jsonl").read_text().splitlines()]
+        assert len(made[source]) + len(rejects) == 2
+        if isinstance(expected, UserError) and (extension, source) != ("json", Source.folder):
+            assert str(expected) in rejects[0]
+    direct = ImageDataset(tmp_path / "shards", ImageConfig(resolution=4), 0, StreamConfig(skip_broken=True))
+    if isinstance(expected, UserError):
+        assert made[Source.shards] == made[Source.folder] == ["sound"]
+        for read in (lambda: direct.at(1), lambda: captions_of(tmp_path / "shards")):
+            with pytest.raises(UserError, match=r"00000\.tar: sample '1': .*build_shards\.py") as raised:
+                read()
+            assert str(expected) in str(raised.value) and "\n" not in str(raised.value)
+    else:
+        assert made[Source.shards] == made[Source.folder] == captions_of(tmp_path / "shards") == ["sound", expected]
+        assert direct.at(1)["caption"] == expected
+
+
+def test_an_empty_caption_is_a_reject_of_a_build_and_empty_in_training(tmp_path: Path) -> None:
+    write(tmp_path, b"\xef\xbb\xbf \r\n\0", "txt")
+    assert captions_of(tmp_path / "shards") == ["sound", ""]
+    assert build(config(tmp_path / "out", Source.shards, tmp_path / "shards")).rejected == 1
+
+
+def test_cleaning_twice_changes_nothing() -> None:
+    for caption in (
+        "\ufeff\ufeff a\u2028b",
+        "e\u0301\u2000x",
+        " \x85\x1c",
+        "a\u00a0b",
+        "lone \ud800",
+        "\xa0\ufeff\xa0a",
+    ):
+        once = clean_caption(caption)
+        assert clean_caption(once) == once == decode_text(once.encode())
+
+
+def test_numbers_that_json_does_not_know_are_null() -> None:
+    assert fields_in(b'{"a": NaN, "b": [Infinity, 1e999, -1e999], "c": 1.5}') == {"a": None, "b": [None] * 3, "c": 1.5}
+
+
+def test_the_text_file_comes_before_the_json_and_the_photo_before_its_mask() -> None:
+    record = {"__key__": "0", "txt": b"of the text", "json": b'{"caption": "of the json"}', "png": b"2", "jpg": b"1"}
+    assert caption_of(record) == "of the text" and image_of(record) == b"1"
+    with pytest.raises(
+        UserError, match=r"^no image: it has \.1\.jpg, \.txt; what follows the first dot of a file's name"
+    ):
+        image_of({"__key__": "0", "1.jpg": b"", "txt": b""})
