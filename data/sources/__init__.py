@@ -98,9 +98,9 @@ def open_source(cfg: BuildRun) -> SampleSource:
             {member.name or member.source.value: member.weight for member in cfg.sources},
             cfg.samples,
         )
-    from data.sources.folder import FolderSource
+    from data.sources.folder import folder_source
 
-    return FolderSource(cfg)
+    return folder_source(cfg)
 
 
 def _alone(cfg: BuildRun, member: MixedSource) -> BuildRun:

@@ -1,6 +1,5 @@
 """WebDataset shards of others, img2dataset's and LAION's as they are: on disk, or behind http(s):// and s3://."""
 
-import hashlib
 import json
 import os
 from collections import deque
@@ -18,6 +17,7 @@ from data.labels import MAP, Vocabulary
 from data.remote import fetch, is_remote, listed
 from data.shards import ShardReader
 from data.sources import Ref, Rejected, Sample
+from data.sources.files import Listing
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 IN_FLIGHT = 2**14  # refs after which those of an earlier shard are made, so that a fetched one can go
@@ -109,12 +109,11 @@ class ShardsSource:
         return Vocabulary()
 
     def identity(self) -> dict[str, Any]:
-        """The shards: their names, and the sizes of local ones."""
-        digest = hashlib.sha256()
+        """The shards: their names, and the sizes and times of local ones."""
+        files = Listing()
         for shard in self.shards:
-            size = os.stat(shard).st_size if not is_remote(shard) and os.path.exists(shard) else -1
-            digest.update(json.dumps([os.path.basename(shard), size]).encode())
-        return {"path": digest.hexdigest(), "samples": self.samples}
+            files.add([os.path.basename(shard)], [Path(shard)])  # an address is no file
+        return {**files.identity(), "samples": self.samples}
 
     def describe(self) -> dict[str, Any]:
         """Provenance."""
