@@ -24,8 +24,9 @@ from data.shards import ShardInfo, atomic_write
 REJECTS = "rejects.jsonl"
 REPORT = "report.json"
 ATTRIBUTION = "ATTRIBUTION"
+TIMES = "times"  # of the source's files; in no manifest, since equal files are the same data set
 SIDES = ("train", "heldout")
-PUBLISHED = ("heldout", REJECTS, REPORT, ATTRIBUTION)  # and, after them, train
+PUBLISHED = ("heldout", REJECTS, REPORT, ATTRIBUTION, TIMES)  # and, after them, train
 MOST = 500  # characters of a name or reason: those of a broken source may be as long as its images
 HASH = struct.Struct("<qQ")  # number of the sample, perceptual hash
 

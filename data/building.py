@@ -18,7 +18,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.schema import BuildRun, FilterConfig, ImageFormat
-from data.build_journal import ATTRIBUTION, REJECTS, REPORT, SIDES, BuildJournal
+from data.build_journal import ATTRIBUTION, REJECTS, REPORT, SIDES, TIMES, BuildJournal
 from data.captions import Border
 from data.images import parse_color
 from data.labels import Vocabulary
@@ -68,7 +68,7 @@ def build(cfg: BuildRun) -> Built:
     output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
         if (output / "train" / MANIFEST).is_file():
-            built = _finished(output, options)
+            built = _finished(output, options, source.times())
             shutil.rmtree(output / STAGING, ignore_errors=True)  # killed in its very last step
             print(f"already built: {_summary(built)} in {output}")
             return built
@@ -80,18 +80,19 @@ def build(cfg: BuildRun) -> Built:
 
 def is_outdated(cfg: BuildRun) -> bool:
     """Whether a finished build is of other files than its source has now; False where the source is gone."""
-    if not (cfg.path or cfg.sources) or is_remote(cfg.path or ""):
+    folder = Path(cfg.output_dir) / "train"
+    if not (folder / MANIFEST).is_file() or not (cfg.path or cfg.sources) or is_remote(cfg.path or ""):
         return False
     try:
-        now = _identity(cfg, open_source(cfg))
-        there = Manifest.load(Path(cfg.output_dir) / "train").provenance
+        source = open_source(cfg)
+        there, now = Manifest.load(folder).provenance, _identity(cfg, source)
     except UserError:
         return False
-    return _difference(there.get("options", now), now) != ""
+    return (_difference(there.get("options", now), now) or _edited(folder.parent, source.times())) != ""
 
 
 def _build(cfg: BuildRun, source: SampleSource, options: dict[str, Any], known: Vocabulary, output: Path) -> Built:
-    journal = BuildJournal(output / STAGING, options)
+    journal = BuildJournal(output / STAGING, options | {TIMES: source.times()})
     journal.vocabulary.learn(known.uses())
     shards, border = _write_shards(cfg, source, journal)
     report = journal.report({side: sum(shard.samples for shard in shards[side]) for side in SIDES})
@@ -119,6 +120,8 @@ def _build(cfg: BuildRun, source: SampleSource, options: dict[str, Any], known: 
     for side, manifest in manifests.items():
         manifest.save(journal.staging / side)
     atomic_write(journal.staging / REPORT, (json.dumps(report.as_dict(), indent=1) + "\n").encode())
+    if source.times():
+        atomic_write(journal.staging / TIMES, source.times().encode())
     if "attribution" in description:
         atomic_write(journal.staging / ATTRIBUTION, (description["attribution"] + "\n").encode())
     journal.publish(output)
@@ -178,12 +181,12 @@ def _identity(cfg: BuildRun, source: SampleSource) -> dict[str, Any]:
     return {"source": cfg.source.value, "format": cfg.format.value, **options, **filters, **source.identity()}
 
 
-def _finished(output: Path, options: dict[str, Any]) -> Built:
-    """The build that is there; raises UserError when its options are others."""
+def _finished(output: Path, options: dict[str, Any], times: str) -> Built:
+    """The build that is there; raises UserError when its options or files are others."""
     train, heldout = (Manifest.load(output / side) for side in ("train", "heldout"))
     if train.provenance.get("made_by") != MADE_BY:
         raise UserError(f"output_dir={output}: holds shards of another origin; choose another output_dir")
-    difference = _difference(train.provenance["options"], options)
+    difference = _difference(train.provenance["options"], options) or _edited(output, times)
     if difference:
         raise UserError(
             f"output_dir={output}: holds a build with other options ({difference}); "
@@ -195,16 +198,21 @@ def _finished(output: Path, options: dict[str, Any]) -> Built:
 def _difference(there: dict[str, Any], now: dict[str, Any]) -> str:
     """The first thing that two builds differ in, in words; empty where they are the same."""
     for name in {**now, **there}:
-        before, after = there.get(name), now.get(name)
-        if before == after or (name == "times" and before is None):  # made before times were kept
-            continue
-        if name == "sources":
-            members = {**there.get(name, {}), **now.get(name, {})}
-            parts = {part: _difference(there[name].get(part, {}), now[name].get(part, {})) for part in members}
-            return next(f"{name}: {part}: {found}" for part, found in parts.items() if found)
-        changed = {"path": "the files at path have changed", "times": "files at path were written again since then"}
-        return changed.get(name, f"{name} differs: {before} there, {after} now")
+        if there.get(name) != now.get(name):
+            changed = name == "path"
+            return (
+                "the files at path have changed"
+                if changed
+                else f"{name} differs: {there.get(name)} there, {now.get(name)} now"
+            )
     return ""
+
+
+def _edited(output: Path, times: str) -> str:
+    """What is to be said of files that were written again, with their names and sizes as before."""
+    before = output / TIMES
+    same = not before.is_file() or before.read_text() == times  # an older build has no times
+    return "" if same else "files at path were written again since then"
 
 
 def _check_folder(output: Path) -> None:

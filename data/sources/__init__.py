@@ -59,6 +59,9 @@ class SampleSource(Protocol):
     def identity(self) -> dict[str, Any]:
         """What decides the samples; two builds with equal identities have the same ones."""
 
+    def times(self) -> str:
+        """Digest of when the user's files were written, which tells of edits that keep their sizes; "" without any."""
+
     def describe(self) -> dict[str, Any]:
         """Provenance for people: name, licence, attribution, versions; asked for when all refs were taken."""
 

@@ -109,11 +109,18 @@ class ShardsSource:
         return Vocabulary()
 
     def identity(self) -> dict[str, Any]:
-        """The shards: their names, and the sizes and times of local ones."""
+        """The shards: their names, and the sizes of local ones."""
+        return {"path": self._files().names, "samples": self.samples}
+
+    def times(self) -> str:
+        """When local shards were written."""
+        return self._files().times
+
+    def _files(self) -> Listing:
         files = Listing()
         for shard in self.shards:
             files.add([os.path.basename(shard)], [Path(shard)])  # an address is no file
-        return {**files.identity(), "samples": self.samples}
+        return files
 
     def describe(self) -> dict[str, Any]:
         """Provenance."""
