@@ -199,7 +199,8 @@ class Cuts:
         return cls(tower.context_length, len(texts), len(longer), cut_off(tower, longer[0]) if longer else "")
 
     def __add__(self, other: "Cuts") -> "Cuts":
-        return Cuts(self.context_length, self.texts + other.texts, self.count + other.count, self.lost or other.lost)
+        length = max(self.context_length, other.context_length)
+        return Cuts(length, self.texts + other.texts, self.count + other.count, self.lost or other.lost)
 
     def line(self, what: str) -> str:
         """It in words, for the console; `what` the texts are, in the plural."""
