@@ -151,7 +151,8 @@ def cut_off(tower: TextTower, text: str) -> str:
     if not room.exceeded:
         return ""
     first = bisect_left(range(len(room.words)), True, key=room.lacks)
-    return text[room.words[first].start() :] if first else text[bisect_left(range(len(text)), True, key=room.full) :]
+    start = room.words[first].start() if first else bisect_left(range(len(text)), True, key=room.full)
+    return text[start:].rstrip()
 
 
 class _Room:
@@ -161,11 +162,12 @@ class _Room:
         self.tower, self.text, self.words = tower, text, list(WORD.finditer(text))
         self.whole, self.longer, nothing = tower.tokenize([text, text + END, ""])
         self.start = common(nothing, self.longer)  # tokens before those of the words
+        self.filled = bool(self.whole[-2] != nothing[-2])  # else there is padding
 
     @property
     def exceeded(self) -> bool:
         """Whether the last word is not held whole."""
-        return bool(self.words) and torch.equal(self.whole, self.longer) and self.lacks(len(self.words) - 1)
+        return self.filled and torch.equal(self.whole, self.longer) and self.lacks(len(self.words) - 1)
 
     def lacks(self, number: int) -> bool:
         """Whether a word is not held whole; one token is the end's."""

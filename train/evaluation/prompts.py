@@ -93,12 +93,14 @@ def require_plain(caption: str) -> None:
         )
 
 
-def say_cut(stage: str, model: DiffusionPipeline, prompts: Sequence[str], cfg: SamplingConfig) -> None:
-    """Say which prompts are longer than the network reads, and what falls off them."""
-    for what, texts in (("prompts", prompts), ("negative prompts", [cfg.negative_prompt])):
+def say_cut(
+    stage: str, model: DiffusionPipeline, prompts: Sequence[str], cfg: SamplingConfig, what: str = "prompts"
+) -> None:
+    """Say how many prompts, and negative ones, are longer than the network reads, and what falls off the first."""
+    for texts, name in ((prompts, what), ([cfg.negative_prompt], "negative prompts")):
         cuts = model.cuts(texts, cfg.prompt_syntax)
         if cuts.count:
-            say(stage, cuts.line(what))
+            say(stage, cuts.line(name))
 
 
 def jobs_of(prompts: Sequence[Prompt], images_per_prompt: int) -> list[Job]:

@@ -104,7 +104,7 @@ class Drawn:
     def say_cut(self) -> None:
         """Say which captions are longer than the network, or the CLIP of the score, reads."""
         captions = captions_of(self.cfg.captions, self.cfg.samples)
-        say_cut("evaluation", self.model, captions, self.cfg)
+        say_cut("evaluation", self.model, captions, self.cfg, "captions")
         if self.clip is not None and (cuts := Cuts.of(self.clip, captions)).count:
             say("evaluation", f"{self.extractors[-1].name}: {cuts.line('captions')}")
 
