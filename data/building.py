@@ -199,12 +199,9 @@ def _difference(there: dict[str, Any], now: dict[str, Any]) -> str:
     """The first thing that two builds differ in, in words; empty where they are the same."""
     for name in {**now, **there}:
         if there.get(name) != now.get(name):
-            changed = name == "path"
-            return (
-                "the files at path have changed"
-                if changed
-                else f"{name} differs: {there.get(name)} there, {now.get(name)} now"
-            )
+            if name == "path":
+                return "the files at path have changed"
+            return f"{name} differs: {there.get(name)} there, {now.get(name)} now"
     return ""
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from data.captions import Border
+from data.captions import Border, caption_rank
 from data.records import Record
 from data.shards import ShardInfo, ShardWriter
 
@@ -57,9 +57,10 @@ class Split:
             return
         records = [record for _, record in self.pending]
         self.border = self._nearest(records, by_key=False)
-        commonest = max(Counter(record.caption for record in records).values(), default=0)
+        alike = max(Counter(caption_rank(record.caption) for record in records).values(), default=0)
         held_out = sum(self._side(record) == "heldout" for record in records)
-        if commonest == len(records) or (commonest > len(records) / 2 and held_out > len(records) / 2 > 0):
+        too_many = held_out > max(0.5, self.fraction) * len(records)
+        if alike == len(records) or (too_many and alike > len(records) / 2):
             self.border = self._nearest(records, by_key=True)
         self._flush()
 

@@ -44,15 +44,9 @@ class Listing:
         self._names.update(json.dumps([*facts, *(size for size, _ in found)]).encode())
         self._times.update(json.dumps([time for _, time in [*found, *map(_status, timed)]]).encode())
 
-    @property
-    def names(self) -> str:
-        """Digest of names and sizes."""
-        return self._names.hexdigest()
-
-    @property
-    def times(self) -> str:
-        """Digest of when they were written."""
-        return self._times.hexdigest()
+    def digests(self) -> tuple[str, str]:
+        """Of names and sizes, and of when they were written."""
+        return self._names.hexdigest(), self._times.hexdigest()
 
 
 def _status(path: Path) -> tuple[int, int]:

@@ -57,15 +57,16 @@ class FolderSource:
     ) -> None:
         self.max_pixels = cfg.max_pixels
         self.root, self.entries, self.other_files = path if path.is_dir() else path.parent, entries, others
-        columns, self.files = Columns(cfg.image_column, cfg.caption_column), Listing()
+        columns, files = Columns(cfg.image_column, cfg.caption_column), Listing()
         for table in tables:
-            self.files.add([], [], [table])
+            files.add([], [], [table])
             for number, row in rows_of(table, columns):
                 entry = _table_entry(self.root, table, row, columns)
                 self.entries.append(entry._replace(row=row_name(tables, table, number)))
         for entry in self.entries:
             sized = [self.root / name for name in (entry.path, entry.caption_path, entry.map_path) if name]
-            self.files.add([entry.path, entry.caption], sized, [self.root / entry.meta_path] if entry.meta_path else [])
+            files.add([entry.path, entry.caption], sized, [self.root / entry.meta_path] if entry.meta_path else [])
+        self.listing, self.written = files.digests()
         self.classes: dict[str, int] | None = None  # numbers by name, where folders are classes
         if cfg.class_from_folder:
             names = {_folder_name(entry.path) for entry in self.entries} - {""}
@@ -138,13 +139,13 @@ class FolderSource:
 
     def identity(self) -> dict[str, Any]:
         """The options that the samples depend on, and the files found: their names and sizes."""
-        identity: dict[str, Any] = {"path": self.files.names, "samples": len(self.entries)}
+        identity: dict[str, Any] = {"path": self.listing, "samples": len(self.entries)}
         identity |= {"columns": self.table} if self.table else {}
         return identity | ({"class_from_folder": True} if self.classes is not None else {})
 
     def times(self) -> str:
         """When its files were written."""
-        return self.files.times
+        return self.written
 
     def describe(self) -> dict[str, Any]:
         """Provenance; `other_files` counts what was not taken for a picture, by suffix."""

@@ -110,17 +110,17 @@ class ShardsSource:
 
     def identity(self) -> dict[str, Any]:
         """The shards: their names, and the sizes of local ones."""
-        return {"path": self._files().names, "samples": self.samples}
+        return {"path": self._files()[0], "samples": self.samples}
 
     def times(self) -> str:
         """When local shards were written."""
-        return self._files().times
+        return self._files()[1]
 
-    def _files(self) -> Listing:
+    def _files(self) -> tuple[str, str]:
         files = Listing()
         for shard in self.shards:
             files.add([os.path.basename(shard)], [Path(shard)])  # an address is no file
-        return files
+        return files.digests()
 
     def describe(self) -> dict[str, Any]:
         """Provenance."""

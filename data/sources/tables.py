@@ -228,9 +228,10 @@ class ParquetImages:
         self.columns, self.samples = Columns(cfg.image_column, cfg.caption_column), cfg.samples
         self.path, self.tables, self.limit = Path(cfg.path or ""), list(tables), image_limit(cfg.max_pixels)
         self.sizes = [len(ParquetTable(table, self.columns)) for table in self.tables]
-        self.files = Listing()
+        files = Listing()
         for table in self.tables:
-            self.files.add([table.name], [table])
+            files.add([table.name], [table])
+        self.listing, self.written = files.digests()
         self._open: tuple[int, ParquetTable] | None = None
         if cfg.class_from_folder:
             raise UserError(f"class_from_folder=true: {cfg.path} is a table, whose column class_id has the classes")
@@ -271,11 +272,11 @@ class ParquetImages:
 
     def identity(self) -> dict[str, Any]:
         """The options that the samples depend on, and the files: their names and sizes."""
-        return {"path": self.files.names, "samples": self.samples, "columns": list(self.columns)}
+        return {"path": self.listing, "samples": self.samples, "columns": list(self.columns)}
 
     def times(self) -> str:
         """When its files were written."""
-        return self.files.times
+        return self.written
 
     def describe(self) -> dict[str, Any]:
         """Provenance."""
