@@ -39,9 +39,10 @@ class Listing:
         self._names, self._times = hashlib.sha256(), hashlib.sha256()
 
     def add(self, facts: Sequence[Any], sized: Sequence[Path], timed: Sequence[Path] = ()) -> None:
-        """Files that belong together; `timed` are those whose sizes do not count."""
+        """Files that belong together; `timed` are those whose names and sizes do not count."""
         found = [_status(path) for path in sized]
-        self._names.update(json.dumps([*facts, *(size for size, _ in found)]).encode())
+        if facts:
+            self._names.update(json.dumps([*facts, *(size for size, _ in found)]).encode())
         self._times.update(json.dumps([time for _, time in [*found, *map(_status, timed)]]).encode())
 
     def digests(self) -> tuple[str, str]:
