@@ -189,7 +189,7 @@ def _finished(output: Path, options: dict[str, Any], times: str) -> Built:
     difference = _difference(train.provenance["options"], options) or _edited(output, times)
     if difference:
         raise UserError(
-            f"output_dir={output}: holds a build with other options ({difference}); "
+            f"output_dir={output}: holds a build of other options or files ({difference}); "
             "choose another output_dir or delete this one"
         )
     return Built(train=train, heldout=heldout, skipped=True)

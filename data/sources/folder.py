@@ -42,9 +42,12 @@ def folder_source(cfg: BuildRun) -> SampleSource:
     if not path.exists():
         raise UserError(f"path={cfg.path}: no such file or folder")
     entries, others = _list_folder(path) if path.is_dir() else ([], {})
-    tables = ([] if entries else _tables_below(path)) if path.is_dir() else [path]
+    images = any(entry.problem in (None, _NO_CAPTION) for entry in entries)  # others are of folders and links
+    tables = ([] if images else _tables_below(path)) if path.is_dir() else [path]
     columns = Columns(cfg.image_column, cfg.caption_column)
     if tables and tables[0].suffix.lower() == ".parquet" and ParquetTable(tables[0], columns).holds_images:
+        if entries:
+            raise UserError(f"path={cfg.path}: {entries[0].path}: {entries[0].problem}")
         return ParquetImages(cfg, tables)
     return FolderSource(cfg, path, entries, others, tables)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -186,6 +187,22 @@ def test_a_folder_of_parquet_files_is_a_table(tmp_path: Path) -> None:
     source: Any = open_source(config(Source.folder, path=str(tmp_path / "set")))
     assert outcomes(source) == ["a", "b"] * 2
     assert source.name(2) == "part-00001.parquet row 1: day=1/2.dat"
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").mkdir()
+    parquet.write_table(hub(2), tmp_path / "t.parquet")
+    walk = os.walk
+
+    def denied(top: Any, **options: Any) -> Any:
+        error = PermissionError(13, "Permission denied")
+        error.filename = str(tmp_path / "secret")
+        options["onerror"](error)
+        return walk(top, **options)
+
+    monkeypatch.setattr(os, "walk", denied)
+    with pytest.raises(UserError, match="secret: unreadable folder: Permission denied"):
+        open_source(config(Source.folder, path=str(tmp_path), **HUB))
 
 
 # --- parquet that holds images
