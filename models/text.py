@@ -194,11 +194,11 @@ class Cuts:
     def of(cls, tower: TextTower, texts: Sequence[str], tokens: Tensor | None = None) -> Self:
         """Of texts, whose tokens [B, L] may be known."""
         if not texts:
-            return cls(tower.context_length)
+            return cls(0)
         tokens = tower.tokenize(list(texts)) if tokens is None else tokens
         filled = tokens[:, -2] != tower.tokenize([""])[0, -2]  # all others have padding there
         longer = [texts[row] for row in filled.nonzero()[:, 0].tolist() if _Room(tower, texts[row]).exceeded]
-        return cls(tower.context_length, len(texts), len(longer), cut_off(tower, longer[0]) if longer else "")
+        return cls(tokens.shape[1], len(texts), len(longer), cut_off(tower, longer[0]) if longer else "")
 
     def __add__(self, other: "Cuts") -> "Cuts":
         length = max(self.context_length, other.context_length)

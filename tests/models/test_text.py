@@ -149,7 +149,7 @@ def test_cuts_of_many_texts_are_counted_with_one_example() -> None:
         "2 of 5 prompts are longer than the 8 tokens of the text encoder; of the first is left out: 'seven'"
     )
     assert Cuts(0) + Cuts.of(SMALL, texts[:2]) + Cuts.of(SMALL, texts[2:]) == cuts
-    assert Cuts.of(SMALL, []) == Cuts(8)
+    assert Cuts.of(SMALL, []) == Cuts(0)
     assert len(Cuts(8, 1, 1, "x" * 5000).line("prompts")) < 400
 
 
