@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from data.captions import Border
 from data.filters import NearDuplicates
 from data.labels import LabelError, Vocabulary
 from data.records import Done, Record, Reject
@@ -23,8 +24,10 @@ from data.shards import ShardInfo, atomic_write
 REJECTS = "rejects.jsonl"
 REPORT = "report.json"
 ATTRIBUTION = "ATTRIBUTION"
+TIMES = "times"  # of the source's files; in no manifest, since equal files are the same data set
 SIDES = ("train", "heldout")
-PUBLISHED = ("heldout", REJECTS, REPORT, ATTRIBUTION)  # and, after them, train
+PUBLISHED = ("heldout", REJECTS, REPORT, ATTRIBUTION, TIMES)  # and, after them, train
+MOST = 500  # characters of a name or reason: those of a broken source may be as long as its images
 HASH = struct.Struct("<qQ")  # number of the sample, perceptual hash
 
 
@@ -84,6 +87,7 @@ class BuildJournal:
         if not (self.options.exists() and self.options.read_bytes() == wanted and self._continue()):
             self.finished, self.done, self.written = {side: [] for side in SIDES}, Done(), {}
             if staging.exists():
+                print(f"the build in {staging} had other options or files: it starts again")
                 for path in (staging, *(staging.parent / side for side in SIDES)):
                     shutil.rmtree(path, ignore_errors=True)
             atomic_write(self.lines, b"")
@@ -107,7 +111,8 @@ class BuildJournal:
             if not path.exists() or path.stat().st_size != info.bytes:
                 return False
             self.finished[entry["side"]].append(info)
-            self.done = Done(entry["fraction"], {**self.done.until, entry["side"]: entry["until"]})
+            border = Border(entry["fraction"], entry.get("by_key", False))
+            self.done = Done(border, {**self.done.until, entry["side"]: entry["until"]})
             self.written = entry.get("labels", self.written)
             whole.append(line + "\n")
         atomic_write(self.lines, "".join(whole).encode())
@@ -169,13 +174,13 @@ class BuildJournal:
     def reject(self, number: int, reject: Reject) -> None:
         """Write a line, unless it is there from before a kill."""
         if number >= self.done.end:
-            line = {"key": reject.key, "path": reject.path, "reason": reject.reason}
+            line = {"key": reject.key, "path": reject.path[:MOST], "reason": reject.reason[:MOST]}
             line |= {"filter": reject.filter} if reject.filter else {}
             self._open[0].write(json.dumps(line | {"number": number}).encode() + b"\n")
 
-    def shard_finished(self, side: str, info: ShardInfo, until: int, fraction: float) -> None:
+    def shard_finished(self, side: str, info: ShardInfo, until: int, border: Border) -> None:
         """A line, after all that it vouches for: the samples before number `until` of this side are on the disk."""
-        line = {"side": side, "until": until, "fraction": fraction, "shard": asdict(info)}
+        line = {"side": side, "until": until, **asdict(border), "shard": asdict(info)}
         labels = self.vocabulary.as_dict()
         if labels != self.written:
             line["labels"] = self.written = labels

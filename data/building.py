@@ -19,11 +19,13 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.schema import BuildRun, FilterConfig, ImageFormat
-from data.build_journal import ATTRIBUTION, REJECTS, REPORT, SIDES, BuildJournal
+from data.build_journal import ATTRIBUTION, REJECTS, REPORT, SIDES, TIMES, BuildJournal
+from data.captions import Border
 from data.images import parse_color
 from data.labels import Vocabulary
 from data.manifest import MANIFEST, Manifest
 from data.records import Record, RecordMaker, make_all
+from data.remote import is_remote
 from data.shards import ShardInfo, ShardWriter, atomic_write
 from data.sources import SampleSource, open_source
 from data.sources.folder import by_suffix
@@ -68,7 +70,7 @@ def build(cfg: BuildRun) -> Built:
     output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
         if (output / "train" / MANIFEST).is_file():
-            built = _finished(output, options)
+            built = _finished(output, options, source.times())
             shutil.rmtree(output / STAGING, ignore_errors=True)  # killed in its very last step
             print(f"already built: {_summary(built)} in {output}")
             return built
@@ -78,10 +80,23 @@ def build(cfg: BuildRun) -> Built:
     return built
 
 
+def is_outdated(cfg: BuildRun) -> bool:
+    """Whether a finished build is of other files than its source has now; False where the source is gone."""
+    folder = Path(cfg.output_dir) / "train"
+    if not (folder / MANIFEST).is_file() or not (cfg.path or cfg.sources) or is_remote(cfg.path or ""):
+        return False
+    try:
+        source = open_source(cfg)
+        there, now = Manifest.load(folder).provenance, _identity(cfg, source)
+    except UserError:
+        return False
+    return (_difference(there.get("options", now), now) or _edited(folder.parent, source.times())) != ""
+
+
 def _build(cfg: BuildRun, source: SampleSource, options: dict[str, Any], known: Vocabulary, output: Path) -> Built:
-    journal = BuildJournal(output / STAGING, options)
+    journal = BuildJournal(output / STAGING, options | {TIMES: source.times()})
     journal.vocabulary.learn(known.uses())
-    shards = _write_shards(cfg, source, journal)
+    shards, border = _write_shards(cfg, source, journal)
     report = journal.report({side: sum(shard.samples for shard in shards[side]) for side in SIDES})
     if not shards["train"]:
         os.replace(journal.rejects, output / REJECTS)
@@ -89,6 +104,8 @@ def _build(cfg: BuildRun, source: SampleSource, options: dict[str, Any], known: 
         if not report.seen:
             where = f"in path={cfg.path}" if cfg.path else "in one of the sources, and so none in their mix"
             raise UserError(f"source={cfg.source.value}: there is no sample {where}")
+        if shards["heldout"]:
+            raise UserError(f"heldout_fraction={cfg.heldout_fraction}: no sample is left for training; lower it")
         raise UserError(
             f"source={cfg.source.value}: none of {report.seen} samples can be used, most often because: "
             f"{report.commonest()}; all reasons are in {output / REJECTS}"
@@ -99,7 +116,8 @@ def _build(cfg: BuildRun, source: SampleSource, options: dict[str, Any], known: 
             kind="images",
             shards=shards[side],
             provenance={"made_by": MADE_BY, "split": side, "options": options, "source": description}
-            | ({"labels": labels} if labels else {}),
+            | ({"labels": labels} if labels else {})
+            | ({"split_by": "key"} if border.by_key else {}),
             stats={"rejected": sum(report.broken.values()), "dropped": dict(report.dropped)},
         )
         for side in SIDES
@@ -107,23 +125,43 @@ def _build(cfg: BuildRun, source: SampleSource, options: dict[str, Any], known: 
     for side, manifest in manifests.items():
         manifest.save(journal.staging / side)
     atomic_write(journal.staging / REPORT, (json.dumps(report.as_dict(), indent=1) + "\n").encode())
+    if source.times():
+        atomic_write(journal.staging / TIMES, source.times().encode())
     if "attribution" in description:
         atomic_write(journal.staging / ATTRIBUTION, (description["attribution"] + "\n").encode())
     journal.publish(output)
     report.show()
+    for line in _remarks(cfg.heldout_fraction, report.kept, border):
+        print(line)
     return Built(train=manifests["train"], heldout=manifests["heldout"], skipped=False)
 
 
-def _write_shards(cfg: BuildRun, source: SampleSource, journal: BuildJournal) -> dict[str, list[ShardInfo]]:
-    """Make all samples that no finished shard holds yet, and write each to its side."""
+def _remarks(fraction: float, kept: dict[str, int], border: Border) -> Iterator[str]:
+    """What is unusual about the held-out side, a line each."""
+    held_out, total = kept["heldout"], sum(kept.values())
+    if fraction == 0:
+        return
+    if held_out == 0:
+        why = "there is only one" if total == 1 else f"no caption falls below heldout_fraction={fraction}; raise it"
+        yield f"no sample is held out: {why}"
+    elif border.by_key:
+        yield "samples are held out one by one, since nearly all captions are the same: they are trained on, too"
+    elif held_out > max(fraction, 0.5) * total:
+        yield f"{held_out} of {total} samples are held out, since many have the same caption; see heldout_fraction"
+
+
+def _write_shards(
+    cfg: BuildRun, source: SampleSource, journal: BuildJournal
+) -> tuple[dict[str, list[ShardInfo]], Border]:
+    """Make all samples that no finished shard holds yet, and write each to its side; the border between the sides."""
     done, finished = journal.done, journal.finished
     writers = [ShardWriter(journal.staging / side, cfg.shard_samples, len(finished[side])) for side in SIDES]
     copies = journal.copies(cfg.filters.near_duplicates)
     made = make_all(RecordMaker(cfg, source, done), cfg.workers, journal.staging / "fetched")
     with writers[0] as train, writers[1] as heldout, journal, _progress(source.expected(), done.start) as advance:
         split = Split(train, heldout, cfg.heldout_fraction, journal.shard_finished)
-        if done.fraction is not None:
-            split.go_on(done.fraction)
+        if done.border is not None:
+            split.go_on(done.border)
         for number, item in enumerate(made, done.start):
             if isinstance(item, Record):
                 item = journal.with_known_classes(item)
@@ -135,7 +173,8 @@ def _write_shards(cfg: BuildRun, source: SampleSource, journal: BuildJournal) ->
                 journal.reject(number, item)
             advance()
         split.settle()
-    return {side: finished[side] + writer.finished for side, writer in zip(SIDES, writers, strict=True)}
+    shards = {side: finished[side] + writer.finished for side, writer in zip(SIDES, writers, strict=True)}
+    return shards, split.border
 
 
 def _identity(cfg: BuildRun, source: SampleSource) -> dict[str, Any]:
@@ -147,22 +186,36 @@ def _identity(cfg: BuildRun, source: SampleSource) -> dict[str, Any]:
     return {"source": cfg.source.value, "format": cfg.format.value, **options, **filters, **source.identity()}
 
 
-def _finished(output: Path, options: dict[str, Any]) -> Built:
-    """The build that is there; raises UserError when its options are others."""
+def _finished(output: Path, options: dict[str, Any], times: str) -> Built:
+    """The build that is there; raises UserError when its options or files are others."""
     train, heldout = (Manifest.load(output / side) for side in ("train", "heldout"))
     there = train.provenance.get("options")
     if train.provenance.get("made_by") != MADE_BY or not isinstance(there, dict):
         raise UserError(f"output_dir={output}: holds shards of another origin; choose another output_dir")
-    for name in [*options, *there]:
-        if options.get(name) != there.get(name):
-            difference = f"{name} differs: {there.get(name)} there, {options.get(name)} now"
-            if name == "path":
-                difference = "the files at path have changed"
-            raise UserError(
-                f"output_dir={output}: holds a build with other options ({difference}); "
-                "choose another output_dir or delete this one"
-            )
+    difference = _difference(there, options) or _edited(output, times)
+    if difference:
+        raise UserError(
+            f"output_dir={output}: holds a build of other options or files ({difference}); "
+            "choose another output_dir or delete this one"
+        )
     return Built(train=train, heldout=heldout, skipped=True)
+
+
+def _difference(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first thing that two builds differ in, in words; empty where they are the same."""
+    for name in {**now, **there}:
+        if there.get(name) != now.get(name):
+            if name == "path":
+                return "the files at path have changed"
+            return f"{name} differs: {there.get(name)} there, {now.get(name)} now"
+    return ""
+
+
+def _edited(output: Path, times: str) -> str:
+    """What is to be said of files that were written again, with their names and sizes as before."""
+    before = output / TIMES
+    same = not before.is_file() or before.read_text() == times  # an older build has no times
+    return "" if same else "files at path were written again since then"
 
 
 def _check_folder(output: Path) -> None:

@@ -4,6 +4,7 @@ import codecs
 import hashlib
 import re
 import unicodedata
+from dataclasses import dataclass
 
 from conf.errors import UserError
 
@@ -42,6 +43,17 @@ def caption_rank(caption: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def side_of(caption: str, fraction: float) -> str:
-    """Where a sample with this caption goes when a fraction is held out."""
-    return "heldout" if caption_rank(caption) < fraction else "train"
+@dataclass(frozen=True, slots=True)
+class Border:
+    """Where training ends and the held-out side begins."""
+
+    fraction: float  # ranks below it are held out
+    by_key: bool = False  # each sample has a rank of its own, because nearly all captions are the same
+
+    def rank(self, caption: str, key: str) -> float:
+        """A sample's place in [0, 1)."""
+        return caption_rank(f"{caption}/{key}" if self.by_key else caption)
+
+    def side(self, caption: str, key: str) -> str:
+        """Where a sample goes."""
+        return "heldout" if self.rank(caption, key) < self.fraction else "train"

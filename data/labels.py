@@ -6,6 +6,7 @@ manifest says what the numbers mean. Names may be missing, numbers may not.
 """
 
 import io
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ MAP = "seg.png"  # extension of the map: 8 bits, a class for each pixel of the p
 UNLABELLED = 255  # in a map: no class
 GROUPS = ("classes", "box_classes", "segments")  # of names, in the manifest
 MOST_CLASSES = 65_536  # a larger number is taken for a mistake
+NUMBER = re.compile(r"[0-9]{1,9}(\.0*)?")  # a whole one, in text
 KEPT_AREA = 0.1  # of a box that a cut must leave, or the box is dropped
 
 
@@ -244,8 +246,10 @@ def _class_name(entry: Mapping[str, Any], place: str) -> str:
 
 
 def _class_id(value: Any, place: str) -> int:
-    """Numbers, or, in tables of text, numbers in text."""
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
+    """Numbers, or, in tables of text, numbers in text; tables make 1.0 of 1 where another row has none."""
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        value = float(value)
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
         raise LabelError(f"{place}: {repr(value)[:40]} is not a whole number")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from conf.errors import UserError
 from conf.schema import BuildRun
-from data.captions import clean_caption, side_of
+from data.captions import Border, clean_caption
 from data.filters import Dropped, check_size, check_texts, perceptual_hash
 from data.images import encode_image, open_image, shrink
 from data.labels import MAP, Use, encode_map, read_labels, shrink_map
@@ -50,22 +50,23 @@ class Reject:
 class Done:
     """How far the finished shards of a build reach that was killed."""
 
-    fraction: float | None = None  # of captions held out, as it was settled
+    border: Border | None = None  # between the sides, as it was settled
     until: dict[str, int] = field(default_factory=dict)  # side: number of the first sample that it may lack
 
     @property
     def start(self) -> int:
         """Number of the first sample that some side may lack."""
-        return self.until.get("train", 0) if self.fraction == 0 else min(self._of("train"), self._of("heldout"))
+        nothing_held_out = self.border is not None and self.border.fraction == 0
+        return self._of("train") if nothing_held_out else min(self._of("train"), self._of("heldout"))
 
     @property
     def end(self) -> int:
         """Number of the first sample that no finished shard can hold."""
         return max(self.until.values(), default=0)
 
-    def covers(self, number: int, caption: str) -> bool:
+    def covers(self, number: int, caption: str, key: str) -> bool:
         """Whether a sample is in a finished shard, if it is kept at all."""
-        return self.fraction is not None and number < self._of(side_of(caption, self.fraction))
+        return self.border is not None and number < self._of(self.border.side(caption, key))
 
     def _of(self, side: str) -> int:
         return self.until.get(side, 0)
@@ -97,7 +98,7 @@ class RecordMaker:
         if not caption:
             raise Rejected("empty caption")
         split_by = sample.split_by or caption
-        if self.done.covers(number, split_by):
+        if self.done.covers(number, split_by, ref.key):
             return None
         check_texts(filters, caption, sample.meta)
         image = sample.image

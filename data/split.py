@@ -1,9 +1,10 @@
 """Which side of a data set a sample goes to: training, or held out."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from data.captions import caption_rank, side_of
+from data.captions import Border, caption_rank
 from data.records import Record
 from data.shards import ShardInfo, ShardWriter
 
@@ -14,24 +15,27 @@ PENDING_BYTES = 2**28  # of samples kept in memory while the split of a small se
 class Split:
     """Sends each sample to training or to the held-out side, by its caption (or `Sample.split_by`) alone.
 
-    In a set so small that one side would stay empty, the caption nearest to the border moves there, if there are two
-    captions. Until both sides have a sample (or at most 256 MiB wait) nothing is written, since this is not known.
+    In a set so small that one side would stay empty, the caption nearest to the border moves there. Where that is the
+    caption of nearly all samples, as in pictures of one subject, each sample is sent by its caption and key. Until both
+    sides have a sample (or at most 256 MiB wait) nothing is written, since this is not known.
     """
 
     train: ShardWriter
     heldout: ShardWriter
     fraction: float
-    finished: Callable[[str, ShardInfo, int, float], None]  # told of each shard: side, shard, samples before, fraction
+    finished: Callable[[str, ShardInfo, int, Border], None]  # told of each shard: side, shard, samples before, border
     pending: list[tuple[int, Record]] | None = field(default_factory=list)  # with their numbers; None: settled
     pending_bytes: int = 0
+    border: Border = field(init=False)
 
     def __post_init__(self) -> None:
+        self.border = Border(self.fraction)
         if self.fraction == 0:
             self.pending = None
 
-    def go_on(self, fraction: float) -> None:
+    def go_on(self, border: Border) -> None:
         """Continue a split that is settled."""
-        self.fraction, self.pending = fraction, None
+        self.border, self.pending = border, None
 
     def add(self, number: int, record: Record) -> None:
         """Write a sample of the source, now or when the split is settled."""
@@ -40,22 +44,38 @@ class Split:
             return
         self.pending.append((number, record))
         self.pending_bytes += sum(map(len, record.files.values()))
-        first, last = caption_rank(self.pending[0][1].caption), caption_rank(record.caption)
-        if (first < self.fraction) != (last < self.fraction) or self.pending_bytes > PENDING_BYTES:
+        if self._side(self.pending[0][1]) != self._side(record):
+            self._flush()
+        elif self.pending_bytes > PENDING_BYTES:
+            captions = {record.caption for _, record in self.pending}
+            self.border = Border(self.fraction, by_key=2 * len(captions) < len(self.pending))
             self._flush()
 
     def settle(self) -> None:
         """Write what still waits: call it after the last sample."""
         if self.pending is None:
             return
-        ranks = sorted({caption_rank(record.caption) for _, record in self.pending})
-        if len(ranks) < 2:
-            self.fraction = 0.0
-        elif ranks[0] >= self.fraction:  # no caption is held out: take the lowest
-            self.fraction = ranks[1]
-        else:  # all are: leave the highest for training
-            self.fraction = ranks[-1]
+        records = [record for _, record in self.pending]
+        self.border = self._nearest(records, by_key=False)
+        alike = max(Counter(caption_rank(record.caption) for record in records).values(), default=0)
+        held_out = sum(self._side(record) == "heldout" for record in records)
+        too_many = held_out > max(0.5, self.fraction) * len(records)
+        if alike == len(records) or (too_many and alike > len(records) / 2):
+            self.border = self._nearest(records, by_key=True)
         self._flush()
+
+    def _nearest(self, records: list[Record], by_key: bool) -> Border:
+        """The border nearest to the one that is asked for which leaves something on both sides, if there is one."""
+        border = Border(self.fraction, by_key)
+        ranks = sorted({border.rank(record.caption, record.key) for record in records})
+        if len(ranks) < 2:
+            return Border(0.0)
+        if ranks[0] >= self.fraction:  # nothing is held out: take the lowest
+            return Border(ranks[1], by_key)
+        return Border(ranks[-1] if ranks[-1] < self.fraction else self.fraction, by_key)  # all: leave the highest
+
+    def _side(self, record: Record) -> str:
+        return self.border.side(record.caption, record.key)
 
     def _flush(self) -> None:
         waiting, self.pending = self.pending or [], None
@@ -63,9 +83,9 @@ class Split:
             self._write(number, record)
 
     def _write(self, number: int, record: Record) -> None:
-        side = side_of(record.caption, self.fraction)
+        side = self._side(record)
         writer = self.heldout if side == "heldout" else self.train
         before = len(writer.finished)
         writer.add(record.key, record.files)
         if len(writer.finished) > before:
-            self.finished(side, writer.finished[-1], number + 1, self.fraction)
+            self.finished(side, writer.finished[-1], number + 1, self.border)

@@ -4,7 +4,6 @@ Shapes: L tokens of a text. Only the tokenizer decides which tokens a word has: 
 again; start, end and padding belong to no word.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,11 +12,9 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
-from models.prompts import END, common
-from models.text import TextTower
+from models.text import END, WORD, TextTower, common, cut_off
 
 QUOTED = 50  # characters of a text in an error
-WORD = re.compile(r"\w+(?:[-'\u2019]\w+)*|[^\w\s]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +65,20 @@ def words_of(tower: TextTower, text: str) -> Words:
     Raises:
         UserError: words that do not fit into the context.
     """
-    found = list(WORD.finditer(text))
-    pieces = ["", *(text[: match.end()] for match in found), text + END]
-    alone = [match[0] for match in found]
-    tokens = tower.tokenize([*pieces, *alone, *(word + END for word in alone)])  # [., L]
-    begun, longer, lone = tokens[: len(found) + 1], tokens[len(found) + 1], tokens[len(found) + 2 :]
-    whole, length = begun[-1], tokens.shape[1]
-    ends = [min(common(piece, whole), length - 1) for piece in (*begun[:-1], longer)]
-    start = common(begun[0], longer)  # tokens before those of the words
-    sizes = [common(*pair) - start for pair in zip(lone[: len(found)], lone[len(found) :], strict=True)]
-    lost = [match for match, end, size in zip(found, ends[:-1], sizes, strict=True) if end + size > length - 1]
+    lost = cut_off(tower, text)
     if lost:
         raise UserError(
-            f"prompt '{brief(text)}': longer than the {length} tokens of the text encoder, which do not hold "
-            f"'{brief(text[lost[0].start() :])}'; shorten it"
+            f"prompt '{brief(text)}': longer than the {tower.context_length} tokens of the text encoder, which do not "
+            f"hold '{brief(lost)}'; shorten it"
         )
+    found = list(WORD.finditer(text))
+    pieces = ["", *(text[: match.end()] for match in found), text + END]
+    *begun, longer = tower.tokenize(pieces)  # [., L]
+    whole, length = begun[-1], len(longer)
+    ends = [min(common(piece, whole), length - 1) for piece in (*begun[:-1], longer)]
+    start = common(begun[0], longer)  # tokens before those of the words
     spans = tuple(range(start, max(start, end)) for start, end in pairwise(ends))
-    return Words(text, tuple(alone), spans, tuple(whole.tolist()), start, ends[-1])
+    return Words(text, tuple(match[0] for match in found), spans, tuple(whole.tolist()), start, ends[-1])
 
 
 def brief(text: str) -> str:

@@ -20,7 +20,7 @@ from models.process import Denoise, Process
 from models.prompts import Prompt, parse, plain, text_states
 from models.samplers import sampler_of
 from models.solvers.common import Callback
-from models.text import TextTower, image_embeddings
+from models.text import Cuts, TextTower, image_embeddings
 from models.tiles import check_tile, decode_in_tiles, encode_in_tiles
 
 
@@ -209,6 +209,13 @@ class DiffusionPipeline:
             return conditions(asked), [conditions(null)]
         negative = away or [self.states(self._negative(sampling)).expand(len(pictures), -1, -1)]
         return conditions(asked), [conditions({**null, "text": states}) for states in negative]
+
+    def cuts(self, texts: Sequence[str], syntax: bool) -> Cuts:
+        """Which of some prompts are longer than the text encoder reads; `syntax`: whether brackets mean weights."""
+        if self.text_tower is None or not self.denoiser.conditions.takes_text:
+            return Cuts(0)
+        read = parse if syntax else plain
+        return Cuts.of(self.text_tower, [prompt.text for text in texts for prompt in read(text)])
 
     def states(self, prompts: list[Prompt]) -> Tensor:
         """Text states [R, L, D] of R prompts."""

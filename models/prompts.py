@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
-from models.text import TextTower
+from models.text import END, TextTower, common
 
 STEP = 1.1  # factor of a pair of brackets without a number
 TOKENS = re.compile(r"\\[()\[\]:\\]|[()\[\]]|:[^()\[\]:\\]*(?=\))|[^()\[\]:\\]+|.", re.DOTALL)
 AND = re.compile(r"\bAND\b")
 WEIGHT = re.compile(r"(.*?)\s*(?::\s*([-+]?\d*\.?\d+)\s*)?", re.DOTALL)
-END = " x"  # any text that goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +136,3 @@ def token_weights(tower: TextTower, prompt: Prompt) -> Tensor:
     for (start, end), (_, weight) in zip(pairwise(ends), prompt.pieces, strict=True):
         weights[start : min(end, len(whole) - 1)] = weight  # the last one is an end token, also of a text cut off
     return weights
-
-
-def common(first: Tensor, second: Tensor) -> int:
-    """Number of tokens at the beginning of both."""
-    return int((first == second).long().cumprod(0).sum())

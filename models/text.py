@@ -1,8 +1,13 @@
 """Frozen text towers: CLIP, or an encoder in a folder of Hugging Face. Nothing else here imports transformers."""
 
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -12,6 +17,9 @@ from models.weights import CONFIG_NAME, read_json
 
 WEIGHTS_NAME = "model.safetensors"
 MOST_TOKENS = 512  # of a tokenizer that knows no limit
+WORD = re.compile(r"\w+(?:[-'\u2019]\w+)*|[^\w\s]+")
+END = " x"  # any text that goes on
+QUOTED = 200  # characters of a text in a line
 
 
 class TextTower(Protocol):
@@ -126,3 +134,80 @@ def image_embeddings(tower: TextTower | None, images: Tensor) -> Tensor:
     if not isinstance(tower, Clip):
         raise UserError("conditions.image_embedding: clip must be a CLIP with its image tower")
     return tower.encode_image(images).float()
+
+
+def common(first: Tensor, second: Tensor) -> int:
+    """Number of tokens at the beginning of both."""
+    return int((first == second).long().cumprod(0).sum())
+
+
+def cut_off(tower: TextTower, text: str) -> str:
+    """The end of a text, from the first word on that the context has no room for; empty where all of it fits.
+
+    A word whose tokens fit in part is cut off, too. Of a text that is a single word, as of a script without spaces,
+    the characters are cut off that have no room.
+    """
+    room = _Room(tower, text)
+    if not room.exceeded:
+        return ""
+    first = bisect_left(range(len(room.words)), True, key=room.lacks)
+    start = room.words[first].start() if first else bisect_left(range(len(text)), True, key=room.full)
+    return text[start:].rstrip()
+
+
+class _Room:
+    """Which words of a text a context holds, told by the tokens of its beginnings."""
+
+    def __init__(self, tower: TextTower, text: str) -> None:
+        self.tower, self.text, self.words = tower, text, list(WORD.finditer(text))
+        self.whole, self.longer, nothing = tower.tokenize([text, text + END, ""])
+        self.start = common(nothing, self.longer)  # tokens before those of the words
+        self.filled = bool(self.whole[-2] != nothing[-2])  # else there is padding
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether the last word is not held whole."""
+        return self.filled and torch.equal(self.whole, self.longer) and self.lacks(len(self.words) - 1)
+
+    def lacks(self, number: int) -> bool:
+        """Whether a word is not held whole; one token is the end's."""
+        word, before = self.words[number][0], self.text[: self.words[number - 1].end()] if number else ""
+        begun, alone, more = self.tower.tokenize([before, word, word + END])
+        held = len(self.whole) - 1
+        return min(common(begun, self.whole), held) + common(alone, more) - self.start > held
+
+    def full(self, characters: int) -> bool:
+        """Whether so many characters leave no room."""
+        return torch.equal(*self.tower.tokenize([self.text[:characters], self.text[:characters] + END]))
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """How many of some texts are longer than the context, and what falls off the first of them."""
+
+    context_length: int
+    texts: int = 0
+    count: int = 0
+    lost: str = ""
+
+    @classmethod
+    def of(cls, tower: TextTower, texts: Sequence[str], tokens: Tensor | None = None) -> Self:
+        """Of texts, whose tokens [B, L] may be known."""
+        if not texts:
+            return cls(0)
+        tokens = tower.tokenize(list(texts)) if tokens is None else tokens
+        filled = tokens[:, -2] != tower.tokenize([""])[0, -2]  # all others have padding there
+        longer = [texts[row] for row in filled.nonzero()[:, 0].tolist() if _Room(tower, texts[row]).exceeded]
+        return cls(tokens.shape[1], len(texts), len(longer), cut_off(tower, longer[0]) if longer else "")
+
+    def __add__(self, other: "Cuts") -> "Cuts":
+        length = max(self.context_length, other.context_length)
+        return Cuts(length, self.texts + other.texts, self.count + other.count, self.lost or other.lost)
+
+    def line(self, what: str) -> str:
+        """It in words, for the console; `what` the texts are, in the plural."""
+        lost = self.lost if len(self.lost) <= QUOTED else f"{self.lost[:QUOTED].rstrip()}…"
+        return (
+            f"{self.count:,} of {self.texts:,} {what} are longer than the {self.context_length} tokens of the text "
+            f"encoder; of the first is left out: '{lost}'"
+        )

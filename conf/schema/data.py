@@ -58,7 +58,7 @@ class BuildRun:
     seed: int = 0  # of all that is drawn at random
     output_dir: str = MISSING  # folder of this command's results; by default one below run_dir
     source: Source = Source.demo  # scenes, canvases of objects, one creature, Twitter's emoji, files, shards, several
-    path: str | None = None  # folder: of images, or .csv/.parquet; shards: folder or tars, also http(s):// and s3://
+    path: str | None = None  # folder: images or .csv, .tsv, .parquet; shards: folder or tars, also http(s)://, s3://
     sources: list[MixedSource] = field(default_factory=list)  # source=mix: those that are mixed
     filters: FilterConfig = field(default_factory=FilterConfig)
     timeout_s: float = 60.0  # seconds without a byte after which a server of shards counts as dead

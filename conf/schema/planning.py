@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from conf.errors import UserError
 from conf.schema.choices import Accelerator, CacheDtype
 from conf.schema.sections import require, require_positive
 from conf.schema.training import UNetRun
@@ -39,3 +40,11 @@ class PlanRun(UNetRun):
             "(model.block_out_channels)",
         )
         self.batch.split(self.gpus)
+
+    def refusal(self) -> str:
+        """Why `train/train_unet.py` would not start with these options; "" where nothing in them hinders it."""
+        try:
+            UNetRun.__post_init__(self)
+        except UserError as error:
+            return str(error)
+        return ""

@@ -59,6 +59,9 @@ class SampleSource(Protocol):
     def identity(self) -> dict[str, Any]:
         """What decides the samples; two builds with equal identities have the same ones."""
 
+    def times(self) -> str:
+        """Digest of when the user's files were written, which tells of edits that keep their sizes; "" without any."""
+
     def describe(self) -> dict[str, Any]:
         """Provenance for people: name, licence, attribution, versions; asked for when all refs were taken."""
 
@@ -98,9 +101,9 @@ def open_source(cfg: BuildRun) -> SampleSource:
             {member.name or member.source.value: member.weight for member in cfg.sources},
             cfg.samples,
         )
-    from data.sources.folder import FolderSource
+    from data.sources.folder import folder_source
 
-    return FolderSource(cfg)
+    return folder_source(cfg)
 
 
 def _alone(cfg: BuildRun, member: MixedSource) -> BuildRun:

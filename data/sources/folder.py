@@ -1,14 +1,9 @@
-"""Pictures of the user's own: a folder with captions beside the images, or a CSV or parquet table of both.
+"""Pictures of the user's own: a folder with captions beside the images, or tables of both.
 
 What is wrong with one file never stops a build: it is a reject with a reason.
 """
 
-import csv
-import hashlib
-import json
-import math
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,12 +14,15 @@ from conf.schema import BuildRun
 from data.images import SUFFIXES
 from data.labels import MAP, Vocabulary
 from data.samples import CAPTION_BYTES, caption_from, caption_in, fields_in
-from data.sources import Ref, Rejected, Sample, numbered
+from data.sources import Ref, Rejected, Sample, SampleSource, numbered
+from data.sources.files import Listing, image_limit, read_file
+from data.sources.tables import Columns, ParquetImages, ParquetTable, parse_row, row_name, rows_of
 
 MOST_NAMED = 8  # suffixes in a line
 NO_SUFFIX = "none"
 _LOOP = "a link to a folder that it lies in"
 _DANGLING = "a link to what is not there"
+SHOWN = 200  # characters of what a table names an image, where that is no path
 _NO_CAPTION = 'no caption: neither a .txt nor a .json with "caption" lies beside it'
 
 
@@ -38,45 +36,63 @@ class Entry(NamedTuple):
     meta: dict[str, Any] | None = None  # the further columns of a table
     meta_path: str | None = None  # a .json beside the picture
     map_path: str | None = None  # a .seg.png beside the picture
+    row: str = ""  # of a table, which names it in a list of rejects
+
+
+def folder_source(cfg: BuildRun) -> SampleSource:
+    """`cfg.path`: a folder of images, searched to its depths, or tables: a file, or a folder that has only those."""
+    path = Path(cfg.path or "").expanduser()
+    if not path.exists():
+        raise UserError(f"path={cfg.path}: no such file or folder")
+    entries, others = _list_folder(path) if path.is_dir() else ([], {})
+    images = any(entry.problem in (None, _NO_CAPTION) for entry in entries)  # others are of folders and links
+    tables = ([] if images else _tables_below(path)) if path.is_dir() else [path]
+    columns = Columns(cfg.image_column, cfg.caption_column)
+    if tables and tables[0].suffix.lower() == ".parquet" and ParquetTable(tables[0], columns).holds_images:
+        if entries:
+            raise UserError(f"path={cfg.path}: {entries[0].path}: {entries[0].problem}")
+        return ParquetImages(cfg, tables)
+    return FolderSource(cfg, path, entries, others, tables)
 
 
 class FolderSource:
-    """`cfg.path`: a folder, searched to its depths, or a .csv or .parquet file."""
+    """Images that lie below a folder, or that tables name."""
 
-    def __init__(self, cfg: BuildRun) -> None:
-        path = Path(cfg.path or "").expanduser()
-        if not path.exists():
-            raise UserError(f"path={cfg.path}: no such file or folder")
+    def __init__(
+        self, cfg: BuildRun, path: Path, entries: list[Entry], others: dict[str, int], tables: list[Path]
+    ) -> None:
         self.max_pixels = cfg.max_pixels
-        self.other_files: dict[str, int] = {}
-        if path.is_dir():
-            self.root = path
-            self.entries, self.other_files = _list_folder(path)
-        else:
-            self.root = path.parent
-            rows = _read_table(path, cfg.image_column, cfg.caption_column)
-            self.entries = [_table_entry(path, row, cfg.image_column, cfg.caption_column) for row in rows]
-        self.listing = _listing_digest(self.root, self.entries)
+        self.root, self.entries, self.other_files = path if path.is_dir() else path.parent, entries, others
+        columns, files = Columns(cfg.image_column, cfg.caption_column), Listing()
+        for table in tables:
+            files.add([], [], [table])
+            for number, row in rows_of(table, columns):
+                entry = _table_entry(self.root, table, row, columns)
+                self.entries.append(entry._replace(row=row_name(tables, table, number)))
+        for entry in self.entries:
+            sized = [self.root / name for name in (entry.path, entry.caption_path, entry.map_path) if name]
+            files.add([entry.path, entry.caption], sized, [self.root / entry.meta_path] if entry.meta_path else [])
+        self.listing, self.written = files.digests()
         self.classes: dict[str, int] | None = None  # numbers by name, where folders are classes
         if cfg.class_from_folder:
             linked = (_LOOP, _DANGLING)  # to nothing that could be an image
             names = {_folder_name(entry.path) for entry in self.entries if entry.problem not in linked} - {""}
             self.classes = {name: number for number, name in enumerate(sorted(names))}
             self.entries = [entry._replace(problem=_captionless(entry)) for entry in self.entries]
-        self.table = None if path.is_dir() else [cfg.image_column, cfg.caption_column]
+        self.table = list(columns) if tables else None
         self.entries = self.entries[: cfg.samples or None]
         if not self.entries:
-            if path.is_dir():
-                there = f"; it has {by_suffix(self.other_files)}" if self.other_files else ""
-                raise UserError(f"path={cfg.path}: no images ({', '.join(SUFFIXES)}) in it{there}")
-            raise UserError(f"path={cfg.path}: no rows in it")
+            there = f"; it has {by_suffix(self.other_files)}" if self.other_files else ""
+            what = "rows" if tables else f"images ({', '.join(SUFFIXES)}) and no parquet tables"
+            raise UserError(f"path={cfg.path}: no {what} in it{there}")
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def name(self, index: int) -> str:
-        """Path of picture `index`, relative to the source's folder."""
-        return self.entries[index].path
+        """Path of picture `index`, relative to the source's folder; before it the row of a table."""
+        entry = self.entries[index]
+        return f"{entry.row}: {entry.path}" if entry.row else entry.path
 
     def expected(self) -> int:
         """All of them."""
@@ -102,7 +118,7 @@ class FolderSource:
                 caption = _parse_caption(entry.caption_path, self._read(entry.caption_path, CAPTION_BYTES))
             except UserError as error:
                 raise Rejected(f"caption file: {error}") from error
-        content = self._read(entry.path, 8 * self.max_pixels + 2**20)  # 16 bits per channel, uncompressed
+        content = self._read(entry.path, image_limit(self.max_pixels))
         beside = self._fields(entry.meta_path) if entry.meta_path else {}
         segments = self._read(entry.map_path, self.max_pixels + 2**20) if entry.map_path else None
         meta = {**beside, **(entry.meta or {}), **label, "path": entry.path}
@@ -134,21 +150,16 @@ class FolderSource:
         identity |= {"columns": self.table} if self.table else {}
         return identity | ({"class_from_folder": True} if self.classes is not None else {})
 
+    def times(self) -> str:
+        """When its files were written."""
+        return self.written
+
     def describe(self) -> dict[str, Any]:
         """Provenance; `other_files` counts what was not taken for a picture, by suffix."""
         return {"name": str(self.root.resolve()), "other_files": self.other_files}
 
     def _read(self, path: str, limit: int) -> bytes:
-        """Contents of a plain file (never a pipe or a device, which could block) of at most `limit` bytes."""
-        try:
-            status = os.stat(self.root / path)
-            if not stat.S_ISREG(status.st_mode):
-                raise Rejected("not a plain file")
-            if status.st_size > limit:
-                raise Rejected(f"more than {limit} bytes")
-            return (self.root / path).read_bytes()
-        except OSError as error:
-            raise Rejected(f"cannot be read: {error.strerror or error}") from error
+        return read_file(self.root / path, limit)
 
 
 def by_suffix(counts: Mapping[str, int]) -> str:
@@ -187,7 +198,7 @@ def _list_folder(root: Path) -> tuple[list[Entry], dict[str, int]]:
                 problem = None if caption else _DANGLING if lost else _NO_CAPTION
                 found = (caption, beside.get(f"{stem}.json"), maps.get(stem))
                 paths = [f"{prefix}{file}" if file else None for file in found]
-                entries.append(Entry(f"{prefix}{name}", None, paths[0], problem, None, *paths[1:]))
+                entries.append(Entry(f"{prefix}{name}", None, paths[0], problem, None, paths[1], paths[2]))
                 unused -= {name, caption, *found}
             elif lost:
                 entries.append(Entry(f"{prefix}{name}", None, problem=_DANGLING))
@@ -215,79 +226,35 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str], str | None]]:
         yield Path(problem.filename).relative_to(root).as_posix(), [], f"unreadable folder: {problem.strerror}"
 
 
-def _read_table(path: Path, image_column: str, caption_column: str) -> Iterator[dict[str, Any]]:
-    """The rows of a table, which must have the two columns."""
-    if path.suffix.lower() == ".csv":
-        return _read_csv(path, image_column, caption_column)
-    if path.suffix.lower() == ".parquet":
-        return _read_parquet(path, image_column, caption_column)
-    raise UserError(f"path={path}: not a folder, .csv or .parquet file")
+def _tables_below(root: Path) -> list[Path]:
+    """Every parquet file, as Spark and the Hub leave them; names that begin with a dot or "_" are none."""
+    found = (root / folder / name for folder, names, _ in _walk(root) for name in names)
+    return sorted(path for path in found if path.suffix.lower() == ".parquet" and path.name[0] not in "._")
 
 
-def _check_columns(path: Path, columns: list[str], image_column: str, caption_column: str) -> None:
-    for option, column in (("image_column", image_column), ("caption_column", caption_column)):
-        if column not in columns:
-            raise UserError(f"{option}={column}: {path} has the columns {', '.join(columns) or '(none)'}")
-
-
-def _read_csv(path: Path, image_column: str, caption_column: str) -> Iterator[dict[str, Any]]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            _check_columns(path, list(reader.fieldnames or []), image_column, caption_column)
-            yield from reader
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"path={path}: not a CSV file in UTF-8 ({error})") from error
-
-
-def _read_parquet(path: Path, image_column: str, caption_column: str) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(f"path={path}: reading parquet needs the package pyarrow: pip install pyarrow") from error
-    try:
-        file = parquet.ParquetFile(path)
-        _check_columns(path, file.schema_arrow.names, image_column, caption_column)
-        for batch in file.iter_batches():
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"path={path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
-
-
-def _table_entry(table: Path, row: dict[str, Any], image_column: str, caption_column: str) -> Entry:
+def _table_entry(root: Path, table: Path, row: dict[Any, Any], columns: Columns) -> Entry:
     """A row as an entry; a path may not leave the table's folder.
 
     img2dataset's own tables name pictures by "key", which lie in a folder named as the table, and have a "status".
     """
-    path, caption = row[image_column], row[caption_column]
-    meta = {
-        name: value for name, value in row.items() if name not in (image_column, caption_column) and _is_plain(value)
-    }
-    if row.get("status") not in (None, "success") and "error_message" in row:
-        return Entry(str(path), None, problem=f"not downloaded: {row['error_message'] or row['status']}")
-    if not isinstance(path, str) or not path or "\0" in path:
-        return Entry(repr(path), None, problem="the image column holds no path")
-    if "://" in path:
-        return Entry(path, None, problem="an address: download the images first, for example with img2dataset")
-    if image_column == "key":
-        found = (
-            f"{table.stem}/{path}{suffix}"
-            for suffix in SUFFIXES
-            if (table.parent / table.stem / f"{path}{suffix}").exists()
-        )
-        path = next(found, f"{table.stem}/{path}.jpg")
-    relative = os.path.relpath(table.parent / path, table.parent)  # compares names only: links are the user's own
+    named = row[columns.image]
+    shown = (named if isinstance(named, str) and named else repr(named))[:SHOWN]
+    try:
+        path, caption, meta = parse_row(row, columns)
+        if isinstance(path, bytes):
+            raise Rejected("the image column holds no path, as it does in other rows")
+    except Rejected as error:
+        return Entry(shown, None, problem=str(error))
+    folder = table.parent
+    if columns.image == "key":
+        found = (f"{table.stem}/{path}{suffix}" for suffix in SUFFIXES)
+        path = next((name for name in found if os.path.exists(folder / name)), f"{table.stem}/{path}.jpg")
+    elif not os.path.exists(folder / path):  # a table from Windows, or with spaces around its cells
+        path = path.strip().replace("\\", "/")
+    relative = os.path.relpath(folder / path, folder)  # compares names only: links are the user's own
     if relative.split(os.sep)[0] == os.pardir:
-        return Entry(path, None, problem="the path leaves the table's folder")
-    if not isinstance(caption, str):
-        return Entry(path, None, problem="the caption column holds no text")
-    return Entry(relative, caption, meta=meta)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether JSON can hold it; what a CSV's rows have too much is a list."""
-    return isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value))
+        return Entry(shown, None, problem="the path leaves the table's folder")
+    return Entry(os.path.relpath(folder / relative, root), caption, meta=meta)
 
 
 def _parse_caption(path: str, content: bytes) -> str:
@@ -300,19 +267,3 @@ def _parse_caption(path: str, content: bytes) -> str:
     if "caption" not in fields:
         raise Rejected('no JSON object with "caption"')
     return caption_from(fields["caption"])
-
-
-def _listing_digest(root: Path, entries: list[Entry]) -> str:
-    """Identity of the source: names, captions of a table, and file sizes, so that a changed folder is noticed."""
-    digest = hashlib.sha256()
-    for entry in entries:
-        sizes = [_size(root / path) for path in (entry.path, entry.caption_path, entry.map_path) if path]
-        digest.update(json.dumps([entry.path, entry.caption, *sizes]).encode())
-    return digest.hexdigest()
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except (OSError, ValueError):
-        return -1

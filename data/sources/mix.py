@@ -65,6 +65,10 @@ class MixSource:
         members = {name: {"weight": self.weights[name], **source.identity()} for name, source in self.sources.items()}
         return {"sources": members, "samples": self.samples}
 
+    def times(self) -> str:
+        """Those of the sources."""
+        return "/".join(source.times() for source in self.sources.values())
+
     def describe(self) -> dict[str, Any]:
         """Those of the sources, with what was taken of each."""
         described = {name: source.describe() for name, source in self.sources.items()}

@@ -81,6 +81,10 @@ class RenderedSource:
         """The options that the pictures depend on."""
         return {"samples": self.cfg.samples, "seed": self.cfg.seed}
 
+    def times(self) -> str:
+        """It has no files that change."""
+        return ""
+
     def describe(self) -> dict[str, Any]:
         """Provenance: styles, their licence, the packages that drew them."""
         return provenance(self.title, self.kinds)

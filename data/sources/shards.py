@@ -1,6 +1,5 @@
 """WebDataset shards of others, img2dataset's and LAION's as they are: on disk, or behind http(s):// and s3://."""
 
-import hashlib
 import json
 import os
 from collections import deque
@@ -19,6 +18,7 @@ from data.remote import fetch, is_remote, listed
 from data.samples import caption_of, fields_of, image_of
 from data.shards import ShardReader, tars_in
 from data.sources import Ref, Sample
+from data.sources.files import Listing
 
 IN_FLIGHT = 2**14  # refs after which those of an earlier shard are made, so that a fetched one can go
 OPEN = 8  # shards that a process holds open
@@ -109,11 +109,17 @@ class ShardsSource:
 
     def identity(self) -> dict[str, Any]:
         """The shards: their names, and the sizes of local ones."""
-        digest = hashlib.sha256()
+        return {"path": self._files()[0], "samples": self.samples}
+
+    def times(self) -> str:
+        """When local shards were written."""
+        return self._files()[1]
+
+    def _files(self) -> tuple[str, str]:
+        files = Listing()
         for shard in self.shards:
-            size = os.stat(shard).st_size if not is_remote(shard) and os.path.exists(shard) else -1
-            digest.update(json.dumps([os.path.basename(shard), size]).encode())
-        return {"path": digest.hexdigest(), "samples": self.samples}
+            files.add([os.path.basename(shard)], [Path(shard)])  # an address is no file
+        return files.digests()
 
     def describe(self) -> dict[str, Any]:
         """Provenance."""

@@ -66,6 +66,10 @@ class TwemojiSource:
         """The options that the samples depend on."""
         return {"samples": len(self.files)}
 
+    def times(self) -> str:
+        """It has no files that change."""
+        return ""
+
     def describe(self) -> dict[str, Any]:
         """Provenance: the attribution that the licence asks for."""
         return {

@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTraine
 from conf.errors import UserError
 from conf.networks import ClipConfig
 from models.clip import Clip
-from models.text import HuggingFaceText, load_text_tower
+from models.text import Cuts, HuggingFaceText, cut_off, load_text_tower
 
 TEXTS = ["a b", "b a a"]
 
@@ -95,3 +95,72 @@ def test_incomplete_folders_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.safetensors is missing") as error:
         load_text_tower(tmp_path)
     assert "\n" not in str(error.value)
+
+
+SMALL = Clip(
+    ClipConfig(
+        embed_dim=8,
+        image_size=16,
+        patch_size=8,
+        vision_layers=1,
+        vision_width=32,
+        text_layers=1,
+        text_width=8,
+        text_heads=1,
+        context_length=8,
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("", ""),
+        (" ", ""),
+        ("one two", ""),
+        ("one two three four five six", ""),  # fills it
+        ("one two three four five six seven", "seven"),
+        ("one two three four five bell-shaped six", "bell-shaped six"),  # of which "bell" would fit
+        ("one, two! three, four", "four"),
+        ("one two three four five six .", "."),
+        ("one two three four five six seven " * 2000, None),
+    ],
+)
+def test_words_behind_the_context_are_told(text: str, lost: str | None) -> None:
+    found = cut_off(SMALL, text)
+    assert found == (lost if lost is not None else text[text.index("seven") :].rstrip())
+    tokens = SMALL.tokenize([text, text.removesuffix(found)])
+    if found and "-" not in found:
+        assert torch.equal(*tokens)
+
+
+def test_a_text_without_spaces_is_cut_between_characters() -> None:
+    text = "".join(chr(0x4E00 + i) for i in range(40))
+    lost = cut_off(SMALL, text)
+    assert 30 < len(lost) < 40 and text.endswith(lost)
+    assert not cut_off(SMALL, text[0])
+
+
+def test_cuts_of_many_texts_are_counted_with_one_example() -> None:
+    texts = ["a", "one two three four five six", "one two three four five six seven", "", "a b c d e f g h"]
+    cuts = Cuts.of(SMALL, texts)
+    assert cuts == Cuts(8, 5, 2, "seven") == Cuts.of(SMALL, texts, SMALL.tokenize(texts))
+    assert cuts.line("prompts") == (
+        "2 of 5 prompts are longer than the 8 tokens of the text encoder; of the first is left out: 'seven'"
+    )
+    assert Cuts(0) + Cuts.of(SMALL, texts[:2]) + Cuts.of(SMALL, texts[2:]) == cuts
+    assert Cuts.of(SMALL, []) == Cuts(0)
+    assert len(Cuts(8, 1, 1, "x" * 5000).line("prompts")) < 400
+
+
+def test_a_tokenizer_of_hugging_face_tells_what_it_cuts() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4, "x": 5}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", model_max_length=5)
+    tower = HuggingFaceText(torch.nn.Module(), fast)
+    texts = ["a", "a b a b", "a b a b b", "a ? ? ? b a"]
+    assert [cut_off(tower, text) for text in texts] == ["", "", "b", "b a"]
+    assert Cuts.of(tower, texts) == Cuts(5, 4, 2, "b")

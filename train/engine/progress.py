@@ -29,6 +29,7 @@ class Progress:
         # No thread that draws by itself: a process with threads should not fork.
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
         self.began = self.told_at = time.monotonic()
+        self.told = 0
 
     def __enter__(self) -> Self:
         if self.live is not None and self.shown:
@@ -47,8 +48,8 @@ class Progress:
         now = time.monotonic()
         if self.live is not None:
             self.live.update(self.line(done, now - self.began), refresh=True)
-        elif now - self.told_at > LINE_EVERY_S:
-            self.told_at = now
+        elif done != self.told and now - self.told_at > LINE_EVERY_S:
+            self.told, self.told_at = done, now
             self.console.print(self.line(done, now - self.began), soft_wrap=True)
 
     def line(self, done: int, seconds: float) -> Text:

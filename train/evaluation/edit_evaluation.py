@@ -29,6 +29,7 @@ from train.evaluation.demo_edits import SORTS, DemoEdit, attributes_of, demo_edi
 from train.evaluation.judge import accuracy, cached_judge
 from train.evaluation.plots import weights_figure
 from train.evaluation.probe import SceneProbe
+from train.evaluation.prompts import say_cut
 from train.evaluation.sampling import load_model
 
 SHOWN = 4  # edits of each sort in edits.png
@@ -60,6 +61,8 @@ def run(cfg: EvaluateEditsRun, runtime: Runtime) -> dict[str, float]:
     """
     model = load_model(cfg, runtime.device)
     require_prompts_alone(model.denoiser.conditions, "evaluate_edits.py")
+    if runtime.is_main:
+        say_cut("edits", model, [], cfg)
     side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale
     images = ImageConfig(resolution=side)
     heldout = ImageDataset(f"{cfg.shards}/heldout", images, cfg.seed, labels=True)

@@ -29,6 +29,7 @@ from train.evaluation.asking import require_prompts_alone, samples_of
 from train.evaluation.edit_sheets import sheet
 from train.evaluation.edits import read_edits
 from train.evaluation.given import read_given
+from train.evaluation.prompts import say_cut
 from train.evaluation.sampling import finite, load_model, lora_facts, require_finite, sampling_facts
 
 SHOWN = 32  # edits in grid.png
@@ -52,6 +53,8 @@ def run(cfg: EditRun, runtime: Runtime) -> None:
     edits = read_edits(cfg)
     model = load_model(cfg, runtime.device)
     require_prompts_alone(model.denoiser.conditions, "edit.py")
+    if runtime.is_main:
+        say_cut("edit", model, [], cfg)  # of long prompts an edit is refused
     for edit in edits:
         check_edit(model, edit, cfg)
     jobs, folder = jobs_of(model, cfg, edits), Path(cfg.output_dir)

@@ -45,6 +45,8 @@ def run(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
     seen = samples_seen(cfg.unet, "unet")
     facts = {"weights": UNetInfo.load(cfg.unet).weights, "weights_sha256": weights_digest(cfg.unet)}
     subject = Drawn(cfg, runtime, load_model(cfg, runtime.device), facts | lora_facts(cfg))
+    if runtime.is_main:
+        subject.say_cut()
     return evaluate(cfg, subject, runtime, Path(cfg.unet).parent, seen)
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from conf.errors import UserError
-from conf.schema import SampleRun
+from conf.schema import SampleRun, SamplingConfig
 from data.datasets import captions_of
 from data.manifest import REMEDY
+from models.pipeline import DiffusionPipeline
 from models.prompts import parse, plain
+from train.engine.journal import say
 from train.evaluation.given import caption_beside
 
 
@@ -89,6 +91,16 @@ def require_plain(caption: str) -> None:
             f"prompts_from: the caption '{caption}' would be read as weights of words: set prompt_syntax=false, "
             "which takes all prompts as plain text"
         )
+
+
+def say_cut(
+    stage: str, model: DiffusionPipeline, prompts: Sequence[str], cfg: SamplingConfig, what: str = "prompts"
+) -> None:
+    """Say how many prompts, and negative ones, are longer than the network reads, and what falls off the first."""
+    for texts, name in ((prompts, what), ([cfg.negative_prompt], "negative prompts")):
+        cuts = model.cuts(texts, cfg.prompt_syntax)
+        if cuts.count:
+            say(stage, cuts.line(name))
 
 
 def jobs_of(prompts: Sequence[Prompt], images_per_prompt: int) -> list[Job]:

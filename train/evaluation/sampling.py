@@ -33,7 +33,7 @@ from train.engine.provenance import UNetInfo, files_digest, info_of_trained, wei
 from train.engine.runtime import Runtime
 from train.evaluation.album import FILMED, Album
 from train.evaluation.asking import Asked, Item, samples_of
-from train.evaluation.prompts import jobs_of, read_prompts
+from train.evaluation.prompts import jobs_of, read_prompts, say_cut
 
 WRITERS = 4  # threads: a PNG takes as long as some pictures on a GPU
 NAMED = 3  # prompts in an error
@@ -136,6 +136,8 @@ def run(cfg: SampleRun, runtime: Runtime) -> None:
     prompts = read_prompts(cfg)
     model = load_model(cfg, runtime.device)
     asked = Asked.of(cfg, model, prompts)
+    if runtime.is_main:
+        say_cut("sample", model, [prompt.text for prompt in asked.prompts], cfg)
     album = album_of(cfg, asked)
     jobs = album.jobs
     lacking = [index for index in range(runtime.rank, len(jobs), runtime.world) if not album.holds(index)]

@@ -10,11 +10,13 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import EvaluateRun, Perceptual
 from conf.schema.evaluation import require_enough
-from data.datasets import ImageDataset
+from data.datasets import ImageDataset, captions_of
 from models.autoencoder import load_autoencoder
 from models.clip import DESCRIPTION_NAME, Clip
 from models.losses import perceptual_distance, psnr, ssim
 from models.pipeline import DiffusionPipeline
+from models.text import Cuts
+from train.engine.journal import say
 from train.engine.pictures import beside, to_uint8
 from train.engine.precision import autocast
 from train.engine.provenance import weights_digest
@@ -26,6 +28,7 @@ from train.evaluation.extractors import Extractor, efficientnet, inception
 from train.evaluation.judge import Judge, accuracy, cached_judge
 from train.evaluation.judges import wanted_judges
 from train.evaluation.metrics import clip_score
+from train.evaluation.prompts import say_cut
 from train.evaluation.reference import FILES
 from train.evaluation.sampling import draw, finite, require_finite, sampling_facts
 
@@ -97,6 +100,13 @@ class Drawn:
             **self.comparison.facts(),
             **facts,
         }
+
+    def say_cut(self) -> None:
+        """Say which captions are longer than the network, or the CLIP of the score, reads."""
+        captions = captions_of(self.cfg.captions, self.cfg.samples)
+        say_cut("evaluation", self.model, captions, self.cfg, "captions")
+        if self.clip is not None and (cuts := Cuts.of(self.clip, captions)).count:
+            say("evaluation", f"{self.extractors[-1].name}: {cuts.line('captions')}")
 
     def measure(self, numbers: range) -> dict[str, Tensor]:
         """Draw and look."""

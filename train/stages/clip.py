@@ -12,7 +12,8 @@ from data.datasets import ImageDataset
 from data.streams import image_stream
 from models.clip import Clip, contrastive_loss, top1_accuracy
 from models.flops import counted_flops
-from train.engine.journal import Journal
+from models.text import Cuts
+from train.engine.journal import Journal, say
 from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
 
@@ -40,10 +41,15 @@ class ClipStage:
         self.flops_per_sample = 3.0 * counted_flops(self.clip, torch.empty(1, 3, side, side, device="meta"), tokens)
         self.towers = Trainable(runtime, self.clip, cfg.optim, cfg.batch, cfg.loop.samples, name="clip")
         self.trainables = {"clip": self.towers}
+        self.looks_for_cuts = runtime.is_main  # until some captions turn out to be longer than the context
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of this rank's part of the batch."""
-        tokens = self.clip.tokenize(batch["caption"]).to(self.runtime.device)  # [B, L]
+        tokens = self.clip.tokenize(batch["caption"])  # [B, L]
+        if self.looks_for_cuts and (cuts := Cuts.of(self.clip, batch["caption"], tokens)).count:
+            self.looks_for_cuts = False
+            say("clip", f"of the first batch with any, {cuts.line('captions')}")
+        tokens = tokens.to(self.runtime.device)
         image, text, scale = self.towers(batch["image"].to(self.runtime.device), tokens)  # [B, D], [B, D], []
         loss = contrastive_loss(image, text, scale, self.runtime.rank, self.runtime.world)
         self.towers.backward(loss, last)

@@ -21,10 +21,12 @@ def report(cfg: PlanRun, cost: Cost, console: Console | None = None) -> None:
     """Print the plan and write it to `output_dir`."""
     console = console or Console(highlight=False)
     path = Path(cfg.output_dir) / PLAN
-    atomic_write(path, json.dumps(asdict(cost), indent=1).encode())
+    atomic_write(path, json.dumps(asdict(cost) | {"refusal": cfg.refusal()}, indent=1).encode())
     for table in (facts(cfg, cost), memory(cfg, cost)):
         console.print(table)
     console.print(verdict(cfg, cost), soft_wrap=True)
+    if refusal := cfg.refusal():
+        console.print(f"train_unet.py refuses this training: {refusal}", soft_wrap=True)
     console.print(f"{path}", soft_wrap=True)
 
 

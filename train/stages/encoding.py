@@ -15,7 +15,7 @@ from data.labels import Labels
 from data.order import rng
 from models.autoencoder import AnyAutoencoder, finite, split_moments
 from models.conditions import Conditions, Samples
-from models.text import TextTower, image_embeddings
+from models.text import Cuts, TextTower, image_embeddings
 from models.tiles import encode_in_tiles
 from train.engine.precision import autocast
 
@@ -56,6 +56,7 @@ class Encoder:
     limit: int
     tile: int = 0
     known: dict[str, Tensor] = field(default_factory=dict)  # text states of the captions since `forget`
+    cuts: Cuts = field(default=Cuts(0))  # captions since `forget` that are longer than the context
 
     def __call__(self, batch: dict[str, Any]) -> Encoded:
         """Encode items of `ImageDataset.variants`; a caption that came before is not encoded again."""
@@ -66,6 +67,7 @@ class Encoder:
         if not self.conditions.takes_text:
             return Encoded(moments.numpy(), None, None, arrays)
         tokens = self.text_tower.tokenize(batch["caption"])
+        self.cuts += Cuts.of(self.text_tower, batch["caption"], tokens)
         text = self._texts(batch["caption"], tokens).numpy() if self.text_states else None
         return Encoded(moments.numpy(), tokens.numpy(), text, arrays)
 
@@ -108,6 +110,7 @@ class Encoder:
     def forget(self) -> None:
         """Begin anew, so that what a shard holds does not depend on which shards were encoded before it."""
         self.known.clear()
+        self.cuts = Cuts(0)
 
     def moments(self, images: Tensor) -> Tensor:
         """Moments [N, 2·C, h, w] of images [N, 3, H, W], on the CPU."""

@@ -131,6 +131,7 @@ def encode_shard(cfg: PrecomputeRun, encoder: Encoder, split: Split, index: int)
         "provenance": split.provenance,
         "stats": stats.state(),
         "rejects": rejects,
+        "captions_cut": [encoder.cuts.count, encoder.cuts.lost],
     }
 
 

@@ -9,7 +9,7 @@ start. The manifest comes last.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from data.manifest import MANIFEST, Manifest, ShardInfo
 from data.shards import atomic_path, atomic_write
 from models.autoencoder import load_autoencoder
 from models.conditions import PREPARING, Conditions
-from models.text import load_text_tower
+from models.text import Cuts, load_text_tower
 from models.tiles import check_tile
 from train.engine.journal import Journal, say
 from train.engine.provenance import NULL_TEXT, OLDER, asks_clip, image_facts, weights_digest
@@ -179,9 +179,24 @@ def merge(cfg: PrecomputeRun, encoder: Encoder, split: Split) -> None:
             f"latents in '{folder}' decode back at {quality:.1f} dB, less than min_psnr={cfg.min_psnr}: train the "
             f"autoencoder longer, check images.*, or lower min_psnr; see {folder / 'decoded.png'}"
         )
-    measured = stats.result() | {"psnr": quality, "rejected": len(rejects)}
+    measured = stats.result() | {"psnr": quality, "rejected": len(rejects)} | cuts_of(parts)
     Manifest(kind="latents", shards=shards, provenance=split.provenance, stats=measured).save(folder)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
+
+
+def cuts_of(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Statistics of captions that are longer than the context, with what falls off one; nothing where all fit."""
+    counts, lost = zip(*(part.get("captions_cut", (0, "")) for part in parts), strict=True)
+    return {"captions_cut": sum(counts), "captions_cut_example": next(filter(None, lost))} if any(counts) else {}
+
+
+def say_cut(split: Split) -> None:
+    """Say what of the captions no latent record holds."""
+    assert split.finished is not None
+    stats, length = split.finished.stats, split.provenance["context_length"]
+    if stats.get("captions_cut"):
+        cuts = Cuts(length, split.finished.samples, stats["captions_cut"], stats["captions_cut_example"])
+        say("latents", f"{split.name}: {cuts.line('captions')}")
 
 
 def write_null_text(folder: Path, encoder: Encoder) -> None:
@@ -216,4 +231,6 @@ def run(cfg: PrecomputeRun, runtime: Runtime, config: dict[str, Any]) -> None:
     finally:
         journal.finish(exit_code)
     if runtime.is_main:
+        for split in splits:
+            say_cut(split)
         say("latents", f"{cfg.output_dir}: decodes at {metrics['latents/train_psnr']:.1f} dB")

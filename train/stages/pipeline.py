@@ -101,7 +101,7 @@ class _Chain:
         if not task.output_dir.exists():
             record.seconds = 0.0  # of work that somebody deleted
         row.elapsed_s = record.seconds
-        if record.inputs == inputs and record.outcome == task.outcome():
+        if record.inputs == inputs and record.outcome == task.outcome() and not task.outdated():
             self._show(row, "skipped")
             return
         self._show(row, "running")

@@ -25,6 +25,7 @@ from conf.schema import (
     SampleRun,
     UNetRun,
 )
+from data.building import is_outdated
 from train.stages.progress import tail
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +111,10 @@ class Task:
         if self.stage.proof == "DONE" and json.loads(path.read_bytes())["samples_seen"] < self.samples:
             return ""  # a longer training is asked for now
         return digest(path)
+
+    def outdated(self) -> bool:
+        """Whether a finished build is of other files than are there now."""
+        return isinstance(self.cfg, BuildRun) and is_outdated(self.cfg)
 
     def metrics(self) -> dict[str, float]:
         """What the finished stage recorded at last; `eval/psnr` of a training becomes `autoencoder/psnr`."""

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from train.engine.progress import LINE_EVERY_S, duration
 
+QUIET_S = 60.0  # without a new row or line, after which no time left is told
 TAIL_BYTES = 2**16  # of a file that is looked at again and again
 BUILT = re.compile(r"build: (\d+)/(\d+) samples")  # what data/build_shards.py tells where it has no terminal
 COLORS = {"running": "bold cyan", "done": "green", "skipped": "green", "failed": "bold red", "stopped": "yellow"}
@@ -29,25 +30,38 @@ class Row:
     seen: int | None = None  # samples
     images_per_s: float | None = None
     loss: float | None = None
-    left_s: float | None = None
+    left_s: float | None = None  # as estimated when it last told of progress
+    quiet_s: float = 0.0  # since it last told anything
     elapsed_s: float = 0.0  # of all starts
+    news: tuple[Any, ...] = ()  # what it told last
+    told_at: float = 0.0  # and when that was seen, on the clock that never jumps
 
     def read(self, output_dir: Path, log: str, since: float) -> None:
         """Take in what the running stage recorded and put out; speed only from after `since` (Unix seconds)."""
-        for row in tail(output_dir / "metrics.jsonl"):
+        rows = tail(output_dir / "metrics.jsonl")
+        for row in rows:
             self.seen = row.get("samples_seen", self.seen)
             self.loss = row.get("train/loss", self.loss)
             if row.get("perf/eta_s") is not None and row["time"] >= since:
                 self.images_per_s = row.get("perf/images_per_s")
-                self.left_s = row["perf/eta_s"] - (time.time() - row["time"])  # below 0: slower than estimated
+                self.left_s = row["perf/eta_s"]
         built = BUILT.findall(log)
         if built:
             self.seen, self.total = map(int, built[-1])
+        news, now = (rows[-1:], log), time.monotonic()
+        if news != self.news:
+            self.news, self.told_at = news, now
+        self.quiet_s = now - self.told_at
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it runs and has told nothing for a while."""
+        return self.state == "running" and self.quiet_s > QUIET_S
 
     @property
     def cells(self) -> dict[str, str]:
         """What is known, in words; units in the names."""
-        left = self.left_s or 0.0
+        left = duration(self.left_s) if self.state == "running" and self.left_s else ""
         samples = "" if self.seen is None else f"{self.seen:,}"
         if samples and self.total:
             samples += f"/{self.total:,}"
@@ -55,7 +69,7 @@ class Row:
             "samples": samples,
             "images/s": "" if self.images_per_s is None else f"{self.images_per_s:,.0f}",
             "loss": "" if self.loss is None else f"{self.loss:.4g}",
-            "left": duration(left) if self.state == "running" and left > 0 else "",
+            "left": f"quiet for {duration(self.quiet_s)}" if self.quiet else left,
             "elapsed": duration(self.elapsed_s) if self.elapsed_s else "",
         }
 
@@ -68,7 +82,7 @@ class Display:
         self.console = console or Console(highlight=False)
         # No thread that draws by itself: a process with threads should not fork.
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        self.told: dict[str, str] = {row.name: row.state for row in rows}
+        self.told = {row.name: self._news(row) for row in rows}
         self.told_at = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -88,9 +102,15 @@ class Display:
             return
         due = time.monotonic() - self.told_at > LINE_EVERY_S
         for row in self.rows:
-            if row.state != self.told[row.name] or (due and row.state == "running"):
-                self.told[row.name], self.told_at = row.state, time.monotonic()
+            before, news = self.told[row.name], self._news(row)
+            if news[0] != before[0] or (due and news != before):
+                self.told[row.name], self.told_at = news, time.monotonic()
                 self.console.print(line(row), soft_wrap=True)
+
+    @staticmethod
+    def _news(row: Row) -> tuple[Any, ...]:
+        """What of a row is worth a line; not the time that passes."""
+        return row.state, row.seen, row.total, row.loss, row.quiet
 
     def table(self) -> Table:
         """All stages, one a row."""

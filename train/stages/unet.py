@@ -31,6 +31,7 @@ from train.engine.provenance import asks_clip, check_latents, require_same
 from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
 from train.evaluation.in_loop import evaluate_in_loop, require_inputs
+from train.evaluation.prompts import say_cut
 
 VALIDATION = 256  # held-out latents behind the validation loss, at most
 CHUNK = 32  # of them at once
@@ -174,6 +175,8 @@ class UNetStage:
         if not small and not (self.runtime.is_main and self.cfg.sample_prompts > 0):
             return metrics
         model = self.pipeline(network)
+        if self.runtime.is_main:
+            say_cut("unet", model, [], self.cfg.sampling)  # precomputing told it of captions
         if self.runtime.is_main and self.cfg.sample_prompts > 0:
             self.draw(model, samples_seen, journal)
         return metrics | (evaluate_in_loop(self.cfg, self.runtime, model, samples_seen) if small else {})

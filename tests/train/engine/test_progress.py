@@ -55,3 +55,12 @@ def test_other_processes_are_silent(clock: Clock, terminal: bool) -> None:
 
 def test_durations() -> None:
     assert [duration(seconds) for seconds in (0.4, 61, 3600 * 30 + 5)] == ["0:00", "1:01", "30:00:05"]
+
+
+def test_log_repeats_no_line_while_nothing_moves(clock: Clock) -> None:
+    out = io.StringIO()
+    with Progress("sample", 2000, "pictures", Console(file=out, width=100)) as counter:
+        for _ in range(100):
+            clock.now += 1
+            counter.update(20)
+    assert len(out.getvalue().splitlines()) == 1

@@ -232,6 +232,20 @@ def test_captions_are_used_again_with_other_noise(project: Any, runtime: Runtime
     assert not torch.equal(first, again)
 
 
+def test_captions_that_are_cut_are_told(
+    project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(project, tmp_path, "samples=7")
+    drawn = subjects.Drawn(cfg, runtime, sampling.load_model(cfg, runtime.device), {})
+    drawn.say_cut()
+    assert capfd.readouterr().out == ""
+    monkeypatch.setattr(subjects, "captions_of", lambda *_: ["a red planet", "a red planet " * 40])
+    drawn.say_cut()
+    told = capfd.readouterr().out.splitlines()
+    assert "1 of 2 captions are longer than the 32 tokens" in told[0] and "left out: 'a red planet" in told[0]
+    assert len(told) == 1 + (drawn.clip is not None)
+
+
 def test_picture_is_the_same_in_every_chunk(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     cfg = config(project, tmp_path, "prompt_following=false", "clip_score=null")
     drawn = subjects.Drawn(cfg, runtime, sampling.load_model(cfg, runtime.device), {})

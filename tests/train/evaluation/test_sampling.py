@@ -72,6 +72,25 @@ def test_picture_carries_all_that_makes_it_again(project: Any, runtime: Runtime,
     assert largest_step([sampling.to_uint8(made)[0]], pictures[5:]) <= 1
 
 
+LONG = "a red planet with rings and moons and stars and clouds and mountains and rivers and trees and a " * 2
+
+
+def test_words_that_no_picture_can_show_are_told(
+    project: Any, runtime: Runtime, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ("steps=1", f"negative_prompt={LONG}blurred sky", f'prompts=["a red planet", "{LONG}(hat:1.5)"]')
+    for folder in ("first", "again"):
+        draw(project, runtime, tmp_path / folder, *options)
+        told = [line for line in capfd.readouterr().out.splitlines() if "left out" in line]
+        assert [line.split("are longer")[0].split() for line in told] == [
+            ["sample", "1", "of", "2", "prompts"],
+            ["sample", "1", "of", "1", "negative", "prompts"],
+        ]
+        assert told[0].endswith("and a hat'") and told[1].endswith("and a blurred sky'")
+    draw(project, runtime, tmp_path / "short", "steps=1", 'prompts=["a red planet"]')
+    assert "left out" not in capfd.readouterr().out
+
+
 def test_batch_size_changes_no_picture(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     together = draw(project, runtime, tmp_path / "together", "images_per_prompt=2", "batch_size=32")
     apart = draw(project, runtime, tmp_path / "apart", "images_per_prompt=2", "batch_size=4")

@@ -65,3 +65,15 @@ def test_seed_decides_the_weights(scenes: Any, runtime: Runtime) -> None:
     )
     assert all(torch.equal(tensor, same[name]) for name, tensor in first.items())
     assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+
+def test_captions_that_are_cut_are_told_once(scenes: Any, runtime: Runtime, capfd: pytest.CaptureFixture[str]) -> None:
+    stage = ClipStage(scenes.config("clip"), runtime)
+    batch = stage.dataset.batch(range(4))
+    stage.micro_step(batch, True, 0)
+    assert "left out" not in capfd.readouterr().out
+    for _ in range(2):
+        stage.finish_step(4)
+        stage.micro_step(batch | {"caption": ["a red planet " * 12, *batch["caption"][1:]]}, True, 4)
+    (told,) = [line for line in capfd.readouterr().out.splitlines() if "left out" in line]
+    assert told.startswith("clip ") and "1 of 4 captions are longer than the 32 tokens" in told

@@ -13,7 +13,7 @@ from torch import nn
 
 from conf.entry import compose
 from conf.errors import UserError
-from conf.schema import BatchConfig, EmaConfig, OptimConfig, PlanRun, RuntimeConfig
+from conf.schema import BatchConfig, EmaConfig, OptimConfig, PlanRun, RuntimeConfig, UNetRun
 from data.latents import LatentWriter
 from models.activations import Activations
 from models.unet import UNet
@@ -177,6 +177,18 @@ def test_report_says_whether_it_fits_and_leaves_the_same_as_json(tmp_path: Path,
     assert written["images_per_s"] == small.images_per_s and len(written["options"]) == 7
     tight = printed(cfg, replace(small, budget=small.options[1].footprint.total - 1))
     assert "Does not fit: " in tight and "runtime.gradient_checkpointing=true" in tight
+
+
+def test_a_training_that_is_refused_is_priced_and_says_so(tmp_path: Path, small: Cost) -> None:
+    refused = config(*SMALL, f"output_dir={tmp_path}", "model.class_embed_type=timestep")
+    assert "train_unet.py refuses this training: model.class_embed_type=timestep" in printed(refused, small)
+    assert "class_embed_type" in json.loads((tmp_path / PLAN).read_text())["refusal"]
+    assert "refuses" not in printed(config(*SMALL, f"output_dir={tmp_path}"), small)
+    assert json.loads((tmp_path / PLAN).read_text())["refusal"] == ""
+    sdxl = config("model=sdxl", f"output_dir={tmp_path}")
+    assert sdxl.refusal().startswith("model.addition_embed_type=text_time")
+    with pytest.raises(UserError, match="addition_embed_type"):
+        compose("train_unet", UNetRun, ["model=sdxl"])
 
 
 @pytest.mark.parametrize(

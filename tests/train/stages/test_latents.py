@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from conf.entry import to_plain
 from conf.errors import UserError
-from conf.schema import Device, RuntimeConfig, StreamConfig
+from conf.schema import Device, ImageFormat, RuntimeConfig, StreamConfig
 from data.buckets import bucket_of
 from data.datasets import ImageDataset
+from data.images import encode_image
 from data.latent_dataset import LatentDataset
 from data.latents import ChannelStats, read_latent
 from data.loader import batches
@@ -258,6 +260,27 @@ def test_every_dtype_and_no_text_states_make_a_cache(
     ours, theirs = (Manifest.load(f / "train").stats for f in (tmp_path, latents.folder / "latents"))
     assert ours["psnr"] == pytest.approx(theirs["psnr"], rel=10 * tolerance)
     assert ours["mean"] == pytest.approx(theirs["mean"])
+
+
+def test_captions_that_are_cut_are_counted_with_an_example(
+    towers: Any, runtime: Runtime, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for side, count in (("train", 10), ("heldout", 2)):
+        with ShardWriter(tmp_path / "shards" / side, 4) as writer:
+            for i in range(count):
+                png = encode_image(Image.new("RGB", (32, 32), (20 * i, 0, 0)), ImageFormat.png, 0)
+                caption = "a red planet " * (11 if i % 3 == 2 else 1) + "at night"
+                writer.add(f"{i:05d}", {"png": png, "txt": caption.encode()})
+        Manifest(kind="images", shards=writer.finished).save(tmp_path / "shards" / side)
+    for _ in range(2):  # a cache that is there says it again
+        precompute(towers, runtime, tmp_path / "latents", f"shards={tmp_path / 'shards'}", "min_psnr=0.1")
+        told = [line for line in capfd.readouterr().out.splitlines() if "left out" in line]
+        assert len(told) == 1
+        assert "train: 3 of 10 captions are longer than the 32 tokens" in told[0]
+        assert told[0].endswith("'a red planet at night'")
+    stats = Manifest.load(tmp_path / "latents" / "train").stats
+    assert (stats["captions_cut"], stats["captions_cut_example"]) == (3, "a red planet at night")
+    assert "captions_cut" not in Manifest.load(tmp_path / "latents" / "heldout").stats
 
 
 def test_metrics_of_the_cache_are_recorded(latents: Any) -> None:

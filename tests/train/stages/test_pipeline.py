@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import PipelineRun
+from data.building import build
 from train.stages.pipeline import run
 from train.stages.plan import STAGES, StageCommand, Task, separate
 
@@ -201,6 +204,31 @@ def test_a_longer_training_or_a_deleted_result_runs_again(chain: Chain) -> None:
     with pytest.raises(UserError, match="stage clip: somebody stopped it before its end"):
         chain.run("clip.loop.samples=1024")  # the stand-in stops at 512
     assert chain.order() == ["clip"]
+
+
+def test_a_build_whose_source_was_edited_is_not_skipped(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain.run()
+    chain.calls()
+    monkeypatch.setattr(Task, "outdated", lambda task: task.stage.name == "build")
+    chain.run()
+    assert chain.order() == ["build"]
+
+
+def test_only_a_source_that_is_there_outdates_a_build(tmp_path: Path) -> None:
+    photo = tmp_path / "photos" / "a.png"
+    photo.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(photo)
+    photo.with_suffix(".txt").write_text("a caption")
+    stage = next(stage for stage in STAGES if stage.name == "build")
+    line = ["source=folder", f"path={photo.parent}", f"run_dir={tmp_path}", "heldout_fraction=0"]
+    task = Task(stage, compose("build_shards", stage.schema, line), [])
+    assert not task.outdated()  # nothing is built
+    build(task.cfg)
+    assert not task.outdated()
+    os.utime(photo, ns=(0, 10**9))
+    assert task.outdated()
+    shutil.rmtree(photo.parent)
+    assert not task.outdated()
 
 
 def test_other_captions_are_another_input_of_the_pictures(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from train.board.playground.studio import Studio
 from train.engine.journal import say
 from train.engine.runtime import Runtime
 from train.evaluation.exported import is_exported, load_exported
+from train.evaluation.prompts import say_cut
 from train.evaluation.sampling import load_model
 
 if TYPE_CHECKING:  # it comes with gradio
@@ -32,6 +33,7 @@ def run(cfg: PlaygroundRun, runtime: Runtime) -> None:
         raise UserError("the playground needs the package gradio: pip install 'latentline[playground]'")
     with listen(cfg) as listening:
         studio = Studio(load(cfg, runtime), runtime.precision, cfg.film_frames)
+        say_cut("playground", studio.model, [], cfg)  # of a visitor's long prompt the page says so
         server = server_of(cfg, studio)
         host, port = listening.getsockname()[:2]
         say("playground", f"http://{host}:{port} has the page; Ctrl+C ends it")
