@@ -34,9 +34,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.ending import fail, first_line, leave, tell
 from conf.errors import UserError, choices
-from conf.overrides import argument, finished, form_of, option_of, readable, with_typed_keys
+from conf.overrides import UNSAID, argument, finished, form_of, option_of, readable, with_typed_keys
 from conf.slurm_launcher import check_launcher, prepare_launcher
-from conf.sweep import report, run_member
+from conf.sweep import Start, report, run_member
 
 CONF = Path(__file__).parent
 Run = TypeVar("Run")
@@ -51,7 +51,7 @@ def entry(
     register(config_name, schema)
 
     def wrap(main: Callable[[Run], Any]) -> Callable[[], None]:
-        program, sweep = str(Path(inspect.getfile(main)).resolve()), os.urandom(8).hex()
+        program, sweep = str(Path(inspect.getfile(main)).resolve()), Start(os.urandom(8).hex())
 
         @functools.wraps(main)
         def task(composed: DictConfig) -> Any:
@@ -73,10 +73,10 @@ def entry(
             try:
                 prepare_launcher(overrides)
                 if flags in (["-m"], ["--multirun"]):
-                    folder, composed = start_sweep(start, config_name, schema, overrides)
-                    status = report(folder, sweep)
+                    composed = start_sweep(start, config_name, schema, overrides, sweep)
+                    status = report(sweep.folder, sweep.id)
                     if after_sweep is not None:
-                        after_sweep(folder, sweep, composed)
+                        after_sweep(sweep.folder, sweep.id, composed)
                     sys.exit(status)
                 if not flags:  # such as --help
                     compose(config_name, schema, overrides)
@@ -92,9 +92,9 @@ def entry(
 
 
 def start_sweep(
-    start: Callable[[], Any], config_name: str, schema: type, overrides: list[str]
-) -> tuple[Path, DictConfig]:
-    """Run a sweep to its end; returns its folder and the configuration without what was swept.
+    start: Callable[[], Any], config_name: str, schema: type, overrides: list[str], sweep: Start
+) -> DictConfig:
+    """Run a sweep to its end, in the folder that it notes; returns the configuration without what was swept.
 
     Raises:
         UserError: an option or the launcher is wrong; no member was started then.
@@ -110,12 +110,12 @@ def start_sweep(
             parsed = OverridesParser.create().parse_overrides(read)
             fixed = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
             composed = hydra.compose(config_name, fixed, return_hydra_config=True)
-            folder = Path(composed.hydra.sweep.dir)
+            sweep.folder = Path(composed.hydra.sweep.dir).absolute()
         check_launcher(composed.hydra.launcher)
         start()
-    except HydraException as error:
+    except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, schema, dict(zip(read, overrides, strict=True)))) from error
-    return folder, composed
+    return composed
 
 
 def register(config_name: str, schema: type) -> None:
@@ -125,8 +125,13 @@ def register(config_name: str, schema: type) -> None:
 
 
 def folder_name(overrides: str) -> str:
-    """One folder for a member of a sweep, not one per slash in its paths, and no longer than a file system allows."""
-    name = overrides.replace("/", "_")
+    """One folder for a member of a sweep, not one per slash in its paths, and no longer than a file system allows.
+
+    Where two members get the same one, `conf.sweep.claim` tells them apart.
+    """
+    name = (
+        overrides.replace("/", "_").replace("${", "$_").replace(UNSAID, "")
+    )  # Hydra would look for what the braces name
     if len(name.encode()) <= LONGEST_NAME:
         return name
     digest = hashlib.sha256(overrides.encode()).hexdigest()[:12]
@@ -212,7 +217,8 @@ def explain(error: Exception, schema: type, typed: Mapping[str, str]) -> str:
         return f"{file} is not for this command: {reason}"
     if line.startswith("Error merging override") and (key := key_of(error.__cause__, schema)):
         merged = line.removeprefix("Error merging override ")
-        given = next((typed[override] for override in typed if merged.startswith(override)), key)
+        swept = merged.removesuffix(f": {cause}").removeprefix("++")
+        given = next((typed[override] for override in typed if merged.startswith(override)), swept)
         return f"{given}: {wrong_value(cause, key, schema)}"
     return f"{line}: {cause}" if cause not in line else line
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from conf.errors import UserError
+from conf.errors import UserError, did_you_mean
 from conf.overrides import a_path, a_text
 from conf.schema.choices import EditMode, InversionMethod
 from conf.schema.drawing import ModelRun
@@ -111,7 +111,8 @@ class EvaluateEditsRun(ModelRun):
         require(self.reweighted >= 0, f"reweighted={self.reweighted}: must be 0 (off) or positive")
         known = [option.name for option in fields(EditStrength) if option.name != "mode"]
         for name in self.strength:
-            require(name in known, f"strength.{name}: no option of an edit; choose among {', '.join(known)}")
+            listed = ", ".join(known) + did_you_mean(name, known)
+            require(name in known, f"strength.{name}: no option of an edit; choose among {listed}")
         EditStrength(**self.strength)
 
 

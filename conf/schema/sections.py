@@ -158,7 +158,10 @@ class StreamConfig:
         require(self.window >= 0, f"stream.window={self.window}: must be 0 (all shards) or positive")
         require_positive(self, "cache_gb", "timeout_s", group="stream.")
         for folder, weight in self.mix.items():
-            require(weight > 0, f"stream.mix: the weight of '{folder}' is {weight}: must be positive; leave out what shall not be read")
+            require(
+                weight > 0,
+                f"stream.mix: the weight of '{folder}' is {weight}: must be positive; leave out what shall not be read",
+            )
 
 
 @dataclass(kw_only=True, slots=True)

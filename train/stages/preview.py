@@ -201,7 +201,7 @@ def rejects_of(folder: Path) -> list[dict[str, Any]]:
     """What the makers of the data set left out: of this side, or of the build as a whole."""
     for path in (folder / REJECTS, folder.parent / REJECTS):
         if path.is_file():
-            return [json.loads(line) for line in path.read_text().splitlines()]
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     return []
 
 
