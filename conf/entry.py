@@ -129,9 +129,8 @@ def folder_name(overrides: str) -> str:
 
     Where two members get the same one, `conf.sweep.claim` tells them apart.
     """
-    name = (
-        overrides.replace("/", "_").replace("${", "$_").replace(UNSAID, "")
-    )  # Hydra would look for what the braces name
+    name = overrides.replace("/", "_").replace(UNSAID, "")
+    name = name.replace("${", "$_")  # Hydra would look for what the braces name
     if len(name.encode()) <= LONGEST_NAME:
         return name
     digest = hashlib.sha256(overrides.encode()).hexdigest()[:12]

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 from urllib import parse
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -28,6 +28,7 @@ ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 QUOTED = re.compile(r"""(['"])(?:(?!\1)[^\\]|\\.)*\1""", re.DOTALL)
 SIMPLE = re.compile(r"(?!(?:null|true|false|inf|nan)$)[a-z_/][\w/.@%+-]*|0|[1-9]\d*", re.ASCII | re.IGNORECASE)
 BRACKETS = {"[": "]", "{": "}", "(": ")"}
+Config = TypeVar("Config")
 UNSAID = "\u2060"  # keeps the text "???" from being a value that is missing
 
 
@@ -291,7 +292,7 @@ def with_typed_keys(node: DictConfig, schema: Any) -> None:
                     child[parse.unquote(key.removeprefix(KEY_MARK)) if key.startswith(KEY_MARK) else key] = value
 
 
-def finished(cfg: Any) -> Any:
+def finished(cfg: Config) -> Config:
     """A configuration object whose paths are expanded and whose texts are as typed."""
     for option in dataclasses.fields(cfg):
         value = getattr(cfg, option.name)

@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Any
 
 from conf.errors import UserError, choices, did_you_mean
+from conf.overrides import finished
 from conf.schema import Edit, EditRun
 from conf.schema.editing import EditStrength, numbers_of, phrases_of
 from data.text_files import json_object, lines_of
@@ -69,7 +70,7 @@ def edit_of(options: dict[str, Any]) -> Edit:
     for name, right in sound.items():
         if not right:
             raise UserError(f"{name}={made[name]}: of another type than on the command line")
-    return Edit(**made)
+    return finished(Edit(**made))
 
 
 def checked(name: str, value: Any, default: Any) -> Any:
