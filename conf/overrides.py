@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, cast, get_args, get_origin
 from urllib import parse
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -294,7 +294,7 @@ def with_typed_keys(node: DictConfig, schema: Any) -> None:
 
 def finished(cfg: Config) -> Config:
     """A configuration object whose paths are expanded and whose texts are as typed."""
-    for option in dataclasses.fields(cfg):
+    for option in dataclasses.fields(cast(Any, cfg)):
         value = getattr(cfg, option.name)
         if dataclasses.is_dataclass(value):
             finished(value)

@@ -9,6 +9,7 @@ import json
 import math
 import netrc
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -236,7 +237,8 @@ class WandbCopy:
         run.define_metric(X_AXIS)
         run.define_metric("*", step_metric=X_AXIS)
         self.run = run
-        where = run.url if mode == "online" else f"offline; upload with: wandb sync {Path(run.dir).parent}"
+        sync = ["wandb", "sync", str(Path(run.dir).parent)]
+        where = run.url if mode == "online" else f"offline; upload with: {shlex.join(sync)}"
         say(self.job_type, f"W&B run {self.run_id} ({where})")
 
     def replay(self, rows: list[dict[str, Any]]) -> None:
