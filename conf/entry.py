@@ -18,7 +18,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -71,6 +71,7 @@ def entry(
             sys.argv[1:] = [readable(given, schema) for given in sys.argv[1:]]
             start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
             try:
+                require_text(sys.argv[1:])
                 prepare_launcher(overrides)
                 if flags in (["-m"], ["--multirun"]):
                     composed = start_sweep(start, config_name, schema, overrides, sweep)
@@ -89,6 +90,15 @@ def entry(
         return command
 
     return wrap
+
+
+def require_text(arguments: Sequence[str]) -> None:
+    """Raise UserError where bytes were typed that are no text: no file that we write could name them."""
+    for typed in arguments:
+        try:
+            typed.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{typed!a}: is no UTF-8 text; name files and write texts in UTF-8") from None
 
 
 def start_sweep(

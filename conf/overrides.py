@@ -87,7 +87,9 @@ def readable(override: str, schema: type) -> str:
         return f"{name}={_paths(value)}"
     if option is None:
         return whole_dictionary(override)
-    return whole_dictionary(f"{name}={_value(option, value)}")
+    holds_keys = get_origin(option.type) is dict or section_of(option) is not None
+    read = f"{name}={_value(option, value)}"
+    return whole_dictionary(read) if holds_keys or not value.startswith("{") else read
 
 
 def option_of(schema: Any, name: str) -> dataclasses.Field | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from conf.schema import PlanRun
 from data.shards import atomic_write
@@ -25,7 +26,7 @@ def report(cfg: PlanRun, cost: Cost, console: Console | None = None) -> None:
     for table in (facts(cfg, cost), memory(cfg, cost)):
         console.print(table)
     console.print(verdict(cfg, cost), soft_wrap=True)
-    console.print(f"{path}", soft_wrap=True)
+    console.print(Text(str(path)), soft_wrap=True)
 
 
 def facts(cfg: PlanRun, cost: Cost) -> Table:
