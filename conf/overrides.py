@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, cast, get_args, get_origin
 from urllib import parse
 
@@ -71,6 +71,15 @@ def quoted(text: str, quote: Quote = Quote.single) -> str:
 def encoded(text: str) -> str:
     """A text that OmegaConf takes for no syntax of its own."""
     return f"${{as_typed:{_percent(text)}}}" if "${" in text or text == "???" else text
+
+
+def literally(plain: Any) -> Any:
+    """Plain values whose texts OmegaConf gives back as they are."""
+    if isinstance(plain, Mapping):
+        return {key: literally(value) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return [literally(value) for value in plain]
+    return encoded(plain) if isinstance(plain, str) else plain
 
 
 def _percent(text: str) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from conf import schema
 from conf.entry import compose, to_object, to_plain
 from conf.errors import UserError
-from conf.overrides import PATH, argument, expanded, option_of, readable, split
+from conf.overrides import PATH, argument, expanded, literally, option_of, readable, split
 from conf.schema import BuildRun, EditRun, PipelineRun, SampleRun, UNetRun
 
 AS_TYPED = (
@@ -183,6 +183,15 @@ def test_separators_in_quotes_and_brackets_separate_nothing() -> None:
     assert split("a,[b,c],'d,e',{f: g,h: i}", ",") == ["a", "[b,c]", "'d,e'", "{f: g,h: i}"]
     assert split("it's, that's", ",") == ["it's", " that's"]
     assert split("a\\,b", ",") == ["a\\,b"]
+
+
+def test_texts_read_back_from_a_record(tmp_path: Path) -> None:
+    cfg = compose("train_unet", UNetRun, ["run_dir=x"])
+    for text in AS_TYPED:
+        cfg.sampling.negative_prompt = text
+        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(literally(to_plain(cfg)))))
+        recorded = OmegaConf.merge(OmegaConf.structured(UNetRun), OmegaConf.load(tmp_path / "config.yaml"))
+        assert isinstance(recorded, DictConfig) and to_object(recorded) == cfg
 
 
 def test_yaml_may_name_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:

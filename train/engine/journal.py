@@ -23,6 +23,7 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
+from conf.overrides import literally
 from conf.schema import WandbConfig, WandbMode
 from data.shards import atomic_write
 from train.engine.inbox import Inbox
@@ -76,7 +77,7 @@ class Journal:
         if not is_main:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
+        atomic_write(self.output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(literally(config))).encode())
         self.path = self.output_dir / METRICS
         rows = [row for row in read_metrics(self.path) if row[X_AXIS] <= samples_seen]
         atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
