@@ -203,12 +203,13 @@ def explain(error: Exception, schema: type, typed: Mapping[str, str]) -> str:
     if isinstance(error, OverrideParseException):
         override = error.override.removeprefix("++")
         name = override.partition("=")[0]
-        written, equals, _ = typed.get(error.override, "").partition("=")
+        written, equals, value = typed.get(error.override, "").partition("=")
         option = option_of(schema, written)
         if equals and option is not None and get_origin(option.type) is dict:
             return f"cannot read '{typed[error.override]}': {written} is {form_of(option)}"
         quoted = f"'{name}=\"VALUE\"' where it has special characters"
-        return f"cannot read '{override}': write {name}=VALUE, and {quoted}"
+        here = f": {argument(written, value)}" if option is not None and option.type in (str, str | None) else ""
+        return f"cannot read '{override}': write {name}=VALUE, and {quoted}{here}"
     if "Ambiguous value for argument" in line:
         return several(next((typed[override] for override in typed if f"'{override}'" in line), line), schema)
     cause = "" if error.__cause__ is None else first_line(error.__cause__)

@@ -220,6 +220,8 @@ def test_a_long_name_stays_unique_and_within_the_limit() -> None:
         ("sampling.size=64,64", r"sampling\.size=64,64: several values: write 'sampling\.size=\[64,64\]' for a list"),
         ("optim.lr=1,2", r"optim\.lr=1,2: several values: give one, or start a sweep over them with -m"),
         ("run_dir=${nothing}", r"run_dir: Interpolation key 'nothing' not found"),
+        ("output_dir=a=b", r"where it has special characters: 'output_dir=\"a=b\"'"),
+        ("init_from=über", r"where it has special characters: 'init_from=\"über\"'"),
         ("experiment=5", "."),
     ],
 )
