@@ -68,10 +68,10 @@ def entry(
         @functools.wraps(main)
         def command() -> None:
             flags, overrides = ([a for a in sys.argv[1:] if a.startswith("-") is flag] for flag in (True, False))
-            sys.argv[1:] = [readable(given, schema) for given in sys.argv[1:]]
             start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
             try:
                 require_text(sys.argv[1:])
+                sys.argv[1:] = [readable(given, schema) for given in sys.argv[1:]]
                 prepare_launcher(overrides)
                 if flags in (["-m"], ["--multirun"]):
                     composed = start_sweep(start, config_name, schema, overrides, sweep)

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from enum import EnumMeta
 from typing import Any, TypeVar, cast, get_args, get_origin
 from urllib import parse
 
@@ -187,10 +188,10 @@ def _paths(raw: str) -> str:
     """Paths with the home folder in place of `~`, which Hydra's grammar does not know."""
     if "~" not in raw:
         return raw
-    members = [unquoted(member) if _is_quoted(member) else member for member in split(raw, ",")]
-    if not any(member.startswith("~") for member in members):
-        return raw
-    return ",".join(quoted(expanded(member)) if member.startswith("~") else member for member in members)
+    members = split(raw, ",")
+    paths = [unquoted(member) if _is_quoted(member) else member for member in members]
+    home = [quoted(expanded(path)) if path.startswith("~") else "" for path in paths]
+    return ",".join(path or member for path, member in zip(home, members, strict=True))
 
 
 def _is_one_value(raw: str) -> bool:
@@ -239,7 +240,12 @@ def form_of(option: dataclasses.Field) -> str:
     if kind is list:
         return "a list: [VALUE,VALUE]"
     kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return next(form for found in (option.type, *get_args(option.type)) if (form := kinds.get(found)))
+    for found in (option.type, *get_args(option.type)):
+        if isinstance(found, EnumMeta):
+            return f"one of {', '.join(found.__members__)}"
+        if found in kinds:
+            return kinds[found]
+    return "of another form"
 
 
 def split(raw: str, separator: str) -> list[str]:

@@ -222,6 +222,9 @@ def test_a_long_name_stays_unique_and_within_the_limit() -> None:
         ("run_dir=${nothing}", r"run_dir: Interpolation key 'nothing' not found"),
         ("output_dir=a=b", r"where it has special characters: 'output_dir=\"a=b\"'"),
         ("init_from=über", r"where it has special characters: 'init_from=\"über\"'"),
+        ("sampling.sampler={a: 1}", r"sampling\.sampler=\{a: 1\}: .*ddpm, ddim"),
+        ("runtime.device=[cpu]", r"runtime\.device=\[cpu\]: .*auto, cpu, cuda"),
+        ("runtime.device=null", r"runtime\.device=null: .*; runtime\.device is one of auto, cpu, cuda"),
         ("experiment=5", "."),
     ],
 )

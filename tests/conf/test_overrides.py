@@ -136,6 +136,11 @@ def test_the_home_folder_begins_any_path(typed: str, monkeypatch: pytest.MonkeyP
     assert compose("sample", SampleRun, ["run_dir=x", "inputs=~/é (1).png"]).inputs == ["/home/me/é (1).png"]
 
 
+def test_home_folders_can_be_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert readable('run_dir=~/a,"b, c","~/d"', UNetRun) == """run_dir='/home/me/a',"b, c",'/home/me/d'"""
+
+
 def options(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     for option in dataclasses.fields(kind):
         yield prefix + option.name, option
