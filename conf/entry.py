@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.ending import fail, first_line, leave, tell
-from conf.errors import UserError, choices
+from conf.errors import UserError, choices, did_you_mean
 from conf.overrides import UNSAID, argument, finished, form_of, option_of, readable, with_typed_keys
 from conf.slurm_launcher import check_launcher, prepare_launcher
 from conf.sweep import Start, report, run_member
@@ -73,6 +73,8 @@ def entry(
                 require_text(sys.argv[1:])
                 sys.argv[1:] = [readable(given, schema) for given in sys.argv[1:]]
                 prepare_launcher(overrides)
+                if len(flags) > 1 and {"-m", "--multirun"} & set(flags):
+                    raise UserError(f"{' '.join(flags)}: a sweep takes no other flag; leave out -m or the rest")
                 if flags in (["-m"], ["--multirun"]):
                     composed = start_sweep(start, config_name, schema, overrides, sweep)
                     status = report(sweep.folder, sweep.id)
@@ -221,7 +223,8 @@ def explain(error: Exception, schema: type, typed: Mapping[str, str]) -> str:
         listed = str(error).split("Available options in")[1].split("Config search path")[0]
         what = line.split(": ", 1)[-1]
         wrong = what.split("'")[1].rpartition("/")[2]
-        return f"{what}: {choices(wrong, listed.split()[1:])}"
+        known = listed.split()[1:]
+        return f"{what}: choose one of {', '.join(known)}{did_you_mean(wrong, known)}"
     if line.endswith("raised while composing config:"):  # a file that does not fit: which, and why
         file, reason = line.split("'")[1], str(error).splitlines()[1]
         return f"{file} is not for this command: {reason}"

@@ -182,6 +182,14 @@ def test_members_that_differ_in_what_their_name_leaves_out_keep_apart(program: l
     assert len(set(folders[:2])) == len(set(folders[2:])) == 2
 
 
+def test_a_sweep_takes_no_other_flag(program: list[str]) -> None:
+    ended = sweep(*program, "--cfg", "job")
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        "error: -m --cfg: a sweep takes no other flag; leave out -m or the rest\n",
+    )
+
+
 def test_free_text_can_be_swept(program: list[str], tmp_path: Path) -> None:
     ended = sweep(*program, 'sampling.negative_prompt="a ${x} b","c, d","???"')
     assert ended.returncode == 0, ended.stderr
