@@ -16,10 +16,12 @@ import hashlib
 import inspect
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum, EnumMeta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -31,9 +33,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.ending import fail, first_line, leave, tell
-from conf.errors import UserError
+from conf.errors import UserError, choices, did_you_mean
+from conf.overrides import UNSAID, argument, finished, form_of, option_of, readable, with_typed_keys
 from conf.slurm_launcher import check_launcher, prepare_launcher
-from conf.sweep import report, run_member
+from conf.sweep import Start, report, run_member
 
 CONF = Path(__file__).parent
 Run = TypeVar("Run")
@@ -48,7 +51,7 @@ def entry(
     register(config_name, schema)
 
     def wrap(main: Callable[[Run], Any]) -> Callable[[], None]:
-        program, sweep = str(Path(inspect.getfile(main)).resolve()), os.urandom(8).hex()
+        program, sweep = str(Path(inspect.getfile(main)).resolve()), Start(os.urandom(8).hex())
 
         @functools.wraps(main)
         def task(composed: DictConfig) -> Any:
@@ -64,16 +67,19 @@ def entry(
 
         @functools.wraps(main)
         def command() -> None:
-            sys.argv[1:] = [readable(argument, schema) for argument in sys.argv[1:]]
             flags, overrides = ([a for a in sys.argv[1:] if a.startswith("-") is flag] for flag in (True, False))
             start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
             try:
+                require_text(sys.argv[1:])
+                sys.argv[1:] = [readable(given, schema) for given in sys.argv[1:]]
                 prepare_launcher(overrides)
+                if len(flags) > 1 and {"-m", "--multirun"} & set(flags):
+                    raise UserError(f"{' '.join(flags)}: a sweep takes no other flag; leave out -m or the rest")
                 if flags in (["-m"], ["--multirun"]):
-                    folder, composed = start_sweep(start, config_name, schema, overrides)
-                    status = report(folder, sweep)
+                    composed = start_sweep(start, config_name, schema, overrides, sweep)
+                    status = report(sweep.folder, sweep.id)
                     if after_sweep is not None:
-                        after_sweep(folder, sweep, composed)
+                        after_sweep(sweep.folder, sweep.id, composed)
                     sys.exit(status)
                 if not flags:  # such as --help
                     compose(config_name, schema, overrides)
@@ -88,10 +94,19 @@ def entry(
     return wrap
 
 
+def require_text(arguments: Sequence[str]) -> None:
+    """Raise UserError where bytes were typed that are no text: no file that we write could name them."""
+    for typed in arguments:
+        try:
+            typed.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{typed!a}: is no UTF-8 text; name files and write texts in UTF-8") from None
+
+
 def start_sweep(
-    start: Callable[[], Any], config_name: str, schema: type, overrides: list[str]
-) -> tuple[Path, DictConfig]:
-    """Run a sweep to its end; returns its folder and the configuration without what was swept.
+    start: Callable[[], Any], config_name: str, schema: type, overrides: list[str], sweep: Start
+) -> DictConfig:
+    """Run a sweep to its end, in the folder that it notes; returns the configuration without what was swept.
 
     Raises:
         UserError: an option or the launcher is wrong; no member was started then.
@@ -100,18 +115,19 @@ def start_sweep(
     if "RANK" in os.environ:
         raise UserError("-m under torchrun: start a sweep with python; NPROC=8 gives each member 8 processes")
     register(config_name, schema)
+    read = [readable(override, schema) for override in overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through that it would print by itself
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            parsed = OverridesParser.create().parse_overrides(overrides)
+            parsed = OverridesParser.create().parse_overrides(read)
             fixed = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
             composed = hydra.compose(config_name, fixed, return_hydra_config=True)
-            folder = Path(composed.hydra.sweep.dir)
+            sweep.folder = Path(composed.hydra.sweep.dir).absolute()
         check_launcher(composed.hydra.launcher)
         start()
-    except HydraException as error:
-        raise UserError(explain(error, schema)) from error
-    return folder, composed
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, schema, dict(zip(read, overrides, strict=True)))) from error
+    return composed
 
 
 def register(config_name: str, schema: type) -> None:
@@ -121,8 +137,12 @@ def register(config_name: str, schema: type) -> None:
 
 
 def folder_name(overrides: str) -> str:
-    """One folder for a member of a sweep, not one per slash in its paths, and no longer than a file system allows."""
-    name = overrides.replace("/", "_")
+    """One folder for a member of a sweep, not one per slash in its paths, and no longer than a file system allows.
+
+    Where two members get the same one, `conf.sweep.claim` tells them apart.
+    """
+    name = overrides.replace("/", "_").replace(UNSAID, "")
+    name = name.replace("${", "$_")  # Hydra would look for what the braces name
     if len(name.encode()) <= LONGEST_NAME:
         return name
     digest = hashlib.sha256(overrides.encode()).hexdigest()[:12]
@@ -132,47 +152,25 @@ def folder_name(overrides: str) -> str:
 def compose(config_name: str, schema: type[Run], overrides: list[str]) -> Run:
     """The checked configuration that a command line gives; raises UserError."""
     register(config_name, schema)
+    read = [readable(override, schema) for override in overrides]
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return to_object(hydra.compose(config_name, [readable(override, schema) for override in overrides]))
-    except HydraException as error:
-        raise UserError(explain(error, schema)) from error
-
-
-def readable(override: str, schema: type) -> str:
-    """An override as Hydra reads it: one of free text needs no quotes, nor does a dictionary its declaration."""
-    name, equals, value = override.partition("=")
-    texts = [option.name for option in dataclasses.fields(schema) if option.metadata.get("text")]
-    if name not in texts or not equals or value in ("", "null") or value[0] in "'\"":
-        return whole_dictionary(override)
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
-    return f"{name}='{escaped}'"
-
-
-def whole_dictionary(override: str) -> str:
-    """An override that Hydra takes although it cannot see its option in the schema.
-
-    These are keys of a dictionary, as in `stream.mix={...}`, and all of a section that is absent by default, as in
-    `conditions.boxes.most=8`: they are handed over as the value of the option that begins their name.
-    """
-    dictionary = re.match(r"([A-Za-z_]\w*)\.?([\w.]*)=(\{.*)", override, re.DOTALL)
-    absent = re.match(r"(conditions)\.(\w+\.[\w.]+)=(.*)", override, re.DOTALL)
-    if (found := dictionary or absent) is None:
-        return override
-    first, rest, value = found.groups()
-    for name in reversed(rest.split(".") if rest else []):
-        value = f"{{{name}: {value}}}"
-    return f"++{first}={value}"
+            composed = hydra.compose(config_name, read)
+    except Exception as error:  # Hydra has no one class for what it cannot read
+        raise UserError(explain(error, schema, dict(zip(read, overrides, strict=True)))) from error
+    return to_object(composed)
 
 
 def to_object(composed: DictConfig) -> Any:
     """Dataclasses of a composed configuration; their own checks run here."""
     try:
-        return OmegaConf.to_object(composed)
+        with_typed_keys(composed, OmegaConf.get_type(composed))
+        return finished(OmegaConf.to_object(composed))
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise UserError(first_line(error)) from error
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{where}{first_line(error)}") from error
     except AttributeError as error:  # +name=value adds what no schema declares
         known = options(OmegaConf.structured(OmegaConf.get_type(composed)))
         added = [name for name in options(composed) if name not in known]
@@ -181,17 +179,41 @@ def to_object(composed: DictConfig) -> Any:
 
 def to_plain(cfg: Any) -> dict[str, Any]:
     """The configuration as plain values, for records."""
-    return OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True, enum_to_str=True)  # type: ignore[return-value]
+    return {option.name: _plain(getattr(cfg, option.name)) for option in dataclasses.fields(cfg)}
 
 
-def explain(error: Exception, schema: type) -> str:
-    """One line of a Hydra error; a misspelt option gets its nearest neighbours."""
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_plain(value)
+    if isinstance(value, dict):
+        return {key: _plain(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_plain(member) for member in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def explain(error: Exception, schema: type, typed: Mapping[str, str]) -> str:
+    """One line of a Hydra error; a misspelt option gets its nearest neighbours.
+
+    Args:
+        error: what Hydra raised.
+        schema: dataclass of the options.
+        typed: what was typed for each override that Hydra read.
+
+    """
     line = first_line(error)
     if isinstance(error, OverrideParseException):
         override = error.override.removeprefix("++")
         name = override.partition("=")[0]
+        written, equals, value = typed.get(error.override, "").partition("=")
+        option = option_of(schema, written)
+        if equals and option is not None and get_origin(option.type) is dict:
+            return f"cannot read '{typed[error.override]}': {written} is {form_of(option)}"
         quoted = f"'{name}=\"VALUE\"' where it has special characters"
-        return f"cannot read '{override}': write {name}=VALUE, and {quoted}"
+        here = f": {argument(written, value)}" if option is not None and option.type in (str, str | None) else ""
+        return f"cannot read '{override}': write {name}=VALUE, and {quoted}{here}"
+    if "Ambiguous value for argument" in line:
+        return several(next((typed[override] for override in typed if f"'{override}'" in line), line), schema)
     cause = "" if error.__cause__ is None else first_line(error.__cause__)
     if "Error merging override" in line and " not in " in cause:
         return no_option(error.__cause__.full_key, options(OmegaConf.structured(schema)))  # type: ignore[union-attr]
@@ -199,11 +221,52 @@ def explain(error: Exception, schema: type) -> str:
         return no_option(line.split("'")[1], options(OmegaConf.structured(schema)))
     if "Available options in" in str(error):
         listed = str(error).split("Available options in")[1].split("Config search path")[0]
-        return f"{line.split(': ', 1)[-1]}: choose one of {', '.join(listed.split()[1:])}"
+        what = line.split(": ", 1)[-1]
+        wrong = what.split("'")[1].rpartition("/")[2]
+        known = listed.split()[1:]
+        return f"{what}: choose one of {', '.join(known)}{did_you_mean(wrong, known)}"
     if line.endswith("raised while composing config:"):  # a file that does not fit: which, and why
         file, reason = line.split("'")[1], str(error).splitlines()[1]
         return f"{file} is not for this command: {reason}"
+    if line.startswith("Error merging override") and (key := key_of(error.__cause__, schema)):
+        merged = line.removeprefix("Error merging override ")
+        swept = merged.removesuffix(f": {cause}").removeprefix("++")
+        given = next((typed[override] for override in typed if merged.startswith(override)), swept)
+        return f"{given}: {wrong_value(cause, key, schema)}"
     return f"{line}: {cause}" if cause not in line else line
+
+
+def wrong_value(cause: str, key: str, schema: type) -> str:
+    """Why an option cannot have a value, and how one is written."""
+    option = option_of(schema, key)
+    assert option is not None
+    chosen = re.match("Invalid value '(.*)', expected one of", cause)
+    enum = next((kind for kind in (option.type, *get_args(option.type)) if isinstance(kind, EnumMeta)), None)
+    if chosen is not None and enum is not None:
+        return choices(chosen[1], enum.__members__)
+    return f"{cause.rstrip('.')}; {key} is {form_of(option)}"
+
+
+def key_of(error: BaseException | None, schema: type) -> str:
+    """The option that an error of OmegaConf is about, the dictionary where it is one of its keys; empty if unknown."""
+    key = re.sub(r"\[.*", "", str(getattr(error, "full_key", None) or ""))
+    while key and option_of(schema, key) is None:
+        key = key.rpartition(".")[0]
+    return key
+
+
+def several(override: str, schema: type) -> str:
+    """What to say of several values where no sweep was started."""
+    name, _, value = override.partition("=")
+    option = option_of(schema, name.lstrip("+"))
+    kinds = [] if option is None else [get_origin(option.type), option.type, *get_args(option.type)]
+    if list in kinds and not value.startswith("["):
+        one = f"write {shlex.quote(f'{name}=[{value}]')} for a list"
+    elif str in kinds and not {list, dict} & set(kinds):
+        one = f"write {argument(name, value)} for one"
+    else:
+        one = "give one"
+    return f"{override}: several values: {one}, or start a sweep over them with -m"
 
 
 def no_option(name: str, known: list[str]) -> str:

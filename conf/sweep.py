@@ -1,50 +1,65 @@
 """Members of a sweep: each is a command of its own, so that one that dies takes nothing else with it.
 
     RUN/sweep/COMMAND/MEMBER/member.json    which start of the sweep ran it last, its overrides, and how it ended
+    RUN/sweep/COMMAND/.elsewhere/DIGEST     folder of a member that lies in another one, as where run_dir is swept
 
 A command's objective is such that less is better; that of a member that failed is infinite.
 """
 
 import ctypes
+import hashlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
 from conf.ending import OUTCOME
+from conf.overrides import expanded, quoted
 from conf.slurm_launcher import lost_jobs
 
 RECORD = "member.json"
+ELSEWHERE = ".elsewhere"
 NAME_LENGTH = 128  # characters that W&B shows of a run's name
 SHUTDOWN_S = 600  # torchrun kills processes that take longer to end
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 LIBC = ctypes.CDLL(None)
 
 
-def run_member(program: str, composed: DictConfig, sweep: str) -> float | None:
+@dataclass(slots=True)
+class Start:
+    """One start of a sweep."""
+
+    id: str
+    folder: Path = Path()  # of what concerns all members
+
+
+def run_member(program: str, composed: DictConfig, start: Start) -> float | None:
     """Run one member to its end; returns its objective, or None if the command has none."""
     settings = HydraConfig.get()
-    folder = Path(settings.runtime.output_dir)
-    record = {"sweep": sweep, "name": folder.name, "overrides": list(settings.overrides.task)}
-    write(folder / RECORD, record | {"error": "ended with the process that looked after it"})
+    overrides, excluded = list(settings.overrides.task), settings.job.config.override_dirname.exclude_keys
+    folder, named = Path(settings.runtime.output_dir), set(excluded) - {"experiment"}
+    if not folder.is_relative_to(Path(expanded(composed.run_dir)).absolute()):
+        named -= {"run_dir"}
+    folder = claim(folder, overrides, named, start)
+    record = read(folder / RECORD) or {}
     outcome_file, requeue_file = folder / ".outcome", folder / ".requeue"
     for file in (outcome_file, requeue_file):
         file.unlink(missing_ok=True)
     environment = os.environ | {OUTCOME: str(outcome_file)}
     if in_a_job():
         environment["REQUEUE_FILE"] = str(requeue_file)
-    command = [*launcher(), program, *record["overrides"], *placement(folder, composed)]
+    command = [*launcher(), program, *overrides, *placement(folder, composed)]
     status = follow(command, environment, requeue_file)
     outcome = read(outcome_file) or {}
     outcome_file.unlink(missing_ok=True)
@@ -57,6 +72,45 @@ def run_member(program: str, composed: DictConfig, sweep: str) -> float | None:
         error = None
     write(folder / RECORD, record | {"objective": objective, "error": error})
     return objective
+
+
+def claim(plain: Path, overrides: list[str], excluded: Set[str], start: Start) -> Path:
+    """The folder of a member, with its record: the one of its name, which is another member's where names are alike.
+
+    Args:
+        plain: the folder of its name, in which slashes are underscores and some options are not told.
+        overrides: all that tells it from others.
+        excluded: options that its name does not tell, and that may differ between two starts of it.
+        start: of the sweep.
+
+    """
+
+    def telling(given: list[str]) -> list[str]:
+        return sorted(override for override in given if override.lstrip("+").partition("=")[0] not in excluded)
+
+    mine = {"sweep": start.id, "overrides": overrides, "error": "ended with the process that looked after it"}
+    plain.mkdir(parents=True, exist_ok=True)
+    found = None if write_new(plain / RECORD, mine) else read(plain / RECORD)
+    folder = plain
+    if found is not None:
+        same_member = telling(found["overrides"]) == telling(overrides)
+        if not same_member or (found["sweep"] == start.id and sorted(found["overrides"]) != sorted(overrides)):
+            digest = hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:12]
+            folder = plain / digest if plain == start.folder else plain.with_name(f"{plain.name}-{digest}")
+            folder.mkdir(parents=True, exist_ok=True)
+    mine["name"] = folder.name if folder.parent == start.folder else str(folder)
+    write(folder / RECORD, mine)
+    if folder.parent != start.folder:
+        pointer = start.folder / ELSEWHERE / hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+        pointer.parent.mkdir(parents=True, exist_ok=True)
+        pointer.write_text(str(folder), encoding="utf-8")
+    return folder
+
+
+def records(folder: Path) -> list[Path]:
+    """The records of all members of a sweep, which need not lie in its folder."""
+    elsewhere = (Path(path.read_text(encoding="utf-8")) / RECORD for path in sorted((folder / ELSEWHERE).glob("*")))
+    return [*sorted(folder.glob(f"*/{RECORD}")), *(path for path in elsewhere if path.is_file())]
 
 
 def in_a_job() -> bool:
@@ -77,9 +131,14 @@ def placement(folder: Path, composed: DictConfig) -> list[str]:
     """Overrides that give a member its folder and its place in W&B, as far as the command line leaves that open."""
     chosen = {"output_dir": str(folder)}
     if "wandb" in composed:
-        where = {"group": wandb_group(composed.run_dir, folder.parent), "name": folder.name[:NAME_LENGTH]}
+        where = {"group": wandb_group(composed.run_dir, folder.parent), "name": shortened(folder.name, NAME_LENGTH)}
         chosen |= {f"wandb.{name}": value for name, value in where.items() if composed.wandb[name] is None}
-    return [f"{name}={QuotedString(value, Quote.single).with_quotes()}" for name, value in chosen.items()]
+    return [f"{name}={quoted(value)}" for name, value in chosen.items()]
+
+
+def shortened(name: str, length: int) -> str:
+    """A name of at most so many characters, which tells as much apart."""
+    return name if len(name) <= length else f"{name[: length - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def wandb_group(run_dir: str, folder: Path) -> str:
@@ -140,6 +199,20 @@ def write(path: Path, content: dict[str, Any]) -> None:
     draft.replace(path)
 
 
+def write_new(path: Path, content: dict[str, Any]) -> bool:
+    """Write a file that is not there yet, whole at once; returns whether it was not."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(content))
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links: members that start at once are then the user's care
+        draft.replace(path)
+    draft.unlink(missing_ok=True)
+    return True
+
+
 def read(path: Path) -> dict[str, Any] | None:
     """Content of a file that may not be there."""
     with suppress(FileNotFoundError, ValueError):
@@ -149,10 +222,10 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def report(folder: Path, sweep: str) -> int:
-    """Print the members of a sweep, the best first and the failed last; returns the exit status, 1 if one failed."""
-    records = [record for path in folder.glob(f"*/{RECORD}") if (record := read(path)) and record["sweep"] == sweep]
-    failed = [record for record in records if record["error"]]
-    finished = [record for record in records if not record["error"]]
+    """Print the members of a sweep, best first, failed last; returns the exit status: 1 if one failed or none ran."""
+    members = [record for path in records(folder) if (record := read(path)) and record["sweep"] == sweep]
+    failed = [record for record in members if record["error"]]
+    finished = [record for record in members if not record["error"]]
     print("\nobjective   member")
     for record in sorted(finished, key=lambda record: record["objective"] or 0):
         print(f"{'-' if record['objective'] is None else format(record['objective'], '.6g'):<12}{record['name']}")
@@ -161,4 +234,4 @@ def report(folder: Path, sweep: str) -> int:
     for line in lost_jobs:
         print(f"lost        {line}")
     sys.stdout.flush()
-    return 1 if failed or lost_jobs else 0
+    return 1 if failed or lost_jobs or not members else 0

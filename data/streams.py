@@ -1,8 +1,8 @@
 """What a training sees: one data set, or several with their shares of one stream."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,9 +11,10 @@ from conf.errors import UserError
 from conf.schema import ImageConfig, StreamConfig
 from data.datasets import Batch, ImageDataset
 from data.latent_dataset import LatentDataset, Layout
-from data.manifest import Manifest
+from data.manifest import REMEDY, Manifest
 from data.order import Mix
 
+Dataset = TypeVar("Dataset")
 SEED_STRIDE = 1_000_003  # between the seeds of the data sets of a mix
 
 
@@ -50,7 +51,7 @@ class Mixed:
 
 def image_stream(folder: str, images: ImageConfig, seed: int, stream: StreamConfig) -> ImageDataset | Mixed:
     """What a training on images and captions sees: FOLDER/train, and its share of each data set of the mix."""
-    members = [ImageDataset(f"{f}/train", images, s, stream) for f, s in _members(folder, seed, stream)]
+    members = _members(folder, seed, stream, lambda train, own_seed: ImageDataset(train, images, own_seed, stream))
     return members[0] if len(members) == 1 else Mixed(members, [1.0, *stream.mix.values()], seed)
 
 
@@ -59,7 +60,7 @@ def latent_stream(
 ) -> tuple[LatentDataset | Mixed, list[Manifest]]:
     """Likewise for cached latents; with the manifests, which must fit the run."""
     run = stream.bucket_run or global_batch
-    members = [LatentDataset(f"{f}/train", s, stream, run) for f, s in _members(folder, seed, stream)]
+    members = _members(folder, seed, stream, lambda train, own_seed: LatentDataset(train, own_seed, stream, run))
     if len(members) > 1 and any(len(member.layouts) > 1 for member in members):
         raise UserError("stream.mix: caches with aspect buckets cannot be mixed; precompute with buckets.max_aspect=1")
     for name, member in zip(stream.mix, members[1:], strict=True):
@@ -76,9 +77,18 @@ def _described(layout: Layout) -> str:
     return ", ".join(f"{name} {array}" for name, array in layout.items())
 
 
-def _members(folder: str, seed: int, stream: StreamConfig) -> list[tuple[str, int]]:
-    """Folder and seed of each data set: were the seeds equal, equal positions would be cropped alike."""
-    return [(name, seed + number * SEED_STRIDE) for number, name in enumerate([folder, *stream.mix])]
+def _members(folder: str, seed: int, stream: StreamConfig, read: Callable[[str, int], Dataset]) -> list[Dataset]:
+    """Each data set, by its folder and its seed: were the seeds equal, equal positions would be cropped alike."""
+    members = [read(f"{folder}/train", seed)]
+    for number, name in enumerate(stream.mix, start=1):
+        try:
+            members.append(read(f"{name}/train", seed + number * SEED_STRIDE))
+        except UserError as error:
+            line = str(error)
+            for remedy in REMEDY.values():  # names another option
+                line = line.replace(remedy, "name a folder that holds train/, or leave it out")
+            raise UserError(f"stream.mix: {line}") from None
+    return members
 
 
 def _joined(values: list[Any], rows: list[int]) -> Any:

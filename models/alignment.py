@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from conf.errors import UserError
+from conf.errors import UserError, did_you_mean
 from models.text import END, WORD, TextTower, common, cut_off
 
 QUOTED = 50  # characters of a text in an error
@@ -44,7 +44,10 @@ class Words:
         """
         tokens = self.places(phrase)
         if not tokens:
-            raise UserError(f"'{phrase}' is not in the prompt '{self.text}': choose among {', '.join(self.words)}")
+            near = did_you_mean(phrase, self.words)
+            raise UserError(
+                f"'{phrase}' is not in the prompt '{self.text}': choose among {', '.join(self.words)}{near}"
+            )
         return tokens
 
     def places(self, phrase: str) -> list[int]:

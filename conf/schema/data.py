@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from conf.overrides import a_path
 from conf.schema.choices import DRAWN, CacheDtype, Crop, ImageFormat, Source
 from conf.schema.conditions import ConditionsConfig
 from conf.schema.sections import ImageConfig, RuntimeConfig, WandbConfig, require, require_positive
@@ -38,7 +39,7 @@ class MixedSource:
 
     source: Source = Source.folder  # any but mix
     name: str | None = None  # under which samples and manifest remember it; None: that of the source
-    path: str | None = None  # as that of the build
+    path: str | None = a_path(None)  # as that of the build
     image_column: str = "path"  # of a table: image file, relative to the table's folder
     caption_column: str = "caption"  # of a table: text
     class_from_folder: bool = False  # as that of the build
@@ -53,12 +54,14 @@ class MixedSource:
 class BuildRun:
     """`data/build_shards.py`: any source to WebDataset shards, `train/` and `heldout/`."""
 
-    run_dir: str = MISSING  # the project's folder; stages find each other's results below it
+    run_dir: str = a_path()  # the project's folder; stages find each other's results below it
     name: str = MISSING  # of the project; the default run_dir and the W&B group
     seed: int = 0  # of all that is drawn at random
-    output_dir: str = MISSING  # folder of this command's results; by default one below run_dir
+    output_dir: str = a_path()  # folder of this command's results; by default one below run_dir
     source: Source = Source.demo  # scenes, canvases of objects, one creature, Twitter's emoji, files, shards, several
-    path: str | None = None  # folder: images or .csv, .tsv, .parquet; shards: folder or tars, also http(s)://, s3://
+    path: str | None = a_path(
+        None
+    )  # folder: images or .csv, .tsv, .parquet; shards: folder or tars, also http(s)://, s3://
     sources: list[MixedSource] = field(default_factory=list)  # source=mix: those that are mixed
     filters: FilterConfig = field(default_factory=FilterConfig)
     timeout_s: float = 60.0  # seconds without a byte after which a server of shards counts as dead
@@ -118,13 +121,13 @@ class BucketConfig:
 class PrecomputeRun:
     """`data/precompute_latents.py`: image shards to latent shards."""
 
-    run_dir: str = MISSING
+    run_dir: str = a_path()
     name: str = MISSING
     seed: int = 0
-    output_dir: str = MISSING
-    shards: str = MISSING  # folder that holds train/ and heldout/
-    autoencoder: str = MISSING  # folder with the frozen autoencoder (config.json, safetensors)
-    clip: str = MISSING  # folder with the frozen CLIP, or a pretrained open_clip name; read where a condition needs it
+    output_dir: str = a_path()
+    shards: str = a_path()  # folder that holds train/ and heldout/
+    autoencoder: str = a_path()  # folder with the frozen autoencoder (config.json, safetensors)
+    clip: str = a_path()  # folder with the frozen CLIP, or a pretrained open_clip name; read where a condition needs it
     images: ImageConfig = field(default_factory=ImageConfig)
     conditions: ConditionsConfig = field(default_factory=ConditionsConfig)  # whose arrays are kept beside the moments
     dtype: CacheDtype = CacheDtype.fp16  # of moments and text states on disk
@@ -153,12 +156,12 @@ class PrecomputeRun:
 class PreviewRun:
     """`data/preview.py`: a contact sheet and the statistics of a data set."""
 
-    run_dir: str = MISSING
+    run_dir: str = a_path()
     name: str = MISSING
     seed: int = 0
-    output_dir: str = MISSING
-    data: str = MISSING  # folder of image or latent shards, such as RUN/shards/train
-    autoencoder: str = MISSING  # decodes latents for the sheet
+    output_dir: str = a_path()
+    data: str = a_path()  # folder of image or latent shards, such as RUN/shards/train
+    autoencoder: str = a_path()  # decodes latents for the sheet
     pictures: int = 64  # on the contact sheet, spread over the data set
     samples: int = 20_000  # behind the statistics, at most
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

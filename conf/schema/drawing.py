@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from conf.overrides import a_path, a_text
 from conf.schema.choices import WITH_ETA, Sampler, Spacing
 from conf.schema.sections import RuntimeConfig, require, require_positive
 
@@ -21,7 +22,7 @@ class SamplingConfig:
     guidance_scale: float = 3.0  # 1: no classifier-free guidance
     guidance_rescale: float = 0.0  # 0-1: how far guidance keeps the contrast that the picture has without it
     guidance_interval: list[float] = field(default_factory=list)  # noise levels std/alpha, [above, up to]; []: all
-    negative_prompt: str = ""  # what guidance leads away from, instead of the empty caption
+    negative_prompt: str = a_text("")  # what guidance leads away from, instead of the empty caption
     size: list[int] = field(default_factory=list)  # pixels, [height, width]; []: as in training, or as a given picture
     prompt_syntax: bool = False  # read (words:1.3), [words] and AND in prompts; False: prompts are plain text
 
@@ -55,14 +56,14 @@ class SamplingConfig:
 class ModelRun(SamplingConfig):
     """What the commands share that draw with a trained model."""
 
-    run_dir: str = MISSING
+    run_dir: str = a_path()
     name: str = MISSING
     seed: int = 0  # of the noise; picture i of a prompt uses (seed, prompt, i)
-    unet: str = MISSING  # folder with the exported U-Net
-    lora: str | None = None  # adapters that are merged into it: a .safetensors file, or a folder that holds one
+    unet: str = a_path()  # folder with the exported U-Net
+    lora: str | None = a_path(None)  # adapters that are merged into it: a .safetensors file, or a folder that holds one
     lora_scale: float = 1.0  # factor on what they add to the weights
-    autoencoder: str = MISSING
-    clip: str = MISSING
+    autoencoder: str = a_path()
+    clip: str = a_path()
     tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 

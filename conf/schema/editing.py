@@ -5,14 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from omegaconf import MISSING
-
-from conf.errors import UserError
+from conf.errors import UserError, did_you_mean
+from conf.overrides import a_path, a_text
 from conf.schema.choices import EditMode, InversionMethod
 from conf.schema.drawing import ModelRun
 from conf.schema.sections import WandbConfig, require, require_positive
-
-TEXT = {"text": True}  # metadata of options that the command line takes as they are, with commas and colons
 
 
 @dataclass(kw_only=True)
@@ -42,7 +39,7 @@ class Edit(EditStrength):
 
     prompt: str  # of the source
     edit: str | None = None  # prompt of the edited picture; None: the same
-    image: str | None = None  # file with the source; None: it is drawn
+    image: str | None = a_path(None)  # file with the source; None: it is drawn
     weights: Mapping[str, float] = field(default_factory=dict)  # factor of the attention that words get; 0: none
     until: Mapping[str, float] = field(default_factory=dict)  # replace_until of words
     blend: Sequence[str] = ()  # words where the picture may change; none: everywhere
@@ -64,16 +61,16 @@ class Edit(EditStrength):
 class EditRun(ModelRun, EditStrength):
     """`train/edit.py`: pictures before and after edits of their prompts, and what their words look at."""
 
-    run: str = MISSING  # the run folder, in short; run_dir=FOLDER says the same
-    output_dir: str = MISSING
-    prompt: str | None = field(default=None, metadata=TEXT)  # of the picture before
-    edit: str | None = field(default=None, metadata=TEXT)  # prompt of the picture after; None: the same
-    image: str | None = None  # file with the picture before, which prompt describes; None: it is drawn
+    run: str = a_path()  # the run folder, in short; run_dir=FOLDER says the same
+    output_dir: str = a_path()
+    prompt: str | None = a_text(None)  # of the picture before
+    edit: str | None = a_text(None)  # prompt of the picture after; None: the same
+    image: str | None = a_path(None)  # file with the picture before, which prompt describes; None: it is drawn
     inversion: InversionMethod = InversionMethod.negative_prompt  # how guidance is kept from changing a given picture
-    weights: str = field(default="", metadata=TEXT)  # factor of the attention that words get: "smiling:2.0,navy:0"
-    until: str = field(default="", metadata=TEXT)  # replace_until of single words: "red:0.4,planet:1"
-    blend: str = field(default="", metadata=TEXT)  # words where the picture may change: "monster,horns"; "": everywhere
-    edits_file: str | None = None  # a JSON object a line, with the options above that differ from edit to edit
+    weights: str = a_text("")  # factor of the attention that words get: "smiling:2.0,navy:0"
+    until: str = a_text("")  # replace_until of single words: "red:0.4,planet:1"
+    blend: str = a_text("")  # words where the picture may change: "monster,horns"; "": everywhere
+    edits_file: str | None = a_path(None)  # a JSON object a line, with the options above that differ from edit to edit
     images_per_edit: int = 1  # pictures drawn of each edit; of one of a given picture always 1
     maps: bool = True  # show what each word looks at
     batch_size: int = 16  # edits made together; changes no picture
@@ -98,10 +95,10 @@ class EditRun(ModelRun, EditStrength):
 class EvaluateEditsRun(ModelRun):
     """`train/evaluate_edits.py`: do edits change what they say, and nothing else? On the demo set's captions."""
 
-    run: str = MISSING  # the run folder, in short; run_dir=FOLDER says the same
-    shards: str = MISSING  # of the demo set: train/ for the probe, heldout/ for what is edited
-    statistics_dir: str = MISSING  # where the probe is kept
-    output_dir: str = MISSING
+    run: str = a_path()  # the run folder, in short; run_dir=FOLDER says the same
+    shards: str = a_path()  # of the demo set: train/ for the probe, heldout/ for what is edited
+    statistics_dir: str = a_path()  # where the probe is kept
+    output_dir: str = a_path()
     strength: dict[str, Any] = field(default_factory=dict)  # options of all edits; {}: those that suit each sort
     edits_per_sort: int = 20  # colors, backgrounds, kinds, added and removed parts
     reweighted: int = 40  # prompts of which a word is weighted; 0: none
@@ -114,7 +111,8 @@ class EvaluateEditsRun(ModelRun):
         require(self.reweighted >= 0, f"reweighted={self.reweighted}: must be 0 (off) or positive")
         known = [option.name for option in fields(EditStrength) if option.name != "mode"]
         for name in self.strength:
-            require(name in known, f"strength.{name}: no option of an edit; choose among {', '.join(known)}")
+            listed = ", ".join(known) + did_you_mean(name, known)
+            require(name in known, f"strength.{name}: no option of an edit; choose among {listed}")
         EditStrength(**self.strength)
 
 

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
-
+from conf.overrides import a_path
 from conf.schema.choices import EvaluationSubject, JudgeName, Perceptual
 from conf.schema.drawing import ModelRun
 from conf.schema.sections import (
@@ -28,9 +27,9 @@ class LoopEvaluationConfig:
     """Metrics `eval/loop/…` at each evaluation of a U-Net's training; few pictures, so they only show the direction."""
 
     samples: int = 0  # pictures drawn of held-out captions, with `sampling`; 0: none, and shards are not needed
-    shards: str = MISSING  # folder whose heldout/ has the captions and the real pictures
-    statistics_dir: str = MISSING  # where what was measured of real pictures is kept
-    inception: str | None = None  # file with the Inception weights of the FID; None: only fd_efficientnet
+    shards: str = a_path()  # folder whose heldout/ has the captions and the real pictures
+    statistics_dir: str = a_path()  # where what was measured of real pictures is kept
+    inception: str | None = a_path(None)  # file with the Inception weights of the FID; None: only fd_efficientnet
     batch_size: int = 32  # pictures made together
 
     def __post_init__(self) -> None:
@@ -44,19 +43,21 @@ class LoopEvaluationConfig:
 class EvaluateRun(ModelRun):
     """`train/evaluate.py`: pictures of held-out prompts, or those that an autoencoder gives back, against real ones."""
 
-    output_dir: str = MISSING
+    output_dir: str = a_path()
     subject: EvaluationSubject = EvaluationSubject.unet  # what is evaluated
-    shards: str = MISSING
-    captions: str = MISSING  # folder of image shards: its captions are drawn, or its pictures given back
-    reference: str = MISSING  # real pictures: a folder of image shards, or statistics in a .safetensors or .npz file
-    others: str | None = None  # more real pictures, a folder of shards: how many lie nearer to reference than to these?
-    statistics_dir: str = MISSING  # where what was measured of real pictures is kept
-    unet: str = MISSING  # folder with the exported U-Net; with watch=true the one that its training will write
+    shards: str = a_path()
+    captions: str = a_path()  # folder of image shards: its captions are drawn, or its pictures given back
+    reference: str = a_path()  # real pictures: a folder of image shards, or statistics in a .safetensors or .npz file
+    others: str | None = a_path(
+        None
+    )  # more of them, a folder of shards: how many lie nearer to reference than to these?
+    statistics_dir: str = a_path()  # where what was measured of real pictures is kept
+    unet: str = a_path()  # folder with the exported U-Net; with watch=true the one that its training will write
     images: ImageConfig = field(default_factory=ImageConfig)
     samples: int = 128  # pictures; a caption is drawn again, with other noise, where there are fewer
     batch_size: int = 32  # pictures made together
-    inception: str | None = None  # file with the Inception weights of the FID; None: only offline metrics
-    clip_score: str | None = None  # CLIP that compares pictures with captions: a folder, or open_clip's NAME/TAG
+    inception: str | None = a_path(None)  # file with the Inception weights of the FID; None: only offline metrics
+    clip_score: str | None = a_path(None)  # CLIP that compares pictures with captions: folder, or open_clip's NAME/TAG
     perceptual: Perceptual = Perceptual.efficientnet  # distance between a picture and its original
     prompt_following: bool = False  # train the probe and score kind, background and colour (demo set only)
     judges: list[JudgeName] = field(default_factory=list)  # of labels that pictures are drawn of: each trains a probe

@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from conf.overrides import a_path
+
 
 @dataclass(kw_only=True, slots=True)
 class PipelineRun:
     """`train/pipeline.py`: all stages; each takes its own options as STAGE.option=value."""
 
-    run_dir: str = MISSING
+    run_dir: str = a_path()
     name: str = MISSING
     seed: int = 0
     processes: int = 1  # processes per training stage, started with torchrun

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from conf.overrides import PATH, TEXT, a_path
 from conf.schema.choices import CacheDtype, ExportFormat
 from conf.schema.drawing import ModelRun
 from conf.schema.sections import require, require_positive
@@ -13,11 +14,13 @@ from conf.schema.sections import require, require_positive
 class SampleRun(ModelRun):
     """`train/sample.py`: prompts to PNGs, a captioned grid and a film strip."""
 
-    output_dir: str = MISSING
-    prompts: list[str] = field(default_factory=list)  # 'prompts=["a red planet"]'; without text, classes or boxes
-    prompts_file: str | None = None  # a text file, one prompt a line
-    prompts_from: str | None = None  # folder of image shards, such as RUN/shards/heldout: its captions are prompts
-    inputs: list[str] = field(default_factory=list)  # pictures' files, each with KEY.mask.png, KEY.txt … beside it
+    output_dir: str = a_path()
+    prompts: list[str] = field(default_factory=list, metadata=TEXT)  # one, or '["one","two"]'; or classes, boxes
+    prompts_file: str | None = a_path(None)  # a text file, one prompt a line
+    prompts_from: str | None = a_path(None)  # folder of shards, such as RUN/shards/heldout: its captions are prompts
+    inputs: list[str] = field(
+        default_factory=list, metadata=TEXT | PATH
+    )  # files; each with KEY.mask.png, KEY.txt … beside it
     prompts_from_samples: int = 64  # of that folder, from its first sample on; 0: all
     images_per_prompt: int = 1  # pictures drawn of each prompt
     film_frames: int = 0  # of film.png, which shows guesses of the picture from the first step to the last; 0: no film
@@ -38,8 +41,8 @@ class SampleRun(ModelRun):
 class PlaygroundRun(ModelRun):
     """`train/playground.py`: a page on which one draws pictures and edits them; it begins with these options."""
 
-    run_dir: str = MISSING  # a run, or a folder with a model_index.json: an export, or one in the format of the Hub
-    examples: str = MISSING  # folder of image shards, whose first captions are offered as prompts if it is there
+    run_dir: str = a_path()  # a run, or a folder with a model_index.json: an export, or one in the format of the Hub
+    examples: str = a_path()  # folder of image shards, whose first captions are offered as prompts if it is there
     film_frames: int = 8  # of the strip that shows a picture on its way out of the noise
     host: str = "127.0.0.1"  # address to listen on: this machine's own; 0.0.0.0 lets in everybody who can reach it
     port: int = 7860  # to listen on; 0: any free one
@@ -56,13 +59,13 @@ class PlaygroundRun(ModelRun):
 class ExportRun:
     """`train/export.py`: a trained model as other programs load it."""
 
-    run_dir: str = MISSING
+    run_dir: str = a_path()
     name: str = MISSING
     seed: int = 0
-    output_dir: str = MISSING
-    unet: str = MISSING
-    autoencoder: str = MISSING
-    clip: str = MISSING
+    output_dir: str = a_path()
+    unet: str = a_path()
+    autoencoder: str = a_path()
+    clip: str = a_path()
     format: ExportFormat = ExportFormat.diffusers  # compvis: one file OUTPUT_DIR.safetensors
     dtype: CacheDtype = CacheDtype.fp32  # of the weights on disk
 
@@ -71,11 +74,11 @@ class ExportRun:
 class AverageRun:
     """`train/average.py`: an export of the U-Net with another average of its weights."""
 
-    run_dir: str = MISSING
+    run_dir: str = a_path()
     name: str = MISSING
     seed: int = 0
-    output_dir: str = MISSING
-    trained: str = MISSING  # folder of the U-Net's training, which is finished
+    output_dir: str = a_path()
+    trained: str = a_path()  # folder of the U-Net's training, which is finished
     sigma_rel: float | None = None  # width relative to the run, of an average put together from those of ema.posthoc
     half_life_samples: float | None = None  # instead: one of ema.half_life_samples and ema.more_half_lives
     samples_seen: int | None = None  # moment in the run; None: its end, or the newest checkpoint

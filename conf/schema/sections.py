@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from conf.errors import UserError
+from conf.overrides import PATH, a_path
 from conf.schema.choices import (
     BackendName,
     BetaSchedule,
@@ -146,8 +147,8 @@ class StreamConfig:
     window: int = 0  # shards whose samples are mixed at a time; 0: all, each epoch a full permutation
     skip_broken: bool = False  # leave out samples that cannot be read, and name them, instead of ending the run
     verify: bool = False  # compare each shard with the SHA-256 of its manifest when it is first opened
-    mix: dict[str, float] = field(default_factory=dict)  # further data sets: folder: weight (the first one's is 1)
-    cache_dir: str | None = None  # for remote shards; None: a folder below $TMPDIR, which should be a local disk
+    mix: dict[str, float] = field(default_factory=dict, metadata=PATH)  # {FOLDER: WEIGHT}; the first data set's is 1
+    cache_dir: str | None = a_path(None)  # for remote shards; None: below $TMPDIR, which should be a local disk
     cache_gb: float = 100.0  # of them on that disk, at most, in 10^9 bytes; shared by the processes of a machine
     timeout_s: float = 60.0  # seconds without a byte after which a server counts as dead
     bucket_run: int = 0  # samples of one shape in a row, in a cache with aspect buckets; 0: the global batch
@@ -157,7 +158,10 @@ class StreamConfig:
         require(self.window >= 0, f"stream.window={self.window}: must be 0 (all shards) or positive")
         require_positive(self, "cache_gb", "timeout_s", group="stream.")
         for folder, weight in self.mix.items():
-            require(weight > 0, f"stream.mix: the weight of '{folder}' is {weight}: must be positive")
+            require(
+                weight > 0,
+                f"stream.mix: the weight of '{folder}' is {weight}: must be positive; leave out what shall not be read",
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from conf.networks import AutoencoderConfig, ClipConfig, DiscriminatorConfig, UNetConfig
+from conf.overrides import a_path
 from conf.schema.choices import Adversarial, BackendName, Perceptual, Reconstruction
 from conf.schema.conditions import ConditionsConfig
 from conf.schema.drawing import SamplingConfig
@@ -43,12 +44,12 @@ class AutoencoderLossConfig:
 class AutoencoderRun:
     """`train/train_autoencoder.py`."""
 
-    run_dir: str = MISSING
+    run_dir: str = a_path()
     name: str = MISSING
     seed: int = 0
-    output_dir: str = MISSING
-    shards: str = MISSING  # folder that holds train/ and heldout/
-    init_from: str | None = None  # to start from: folder in diffusers' format, or CompVis checkpoint in one file
+    output_dir: str = a_path()
+    shards: str = a_path()  # folder that holds train/ and heldout/
+    init_from: str | None = a_path(None)  # to start from: folder in diffusers' format, or one file of CompVis
     images: ImageConfig = field(default_factory=ImageConfig)
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -74,11 +75,11 @@ class AutoencoderRun:
 class ClipRun:
     """`train/train_clip.py`."""
 
-    run_dir: str = MISSING
+    run_dir: str = a_path()
     name: str = MISSING
     seed: int = 0
-    output_dir: str = MISSING
-    shards: str = MISSING
+    output_dir: str = a_path()
+    shards: str = a_path()
     images: ImageConfig = field(default_factory=ImageConfig)
     model: ClipConfig = field(default_factory=ClipConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -119,14 +120,14 @@ class LoraConfig:
 class UNetRun:
     """`train/train_unet.py`."""
 
-    run_dir: str = MISSING
+    run_dir: str = a_path()
     name: str = MISSING
     seed: int = 0
-    output_dir: str = MISSING
-    latents: str = MISSING  # folder that holds train/ and heldout/
-    autoencoder: str = MISSING  # must be the one that made the latents; decodes the sample grids
-    clip: str = MISSING  # likewise; encodes the prompts of the sample grids
-    init_from: str | None = None
+    output_dir: str = a_path()
+    latents: str = a_path()  # folder that holds train/ and heldout/
+    autoencoder: str = a_path()  # must be the one that made the latents; decodes the sample grids
+    clip: str = a_path()  # likewise; encodes the prompts of the sample grids
+    init_from: str | None = a_path(None)
     sample_prompts: int = 16  # held-out samples whose conditions are drawn at each evaluation
     conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
     model: UNetConfig = field(default_factory=UNetConfig)

@@ -201,6 +201,44 @@ def test_a_long_name_stays_unique_and_within_the_limit() -> None:
     assert len(names) == 3 and all(len(name.encode()) <= entry.LONGEST_NAME for name in names)
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "wandb.mode=ofline",
+            r"wandb\.mode=ofline: choose one of offline, online, auto, disabled; did you mean offline",
+        ),
+        ("sampling.sampler=EULER", r"sampling\.sampler=EULER: choose one of euler, .*; did you mean euler\?"),
+        ("sampling={sampler: dpm++_2m}", r"sampling=\{sampler: dpm\+\+_2m\}: choose one of dpmpp_2m, "),
+        ("model=sdx", r"Could not find 'model/sdx': choose one of kl_f16, .*; did you mean sdxl\?"),
+        ("experiment=smokee", r"choose one of class, class_demo, .*; did you mean smoke\?"),
+        ("optim.lr=[1]", r"optim\.lr=\[1\]: .*; optim\.lr is a number"),
+        ("seed=1.5", r"seed=1\.5: .*; seed is a whole number"),
+        ("runtime.compile=yes please", r"runtime\.compile=yes please: .*; runtime\.compile is true or false"),
+        ("sampling.size={a: 1}", r"sampling\.size=\{a: 1\}: .*; sampling\.size is a list: \[VALUE,VALUE\]"),
+        ("run_dir=a,b", r"run_dir=a,b: several values: write 'run_dir=\"a,b\"' for one, or start a sweep"),
+        ("sampling.size=64,64", r"sampling\.size=64,64: several values: write 'sampling\.size=\[64,64\]' for a list"),
+        ("optim.lr=1,2", r"optim\.lr=1,2: several values: give one, or start a sweep over them with -m"),
+        ("run_dir=${nothing}", r"run_dir: Interpolation key 'nothing' not found"),
+        ("output_dir=a=b", r"where it has special characters: 'output_dir=\"a=b\"'"),
+        ("init_from=über", r"where it has special characters: 'init_from=\"über\"'"),
+        ("sampling.sampler={a: 1}", r"sampling\.sampler=\{a: 1\}: .*ddpm, ddim"),
+        ("runtime.device=[cpu]", r"runtime\.device=\[cpu\]: .*auto, cpu, cuda"),
+        ("runtime.device=null", r"runtime\.device=null: .*; runtime\.device is one of auto, cpu, cuda"),
+        ("experiment=5", "."),
+    ],
+)
+def test_the_line_names_the_nearest_choice_or_the_form(argument: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^.*{message}"):
+        compose("train_unet", UNetRun, ["run_dir=x", argument])
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^'prompt=caf\\udce9': is no UTF-8 text"):
+        entry.require_text(["run=x", "prompt=caf\udce9"])
+    entry.require_text(["prompt=café 😀"])
+
+
 def test_a_dictionary_is_taken_as_it_is_written() -> None:
     cfg = compose("train_unet", UNetRun, ["run_dir=x", r"stream.mix={/data/b: 0.5, s3\://c/d: 2}"])
     assert cfg.stream.mix == {"/data/b": 0.5, "s3://c/d": 2.0}

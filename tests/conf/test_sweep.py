@@ -153,6 +153,49 @@ def test_a_sweep_that_cannot_be_composed_starts_no_member(program: list[str], tm
     assert not (tmp_path / "run/starts").exists()
 
 
+def test_members_that_fail_in_run_folders_of_their_own_fail_the_sweep(program: list[str], tmp_path: Path) -> None:
+    folders = f"run_dir={tmp_path}/a,{tmp_path}/b"
+    ended = sweep(*program[:3], folders, "optim.lr=5", "hydra.sweep.dir=${run_dir}/sweep/train_unet")
+    (tmp_path / "a").mkdir(exist_ok=True)
+    assert ended.returncode == 1
+    told = sorted(name for state, name in table(ended.stdout) if state == "failed")
+    assert [name.split(":")[0] for name in told] == [f"{tmp_path}/{run}/sweep/train_unet/optim.lr=5" for run in "ab"]
+
+
+def test_members_whose_names_are_alike_keep_their_folders(program: list[str], tmp_path: Path) -> None:
+    for values in ("x/y,x_y", "x_y,x/y", "x_y"):  # a second start goes on where the first one was
+        ended = sweep(*program, f"latents={values}")
+        assert ended.returncode == 0, ended.stderr
+        assert len(table(ended.stdout)) == len(values.split(","))
+    written = [json.loads(path.read_text()) for path in (tmp_path / "run/sweep/train_unet").glob("*/member.json")]
+    assert sorted(record["overrides"][-1] for record in written) == ["latents=x/y", "latents=x_y"]
+    folders = {line.split(" | ")[1] for line in (tmp_path / "run/starts").read_text().splitlines()}
+    assert len(folders) == 2 and f"{tmp_path}/run/sweep/train_unet/latents=x_y" in folders
+
+
+def test_members_that_differ_in_what_their_name_leaves_out_keep_apart(program: list[str], tmp_path: Path) -> None:
+    ended = sweep(*program, "experiment=none,smoke")
+    assert ended.returncode == 0 and len(table(ended.stdout)) == 2, ended.stderr
+    ended = sweep(*program, "seed=1,2", "hydra.job.config.override_dirname.exclude_keys=[seed,run_dir]")
+    assert ended.returncode == 0 and len(table(ended.stdout)) == 2, ended.stderr
+    folders = [line.split(" | ")[1] for line in (tmp_path / "run/starts").read_text().splitlines()]
+    assert len(set(folders[:2])) == len(set(folders[2:])) == 2
+
+
+def test_a_sweep_takes_no_other_flag(program: list[str]) -> None:
+    ended = sweep(*program, "--cfg", "job")
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        "error: -m --cfg: a sweep takes no other flag; leave out -m or the rest\n",
+    )
+
+
+def test_free_text_can_be_swept(program: list[str], tmp_path: Path) -> None:
+    ended = sweep(*program, 'sampling.negative_prompt="a ${x} b","c, d","???"')
+    assert ended.returncode == 0, ended.stderr
+    assert len(table(ended.stdout)) == 3
+
+
 def test_a_sweep_that_is_ended_lets_its_member_write_a_checkpoint(program: list[str], tmp_path: Path) -> None:
     process = subprocess.Popen([*program, "optim.lr=9,1"], cwd=ROOT, env=environment())
     deadline = time.monotonic() + 60

@@ -98,6 +98,16 @@ def test_a_mix_is_another_data_set_to_a_resumed_run(tmp_path: Path) -> None:
     assert len({alone.digest, *digests}) == 3
 
 
+def test_what_is_wrong_in_a_mix_names_the_mix(tmp_path: Path) -> None:
+    first, nowhere = write_latents(tmp_path / "a", 6), {str(tmp_path / "nowhere"): 1.0}
+    with pytest.raises(
+        UserError, match=r"^stream\.mix: no latents at '.*nowhere/train': name a folder that holds train/"
+    ):
+        latent_stream(str(first), 0, StreamConfig(mix=nowhere), 64)
+    with pytest.raises(UserError, match=r"^no latents at '.*nowhere/train': run data/precompute_latents\.py or set"):
+        latent_stream(*nowhere, 0, StreamConfig(), 64)
+
+
 def test_latents_of_other_shapes_do_not_mix(tmp_path: Path) -> None:
     first, second = write_latents(tmp_path / "a", 6), write_latents(tmp_path / "b", 6, size=4)
     with pytest.raises(UserError, match=r"^stream\.mix: latents in '.*b' have other arrays .*\[1, 4, 4, 4\]"):

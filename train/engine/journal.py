@@ -9,6 +9,7 @@ import json
 import math
 import netrc
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from PIL import Image, PngImagePlugin
 from rich.console import Console
 from rich.text import Text
 
+from conf.overrides import literally
 from conf.schema import WandbConfig, WandbMode
 from data.shards import atomic_write
 from train.engine.inbox import Inbox
@@ -76,7 +78,7 @@ class Journal:
         if not is_main:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
+        atomic_write(self.output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(literally(config))).encode())
         self.path = self.output_dir / METRICS
         rows = [row for row in read_metrics(self.path) if row[X_AXIS] <= samples_seen]
         atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -254,7 +256,8 @@ class WandbCopy:
         run.define_metric(X_AXIS)
         run.define_metric("*", step_metric=X_AXIS)
         self.run = run
-        where = run.url if mode == "online" else f"offline; upload with: wandb sync {Path(run.dir).parent}"
+        sync = ["wandb", "sync", str(Path(run.dir).parent)]
+        where = run.url if mode == "online" else f"offline; upload with: {shlex.join(sync)}"
         say(self.job_type, f"W&B run {self.run_id} ({where})")
 
     def replay(self, rows: list[dict[str, Any]]) -> None:

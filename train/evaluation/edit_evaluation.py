@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from conf.entry import to_plain
@@ -19,6 +18,7 @@ from data.shards import atomic_path, atomic_write
 from models.editing import Edited, edit_pictures
 from models.losses import distance_inside, perceptual_distance
 from models.pipeline import DiffusionPipeline
+from train.engine.figures import to_png
 from train.engine.journal import Journal, say
 from train.engine.pictures import captioned, to_uint8
 from train.engine.precision import autocast
@@ -195,7 +195,7 @@ def write(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: list[Row], cur
     with atomic_path(folder / "edits.png") as path:
         sheet.save(path, "PNG")
     if curves:
-        save(weights_figure(WEIGHTS, curves), folder / "weights.png")
+        atomic_write(folder / "weights.png", to_png(weights_figure(WEIGHTS, curves)))
     for name, lines in (("edits.jsonl", plain), ("weights.jsonl", curves)):
         atomic_write(folder / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
     atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
@@ -208,9 +208,3 @@ def write(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: list[Row], cur
         told = "  ".join(f"{name} {value:.2f}" for name, value in measured.items() if value is not None)
         say("edits", f"{sort:10}  {told}")
     say("edits", f"{folder / 'metrics.json'}, {folder / 'edits.png'}")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """As a PNG, whole or not there."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")

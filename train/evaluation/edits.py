@@ -1,14 +1,14 @@
 """What `train/edit.py` is asked for: one edit of the command line, or a file of them."""
 
-import json
 from dataclasses import MISSING, fields
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError
+from conf.errors import UserError, choices, did_you_mean
+from conf.overrides import finished
 from conf.schema import Edit, EditRun
 from conf.schema.editing import EditStrength, numbers_of, phrases_of
+from data.text_files import json_object, lines_of
 
 STRENGTH = {option.name: option for option in fields(EditStrength)}
 OPTIONS = [option.name for option in fields(Edit)]
@@ -24,13 +24,8 @@ def read_edits(cfg: EditRun) -> list[Edit]:
     common |= {"edit": cfg.edit, "image": cfg.image, "weights": cfg.weights, "until": cfg.until, "blend": cfg.blend}
     if cfg.edits_file is None:
         return [edit_of(common | {"prompt": cfg.prompt})]
-    path = Path(cfg.edits_file)
-    if not path.is_file():
-        raise UserError(f"edits_file={path}: no such file")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"edits_file={path}: is no UTF-8 text; write one JSON object a line") from None
+    path = cfg.edits_file
+    lines = lines_of(path, "edits_file", "write one JSON object a line")
     edits = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -45,15 +40,11 @@ def read_edits(cfg: EditRun) -> list[Edit]:
 
 def options_of(line: str) -> dict[str, Any]:
     """The options in a line."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError('is no JSON object; write {"prompt": "...", "edit": "..."}')
+    found = json_object(line, 'write {"prompt": "...", "edit": "..."}, each on one line')
     unknown = [name for name in found if name not in OPTIONS]
     if unknown:
-        raise UserError(f"no option '{unknown[0]}': choose among {', '.join(OPTIONS)}")
+        near = did_you_mean(unknown[0], OPTIONS)
+        raise UserError(f"no option '{unknown[0]}': choose among {', '.join(OPTIONS)}{near}")
     if not isinstance(found.get("prompt"), str):
         raise UserError('names no prompt; write {"prompt": "...", "edit": "..."}')
     return found
@@ -79,17 +70,17 @@ def edit_of(options: dict[str, Any]) -> Edit:
     for name, right in sound.items():
         if not right:
             raise UserError(f"{name}={made[name]}: of another type than on the command line")
-    return Edit(**made)
+    return finished(Edit(**made))
 
 
 def checked(name: str, value: Any, default: Any) -> Any:
     """A plain value as the type of its default."""
     assert default is not MISSING
     if isinstance(default, Enum) and isinstance(value, str):
-        choices = {choice.value: choice for choice in type(default)}
-        if value not in choices:
-            raise UserError(f"{name}={value}: choose one of {', '.join(choices)}")
-        return choices[value]
+        known = {choice.value: choice for choice in type(default)}
+        if value not in known:
+            raise UserError(f"{name}={value}: {choices(value, known)}")
+        return known[value]
     right = isinstance(value, type(default)) or (isinstance(default, float) and type(value) is int)
     if not right:
         raise UserError(f"{name}={value}: of another type than on the command line")
@@ -98,4 +89,4 @@ def checked(name: str, value: Any, default: Any) -> Any:
 
 def is_numbers(value: Any) -> bool:
     """Whether it gives words a number."""
-    return isinstance(value, dict) and all(isinstance(number, int | float) for number in value.values())
+    return isinstance(value, dict) and all(type(number) in (int, float) for number in value.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Sampler
-from conf.sweep import RECORD, read
+from conf.sweep import RECORD, read, records
 
 SECONDS = "seconds_per_picture"
 AGREEMENT = "eval/prompt_following"  # the mean of what the probe reads
@@ -107,7 +107,7 @@ def undominated(costs: Sequence[tuple[float, float]]) -> list[int]:
 
 def read_sweep(folder: Path, sweep: str) -> Sweep:
     """What stands in a sweep's folder: the members of this start, and earlier ones of the same protocol."""
-    members = [read_member(path) for path in sorted(folder.glob(f"*/{RECORD}"))]
+    members = [read_member(path) for path in records(folder)]
     sound = [member for member in members if member.error is None]
     newest = [member for member in sound if member.sweep == sweep] or sound
     left_out = {member.name: member.error for member in members if member.error is not None}
@@ -129,7 +129,7 @@ def read_member(path: Path) -> Member:
     given = (override.lstrip("+").partition("=") for override in record["overrides"])  # ~NAME has no value
     options = {name: text for name, sign, text in given if sign}
     return Member(
-        name=path.parent.name,
+        name=record.get("name", path.parent.name),
         sweep=record["sweep"],
         options={name: parsed(text) for name, text in options.items() if name.split(".")[0] not in NO_SAMPLING},
         protocol=read(path.with_name("protocol.json")) or {},

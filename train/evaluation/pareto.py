@@ -12,9 +12,10 @@ from typing import Any
 
 from conf.schema import WandbConfig, WandbMode
 from data.shards import atomic_write
+from train.engine.figures import to_png
 from train.engine.journal import METRICS, X_AXIS, WandbCopy, read_metrics, say, wandb_mode
 from train.evaluation.members import AGREEMENT, SECONDS, Member, Sweep, read_sweep
-from train.evaluation.plots import pareto_figure, steps_figure, title, to_png
+from train.evaluation.plots import DPI, pareto_figure, steps_figure, title
 
 STAGE = "pareto"
 
@@ -36,7 +37,7 @@ def run(folder: Path, sweep: str, cfg: WandbConfig, run_dir: str) -> None:
     for name, figure in (("pareto", pareto_figure(found)), ("steps", steps_figure(found))):
         if figure is not None:
             pictures[name] = out / f"{name}.png"
-            atomic_write(pictures[name], to_png(figure))
+            atomic_write(pictures[name], to_png(figure, DPI))
     log(found, folder, cfg, run_dir, pictures)
     say(STAGE, ", ".join(map(str, [out / "table.md", *pictures.values()])))
 

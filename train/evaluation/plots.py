@@ -1,6 +1,5 @@
 """Plots of a sweep over sampling: the distance against what it is traded for, and against the steps."""
 
-import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -195,13 +194,6 @@ def plain_log(axes: Axes, axis: str, drawn: Sequence[float]) -> None:
     of.set_major_locator(LogLocator(subs=(1, 2, 5)))
     of.set_major_formatter(ScalarFormatter())
     of.set_minor_formatter(NullFormatter())
-
-
-def to_png(figure: Figure) -> bytes:
-    """The figure as a file."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DPI)
-    return content.getvalue()
 
 
 def weights_figure(weights: Sequence[float], curves: Sequence[dict[str, Any]]) -> Figure:

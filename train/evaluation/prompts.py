@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from conf.errors import UserError
 from conf.schema import SampleRun, SamplingConfig
 from data.datasets import captions_of
 from data.manifest import REMEDY
+from data.text_files import lines_of
 from models.pipeline import DiffusionPipeline
 from models.prompts import parse, plain
 from train.engine.journal import say
@@ -51,13 +51,8 @@ def read_prompts(cfg: SampleRun) -> list[Prompt]:
 
 def prompts_of_file(path: str) -> list[str]:
     """One a line; empty lines are left out."""
-    if not Path(path).is_file():
-        raise UserError(f"prompts_file={path}: no such file")
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"prompts_file={path}: is no UTF-8 text; write one prompt a line") from None
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = lines_of(path, "prompts_file", "write one prompt a line")
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"prompts_file={path}: holds no prompt; write one a line")
     return prompts

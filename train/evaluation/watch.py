@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from conf.entry import to_object
 from conf.errors import UserError
 from conf.schema import EvaluateRun, UNetRun
 from data.manifest import find_shards
@@ -72,7 +73,9 @@ def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) 
     recorded = OmegaConf.load(trained / "config.yaml")
     assert isinstance(recorded, DictConfig)
     options = OmegaConf.masked_copy(recorded, [option.name for option in fields(UNetRun)])
-    training = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(UNetRun), options))
+    merged = OmegaConf.merge(OmegaConf.structured(UNetRun), options)
+    assert isinstance(merged, DictConfig)
+    training = to_object(merged)
     assert isinstance(training, UNetRun)
     if training.lora.rank > 0:
         raise UserError(f"watch=true: checkpoints in '{trained}' hold adapters only (lora.rank); wait for its export")

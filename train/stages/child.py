@@ -76,7 +76,7 @@ class Child:
 
     def reason(self) -> str:
         """Why it failed, in one line."""
-        text = [RANK.sub("", line).strip() for line in self.text().splitlines()]
+        text = [RANK.sub("", line).strip() for line in self.text().split("\n")]
         lines = [line for line in text if line]
         told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         raised = [line for line in lines if RAISED.match(line) and "ChildFailedError" not in line]

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from conf.schema import PlanRun
 from data.shards import atomic_write
@@ -27,7 +28,7 @@ def report(cfg: PlanRun, cost: Cost, console: Console | None = None) -> None:
     console.print(verdict(cfg, cost), soft_wrap=True)
     if refusal := cfg.refusal():
         console.print(f"train_unet.py refuses this training: {refusal}", soft_wrap=True)
-    console.print(f"{path}", soft_wrap=True)
+    console.print(Text(str(path)), soft_wrap=True)
 
 
 def facts(cfg: PlanRun, cost: Cost) -> Table:

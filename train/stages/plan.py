@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from conf.entry import compose, options, to_plain
-from conf.errors import UserError
+from conf.errors import UserError, did_you_mean
 from conf.schema import (
     AutoencoderRun,
     BuildRun,
@@ -202,7 +202,8 @@ def plan(
     for option, given in (("stages", cfg.stages), ("overrides", list(cfg.overrides))):
         wrong = [name for name in given if name not in names]
         if wrong:
-            raise UserError(f"{option}: no stage '{wrong[0]}'; choose from {', '.join(names)}")
+            near = did_you_mean(wrong[0], names)
+            raise UserError(f"{option}: no stage '{wrong[0]}'; choose from {', '.join(names)}{near}")
     if cfg.processes < 1:
         raise UserError(f"processes={cfg.processes}: must be positive")
     GlobalHydra.instance().clear()  # it holds the pipeline's own composition, and only one at a time

@@ -26,6 +26,7 @@ from data.manifest import MANIFEST, Manifest
 from data.samples import caption_of, fields_of, image_of
 from data.shards import atomic_path, atomic_write
 from models.autoencoder import load_autoencoder
+from train.engine.figures import to_png
 from train.engine.fonts import charted
 from train.engine.journal import say
 from train.engine.pictures import READABLE, boxed, captioned, on_squares, to_uint8
@@ -183,24 +184,23 @@ def charts(survey: Survey) -> Image.Image:
     figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
     for number, (counted, counts) in enumerate(survey.classes.items(), start=len(survey.numbers) + 1):
         axes = figure.add_subplot(rows, columns, number)
-        names, heights = zip(*reversed(counts.most_common(BARS)), strict=True)
-        axes.barh([name[:20] for name in names], heights, color="#4878a8")
+        bars = counts.most_common(BARS)[::-1]
+        axes.barh(range(len(bars)), [count for _, count in bars], color="#4878a8")
+        axes.set_yticks(range(len(bars)), [name[:20] for name, _ in bars])
         axes.set_title(f"{counted} of a class ({len(counts)} classes)", fontsize=10)
     for number, (name, values) in enumerate(survey.numbers.items(), start=1):
         axes = figure.add_subplot(rows, columns, number)
         axes.hist(values, bins=40, color="#4878a8")
         axes.set_title(f"{name} (median {np.median(values):.4g})", fontsize=10)
         axes.set_yticks([])
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return Image.open(buffer)
+    return Image.open(io.BytesIO(to_png(figure)))
 
 
 def rejects_of(folder: Path) -> list[dict[str, Any]]:
     """What the makers of the data set left out: of this side, or of the build as a whole."""
     for path in (folder / REJECTS, folder.parent / REJECTS):
         if path.is_file():
-            return [json.loads(line) for line in path.read_text().splitlines()]
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     return []
 
 

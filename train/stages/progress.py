@@ -11,6 +11,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from train.engine.progress import LINE_EVERY_S, duration
 
@@ -119,7 +120,7 @@ class Display:
             table.add_column(name, justify="right", min_width=len("elapsed"))
         for row in self.rows:
             color = COLORS.get(row.state, "dim")
-            table.add_row(row.name, f"[{color}]{row.state}[/]", *row.cells.values())
+            table.add_row(row.name, Text(row.state, style=color), *row.cells.values())
         return table
 
 
@@ -132,17 +133,17 @@ def line(row: Row) -> str:
 def report(console: Console, paths: Mapping[str, Path], summary: Mapping[str, float]) -> None:
     """The end of a run: metrics, times, and where things are."""
     width = max(map(len, summary), default=0) + 2
-    console.print("\n[bold]metrics[/]")
+    console.print("\nmetrics", style="bold")
     for name, value in summary.items():
         if not name.startswith("seconds/"):
             console.print(f"  {name:<{width}}{value:.4g}", soft_wrap=True)
-    console.print("[bold]time[/]")
+    console.print("time", style="bold")
     for name, value in summary.items():
         if name.startswith("seconds/"):
             console.print(f"  {name.removeprefix('seconds/'):<{width}}{duration(value)}", soft_wrap=True)
-    console.print("[bold]files[/]")
+    console.print("files", style="bold")
     for name, path in paths.items():
-        console.print(f"  {name:<{width}}{path}", soft_wrap=True)
+        console.print(Text(f"  {name:<{width}}{path}"), soft_wrap=True)  # as text: a folder may be called [bold]
 
 
 def tail(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The record of a run: the file is the truth, W&B is a faithful copy that may fail."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,15 @@ def test_offline_wandb_says_what_the_file_says_and_a_resume_continues_the_run(
     assert second.run_id == first.run_id == (tmp_path / "wandb_run_id").read_text()
     # The whole run stands in the newest log: the earlier one may have lost its tail to a kill.
     assert [(r["samples_seen"], r["train/loss"]) for r in wandb_history(tmp_path)] == [(10, 0.5), (20, 0.125)]
+
+
+def test_the_line_for_wandb_can_be_copied_into_a_shell(
+    tmp_path: Path, open_journal: Opener, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_journal(tmp_path / "my (1) 'runs' & $co", OFFLINE).finish()
+    copied = capsys.readouterr().out.partition("upload with: ")[2].strip().removesuffix(")")
+    program, command, folder = shlex.split(copied)
+    assert (program, command) == ("wandb", "sync") and Path(folder).is_relative_to(tmp_path / "my (1) 'runs' & $co")
 
 
 @pytest.mark.parametrize(

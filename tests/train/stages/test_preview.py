@@ -42,6 +42,12 @@ def test_images_are_shown_and_measured(scenes: Any, runtime: Runtime, tmp_path: 
         assert np.asarray(sheet).std() > 20
 
 
+def test_class_names_are_drawn_as_they_are() -> None:
+    names = ["under $5", "over $5", "x^2 $\\frac{$", "<b>&amp;", f"{'a' * 30}b", f"{'a' * 30}c"]
+    survey = preview.Survey(classes={"samples": Counter({name: 3 for name in names}), "boxes": Counter()})
+    assert preview.charts(survey).width > 900
+
+
 def test_classes_are_counted_and_boxes_drawn(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
     page = preview_of(scenes, runtime, scenes.folder / "shards" / "train", tmp_path / "scenes", "pictures=10")
     readers = map(ShardReader, sorted((scenes.folder / "shards" / "train").glob("*.tar")))
