@@ -4,7 +4,6 @@ positions -> sample indices -> records of memory-mapped shards -> tensors. All t
 from (seed, position).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 
 from conf.errors import UserError
+from conf.plain_json import loads
 from conf.schema import ImageConfig, StreamConfig
 from data.buckets import Shape, nearest_shape
 from data.images import Cut, cut_of, open_image, to_pixels, to_tensor
@@ -106,7 +106,7 @@ class ImageDataset:
         content = bytes(next(record[name] for name in IMAGE_EXTENSIONS if name in record))
         try:
             image = open_image(content, self.images.max_pixels)
-            meta = json.loads(bytes(record.get("json", b"{}")))
+            meta = loads(bytes(record.get("json", b"{}")))
             if not isinstance(meta, dict):
                 raise UserError("its .json holds no object")
             labels = {"labels": self._labels(record, meta, image.size)} if self.labels else {}

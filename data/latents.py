@@ -6,7 +6,6 @@ int32 and mostly `KEY.text.npy` [L, D], of each other condition its arrays `KEY.
 """
 
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from conf.errors import UserError
+from conf.plain_json import dumps, loads
 from conf.schema import CacheDtype
 from data.shards import Buffer, ShardInfo, ShardWriter
 
@@ -63,7 +63,7 @@ class LatentWriter:
             files["text.npy"] = encode_npy(self._cast(key, text))
         files |= {f"{name}.npy": encode_npy(array) for name, array in (arrays or {}).items()}
         files["txt"] = caption.encode()
-        files["json"] = json.dumps(meta, sort_keys=True).encode()
+        files["json"] = dumps(meta, sort_keys=True).encode()
         self.shards.add(key, files)
 
     def close(self) -> list[ShardInfo]:
@@ -101,7 +101,7 @@ def read_latent(record: Mapping[str, Any]) -> LatentRecord:
         text=arrays.pop("text", None),
         arrays=arrays,
         caption=bytes(record.get("txt", b"")).decode(),
-        meta=json.loads(bytes(record.get("json", b"{}"))),
+        meta=loads(bytes(record.get("json", b"{}"))),
     )
 
 

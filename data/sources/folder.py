@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf.errors import UserError
+from conf.plain_json import loads
 from conf.schema import BuildRun
 from data.images import SUFFIXES
 from data.labels import MAP, Vocabulary
@@ -113,7 +114,7 @@ class FolderSource:
     def _fields(self, path: str) -> dict[str, Any]:
         """The fields of a JSON file; none where it does not parse: the caption that was needed came from elsewhere."""
         try:
-            fields = json.loads(self._read(path, CAPTION_BYTES))
+            fields = loads(self._read(path, CAPTION_BYTES))
         except (Rejected, ValueError, RecursionError):
             return {}
         return fields if isinstance(fields, dict) else {}
@@ -265,7 +266,7 @@ def _is_plain(value: Any) -> bool:
 def _parse_caption(path: str, content: bytes) -> str:
     try:
         text = content.decode("utf-8-sig")
-        caption = json.loads(text)["caption"] if path.lower().endswith(".json") else text
+        caption = loads(text)["caption"] if path.lower().endswith(".json") else text
     except UnicodeDecodeError as error:
         raise Rejected("not UTF-8") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from conf.errors import UserError
+from conf.plain_json import loads
 from conf.schema import BuildRun
 from data.labels import MAP, Vocabulary
 from data.remote import fetch, is_remote, listed
@@ -139,7 +140,7 @@ def _expanded(path: str, timeout_s: float) -> list[str]:
 
 def _successes(shard: Path) -> int | None:
     try:
-        return int(json.loads(shard.with_name(f"{shard.stem}_stats.json").read_bytes())["successes"])
+        return int(loads(shard.with_name(f"{shard.stem}_stats.json").read_bytes())["successes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -147,7 +148,7 @@ def _successes(shard: Path) -> int | None:
 def _meta(record: dict[str, Any]) -> dict[str, Any]:
     """The fields of the sample's JSON; none where it does not parse, as it is not needed."""
     try:
-        meta = json.loads(bytes(record.get("json", b"{}")))
+        meta = loads(bytes(record.get("json", b"{}")))
     except (ValueError, RecursionError):
         return {}
     return meta if isinstance(meta, dict) else {}

@@ -1,10 +1,10 @@
 """The W&B workspace of a run as code: the panels of `panels.py`, in `dashboard.json` and, if wanted, on the server."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import UserError
+from conf.plain_json import dumps
 from conf.schema import DashboardRun, WandbMode
 from data.shards import atomic_write
 from train.board.panels import PICTURES, SECTIONS, Panel, bounds, logged_names
@@ -110,4 +110,4 @@ def save(cfg: DashboardRun, workspace: "workspaces.Workspace", path: Path) -> No
 def write(path: Path, workspace: "workspaces.Workspace") -> None:
     """The specification as the server would get it."""
     specification: dict[str, Any] = workspace._spec
-    atomic_write(path, json.dumps(specification, indent=1).encode())
+    atomic_write(path, dumps(specification, indent=1).encode())

@@ -1,6 +1,5 @@
 """What a run folder has so far; nothing of it needs to be there, and a run may still be writing into it."""
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from conf.errors import UserError
+from conf.plain_json import loads
 from data.manifest import MANIFEST
 from train.board.panels import EVALUATIONS
 from train.engine.journal import METRICS, X_AXIS, read_metrics
@@ -118,7 +118,7 @@ class RunFolder:
 def read_json(path: Path) -> dict[str, Any]:
     """Content of a file; empty where there is none, or not a dictionary."""
     try:
-        content = json.loads(path.read_bytes())
+        content = loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

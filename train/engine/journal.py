@@ -5,7 +5,6 @@ full names; a value that is not finite is null. W&B is a copy for looking at: wh
 """
 
 import io
-import json
 import math
 import netrc
 import os
@@ -22,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
+from conf.plain_json import dumps, loads
 from conf.schema import WandbConfig, WandbMode
 from data.shards import atomic_write
 from train.engine.inbox import Inbox
@@ -78,7 +78,7 @@ class Journal:
         atomic_write(self.output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
         self.path = self.output_dir / METRICS
         rows = [row for row in read_metrics(self.path) if row[X_AXIS] <= samples_seen]
-        atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        atomic_write(self.path, "".join(dumps(row) + "\n" for row in rows).encode())
         self.latest = [row for row in rows if row[X_AXIS] == rows[-1][X_AXIS]]
         self.file = self.path.open("a", encoding="utf-8")
         mode = wandb_mode(cfg.mode)
@@ -96,7 +96,7 @@ class Journal:
         if not self.is_main or not metrics:
             return
         row = {X_AXIS: samples_seen, "time": round(time.time(), 3), **finite(metrics)}
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(dumps(row) + "\n")
         self.file.flush()
         self.latest = [*(r for r in self.latest if r[X_AXIS] == samples_seen), row]
         say(self.prefix, describe(samples_seen, metrics))
@@ -142,7 +142,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                rows.append(json.loads(line))
+                rows.append(loads(line))
             except ValueError:
                 break
     return rows

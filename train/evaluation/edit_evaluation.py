@@ -1,6 +1,5 @@
 """Do edits change what they say, and nothing else? On captions of the demo set, of which a probe can tell."""
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from conf.entry import to_plain
+from conf.plain_json import dumps
 from conf.schema import Edit, EvaluateEditsRun, ImageConfig, Perceptual
 from data.datasets import ImageDataset
 from data.shards import atomic_path, atomic_write
@@ -194,8 +194,8 @@ def write(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: list[Row], cur
     if curves:
         save(weights_figure(WEIGHTS, curves), folder / "weights.png")
     for name, lines in (("edits.jsonl", plain), ("weights.jsonl", curves)):
-        atomic_write(folder / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+        atomic_write(folder / name, "".join(dumps(line) + "\n" for line in lines).encode())
+    atomic_write(folder / "metrics.json", dumps(metrics, indent=1).encode())
     journal = Journal(folder, cfg.wandb, "edits", {"run_dir": cfg.run_dir, "edits": to_plain(cfg)}, is_main=True)
     journal.log(0, metrics)
     journal.image("edits", np.asarray(sheet.convert("RGB")), 0, "before, after, drawn anew with the same noise")

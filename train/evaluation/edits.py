@@ -1,12 +1,12 @@
 """What `train/edit.py` is asked for: one edit of the command line, or a file of them."""
 
-import json
 from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from conf.plain_json import loads_finite
 from conf.schema import Edit, EditRun
 from conf.schema.editing import EditStrength, numbers_of, phrases_of
 
@@ -46,7 +46,7 @@ def read_edits(cfg: EditRun) -> list[Edit]:
 def options_of(line: str) -> dict[str, Any]:
     """The options in a line."""
     try:
-        found = json.loads(line)
+        found = loads_finite(line)
     except ValueError:
         found = None
     if not isinstance(found, dict):

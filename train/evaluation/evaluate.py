@@ -14,6 +14,7 @@ from PIL import Image
 
 from conf.entry import to_plain
 from conf.errors import UserError
+from conf.plain_json import dumps
 from conf.schema import EvaluateRun, EvaluationSubject, WandbConfig, WandbMode
 from data.shards import atomic_path, atomic_write
 from train.engine.inbox import Message, put
@@ -122,8 +123,8 @@ def write_files(folder: Path, metrics: dict[str, float], grid: Image.Image, fact
     """Metrics, grid and protocol of one evaluation, in the place of those of an earlier one."""
     with atomic_path(folder / "grid.png") as path:
         grid.save(path, "PNG")
-    atomic_write(folder / "protocol.json", json.dumps(facts, indent=1).encode())
-    atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+    atomic_write(folder / "protocol.json", dumps(facts, indent=1).encode())
+    atomic_write(folder / "metrics.json", dumps(metrics, indent=1).encode())
 
 
 def report(
@@ -153,7 +154,7 @@ def report(
     finally:
         journal.finish(exit_code)
     for name, value in metrics.items():
-        if name.startswith("probe/") and value < PROBE_FLOOR:
+        if name.startswith("probe/") and not value >= PROBE_FLOOR:
             say("evaluation", f"{name}={value:.3f}: below {PROBE_FLOOR}, so what it finds in drawn ones proves nothing")
     say("evaluation", f"{folder / 'metrics.json'} and {folder / 'grid.png'}")
 

@@ -9,7 +9,6 @@ photo.mask.png   white where inpainting shall paint
 
 import hashlib
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.plain_json import loads
 from conf.schema import ImageConfig
 from data.images import FORMATS, ImageError, open_image, to_tensor
 from data.labels import read_labels
@@ -46,7 +46,7 @@ def read_given(path: str, option: str = "inputs") -> GivenPicture:
         raise UserError(f"{option}={path}: no such file")
     try:
         image = open_image(content, ImageConfig().max_pixels)
-        meta = json.loads(contents[".json"] or b"{}")
+        meta = loads(contents[".json"] or b"{}")
         if not isinstance(meta, dict):
             raise UserError("its .json holds no object")
         labels = read_labels(meta, contents[".seg.png"], image.size)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.plain_json import loads
 from conf.schema import ImageConfig, PreviewRun
 from data.datasets import IMAGE_EXTENSIONS, ImageDataset
 from data.labels import LabelError, Labels, read_labels
@@ -169,7 +170,7 @@ def survey_latents(dataset: LatentDataset, indices: Sequence[int]) -> Survey:
 def _fields(record: dict[str, Any]) -> dict[str, Any]:
     """The sample's JSON; raises UserError."""
     try:
-        fields = json.loads(bytes(record.get("json", b"{}")))
+        fields = loads(bytes(record.get("json", b"{}")))
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
@@ -201,7 +202,7 @@ def rejects_of(folder: Path) -> list[dict[str, Any]]:
     """What the makers of the data set left out: of this side, or of the build as a whole."""
     for path in (folder / REJECTS, folder.parent / REJECTS):
         if path.is_file():
-            return [json.loads(line) for line in path.read_text().splitlines()]
+            return [loads(line) for line in path.read_text().splitlines()]
     return []
 
 
