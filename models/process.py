@@ -12,8 +12,10 @@ fractions for flow.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ Denoise = Callable[[Tensor, float], Tensor]  # (x [B, ...], sigma) -> x0 [B, ...
 HIGHEST_SIGMA = 65536.0  # where sampling begins if the last timestep is noise alone, whose sigma is infinite
 BETA_NAMES = {BetaSchedule.linear: "linear", BetaSchedule.scaled_linear: "scaled_linear"}  # in diffusers
 BETA_NAMES[BetaSchedule.cosine] = "squaredcos_cap_v2"
+SCHEDULER = "scheduler_config.json"
 PREDICTION_NAMES = {Prediction.eps: "epsilon", Prediction.v: "v_prediction", Prediction.x0: "sample"}  # likewise
 
 
@@ -216,6 +219,22 @@ class Process:
             std = self._std.to(index.device, torch.float32)[index]
         shape = (-1,) + (1,) * (like.ndim - 1)
         return alpha.view(shape), std.view(shape)
+
+
+def meaning(cfg: ProcessConfig) -> dict[str, Any]:
+    """The options without which nobody knows what a network's inputs and outputs are, in plain values."""
+    names = ["prediction", "train_timesteps"]
+    if cfg.prediction is not Prediction.flow:  # whose shift says which of its levels are drawn, not what they are
+        names += ["schedule", "zero_terminal_snr", "shift"]
+        names += [] if cfg.schedule is BetaSchedule.cosine else ["beta_start", "beta_end"]
+    values = {name: getattr(cfg, name) for name in names}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two networks' `meaning` disagree about, in words."""
+    names = [name for name in before if name in now and before[name] != now[name]]
+    return [f"process.{name} was {before[name]}, is {now[name]}" for name in names]
 
 
 def read_scheduler(path: Path) -> ProcessConfig:

@@ -95,9 +95,10 @@ def read_single_file(path: str | Path) -> dict[str, Tensor]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} holds more than weights, or is broken, and is not opened ({reason})") from None
     found = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
+    sound = isinstance(found, dict) and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in found.items())
+    if not sound:
         raise UserError(f"{path} holds no state dict: nothing to load")
-    return found
+    return dict(found)
 
 
 def write_single_file(path: Path, unet: UNet, autoencoder: AnyAutoencoder, text: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -36,12 +36,16 @@ class Format:
 
 
 def save_folder(
-    folder: str | Path, config: Mapping[str, Any], weights: Weights, weights_name: str = WEIGHTS_NAME
+    folder: str | Path,
+    config: Mapping[str, Any],
+    weights: Weights,
+    weights_name: str = WEIGHTS_NAME,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write both files, each whole or not at all; the configuration last."""
+    """Write both files, each whole or not at all; the configuration last. `metadata`: of the weights' file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file_atomic(folder / weights_name, weights)
+    save_file_atomic(folder / weights_name, weights, metadata)
     text = dumps(config, indent=2, sort_keys=True) + "\n"
     _atomic(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -162,6 +166,15 @@ def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
         raise UserError(f"{path} is missing: {remedy}") from None
     except SafetensorError as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; nothing where there is no such file, or a broken one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def require_finite(path: str | Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,12 +11,11 @@ from models.autoencoder import load_autoencoder
 from models.conditions import Conditions, Surroundings
 from models.denoiser import Denoiser
 from models.pipeline import DiffusionPipeline
-from models.process import Process, read_scheduler
+from models.process import SCHEDULER, Process, read_scheduler
 from models.text import load_text_tower
 from models.weights import CONFIG_NAME, read_json
 
 INDEX = "model_index.json"
-SCHEDULER = "scheduler_config.json"
 CLASS = "StableDiffusionPipeline"
 SCALE = 0.18215  # of the latents, where the autoencoder does not say: that of Stable Diffusion
 

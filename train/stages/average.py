@@ -37,7 +37,7 @@ def run(cfg: AverageRun) -> None:
         name, average = f"half_life_samples={cfg.half_life_samples:g}", tracked(cfg)
     info.weights = name
     with filled(output_dir) as folder:
-        network.save_pretrained(folder, network.state_dict() | average)
+        network.save_pretrained(folder, network.state_dict() | average, info.metadata())
         info.save(folder)
     say("average", f"{output_dir}: the U-Net's average of {name}")
 
