@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -31,6 +32,15 @@ def loads_finite(text: str | bytes, **hooks: Any) -> Any:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite, **hooks)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a file that a run keeps; empty where there is none, or it is torn."""
+    try:
+        found = loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _with_nulls(content: Any) -> Any:

@@ -15,7 +15,7 @@ from conf.schema import LoraConfig
 from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.compvis import UNET, to_compvis, unet_pairs
-from models.lora import FILE_NAME, add_adapters, load_adapters, save_adapters
+from models.lora import add_adapters, load_adapters, save_adapters
 from models.single_file import load_unet_file
 from models.unet import UNet
 from models.weights import is_finite, metadata_of, save_file_atomic

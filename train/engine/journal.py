@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlparse
 
 import numpy as np
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
+from conf.errors import UserError
 from conf.plain_json import dumps, loads
 from conf.schema import WandbConfig, WandbMode
 from data.shards import atomic_write
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 WANDB_INIT_TIMEOUT_S = 60.0  # then the run goes on offline
 WANDB_FINISH_TIMEOUT_S = 300.0  # for the last upload
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # where `wandb login` goes unless $WANDB_BASE_URL is set
-METRICS, X_AXIS = "metrics.jsonl", "samples_seen"
+METRICS, CONFIG, X_AXIS = "metrics.jsonl", "config.yaml", "samples_seen"
 DETAILS = ("perf/", "train/loss_by_timestep/")  # for the dashboard only
 SPREAD = ("_low", "_high", "_std")  # likewise, at the end of a name
 
@@ -75,7 +78,7 @@ class Journal:
         if not is_main:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
+        atomic_write(self.output_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
         self.path = self.output_dir / METRICS
         rows = [row for row in read_metrics(self.path) if row[X_AXIS] <= samples_seen]
         atomic_write(self.path, "".join(dumps(row) + "\n" for row in rows).encode())
@@ -136,15 +139,29 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
 
 
+def read_config(output_dir: Path) -> DictConfig:
+    """The resolved configuration of a stage; raises UserError where there is none that can be read."""
+    path = output_dir / CONFIG
+    try:
+        found = OmegaConf.load(path)
+    except (FileNotFoundError, ValueError, yaml.YAMLError, OmegaConfBaseException):
+        found = None
+    if not isinstance(found, DictConfig):
+        raise UserError(f"{path} is missing or no configuration of a stage: point at the folder of a training")
+    return found
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, none where there is no file; ends at a line that a kill cut off."""
+    """Rows of a metrics.jsonl, none where there is no file; ends at a line that a kill cut off, or that is no row."""
     rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(loads(line))
-            except ValueError:
-                break
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            row = loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or type(row.get(X_AXIS)) is not int:
+            break
+        rows.append(row)
     return rows
 
 

@@ -85,7 +85,11 @@ class UNetInfo:
         if not path.exists():
             raise UserError(f"no {INFO} in '{folder}': train the U-Net first, or set unet=FOLDER to an export of it")
         try:
-            info = cls(**loads_finite(path.read_bytes()))
+            found = loads_finite(path.read_bytes())
+            if not isinstance(found, dict):
+                raise TypeError("no JSON object")
+            info = cls(**found)
+            info._check()
             says = meaning(info.process_config())
         except (ValueError, TypeError, OmegaConfBaseException) as error:
             reason = first_line(error)
@@ -101,6 +105,18 @@ class UNetInfo:
         found = differences(process_in(lora.metadata), meaning(self.process_config()))
         if found and found[0].startswith("process.prediction"):
             raise UserError(f"lora={lora.source}: {found[0]} of unet=; name the U-Net that they were trained on")
+
+    def _check(self) -> None:
+        """Raise TypeError, or an error of OmegaConf, for values that no training writes."""
+        for name, values in (("latent_mean", self.latent_mean), ("latent_std", self.latent_std)):
+            if not isinstance(values, list) or not values or not all(type(value) in (int, float) for value in values):
+                raise TypeError(f"{name} is no list of numbers")
+        if len(self.latent_mean) != len(self.latent_std) or min(self.latent_std) <= 0:
+            raise TypeError("latent_std is not positive, or not as long as latent_mean")
+        for name in ("process", "conditions", "names"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name} is no JSON object")
+        self.conditions_config()
 
     def metadata(self) -> dict[str, str]:
         """What the weights' own file says, so that no other `latentline.json` is taken for theirs."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from conf.errors import UserError
-from conf.plain_json import dumps
+from conf.plain_json import dumps, loads
 from data.loader import Dataset
 from data.shards import atomic_write
 from train.engine.journal import Journal, finite
@@ -126,8 +126,8 @@ def write_done(output_dir: Path, state: State, metrics: Mapping[str, float]) -> 
 def read_done(output_dir: Path | str, samples: int) -> dict[str, Any] | None:
     """Content of DONE (samples_seen, seconds, metrics, architecture, data); None when less than `samples` are done."""
     try:
-        done: dict[str, Any] = json.loads((Path(output_dir) / DONE).read_bytes())
+        done: dict[str, Any] = loads((Path(output_dir) / DONE).read_bytes())
         done["metrics"] = {name: math.nan if value is None else value for name, value in done["metrics"].items()}
         return done if done["samples_seen"] >= samples else None
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours
         return None

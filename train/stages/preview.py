@@ -202,13 +202,17 @@ def rejects_of(folder: Path) -> list[dict[str, Any]]:
     """What the makers of the data set left out: of this side, or of the build as a whole."""
     for path in (folder / REJECTS, folder.parent / REJECTS):
         if path.is_file():
-            return [loads(line) for line in path.read_text().splitlines()]
+            try:
+                found = [loads(line) for line in path.read_bytes().splitlines()]
+            except ValueError:
+                raise UserError(f"{path} is damaged: build that data set again, or delete it") from None
+            return [line for line in found if isinstance(line, dict)]
     return []
 
 
 def reason_of(reject: dict[str, Any]) -> str:
     """Why a sample was left out, the same words for the same reason."""
-    return f"dropped by filters.{reject['filter']}" if "filter" in reject else str(reject["reason"])
+    return f"dropped by filters.{reject['filter']}" if "filter" in reject else str(reject.get("reason", ""))
 
 
 def to_page(

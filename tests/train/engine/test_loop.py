@@ -360,7 +360,7 @@ def test_a_training_that_learned_nothing_is_no_finished_one(tmp_path: Path, runt
     for _ in range(2):  # the second start finds checkpoints, the last of them at the end of the run
         stage = LineStage(cfg, runtime)
         stage.poisoned = list(range(0, 96, 8))
-        with pytest.raises(UserError, match="nothing was learned, no step was finite|not finite in 5 steps in a row"):
+        with pytest.raises(UserError, match=r"nothing was learned, no step was finite|not finite in 5 steps in a row"):
             loop.run(stage, cfg, runtime)
         assert not (tmp_path / "line" / "DONE").exists() and not (tmp_path / "line" / "export").exists()
 
