@@ -168,9 +168,10 @@ def whole_dictionary(override: str) -> str:
 
 def to_object(composed: DictConfig) -> Any:
     """Dataclasses of a composed configuration; their own checks run here."""
-    require_finite(OmegaConf.to_container(composed))  # nearly every check lets NaN pass
     try:
-        return OmegaConf.to_object(composed)
+        made = OmegaConf.to_object(composed)
+        require_finite(OmegaConf.to_container(composed))  # comparisons let NaN pass
+        return made
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

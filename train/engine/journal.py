@@ -143,8 +143,12 @@ def read_config(output_dir: Path) -> DictConfig:
     """The resolved configuration of a stage; raises UserError where there is none that can be read."""
     path = output_dir / CONFIG
     try:
-        found = OmegaConf.load(path)
-    except (FileNotFoundError, ValueError, yaml.YAMLError, OmegaConfBaseException):
+        found = OmegaConf.load(path) if path.is_file() else None
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException):
+        found = None
+    except OSError as error:
+        if error.errno is not None:  # OmegaConf's word for a number in place of options has none
+            raise
         found = None
     if not isinstance(found, DictConfig):
         raise UserError(f"{path} is missing or no configuration of a stage: point at the folder of a training")

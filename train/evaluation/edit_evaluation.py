@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from conf.entry import to_plain
+from conf.errors import UserError
 from conf.plain_json import dumps
 from conf.schema import Edit, EvaluateEditsRun, ImageConfig, Perceptual
 from data.datasets import ImageDataset
@@ -29,7 +30,7 @@ from train.evaluation.demo_edits import SORTS, DemoEdit, attributes_of, demo_edi
 from train.evaluation.judge import accuracy, cached_judge
 from train.evaluation.plots import weights_figure
 from train.evaluation.probe import SceneProbe
-from train.evaluation.sampling import load_model
+from train.evaluation.sampling import finite, load_model, require_finite
 
 SHOWN = 4  # edits of each sort in edits.png
 WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0)
@@ -72,6 +73,8 @@ def run(cfg: EvaluateEditsRun, runtime: Runtime) -> dict[str, float]:
     measures = Measures(probe, distance.to(runtime.device))
     scenes = [attributes_of(item["meta"]) for item in items]
     edits = demo_edits(scenes, cfg.edits_per_sort, cfg.seed, **cfg.strength)
+    if not edits:
+        raise UserError(f"shards={cfg.shards}: no held-out scene can be edited; build more of them")
     rows = shared(cfg, runtime, "edits", edits, partial(measured, model, cfg, measures))
     weighed = weighable(scenes, cfg.reweighted)
     curves = shared(cfg, runtime, "weights", weighed, partial(reweighted, model, cfg, probe))
@@ -104,6 +107,8 @@ def measured(
     same = model(after, seeds, cfg, indices=numbers, noise_of=before)
     own = model(after, seeds, cfg, indices=numbers)
     for edit, one, alike, other in zip(edits, made, same, own, strict=True):
+        sound = finite(torch.stack([one.source.image, one.result.image, alike, other]))
+        require_finite(cfg, [] if all(sound) else [edit.edit.edited])
         yield row_of(measures, edit, one, alike, other)
 
 
@@ -139,7 +144,9 @@ def reweighted(
     for number, (prompt, attribute, word) in zip(numbers, words, strict=True):
         edits, count = [Edit(prompt=prompt, weights={word: weight}) for weight in WEIGHTS], len(WEIGHTS)
         made = edit_pictures(model, edits, [cfg.seed] * count, cfg, indices=[number] * count)
-        odds = probe.log_probability(torch.stack([one.result.image for one in made]), attribute, word).exp()
+        images = torch.stack([one.result.image for one in made])
+        require_finite(cfg, [] if all(finite(images)) else [prompt])
+        odds = probe.log_probability(images, attribute, word).exp()
         yield {"prompt": prompt, "attribute": attribute, "word": word, "probabilities": odds.tolist()}
 
 

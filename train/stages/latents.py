@@ -187,6 +187,8 @@ def merge(cfg: PrecomputeRun, encoder: Encoder, split: Split) -> None:
 def write_null_text(folder: Path, encoder: Encoder) -> None:
     """Text states of the empty caption, which training puts in place of dropped ones."""
     text = encoder.states(encoder.text_tower.tokenize([""]))[0].contiguous()  # [L, D]
+    if not text.isfinite().all():
+        raise UserError("clip: the text states of an empty caption are NaN or infinite: set runtime.precision=fp32")
     with atomic_path(folder / NULL_TEXT) as path:
         save_file({"text": text}, path)
 
