@@ -1,7 +1,9 @@
 """Weights that are not finite are named when they are read, and never written."""
 
+import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.compvis import UNET, to_compvis, unet_pairs
 from models.lora import add_adapters, load_adapters, save_adapters
+from models.process import Process, read_scheduler
 from models.single_file import load_unet_file
 from models.unet import UNet
 from models.weights import is_finite, metadata_of, save_file_atomic
@@ -77,6 +80,35 @@ def test_one_weight_that_is_not_finite_is_named_with_its_file(
     save_file(weights, path)
     with pytest.raises(UserError, match=rf"{path.name}: its '{name.removeprefix(UNET)}' holds NaN or infinity"):
         read()
+
+
+@pytest.mark.parametrize("write", [unet, autoencoder, clip], ids=lambda write: write.__name__)
+def test_no_value_of_a_configuration_is_more_than_a_line(
+    tmp_path: Path, write: Callable[[Path], Callable[[], Any]]
+) -> None:
+    read, path = write(tmp_path / "x"), tmp_path / "x" / "config.json"
+    sound = json.loads(path.read_text())
+    for name in sound:
+        for value in (None, "x", [], {}, [None], -1, 0, 1.5, math.nan, True):
+            path.write_text(json.dumps(sound | {name: value}))
+            try:
+                read()
+            except UserError as error:
+                assert "\n" not in str(error)
+        path.write_text(json.dumps({key: value for key, value in sound.items() if key != name}))
+        with suppress(UserError):
+            read()
+
+
+@pytest.mark.parametrize("flow", [True, False])
+def test_no_value_of_a_scheduler_is_more_than_a_line(tmp_path: Path, flow: bool) -> None:
+    numbers = {"num_train_timesteps": 1000, "beta_start": 0.1, "beta_end": 0.2, "flow_shift": 1.0}
+    sound = {"use_flow_sigmas": flow, "beta_schedule": "linear", "prediction_type": "epsilon", **numbers}
+    for name in sound:
+        for value in (None, "x", [], {}, [None], -1, 0, 1e300, math.nan, True):
+            (tmp_path / "x.json").write_text(json.dumps(sound | {name: value}))
+            with suppress(UserError):
+                Process(read_scheduler(tmp_path / "x.json"))
 
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
