@@ -1,12 +1,13 @@
 """How a command ends: with what it found, or with one line that a person can act on."""
 
 import errno
-import json
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
+
+from conf.plain_json import dumps
 
 OUTCOME = "LATENTLINE_OUTCOME"  # variable with the file in which a member of a sweep leaves its objective or error
 
@@ -16,7 +17,7 @@ def tell(**outcome: object) -> None:
     if OUTCOME in os.environ:
         path = Path(os.environ[OUTCOME])
         draft = path.with_name(f"{path.name}.{os.getpid()}")
-        draft.write_text(json.dumps(outcome))
+        draft.write_text(dumps(outcome))
         draft.replace(path)
 
 

@@ -14,6 +14,7 @@ import difflib
 import functools
 import hashlib
 import inspect
+import math
 import os
 import re
 import shlex
@@ -60,7 +61,7 @@ def entry(
                     return run_member(program, composed, sweep)
                 objective = main(to_object(composed))
                 if os.environ.get("RANK", "0") == "0":
-                    tell(objective=objective)
+                    tell(objective=objective, diverged=objective is not None and not math.isfinite(objective))
                 return objective
             except (UserError, OSError) as error:
                 fail(error)
@@ -165,7 +166,9 @@ def to_object(composed: DictConfig) -> Any:
     """Dataclasses of a composed configuration; their own checks run here."""
     try:
         with_typed_keys(composed, OmegaConf.get_type(composed))
-        return finished(OmegaConf.to_object(composed))
+        made = finished(OmegaConf.to_object(composed))
+        require_finite(OmegaConf.to_container(composed))  # comparisons let NaN pass
+        return made
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
@@ -175,6 +178,15 @@ def to_object(composed: DictConfig) -> Any:
         known = options(OmegaConf.structured(OmegaConf.get_type(composed)))
         added = [name for name in options(composed) if name not in known]
         raise UserError(no_option(added[0], known) if added else first_line(error)) from error
+
+
+def require_finite(node: Any, name: str = "") -> None:
+    """Refuse NaN and infinities anywhere in plain values; no option has a meaning for them."""
+    if isinstance(node, float) and not math.isfinite(node):
+        raise UserError(f"{name}={node}: must be a finite number")
+    parts = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in parts:
+        require_finite(value, f"{name}.{key}".removeprefix("."))
 
 
 def to_plain(cfg: Any) -> dict[str, Any]:

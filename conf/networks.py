@@ -16,11 +16,15 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "addition_embed_type": (None, "text_time"),
 }
 
+SIZES = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
+
 
 def _require_positive(cfg: object, *names: str) -> None:
     """Refuse a number, or one in a list, below 1."""
     for name in names:
         value = getattr(cfg, name)
+        if value == []:
+            raise UserError(f"model.{name}=[]: needs an entry for each level")
         if any(number < 1 for number in (value if isinstance(value, list) else [value]) if number is not None):
             raise UserError(f"model.{name}={value}: must be at least 1")
 
@@ -56,12 +60,12 @@ class AutoencoderConfig:
         return self.vq_embed_dim or self.latent_channels
 
     def __post_init__(self) -> None:
+        _require_positive(self, *SIZES, "latent_channels", "num_vq_embeddings", "vq_embed_dim")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise UserError(
                     f"model.block_out_channels: {channels} is not divisible by norm_num_groups={self.norm_num_groups}"
                 )
-        _require_positive(self, "num_vq_embeddings", "vq_embed_dim")
         for level in self.attention_levels:
             if level not in range(len(self.block_out_channels)):
                 raise UserError(
@@ -145,9 +149,8 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
-        _require_positive(
-            self, "head_channels", "num_class_embeds", "attention_head_dim", "transformer_layers_per_block"
-        )
+        numbers = ("sample_size", "cross_attention_dim", "head_channels", "num_class_embeds")
+        _require_positive(self, *SIZES, *numbers, "attention_head_dim", "transformer_layers_per_block")
         for name, kinds in BLOCK_TYPES.items():
             self._check_blocks(name, kinds, levels)
         for name in ("attention_head_dim", "transformer_layers_per_block"):

@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 
 from conf.ending import OUTCOME
 from conf.overrides import expanded, quoted
+from conf.plain_json import dumps, loads
 from conf.slurm_launcher import lost_jobs
 
 RECORD = "member.json"
@@ -65,13 +66,11 @@ def run_member(program: str, composed: DictConfig, start: Start) -> float | None
     outcome_file.unlink(missing_ok=True)
     objective = outcome.get("objective")
     if status:
-        objective, error = math.inf, outcome.get("error") or ending(status)
-    elif objective is not None and not math.isfinite(objective):
-        objective, error = math.inf, "no finite objective: diverged, or stopped before its end"
+        error = outcome.get("error") or ending(status)
     else:
-        error = None
-    write(folder / RECORD, record | {"objective": objective, "error": error})
-    return objective
+        error = "no finite objective: diverged, or stopped before its end" if outcome.get("diverged") else None
+    write(folder / RECORD, record | {"objective": None if error else objective, "error": error})
+    return math.inf if error else objective
 
 
 def claim(plain: Path, overrides: list[str], excluded: Set[str], start: Start) -> Path:
@@ -195,7 +194,7 @@ def ending(status: int) -> str:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(content))
+    draft.write_text(dumps(content))
     draft.replace(path)
 
 
@@ -216,7 +215,7 @@ def write_new(path: Path, content: dict[str, Any]) -> bool:
 def read(path: Path) -> dict[str, Any] | None:
     """Content of a file that may not be there."""
     with suppress(FileNotFoundError, ValueError):
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = loads(path.read_text())
         return content
     return None
 

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import pairwise
-from math import isnan
+from math import isfinite
 from typing import Any
 
 from PIL import Image
@@ -92,4 +92,4 @@ def _number(value: Any) -> float | None:
         number = None if value is None or isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return None if number is None or isnan(number) else number
+    return None if number is None or not isfinite(number) else number

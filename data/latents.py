@@ -6,7 +6,6 @@ int32 and mostly `KEY.text.npy` [L, D], of each other condition its arrays `KEY.
 """
 
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from conf.errors import UserError
+from conf.plain_json import dumps
 from conf.schema import CacheDtype
 from data.captions import decode_text
 from data.samples import fields_of
@@ -65,7 +65,7 @@ class LatentWriter:
             files["text.npy"] = encode_npy(self._cast(key, text))
         files |= {f"{name}.npy": encode_npy(array) for name, array in (arrays or {}).items()}
         files["txt"] = caption.encode()
-        files["json"] = json.dumps(meta, sort_keys=True).encode()
+        files["json"] = dumps(meta, sort_keys=True).encode()
         self.shards.add(without_dots(key), files)
 
     def close(self) -> list[ShardInfo]:

@@ -1,13 +1,13 @@
 """`manifest.json` beside the shards: what is there, how it was made, and its statistics."""
 
 import hashlib
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from conf.plain_json import dumps, loads_finite
 from data.remote import is_remote, joined, read
 from data.shards import ShardInfo, ShardReader, atomic_write, tars_in
 
@@ -71,8 +71,8 @@ class Manifest:
 
     def save(self, folder: str | Path) -> None:
         """Write `manifest.json` into the folder, atomically; one line for each shard."""
-        head = json.dumps(self._head(), indent=1).removesuffix("\n}")
-        shards = ",\n".join("  " + json.dumps(_shard_dict(shard)) for shard in self.shards)
+        head = dumps(self._head(), indent=1).removesuffix("\n}")
+        shards = ",\n".join("  " + dumps(_shard_dict(shard)) for shard in self.shards)
         atomic_write(Path(folder) / MANIFEST, f'{head},\n "shards": [\n{shards}\n ]\n}}\n'.encode())
 
     @classmethod
@@ -80,7 +80,7 @@ class Manifest:
         """Read `manifest.json` of the folder; `UserError` when it is not one."""
         path = joined(folder, MANIFEST)
         try:
-            content = json.loads(read(path), object_hook=_shard_or_dict)
+            content = loads_finite(read(path), object_hook=_shard_or_dict)
             if content["schema"] != SCHEMA:
                 raise UserError(
                     f"{path} has schema {content['schema']}, this version reads {SCHEMA}: rebuild the shards"
@@ -105,7 +105,7 @@ def _shard_or_dict(content: dict[str, Any]) -> Any:
 
 
 def _canonical(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return dumps(content, sort_keys=True, separators=(",", ":"))
 
 
 def find_shards(folder: str | Path, kind: str = "images", skip_broken: bool = False) -> Manifest:

@@ -1,6 +1,5 @@
 """Samples of a source to finished members of a shard, made by a pool of processes in an order that never varies."""
 
-import json
 import os
 import threading
 from collections import deque
@@ -13,6 +12,7 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 from conf.errors import UserError
+from conf.plain_json import dumps
 from conf.schema import BuildRun
 from data.captions import Border, clean_caption
 from data.filters import Dropped, check_size, check_texts, perceptual_hash
@@ -123,7 +123,7 @@ class RecordMaker:
         files = {
             cfg.format.value: encode_image(stored, cfg.format, cfg.quality),
             "txt": caption.encode(),
-            "json": json.dumps(meta).encode(),
+            "json": dumps(meta).encode(),
         }
         if labels.segments is not None:
             files[MAP] = encode_map(shrink_map(labels.segments, stored.size))

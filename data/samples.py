@@ -3,11 +3,11 @@
 Captions lie in `KEY.txt` or as "caption" in `KEY.json`; images have one of the extensions `EXTENSIONS`.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from conf.errors import UserError
+from conf.plain_json import loads
 from data.captions import clean_caption, decode_text
 from data.images import EXTENSIONS
 from data.shards import Buffer, described
@@ -65,16 +65,11 @@ def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
 def fields_in(content: Buffer) -> dict[str, Any]:
     """The object that a JSON file holds; NaN and infinities, which JSON does not know, are null. Raises UserError."""
     try:
-        fields = json.loads(decode_text(content), parse_constant=lambda _: None, parse_float=_finite)
+        fields = loads(decode_text(content))
     except UserError as error:
         raise UserError(f"its .json is {error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"its .json is broken: {error}") from None
     if not isinstance(fields, dict):
         raise UserError("its .json holds no object")
     return fields
-
-
-def _finite(digits: str) -> float | None:
-    value = float(digits)
-    return value if abs(value) < float("inf") else None

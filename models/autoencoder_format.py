@@ -22,9 +22,8 @@ def _with_levels(found: dict[str, Any]) -> dict[str, Any]:
     for option, names in BLOCKS.items():
         kinds = found.pop(option, [names[False]])
         known = {name: attends for attends, name in names.items()}
-        unknown = next((kind for kind in kinds if kind not in known), None)
-        if unknown is not None:
-            raise UserError(f"config.json: {option}={unknown!r} is not supported, only {' and '.join(known)}")
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in known for kind in kinds):
+            raise UserError(f"config.json: {option}={kinds!r} is not supported, only lists of {' and '.join(known)}")
         ordered = kinds if option.startswith("down") else kinds[::-1]
         levels[option] = [number for number, kind in enumerate(ordered) if known[kind]]
     if levels["down_block_types"] != levels["up_block_types"]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.networks import ClipConfig
-from models.weights import CONFIG_NAME, check_names, read_json, read_tensors, save_folder
+from models.weights import CONFIG_NAME, check_names, read_json, read_tensors, require_finite, save_folder
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 DESCRIPTION_NAME = "open_clip_config.json"  # open_clip's own, in folders from its hub: architecture and colours
@@ -77,6 +77,7 @@ class Clip(nn.Module):
             return clip
         clip = cls(ClipConfig(pretrained=str(source)))
         open_clip.load_checkpoint(clip.network, str(pretrained_file(str(source))), strict=True, weights_only=True)
+        require_finite(source, clip.network.state_dict())
         return clip
 
     def save_pretrained(self, folder: str | Path) -> None:

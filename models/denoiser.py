@@ -55,8 +55,11 @@ class Denoiser(nn.Module):
             return given
         return given._replace(context=self.unet.keys_values(given.context))
 
-    def save_pretrained(self, folder: str | Path, weights: Weights) -> None:
-        """Write weights of this module: the U-Net's in diffusers' format, those of the conditions beside them."""
+    def save_pretrained(self, folder: str | Path, weights: Weights, metadata: Mapping[str, str] | None = None) -> None:
+        """Write weights of this module: the U-Net's in diffusers' format, those of the conditions beside them.
+
+        `metadata`: what the U-Net's file says of itself.
+        """
         stream = weights if isinstance(weights, TensorStream) else stream_of(weights)
         own: dict[str, Tensor] = {}
 
@@ -69,7 +72,7 @@ class Denoiser(nn.Module):
 
         specs = {name.removeprefix(UNET): spec for name, spec in stream.specs.items() if name.startswith(UNET)}
         part = TensorStream(specs, of_unet())
-        self.unet.save_pretrained(folder, part)
+        self.unet.save_pretrained(folder, part, metadata)
         part.drain()  # conditions whose dtype comes after the U-Net's
         if own:
             save_file_atomic(Path(folder) / CONDITIONS_NAME, own)

@@ -4,7 +4,6 @@ The base weights keep their names; beside `LAYER.weight` stand `LAYER.lora_A.wei
 `LAYER.lora_B.weight` [out, rank], as in the files of diffusers and peft.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from conf.plain_json import dumps, loads_finite
 from conf.schema import LoraConfig
-from models.weights import save_file_atomic
+from models.weights import require_finite, save_file_atomic
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # where diffusers looks for one
 PREFIX = "unet."  # what tells the U-Net's adapters from a text encoder's in that file, and in a denoiser
@@ -78,13 +78,18 @@ def merged(weights: Mapping[str, Tensor], cfg: LoraConfig) -> dict[str, Tensor]:
     return whole
 
 
-def save_adapters(folder: Path, weights: Mapping[str, Tensor], cfg: LoraConfig) -> None:
-    """Write the adapters of a denoiser's state dict as `load_lora_weights` of diffusers' pipelines reads them."""
+def save_adapters(
+    folder: Path, weights: Mapping[str, Tensor], cfg: LoraConfig, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the adapters of a denoiser's state dict as `load_lora_weights` of diffusers' pipelines reads them.
+
+    `metadata`: what else the file says of itself.
+    """
     options = {"r": cfg.rank, "lora_alpha": cfg.numerator, "target_modules": cfg.modules}
-    metadata = {METADATA: json.dumps({PREFIX + name: value for name, value in options.items()})}
+    written = {METADATA: dumps({PREFIX + name: value for name, value in options.items()}), **(metadata or {})}
     tensors = adapters_of(weights)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file_atomic(folder / FILE_NAME, tensors, metadata)
+    save_file_atomic(folder / FILE_NAME, tensors, written)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,7 @@ class Adapters:
     source: str  # for messages
     layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # names with underscores for dots -> PARTS
     options: dict[str, Any] = field(default_factory=dict)  # of peft's LoraConfig, where the file tells them
+    metadata: dict[str, str] = field(default_factory=dict)  # all that it tells
 
     @torch.no_grad()
     def merge(self, network: nn.Module, scale: float) -> None:
@@ -118,16 +124,25 @@ class Adapters:
         """alpha / rank · B A, as peft has it; convolutions as matrices."""
         if not {"A", "B"} <= parts.keys():
             raise UserError(f"lora={self.source}: damaged: {layer} lacks one of its two matrices; copy it again")
+        if min(parts["A"].ndim, parts["B"].ndim) < 2 or not 0 < len(parts["A"]) == parts["B"].shape[1]:
+            raise UserError(f"lora={self.source}: damaged: the two matrices of {layer} do not fit; copy it again")
         a, b = (parts[part].flatten(1).float() for part in "AB")
-        alpha = float(parts["alpha"]) if "alpha" in parts else self._alpha(layer, len(a))
+        try:
+            alpha = float(parts["alpha"]) if "alpha" in parts else self._alpha(layer, len(a))
+        except (TypeError, ValueError, RuntimeError, re.error):  # several values, words, no pattern
+            alpha = math.nan
+        if not math.isfinite(alpha):
+            raise UserError(f"lora={self.source}: damaged: {layer} has no alpha that is a number")
         return alpha / (math.sqrt(len(a)) if self.options.get("use_rslora") else len(a)) * b @ a
 
     def _alpha(self, layer: str, rank: int) -> float:
         """That of the layer's own pattern, else that of all layers, else the rank."""
-        for pattern, alpha in self.options.get("alpha_pattern", {}).items():
+        patterns = self.options.get("alpha_pattern") or {}
+        for pattern, alpha in patterns.items() if isinstance(patterns, dict) else ():
             if re.fullmatch(rf"(.*\.)?({pattern})", layer):
                 return float(alpha)
-        return float(self.options.get("lora_alpha", rank))
+        alpha = self.options.get("lora_alpha")
+        return rank if alpha is None else float(alpha)
 
 
 def adapter_file(source: str) -> Path:
@@ -151,12 +166,15 @@ def load_adapters(source: str) -> Adapters:
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            metadata = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
+            metadata = opened.metadata() or {}
+        told = loads_finite(metadata.get(METADATA, "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"lora={source}: not a readable safetensors file ({error}); copy it again") from None
-    options = {name.removeprefix(PREFIX): value for name, value in metadata.items() if name.startswith(PREFIX)}
-    found = Adapters(source, options=options)
-    for name, tensor in tensors.items():
+    if not isinstance(told, dict):
+        raise UserError(f"lora={source}: its {METADATA} is no JSON object; copy it again")
+    options = {name.removeprefix(PREFIX): value for name, value in told.items() if name.startswith(PREFIX)}
+    found = Adapters(source, options=options, metadata=metadata)
+    for name, tensor in require_finite(file, tensors).items():
         ending = next((ending for ending in PARTS if name.endswith(f".{ending}")), None)
         start = next((start for start in (PREFIX, KOHYA) if name.startswith(start)), None)
         if ending is None or start is None:

@@ -14,7 +14,7 @@ from conf.errors import UserError
 from conf.schema import Perceptual
 from models.features import EfficientNetFeatures
 from models.masks import paste_back
-from models.weights import check_names
+from models.weights import check_names, require_finite
 
 VGG_FILE = "vgg16-397923af.pth"
 
@@ -74,9 +74,10 @@ def _vgg_weights(path: Path) -> dict[str, Tensor]:
     """The convolutions of torchvision's VGG16; the classifier is left out."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: value for name, value in weights.items() if name.startswith("features.")}
+        found = {name: value for name, value in weights.items() if name.startswith("features.")}
     except Exception as error:  # a broken pickle raises whatever its bytes lead to
         raise UserError(f"'{path}' is not torchvision's {VGG_FILE} ({type(error).__name__}): replace it") from error
+    return require_finite(path, found)
 
 
 class EfficientNetDistance(nn.Module):

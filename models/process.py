@@ -12,8 +12,10 @@ fractions for flow.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ Denoise = Callable[[Tensor, float], Tensor]  # (x [B, ...], sigma) -> x0 [B, ...
 HIGHEST_SIGMA = 65536.0  # where sampling begins if the last timestep is noise alone, whose sigma is infinite
 BETA_NAMES = {BetaSchedule.linear: "linear", BetaSchedule.scaled_linear: "scaled_linear"}  # in diffusers
 BETA_NAMES[BetaSchedule.cosine] = "squaredcos_cap_v2"
+SCHEDULER = "scheduler_config.json"
 PREDICTION_NAMES = {Prediction.eps: "epsilon", Prediction.v: "v_prediction", Prediction.x0: "sample"}  # likewise
 
 
@@ -218,6 +221,22 @@ class Process:
         return alpha.view(shape), std.view(shape)
 
 
+def meaning(cfg: ProcessConfig) -> dict[str, Any]:
+    """The options without which nobody knows what a network's inputs and outputs are, in plain values."""
+    names = ["prediction", "train_timesteps"]
+    if cfg.prediction is not Prediction.flow:  # whose shift says which of its levels are drawn, not what they are
+        names += ["schedule", "zero_terminal_snr", "shift"]
+        names += [] if cfg.schedule is BetaSchedule.cosine else ["beta_start", "beta_end"]
+    values = {name: getattr(cfg, name) for name in names}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two networks' `meaning` disagree about, in words."""
+    names = [name for name in before if name in now and before[name] != now[name]]
+    return [f"process.{name} was {before[name]}, is {now[name]}" for name in names]
+
+
 def read_scheduler(path: Path) -> ProcessConfig:
     """The process of a `scheduler_config.json` of diffusers, as `Process.scheduler_config` and others write it.
 
@@ -225,9 +244,16 @@ def read_scheduler(path: Path) -> ProcessConfig:
         UserError: no such file, or a process that we do not have.
     """
     found = read_json(path, "the rest of a pipeline")
-    total = int(found.get("num_train_timesteps", 1000))
+
+    def number(name: str, default: float) -> float:
+        value = found.get(name, default)
+        if type(value) not in (int, float) or not abs(value) < 1e6:
+            raise UserError(f"{path}: {name}={value!r} is not supported, it must be a number")
+        return float(value)
+
+    total = int(number("num_train_timesteps", 1000))
     if found.get("use_flow_sigmas") or found.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
-        shift = float(found.get("flow_shift", found.get("shift", 1.0)))
+        shift = number("flow_shift" if "flow_shift" in found else "shift", 1.0)
         return ProcessConfig(prediction=Prediction.flow, train_timesteps=total, shift=shift)
     if found.get("trained_betas") is not None:
         raise UserError(f"{path}: has noise levels of its own (trained_betas): point run_dir at the run instead")
@@ -236,13 +262,13 @@ def read_scheduler(path: Path) -> ProcessConfig:
     schedule, prediction = found.get("beta_schedule", "linear"), found.get("prediction_type", "epsilon")
     schedules = {name: kind for kind, name in BETA_NAMES.items()}
     predictions = {name: kind for kind, name in PREDICTION_NAMES.items()}
-    if schedule not in schedules or prediction not in predictions:
+    if str(schedule) not in schedules or str(prediction) not in predictions:
         raise UserError(f"{path}: beta_schedule={schedule!r} with prediction_type={prediction!r} is not supported")
     return ProcessConfig(
         prediction=predictions[prediction],
         train_timesteps=total,
         schedule=schedules[schedule],
-        beta_start=float(found.get("beta_start", 0.0001)),
-        beta_end=float(found.get("beta_end", 0.02)),
+        beta_start=number("beta_start", 0.0001),
+        beta_end=number("beta_end", 0.02),
         zero_terminal_snr=bool(found.get("rescale_betas_zero_snr")),
     )

@@ -14,7 +14,7 @@ from conf.networks import AutoencoderConfig, UNetConfig
 from models.autoencoder import AnyAutoencoder, build_autoencoder
 from models.compvis import AUTOENCODER, UNET, Pair, autoencoder_pairs, from_compvis, to_compvis, unet_pairs
 from models.unet import UNet
-from models.weights import save_file_atomic
+from models.weights import require_finite, save_file_atomic
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -65,7 +65,8 @@ def load_autoencoder_file(path: str | Path, cfg: AutoencoderConfig) -> AnyAutoen
 def _load(path: str | Path, build: Callable[[], M], prefix: str, pairs: list[Pair]) -> M:
     with torch.device("meta"):
         network = build()
-    found = from_compvis(str(path), pairs, _part(path, read_single_file(path), prefix), network.state_dict())
+    part = require_finite(path, _part(path, read_single_file(path), prefix))
+    found = from_compvis(str(path), pairs, part, network.state_dict())
     # A copy, so that no half-precision file decides the precision of training.
     network.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in found.items()}, assign=True)
     return network
@@ -94,9 +95,10 @@ def read_single_file(path: str | Path) -> dict[str, Tensor]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} holds more than weights, or is broken, and is not opened ({reason})") from None
     found = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    sound = isinstance(found, dict) and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in found.items())
+    if not sound:
         raise UserError(f"{path} holds no state dict: nothing to load")
-    return found
+    return dict(found)
 
 
 def write_single_file(path: Path, unet: UNet, autoencoder: AnyAutoencoder, text: Mapping[str, Tensor]) -> None:

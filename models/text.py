@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from models.clip import DESCRIPTION_NAME, Clip
-from models.weights import CONFIG_NAME, read_json
+from models.weights import CONFIG_NAME, read_json, require_finite
 
 WEIGHTS_NAME = "model.safetensors"
 MOST_TOKENS = 512  # of a tokenizer that knows no limit
@@ -109,6 +109,7 @@ class HuggingFaceText(nn.Module):
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise UserError(f"{path / WEIGHTS_NAME} does not fit the network (missing: {', '.join(missing[:3])})")
+        require_finite(path / WEIGHTS_NAME, encoder.state_dict())
         padding, known = tokenizer.pad_token_id, encoder.get_input_embeddings().num_embeddings
         if padding is not None and padding >= known:
             raise UserError(f"{words}: pads with token {padding}, of which {path} knows {known}; export it again")

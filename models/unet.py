@@ -5,6 +5,7 @@ Shapes: B samples, C channels, h x w the latent's size, E width of the time embe
 the text states.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -148,9 +149,11 @@ class UNet(nn.Module):
         layers = (module for module in self.modules() if isinstance(module, Attention) and module.is_cross)
         return {layer.name: layer.keys_values(context) for layer in layers}
 
-    def save_pretrained(self, folder: str | Path, weights: Weights | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, weights: Weights | None = None, metadata: Mapping[str, str] | None = None
+    ) -> None:
         """Write the folder; `weights` (an average, or gathered from shards) instead of the module's own."""
-        save_folder(folder, to_json(self.cfg), self.state_dict() if weights is None else weights)
+        save_folder(folder, to_json(self.cfg), self.state_dict() if weights is None else weights, metadata=metadata)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

@@ -1,18 +1,18 @@
 """A network's folder in diffusers' format: `config.json` and `diffusion_pytorch_model.safetensors`."""
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from conf.plain_json import dumps, loads_finite
 from models.tensor_stream import TensorStream, stream_of, write_stream
 
 CONFIG_NAME = "config.json"
@@ -36,20 +36,33 @@ class Format:
 
 
 def save_folder(
-    folder: str | Path, config: Mapping[str, Any], weights: Weights, weights_name: str = WEIGHTS_NAME
+    folder: str | Path,
+    config: Mapping[str, Any],
+    weights: Weights,
+    weights_name: str = WEIGHTS_NAME,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write both files, each whole or not at all; the configuration last."""
+    """Write both files, each whole or not at all; the configuration last. `metadata`: of the weights' file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file_atomic(folder / weights_name, weights)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    save_file_atomic(folder / weights_name, weights, metadata)
+    text = dumps(config, indent=2, sort_keys=True) + "\n"
     _atomic(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def save_file_atomic(path: Path, weights: Weights, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, whole or not at all."""
+    """A safetensors file, whole or not at all; raises UserError where a weight is not finite."""
     stream = weights if isinstance(weights, TensorStream) else stream_of(weights)
+    stream = TensorStream(stream.specs, _finite_ones(path, stream))
     _atomic(path, lambda temporary: write_stream(temporary, stream, metadata={"format": "pt", **(metadata or {})}))
+
+
+def _finite_ones(path: Path, stream: TensorStream) -> Iterator[Tensor]:
+    for name, tensor in zip(stream.specs, stream.tensors, strict=True):
+        if not is_finite(tensor):
+            remedy = ": set dtype=fp32" if tensor.dtype is torch.float16 else ""
+            raise UserError(f"{path} is not written: its '{name}' would hold NaN or infinity{remedy}")
+        yield tensor
 
 
 def _atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -66,7 +79,7 @@ def _atomic(path: Path, write: Callable[[Path], object]) -> None:
 def read_json(path: Path, weights_name: str) -> dict[str, Any]:
     """The object in a `config.json` that stands beside `weights_name`; raises UserError when there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = loads_finite(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: give a folder that holds {CONFIG_NAME} and {weights_name}") from None
     except ValueError as error:
@@ -142,13 +155,44 @@ def load_folder(folder: str | Path, build: Callable[[], M], renamed: Mapping[str
 
 
 def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; `remedy`: what a UserError says where it is missing."""
+    """All tensors of a safetensors file; `remedy`: what a UserError says where it is missing.
+
+    Raises:
+        UserError: no such file, a broken one, or one with a weight that is not finite.
+    """
     try:
-        return load_file(path)
+        return require_finite(path, load_file(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
     except SafetensorError as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; nothing where there is no such file, or a broken one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
+
+
+def require_finite(path: str | Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, as they were read; raises UserError that names the first that is not finite.
+
+    One such value makes all that a network computes, and every gradient, NaN.
+    """
+    for name, tensor in weights.items():
+        if not is_finite(tensor):
+            raise UserError(f"{path}: its '{name}' holds NaN or infinity: copy it again, or take an earlier version")
+    return dict(weights)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are; those of whole numbers are."""
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())  # no isfinite in 8 bits
 
 
 def check_names(where: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,5 @@
 """WebDataset shards of others, img2dataset's and LAION's as they are: on disk, or behind http(s):// and s3://."""
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from conf.errors import UserError
+from conf.plain_json import loads
 from conf.schema import BuildRun
 from data.labels import MAP, Vocabulary
 from data.remote import fetch, is_remote, listed
@@ -146,6 +146,6 @@ def _expanded(path: str, timeout_s: float) -> list[str]:
 
 def _successes(shard: Path) -> int | None:
     try:
-        return int(json.loads(shard.with_name(f"{shard.stem}_stats.json").read_bytes())["successes"])
+        return int(loads(shard.with_name(f"{shard.stem}_stats.json").read_bytes())["successes"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -68,6 +68,12 @@ def test_a_wrong_option_is_one_line_and_exit_code_2_before_torch(
     ("argument", "message"),
     [
         ("lr=1e-4", r"no option 'lr': did you mean optim\.lr\?"),
+        ("optim.lr=nan", r"^optim\.lr=nan: must be"),
+        ("optim.weight_decay=inf", r"^optim\.weight_decay=inf: must be a finite number"),
+        ("ema.half_life_samples=-inf", r"^ema\.half_life_samples=-inf: must be"),
+        ("ema.posthoc=[0.1,nan]", r"^ema\.posthoc"),
+        ("process.min_snr_gamma=NaN", r"^process\.min_snr_gamma=nan: must be"),
+        ("stream.mix={other: inf}", r"^stream\.mix\.other=inf: must be a finite number"),
         ("loop.sampels=10", r"no option 'loop.sampels': did you mean loop\.samples"),
         ("zzzzzz=1", "no option 'zzzzzz': --help lists the options"),
         ("+optim.foo=1", "no option 'optim.foo'"),

@@ -12,6 +12,7 @@ from conf.errors import UserError
 from conf.schema import BuildRun, FilterConfig, Source
 from data.building import REJECTS, build
 from data.filters import Dropped, NearDuplicates, check_size, check_texts, perceptual_hash
+from data.shards import ShardReader
 
 
 def dropped_by(check: Any, *given: Any) -> str:
@@ -50,6 +51,9 @@ def test_size(filters: dict[str, Any], size: tuple[int, int], name: str) -> None
         ({"min_score": {"aesthetic": 5}}, "x", {"aesthetic": None}, "min_score.aesthetic"),
         ({"min_score": {"aesthetic": 5}}, "x", {"aesthetic": float("nan")}, "min_score.aesthetic"),
         ({"min_score": {"aesthetic": 5}}, "x", {"aesthetic": "high"}, "min_score.aesthetic"),
+        ({"min_score": {"aesthetic": 5}}, "x", {"aesthetic": float("inf")}, "min_score.aesthetic"),
+        ({"min_score": {"aesthetic": 5}}, "x", {"aesthetic": "Infinity"}, "min_score.aesthetic"),
+        ({"min_score": {"aesthetic": 5}}, "x", {"aesthetic": 10**400}, "min_score.aesthetic"),
         ({"max_score": {"punsafe": 0.1}}, "x", {"punsafe": 0.2}, "max_score.punsafe"),
         ({"max_score": {"punsafe": 0.1}}, "x", {"punsafe": True}, "max_score.punsafe"),
         ({"max_score": {"punsafe": 0.1, "pwatermark": 0.5}}, "x", {"punsafe": 0, "pwatermark": 0.5}, ""),
@@ -96,6 +100,32 @@ def test_the_hash_stays_when_a_picture_is_scaled_or_blurred() -> None:
         for copy in (scene(seed).resize((60, 60)), scene(seed).filter(ImageFilter.GaussianBlur(1))):
             assert (perceptual_hash(copy) ^ value).bit_count() <= 4
         assert all((value ^ other).bit_count() > 8 for i, other in enumerate(hashes) if i != seed)
+
+
+def test_scores_that_are_not_finite_drop_their_sample_and_leave_valid_json(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, score in enumerate(("NaN", "Infinity", "-Infinity", "1e999", "0.5", "0.7")):
+        scene(number).save(photos / f"{number}.png")
+        fields = f'{{"caption": "scene {number}", "score": {score}, "similarity": NaN}}'
+        (photos / f"{number}.json").write_text(fields)
+    output = tmp_path / "shards"
+    build(
+        BuildRun(
+            run_dir=".",
+            output_dir=str(output),
+            source=Source.folder,
+            path=str(photos),
+            filters=FilterConfig(min_score={"score": 0.1}),
+            workers=1,
+        )
+    )
+    report = json.loads((output / "report.json").read_text())
+    assert report["dropped"] == {"min_score.score": 4} and sum(report["kept"].values()) == 2
+    for side in ("train", "heldout"):
+        for record in ShardReader(next((output / side).glob("*.tar"))):
+            meta = json.loads(bytes(record["json"]), parse_constant=pytest.fail)
+            assert meta["similarity"] is None and meta["score"] in (0.5, 0.7)
 
 
 def test_a_build_reports_what_each_filter_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,6 +199,40 @@ def test_file_of_kohya_is_read(tmp_path: Path) -> None:
     require_same_output(theirs, read_back(tmp_path / "other.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ("[]", "its lora_adapter_metadata is no JSON object"),
+        ("{", "not a readable safetensors file"),
+        ('{"unet.lora_alpha": NaN}', "not a readable safetensors file"),
+        ('{"unet.lora_alpha": "much"}', "damaged: .* has no alpha that is a number"),
+        ('{"unet.lora_alpha": [1]}', "damaged: .* has no alpha that is a number"),
+        ('{"unet.alpha_pattern": {"(": 1}}', "damaged: .* has no alpha that is a number"),
+        ('{"unet.alpha_pattern": 3, "unet.lora_alpha": null}', ""),
+        ("{}", ""),
+    ],
+)
+def test_what_a_file_tells_of_its_adapters_may_be_anything(tmp_path: Path, told: str, message: str) -> None:
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors = {f"{name}.lora_A.weight": torch.ones(3, 8), f"{name}.lora_B.weight": torch.ones(12, 3)}
+    save_file(tensors, tmp_path / "x", {"lora_adapter_metadata": told})
+    if not message:
+        load_adapters(str(tmp_path / "x")).merge(network(), 1.0)
+        return
+    with pytest.raises(UserError, match=rf"^lora=\S+: {message}"):
+        load_adapters(str(tmp_path / "x")).merge(network(), 1.0)
+
+
+@pytest.mark.parametrize(("a", "b"), [((0, 8), (12, 0)), ((3, 8), (12, 2)), ((3,), (12, 3))])
+def test_matrices_that_do_not_fit_each_other_are_refused(
+    tmp_path: Path, a: tuple[int, ...], b: tuple[int, ...]
+) -> None:
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    save_file({f"{name}.lora_A.weight": torch.ones(a), f"{name}.lora_B.weight": torch.ones(b)}, tmp_path / "x")
+    with pytest.raises(UserError, match=r"^lora=\S+: damaged: the two matrices of \S+ do not fit"):
+        load_adapters(str(tmp_path / "x")).merge(network(), 1.0)
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"^lora=\S+: no such file; name one of adapters .* or a folder with pytorch_lo"

@@ -1,14 +1,14 @@
 """The W&B workspace of a run as code: the panels of `panels.py`, in `dashboard.json` and, if wanted, on the server."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import UserError
+from conf.plain_json import dumps, read_object
 from conf.schema import DashboardRun, WandbMode
 from data.shards import atomic_write
 from train.board.panels import PICTURES, SECTIONS, Panel, bounds, logged_names
-from train.board.run_folder import RunFolder, read_json
+from train.board.run_folder import RunFolder
 from train.engine.journal import X_AXIS, say, wandb_mode
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def run(cfg: DashboardRun) -> Path:
     """
     path = Path(cfg.output_dir) / DASHBOARD
     workspace = build(cfg, RunFolder.open(cfg.run_dir))
-    before = read_json(path)  # says which workspace an earlier call has made
+    before = read_object(path)  # says which workspace an earlier call has made
     workspace._internal_name, workspace._internal_id = before.get("name", ""), before.get("id", "")
     write(path, workspace)
     panels = sum(len(section.panels) for section in workspace.sections)
@@ -43,7 +43,7 @@ def build(cfg: DashboardRun, run: RunFolder) -> "workspaces.Workspace":
     from wandb_workspaces import workspaces
     from wandb_workspaces.reports.v2 import interface as reports
 
-    recorded = [stage.config.get("wandb", {}).get("group") for stage in run.stages.values()]
+    recorded = [stage.section("wandb").get("group") for stage in run.stages.values()]
     group = cfg.wandb.group or next(filter(None, recorded), run.path.name)  # as the journal names it
     sections = [
         workspaces.Section(
@@ -110,4 +110,4 @@ def save(cfg: DashboardRun, workspace: "workspaces.Workspace", path: Path) -> No
 def write(path: Path, workspace: "workspaces.Workspace") -> None:
     """The specification as the server would get it."""
     specification: dict[str, Any] = workspace._spec
-    atomic_write(path, json.dumps(specification, indent=1).encode())
+    atomic_write(path, dumps(specification, indent=1).encode())

@@ -10,7 +10,7 @@ from PIL import Image
 from conf.errors import UserError
 from conf.schema import ImageConfig, ReportRun
 from data.datasets import ImageDataset
-from data.manifest import MANIFEST, Manifest
+from data.manifest import MANIFEST, Manifest, folder_of
 from train.board.facts import flat
 from train.board.pictures import data_uri
 from train.board.run_folder import RunFolder
@@ -39,6 +39,7 @@ class DataFacts:
     pictures: list[tuple[str, str]]  # (data URI, caption)
     left_out: list[tuple[str, str]]  # (reason, samples)
     provenance: list[tuple[str, str]]
+    problem: str = ""  # why there are no pictures although there are shards
 
 
 def look(cfg: ReportRun, run: RunFolder) -> DataFacts | None:
@@ -50,8 +51,9 @@ def look(cfg: ReportRun, run: RunFolder) -> DataFacts | None:
     try:
         dataset = ImageDataset(shards / "train", ImageConfig(resolution=SIDE), cfg.seed, labels=True)
         pixels, captions = shown(dataset, SHOWN)
-    except UserError:
-        return DataFacts(sets, [], 0, [], [], []) if sets else None
+    except UserError as error:
+        problem = str(error) if Path(folder_of(shards / "train")).is_dir() else ""
+        return DataFacts(sets, [], 0, [], [], [], problem) if sets or problem else None
     survey = survey_images(dataset, spread(dataset.samples, cfg.samples))
     left_out = Counter(reason_of(reject) for reject in rejects_of(shards / "train")) + survey.broken
     return DataFacts(

@@ -100,7 +100,7 @@ def _hours(hours: float) -> str:
 
 
 def _devices(run: RunFolder) -> str:
-    kinds = {str(stage.config.get("hardware", {}).get("device", "")) for stage in run.stages.values()} - {""}
+    kinds = {str(stage.section("hardware").get("device", "")) for stage in run.stages.values()} - {""}
     return ", ".join(sorted(kinds))
 
 
@@ -131,7 +131,7 @@ def _stage_row(run: RunFolder, name: str) -> dict[str, str]:
     if stage is None:
         return row
     speed, mfu, memory = (stage.values(f"perf/{metric}") for metric in ("images_per_s", "mfu", "memory_gib"))
-    hours, hardware = stage.latest("perf/device_hours"), stage.config.get("hardware", {})
+    hours, hardware = stage.latest("perf/device_hours"), stage.section("hardware")
     row["samples"] = f"{stage.samples_seen:,}"
     row["images/s"] = f"{statistics.median(speed):,.0f}" if speed else ""
     row["MFU"] = f"{statistics.median(mfu):.2f}" if mfu else ""

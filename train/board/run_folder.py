@@ -1,6 +1,5 @@
 """What a run folder has so far; nothing of it needs to be there, and a run may still be writing into it."""
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,13 +10,14 @@ from typing import Any
 import yaml
 
 from conf.errors import UserError
+from conf.plain_json import read_object
 from data.manifest import MANIFEST
 from train.board.panels import EVALUATIONS
-from train.engine.journal import METRICS, X_AXIS, read_metrics
+from train.engine.journal import CONFIG, METRICS, X_AXIS, read_metrics
 from train.engine.state import DONE
 
 PROOFS = (DONE, "metrics.json", f"train/{MANIFEST}")  # of a training, an evaluation, latents
-CONFIG, PROTOCOL = "config.yaml", "protocol.json"
+PROTOCOL = "protocol.json"
 ORDER = ("autoencoder", "clip", "latents", "unet", *EVALUATIONS)  # stages that keep a journal
 PICTURE = re.compile(r"(?P<name>.+)-(?P<samples_seen>\d{12})\.png")
 
@@ -36,14 +36,23 @@ class Stage:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Its resolved configuration."""
-        return yaml.safe_load(self.config_text) or {}
+        """Its resolved configuration; empty where it cannot be read."""
+        try:
+            found = yaml.safe_load(self.config_text)
+        except yaml.YAMLError:
+            found = None
+        return found if isinstance(found, dict) else {}
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A group of its options; empty where it has none."""
+        found = self.config.get(name)
+        return found if isinstance(found, dict) else {}
 
     @cached_property
     def config_text(self) -> str:
         """Likewise, as it is written."""
         path = self.folder / CONFIG
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
     @property
     def done(self) -> bool:
@@ -53,12 +62,12 @@ class Stage:
     @property
     def samples(self) -> int:
         """Length of the training; 0 for other stages."""
-        return int(self.config.get("loop", {}).get("samples", 0))
+        return int(self.section("loop").get("samples", 0))
 
     @property
     def samples_seen(self) -> int:
         """By the most advanced row; an evaluation may take the newest checkpoint first."""
-        return max((int(row[X_AXIS]) for row in self.rows), default=0)
+        return max((row[X_AXIS] for row in self.rows), default=0)
 
     @cached_property
     def pictures(self) -> dict[str, list[tuple[int, Path]]]:
@@ -106,19 +115,10 @@ class RunFolder:
     @cached_property
     def records(self) -> dict[str, dict[str, Any]]:
         """What the pipeline keeps of each stage that it ran."""
-        return {path.stem: read_json(path) for path in sorted((self.path / ".stages").glob("*.json"))}
+        return {path.stem: read_object(path) for path in sorted((self.path / ".stages").glob("*.json"))}
 
     @cached_property
     def protocols(self) -> dict[str, dict[str, Any]]:
         """Stage → everything that two labs must share to get the same numbers."""
         paths = {path.parent.name: path for path in sorted(self.path.glob(f"*/{PROTOCOL}"))}
-        return {name: read_json(path) for name, path in paths.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a file; empty where there is none, or not a dictionary."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return {name: read_object(path) for name, path in paths.items()}

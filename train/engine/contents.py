@@ -1,6 +1,5 @@
 """What a checkpoint holds, on its way from the processes' shards to files and back, one tensor at a time."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.plain_json import dumps
 from models.tensor_stream import Fingerprint, TensorStream, in_file_order, write_bytes, write_stream
 from train.engine.layout import Layout
 from train.engine.runtime import Runtime
@@ -32,7 +32,7 @@ class Contents:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             prints[name] = write_stream(folder / name, stream)
         for name, document in self.documents.items():
-            prints[name] = write_bytes(folder / name, json.dumps(document, indent=1).encode())
+            prints[name] = write_bytes(folder / name, dumps(document, indent=1).encode())
         return prints
 
     def drain(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from conf.plain_json import dumps
 from data.shards import atomic_write
 
 FOLDER = "inbox"
@@ -27,7 +28,7 @@ class Message:
 
 def put(output_dir: Path, message: Message) -> None:
     """Leave a message for the training in `output_dir`; a later one of the same name and moment replaces it."""
-    content = json.dumps(asdict(message)).encode()
+    content = dumps(asdict(message)).encode()
     atomic_write(output_dir / FOLDER / f"{message.samples_seen:012d}-{message.name}.json", content)
 
 

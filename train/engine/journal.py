@@ -5,7 +5,6 @@ full names; a value that is not finite is null. W&B is a copy for looking at: wh
 """
 
 import io
-import json
 import math
 import netrc
 import os
@@ -18,12 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlparse
 
 import numpy as np
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, PngImagePlugin
 from rich.console import Console
 from rich.text import Text
 
+from conf.errors import UserError
 from conf.overrides import literally
+from conf.plain_json import dumps, loads
 from conf.schema import WandbConfig, WandbMode
 from data.shards import atomic_write
 from train.engine.inbox import Inbox
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 WANDB_INIT_TIMEOUT_S = 60.0  # then the run goes on offline
 WANDB_FINISH_TIMEOUT_S = 300.0  # for the last upload
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # where `wandb login` goes unless $WANDB_BASE_URL is set
-METRICS, X_AXIS = "metrics.jsonl", "samples_seen"
+METRICS, CONFIG, X_AXIS = "metrics.jsonl", "config.yaml", "samples_seen"
 DETAILS = ("perf/", "train/loss_by_timestep/")  # for the dashboard only
 CAPTIONS = "Captions"  # of an image's `info`, and the text chunk of its PNG: those that are drawn in it, as JSON
 SPREAD = ("_low", "_high", "_std")  # likewise, at the end of a name
@@ -78,10 +81,10 @@ class Journal:
         if not is_main:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(literally(config))).encode())
+        atomic_write(self.output_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(literally(config))).encode())
         self.path = self.output_dir / METRICS
         rows = [row for row in read_metrics(self.path) if row[X_AXIS] <= samples_seen]
-        atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        atomic_write(self.path, "".join(dumps(row) + "\n" for row in rows).encode())
         self.latest = [row for row in rows if row[X_AXIS] == rows[-1][X_AXIS]]
         self.file = self.path.open("a", encoding="utf-8")
         mode = wandb_mode(cfg.mode)
@@ -99,7 +102,7 @@ class Journal:
         if not self.is_main or not metrics:
             return
         row = {X_AXIS: samples_seen, "time": round(time.time(), 3), **finite(metrics)}
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(dumps(row) + "\n")
         self.file.flush()
         self.latest = [*(r for r in self.latest if r[X_AXIS] == samples_seen), row]
         say(self.prefix, describe(samples_seen, metrics))
@@ -136,7 +139,7 @@ def png_of(image: Image.Image) -> bytes:
     """Contents of a PNG, with the captions that are drawn in it as text beside the pixels."""
     content, info = io.BytesIO(), PngImagePlugin.PngInfo()
     if CAPTIONS in image.info:
-        info.add_itxt(CAPTIONS, json.dumps(image.info[CAPTIONS]))
+        info.add_itxt(CAPTIONS, dumps(image.info[CAPTIONS]))
     image.save(content, "PNG", pnginfo=info)
     return content.getvalue()
 
@@ -145,7 +148,7 @@ def captions_in(content: bytes) -> list[str]:
     """The captions of a PNG that `png_of` made; none of another file."""
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            found = json.loads(image.info.get(CAPTIONS, "[]"))
+            found = loads(image.info.get(CAPTIONS, "[]"))
     except (OSError, ValueError, TypeError, RecursionError):
         return []
     return [str(caption) for caption in found] if isinstance(found, list) else []
@@ -156,15 +159,33 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
 
 
+def read_config(output_dir: Path) -> DictConfig:
+    """The resolved configuration of a stage; raises UserError where there is none that can be read."""
+    path = output_dir / CONFIG
+    try:
+        found = OmegaConf.load(path) if path.is_file() else None
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException):
+        found = None
+    except OSError as error:
+        if error.errno is not None:  # OmegaConf's word for a number in place of options has none
+            raise
+        found = None
+    if not isinstance(found, DictConfig):
+        raise UserError(f"{path} is missing or no configuration of a stage: point at the folder of a training")
+    return found
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, none where there is no file; ends at a line that a kill cut off."""
+    """Rows of a metrics.jsonl, none where there is no file; ends at a line that a kill cut off, or that is no row."""
     rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            row = loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or type(row.get(X_AXIS)) is not int:
+            break
+        rows.append(row)
     return rows
 
 

@@ -14,7 +14,7 @@ from train.engine.meter import Meter
 from train.engine.runtime import Runtime
 from train.engine.signals import StopFlag, stop_on_signal
 from train.engine.state import Outcome, Stage, State, architecture_of, digest, read_done, require_same_run, write_done
-from train.engine.step import Cfg, Diverged, Stepper, gauges, own_seconds
+from train.engine.step import Cfg, Diverged, Stepper, gauges, own_seconds, require_learned
 from train.engine.watchdog import Watchdog
 
 
@@ -43,9 +43,10 @@ def run(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
             try:
                 return _Training(stage, cfg, runtime, checkpoints, state, journal, stop, watchdog).run()
             except Diverged as error:
-                # Once more from the last checkpoint: a machine's fault does not come again, one of the data does.
+                # Once more from the last checkpoint: a machine's fault does not come again, one of the data does, and
+                # what no sound step has interrupted is the same one, however many checkpoints were made meanwhile.
                 checkpoints.wait()
-                if error.samples_seen <= diverged_at or not checkpoints.any():
+                if error.began < diverged_at or not checkpoints.any():
                     raise
                 diverged_at = error.samples_seen
                 if runtime.is_main:
@@ -96,6 +97,7 @@ class _Training:
             if stopping:
                 return self._stopped()
         metrics = self._evaluate()
+        require_learned(self.stage, metrics)
         self.watchdog.note("exporting")
         with staged(Path(self.cfg.output_dir) / "export", self.runtime) as folder:
             self.stage.export(folder)

@@ -1,8 +1,9 @@
 """Means of metrics and timings over the steps between two log lines."""
 
+import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class Meter:
     """
 
     def __init__(self, interval: Mapping[str, list[float]]) -> None:
-        self.totals: dict[str, Tensor] = {k: torch.tensor(v, dtype=torch.float64) for k, v in interval.items()}
+        self.totals: dict[str, Tensor] = {k: torch.tensor(known(v), dtype=torch.float64) for k, v in interval.items()}
         self._begin()
 
     def _begin(self) -> None:
@@ -81,6 +82,11 @@ class Meter:
         parts = {f"{name}/{i}": total[i] for name, total in self.totals.items() for i in (0, 1)}
         sums = runtime.sum(parts)
         return {name: [sums[f"{name}/0"] / runtime.world, sums[f"{name}/1"] / runtime.world] for name in self.totals}
+
+
+def known(values: Sequence[float | None]) -> list[float]:
+    """Numbers as a checkpoint's JSON has them, where null stands for what was not finite."""
+    return [math.nan if value is None else value for value in values]
 
 
 class Clock:

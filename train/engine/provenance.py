@@ -1,7 +1,6 @@
 """Who made what: the facts that join an autoencoder, a CLIP, their latents and the U-Net trained on them."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -10,19 +9,26 @@ from typing import Any, TypeVar
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load
 from torch import Tensor
 
+from conf.ending import first_line
 from conf.errors import UserError
 from conf.networks import UNetConfig
+from conf.plain_json import dumps, loads, loads_finite
 from conf.schema import ConditionsConfig, ImageConfig, ProcessConfig, UNetRun
 from data.manifest import Manifest
 from data.remote import joined, read
 from data.shards import atomic_write
 from models.conditions import PREPARING, Conditions, Surroundings
+from models.lora import Adapters
+from models.process import SCHEDULER, differences, meaning, read_scheduler
+from models.weights import WEIGHTS_NAME, metadata_of
 
 INFO = "latentline.json"
 NULL_TEXT = "null_text.safetensors"
+PROCESS = "latentline_process"  # entry of the weights' metadata
 OLDER: dict[str, Any] = {"conditions": {"caption": {}}, "labels": {}}  # of caches from before they said so
 
 C = TypeVar("C")
@@ -72,7 +78,7 @@ class UNetInfo:
     names: dict[str, list[str]] = field(default_factory=dict)  # of the classes that they mention
 
     def save(self, folder: Path) -> None:
-        atomic_write(folder / INFO, json.dumps(asdict(self), indent=2).encode())
+        atomic_write(folder / INFO, dumps(asdict(self), indent=2).encode())
 
     @classmethod
     def load(cls, folder: str) -> "UNetInfo":
@@ -80,9 +86,42 @@ class UNetInfo:
         if not path.exists():
             raise UserError(f"no {INFO} in '{folder}': train the U-Net first, or set unet=FOLDER to an export of it")
         try:
-            return cls(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"'{path}' is not of this version ({error}): train or export the U-Net again") from None
+            found = loads_finite(path.read_bytes())
+            if not isinstance(found, dict):
+                raise TypeError("no JSON object")
+            info = cls(**found)
+            info._check()
+            says = meaning(info.process_config())
+        except (ValueError, TypeError, OmegaConfBaseException) as error:
+            reason = first_line(error)
+            raise UserError(f"'{path}' is not of this version ({reason}): train or export the U-Net again") from None
+        if changed := differences(process_in(metadata_of(Path(folder) / WEIGHTS_NAME)), says):
+            raise UserError(
+                f"'{path}' is not that of the weights beside it ({'; '.join(changed)}): copy the whole export again"
+            )
+        return info
+
+    def check_adapters(self, lora: Adapters) -> None:
+        """Refuse those of a U-Net that predicts something else, where their file says so."""
+        found = differences(process_in(lora.metadata), meaning(self.process_config()))
+        if found and found[0].startswith("process.prediction"):
+            raise UserError(f"lora={lora.source}: {found[0]} of unet=; name the U-Net that they were trained on")
+
+    def _check(self) -> None:
+        """Raise TypeError, or an error of OmegaConf, for values that no training writes."""
+        for name, values in (("latent_mean", self.latent_mean), ("latent_std", self.latent_std)):
+            if not isinstance(values, list) or not values or not all(type(value) in (int, float) for value in values):
+                raise TypeError(f"{name} is no list of numbers")
+        if len(self.latent_mean) != len(self.latent_std) or min(self.latent_std) <= 0:
+            raise TypeError("latent_std is not positive, or not as long as latent_mean")
+        for name in ("process", "conditions", "names"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name} is no JSON object")
+        self.conditions_config()
+
+    def metadata(self) -> dict[str, str]:
+        """What the weights' own file says, so that no other `latentline.json` is taken for theirs."""
+        return {PROCESS: dumps(meaning(self.process_config()))}
 
     def process_config(self) -> ProcessConfig:
         """The typed process configuration again."""
@@ -111,6 +150,39 @@ class UNetInfo:
             return load(read(joined(latents, NULL_TEXT)))["text"].float()
         except FileNotFoundError:
             raise UserError(f"no {NULL_TEXT} in '{latents}': run data/precompute_latents.py again") from None
+
+
+def process_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The `meaning` of a process in a file's metadata; empty where there is none."""
+    try:
+        found = loads(metadata.get(PROCESS, "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def trained_otherwise(source: str, now: UNetInfo) -> list[str]:
+    """What a U-Net that a run begins from (`init_from`) was trained for and is asked otherwise now, in words.
+
+    By its `latentline.json`, or by the scheduler beside it in a folder of one of diffusers' pipelines.
+    """
+    asked = meaning(now.process_config())
+    if not (Path(source) / INFO).is_file():
+        try:
+            return differences(meaning(read_scheduler(Path(source).parent / "scheduler" / SCHEDULER)), asked)
+        except UserError:  # none, or one whose noise levels we have no name for
+            return [f"it does not say what it predicts, which must be process.prediction={asked['prediction']}"]
+    before = UNetInfo.load(source)
+    found = differences(meaning(before.process_config()), asked)
+    if before.autoencoder != now.autoencoder:
+        found.append("its latents were those of another autoencoder, normalised otherwise")
+    if None not in (before.clip, now.clip) and before.clip != now.clip:
+        found.append("its text states were those of another clip")
+    if before.conditions.keys() != now.conditions.keys():
+        was, are = (", ".join(sorted(info.conditions)) or "none" for info in (before, now))
+        found.append(f"conditions were {was}, are {are}")
+    named = sorted(before.names.keys() & now.names.keys())
+    return found + [f"its {group} had other names" for group in named if before.names[group] != now.names[group]]
 
 
 def info_of_trained(unet: str, autoencoder: str, clip: str) -> UNetInfo:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.plain_json import dumps, loads
 from data.loader import Dataset
 from data.shards import atomic_write
 from train.engine.journal import Journal, finite
@@ -94,12 +95,12 @@ def _flat(node: Any, prefix: str) -> dict[str, Any]:
 
 def digest(content: Any) -> str:
     """sha256 of the canonical JSON of `content`."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def require_same_run(saved: Mapping[str, Any], now: State, output_dir: Path) -> None:
     """Refuse to continue what another network or other data began; raises UserError naming what differs."""
-    before, after = saved["architecture"], json.loads(json.dumps(now.architecture))
+    before, after = saved["architecture"], json.loads(dumps(now.architecture))
     changed = [
         f"{name} was {before.get(name)}, is {after.get(name)}"
         for name in sorted(before.keys() | after.keys())
@@ -119,14 +120,14 @@ def write_done(output_dir: Path, state: State, metrics: Mapping[str, float]) -> 
     """Mark a stage as finished: DONE says at how many samples, with which last metrics, after how many seconds."""
     done = {"samples_seen": state.samples_seen, "seconds": round(state.seconds, 1), "metrics": finite(metrics)}
     belongs = {"architecture": state.architecture, "data": state.data}
-    atomic_write(output_dir / DONE, json.dumps(done | belongs, indent=1).encode())
+    atomic_write(output_dir / DONE, dumps(done | belongs, indent=1).encode())
 
 
 def read_done(output_dir: Path | str, samples: int) -> dict[str, Any] | None:
     """Content of DONE (samples_seen, seconds, metrics, architecture, data); None when less than `samples` are done."""
     try:
-        done: dict[str, Any] = json.loads((Path(output_dir) / DONE).read_bytes())
+        done: dict[str, Any] = loads((Path(output_dir) / DONE).read_bytes())
         done["metrics"] = {name: math.nan if value is None else value for name, value in done["metrics"].items()}
         return done if done["samples_seen"] >= samples else None
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours
         return None

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,8 @@ NAMED = 5  # samples that an error names
 class Diverged(UserError):
     """Steps in a row whose loss or gradients were not finite; the weights are those before the first of them."""
 
-    def __init__(self, stage: str, steps: int, samples_seen: int, samples: list[str]) -> None:
-        self.samples_seen = samples_seen
+    def __init__(self, stage: str, steps: int, began: int, samples_seen: int, samples: list[str]) -> None:
+        self.began, self.samples_seen = began, samples_seen  # before the first of them, and after the last
         more = " and more" if len(samples) > NAMED else ""
         where = f"the losses of {', '.join(samples[:NAMED])}{more}" if samples else "the gradients"
         super().__init__(
@@ -85,7 +85,22 @@ class Stepper:
             say(self.stage.name, f"{samples_seen:>11,}  step left out, it was not finite ({self.in_a_row} in a row)")
         if self.in_a_row >= self.cfg.loop.most_skipped_steps:
             named = [key for part in self.runtime.gather_objects(self.suspects[: NAMED + 1]) for key in part]
-            raise Diverged(self.stage.name, self.in_a_row, samples_seen, named)
+            began = samples_seen - self.in_a_row * self.cfg.batch.global_batch_size
+            raise Diverged(self.stage.name, self.in_a_row, began, samples_seen, named)
+
+
+def require_learned(stage: Stage, metrics: Mapping[str, float]) -> None:
+    """Refuse to call a training finished that moved no weight, or whose last evaluation gives no number at all."""
+    if not any(trainable.steps for trainable in stage.trainables.values()):
+        raise UserError(
+            f"{stage.name}: nothing was learned, no step was finite: lower optim.lr, set runtime.precision=fp32, or "
+            "look for values in the data that are not; then delete output_dir and begin anew"
+        )
+    if metrics and not any(map(math.isfinite, metrics.values())):
+        raise UserError(
+            f"{stage.name}: no value of the last evaluation is finite ({', '.join(metrics)}), so nothing is exported: "
+            "lower optim.lr or set runtime.precision=fp32, and begin anew in another output_dir"
+        )
 
 
 def own_seconds(stage: Stage) -> float:

@@ -89,6 +89,11 @@ class Trainable:
             self.ema.update(self.backend.masters, samples_seen, self.batch.global_batch_size)
         return norm
 
+    @property
+    def steps(self) -> int:
+        """Updates of the weights so far; those that were skipped are none."""
+        return int(self._state_of(self.backend.masters[0])["step"].item())
+
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
         """Full fp32 state dict on the CPU of every process; collective. `ema`: of the average."""
         shards, layout = self._shards(ema), self.backend.layout
@@ -109,7 +114,7 @@ class Trainable:
         for average, shards in self._averages().items():
             streams[f"{average}.safetensors"] = stream(layout, shards, {})
         scalars = {
-            "step": int(states[0]["step"].item()),
+            "step": self.steps,
             "skipped_steps": self.skipped_steps,
             "loss_scale": self.backend.scale.state(),
             "frozen": self.frozen,

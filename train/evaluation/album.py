@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from conf.plain_json import loads
 from data.shards import atomic_path
 from train.engine.journal import png_of
 from train.engine.pictures import captioned, film_strips
@@ -120,9 +121,10 @@ def write_png(path: Path, image: np.ndarray, title: str, facts: dict[str, Any]) 
 def read_parameters(path: Path) -> dict[str, Any] | None:
     """What a PNG says of itself, without decoding it; None where it says nothing."""
     try:
-        return json.loads(read_text(path, PARAMETERS) or "null")
+        found = loads(read_text(path, PARAMETERS) or "null")
     except ValueError:
         return None
+    return found if isinstance(found, dict) else None
 
 
 def read_text(path: Path, chunk: str) -> str | None:

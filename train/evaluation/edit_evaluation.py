@@ -1,6 +1,5 @@
 """Do edits change what they say, and nothing else? On captions of the demo set, of which a probe can tell."""
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 
 from conf.entry import to_plain
+from conf.errors import UserError
+from conf.plain_json import dumps
 from conf.schema import Edit, EvaluateEditsRun, ImageConfig, Perceptual
 from data.datasets import ImageDataset
 from data.shards import atomic_path, atomic_write
@@ -30,7 +31,7 @@ from train.evaluation.judge import accuracy, cached_judge
 from train.evaluation.plots import weights_figure
 from train.evaluation.probe import SceneProbe
 from train.evaluation.prompts import say_cut
-from train.evaluation.sampling import load_model
+from train.evaluation.sampling import finite, load_model, require_finite
 
 SHOWN = 4  # edits of each sort in edits.png
 WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0)
@@ -75,6 +76,8 @@ def run(cfg: EvaluateEditsRun, runtime: Runtime) -> dict[str, float]:
     measures = Measures(probe, distance.to(runtime.device))
     scenes = [attributes_of(item["meta"]) for item in items]
     edits = demo_edits(scenes, cfg.edits_per_sort, cfg.seed, **cfg.strength)
+    if not edits:
+        raise UserError(f"shards={cfg.shards}: no held-out scene can be edited; build more of them")
     rows = shared(cfg, runtime, "edits", edits, partial(measured, model, cfg, measures))
     weighed = weighable(scenes, cfg.reweighted)
     curves = shared(cfg, runtime, "weights", weighed, partial(reweighted, model, cfg, probe))
@@ -107,6 +110,8 @@ def measured(
     same = model(after, seeds, cfg, indices=numbers, noise_of=before)
     own = model(after, seeds, cfg, indices=numbers)
     for edit, one, alike, other in zip(edits, made, same, own, strict=True):
+        sound = finite(torch.stack([one.source.image, one.result.image, alike, other]))
+        require_finite(cfg, [] if all(sound) else [edit.edit.edited])
         yield row_of(measures, edit, one, alike, other)
 
 
@@ -142,7 +147,9 @@ def reweighted(
     for number, (prompt, attribute, word) in zip(numbers, words, strict=True):
         edits, count = [Edit(prompt=prompt, weights={word: weight}) for weight in WEIGHTS], len(WEIGHTS)
         made = edit_pictures(model, edits, [cfg.seed] * count, cfg, indices=[number] * count)
-        odds = probe.log_probability(torch.stack([one.result.image for one in made]), attribute, word).exp()
+        images = torch.stack([one.result.image for one in made])
+        require_finite(cfg, [] if all(finite(images)) else [prompt])
+        odds = probe.log_probability(images, attribute, word).exp()
         yield {"prompt": prompt, "attribute": attribute, "word": word, "probabilities": odds.tolist()}
 
 
@@ -197,8 +204,8 @@ def write(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: list[Row], cur
     if curves:
         atomic_write(folder / "weights.png", to_png(weights_figure(WEIGHTS, curves)))
     for name, lines in (("edits.jsonl", plain), ("weights.jsonl", curves)):
-        atomic_write(folder / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+        atomic_write(folder / name, "".join(dumps(line) + "\n" for line in lines).encode())
+    atomic_write(folder / "metrics.json", dumps(metrics, indent=1).encode())
     journal = Journal(folder, cfg.wandb, "edits", {"run_dir": cfg.run_dir, "edits": to_plain(cfg)}, is_main=True)
     journal.log(0, metrics)
     journal.image("edits", sheet, 0, "before, after, drawn anew with the same noise")

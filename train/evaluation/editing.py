@@ -1,6 +1,5 @@
 """Pictures before and after edits of their prompts: files, a record of each, and W&B."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain, groupby
@@ -12,6 +11,7 @@ import torch
 
 from conf.entry import to_plain
 from conf.errors import UserError
+from conf.plain_json import dumps
 from conf.schema import Edit, EditRun
 from data.shards import atomic_path, atomic_write
 from models.editing import Edited, check_edit, edit_pictures
@@ -170,7 +170,7 @@ def told(edit: Edit) -> str:
 def record(cfg: EditRun, folder: Path, jobs: Sequence[Job], drawn: int) -> None:
     """`edits.jsonl` and `grid.png` of what is in the files, and all sheets to W&B."""
     facts = [read_parameters(file_of(folder, index)) or {} for index in range(len(jobs))]
-    atomic_write(folder / "edits.jsonl", "".join(json.dumps(fact) + "\n" for fact in facts).encode())
+    atomic_write(folder / "edits.jsonl", "".join(dumps(fact) + "\n" for fact in facts).encode())
     shown = range(min(SHOWN, len(jobs)))
     images = [read_png(file_of(folder, index, when)) for index in shown for when in ("before", "after")]
     titles = [title for job in jobs[:SHOWN] for title in (job.edit.prompt, told(job.edit))]

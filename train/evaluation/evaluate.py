@@ -1,6 +1,5 @@
 """The evaluation command: measure pictures chunk by chunk, make metrics of it, and write them with their protocol."""
 
-import json
 import sys
 import time
 from dataclasses import replace
@@ -14,14 +13,15 @@ from PIL import Image
 
 from conf.entry import to_plain
 from conf.errors import UserError
+from conf.plain_json import dumps
 from conf.schema import EvaluateRun, EvaluationSubject, WandbConfig, WandbMode
 from data.shards import atomic_path, atomic_write
 from train.engine.inbox import Message, put
-from train.engine.journal import METRICS, X_AXIS, Journal, finite, read_metrics, say
+from train.engine.journal import METRICS, X_AXIS, Journal, finite, read_config, read_metrics, say
 from train.engine.pictures import captioned
 from train.engine.provenance import UNetInfo, weights_digest
 from train.engine.runtime import Runtime
-from train.engine.state import DONE
+from train.engine.state import DONE, read_done
 from train.evaluation.chunks import Chunks
 from train.evaluation.comparison import rival_distances
 from train.evaluation.reference import FILES, Reference, reference_of
@@ -124,8 +124,8 @@ def write_files(folder: Path, metrics: dict[str, float], grid: Image.Image, fact
     """Metrics, grid and protocol of one evaluation, in the place of those of an earlier one."""
     with atomic_path(folder / "grid.png") as path:
         grid.save(path, "PNG")
-    atomic_write(folder / "protocol.json", json.dumps(facts, indent=1).encode())
-    atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+    atomic_write(folder / "protocol.json", dumps(facts, indent=1).encode())
+    atomic_write(folder / "metrics.json", dumps(metrics, indent=1).encode())
 
 
 def report(
@@ -155,7 +155,7 @@ def report(
     finally:
         journal.finish(exit_code)
     for name, value in metrics.items():
-        if name.startswith("probe/") and value < PROBE_FLOOR:
+        if name.startswith("probe/") and not value >= PROBE_FLOOR:
             say("evaluation", f"{name}={value:.3f}: below {PROBE_FLOOR}, so what it finds in drawn ones proves nothing")
     say("evaluation", f"{folder / 'metrics.json'} and {folder / 'grid.png'}")
 
@@ -165,19 +165,20 @@ def run_of(trained: Path, wandb: WandbConfig) -> WandbConfig:
     path = trained / "config.yaml"
     if not path.is_file():
         return wandb
-    recorded = OmegaConf.load(path)
-    place = {option: recorded.wandb[option] for option in ("project", "entity", "group", "name")}
-    place["name"] = place["name"] or f"{Path(recorded.run_dir).name}/{trained.name}"
-    place["group"] = place["group"] or Path(recorded.run_dir).name
+    recorded = read_config(trained)
+    place = {option: OmegaConf.select(recorded, f"wandb.{option}") for option in ("project", "entity", "group", "name")}
+    run_dir = Path(OmegaConf.select(recorded, "run_dir") or trained.parent).name
+    place |= {"project": place["project"] or wandb.project, "group": place["group"] or run_dir}
+    place["name"] = place["name"] or f"{run_dir}/{trained.name}"
     return replace(wandb, **place)
 
 
 def samples_seen(folder: str, option: str) -> int:
     """Of the training that exported this network; the x axis of its metrics."""
-    done = Path(folder).parent / DONE
-    if not done.is_file():
+    done = read_done(Path(folder).parent, 0)
+    if done is None:
         raise UserError(
             f"{option}={folder}: no DONE beside it; point it at the export folder of a finished training, or set "
             "watch=true for one that goes on"
         )
-    return int(json.loads(done.read_text())["samples_seen"])
+    return int(done["samples_seen"])

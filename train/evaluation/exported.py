@@ -11,12 +11,11 @@ from models.autoencoder import load_autoencoder
 from models.conditions import Conditions, Surroundings
 from models.denoiser import Denoiser
 from models.pipeline import DiffusionPipeline
-from models.process import Process, read_scheduler
+from models.process import SCHEDULER, Process, read_scheduler
 from models.text import load_text_tower
 from models.weights import CONFIG_NAME, read_json
 
 INDEX = "model_index.json"
-SCHEDULER = "scheduler_config.json"
 CLASS = "StableDiffusionPipeline"
 SCALE = 0.18215  # of the latents, where the autoencoder does not say: that of Stable Diffusion
 
@@ -37,7 +36,9 @@ def load_exported(folder: str, device: torch.device, tile: int = 0) -> Diffusion
     if name != CLASS:
         raise UserError(f"{path}: holds a {name}; only {CLASS} is read, from a run everything that was trained here")
     autoencoder, tower = load_autoencoder(path / "vae"), load_text_tower(path / "text_encoder")
-    scale = float(read_json(path / "vae" / CONFIG_NAME, CONFIG_NAME).get("scaling_factor", SCALE))
+    scale = read_json(path / "vae" / CONFIG_NAME, CONFIG_NAME).get("scaling_factor", SCALE)
+    if type(scale) not in (int, float) or not scale > 0:
+        raise UserError(f"{path / 'vae' / CONFIG_NAME}: scaling_factor={scale!r} is not supported, it must be positive")
     channels = autoencoder.cfg.latent_channels
     mean, std = torch.zeros(channels), torch.full((channels,), 1 / scale)
 

@@ -5,11 +5,11 @@ RUN/sweep/evaluate/pareto/    table.md, members.csv, pareto.json, pareto.png, st
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conf.plain_json import dumps
 from conf.schema import WandbConfig, WandbMode
 from data.shards import atomic_write
 from train.engine.figures import to_png
@@ -32,7 +32,7 @@ def run(folder: Path, sweep: str, cfg: WandbConfig, run_dir: str) -> None:
     print(f"\n{text}\n", flush=True)
     atomic_write(out / "table.md", f"{text}\n".encode())
     atomic_write(out / "members.csv", as_csv(rows(found)).encode())
-    atomic_write(out / "pareto.json", json.dumps(as_json(found), indent=1).encode())
+    atomic_write(out / "pareto.json", dumps(as_json(found), indent=1).encode())
     pictures = {}
     for name, figure in (("pareto", pareto_figure(found)), ("steps", steps_figure(found))):
         if figure is not None:

@@ -92,10 +92,10 @@ def from_file(path: Path, extractor: Extractor, facts: dict[str, Any]) -> Refere
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
-        found, count = json.loads(metadata["facts"]), int(metadata["count"])
+        found, count = dict(json.loads(metadata["facts"])), int(metadata["count"])
     except FileNotFoundError:
         raise UserError(f"reference={path}: no such file") from None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"reference={path}: is no statistics file of this program ({type(error).__name__}); delete it, or point "
             "reference at a folder of image shards"

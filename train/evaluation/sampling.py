@@ -56,7 +56,9 @@ def load_model(cfg: ModelRun, device: torch.device) -> DiffusionPipeline:
     denoiser = Denoiser.from_pretrained(cfg.unet, conditions_of)
     if cfg.lora is not None:
         refuse_merged(cfg.unet, cfg.lora)
-        load_adapters(cfg.lora).merge(denoiser.unet, cfg.lora_scale)
+        adapters = load_adapters(cfg.lora)
+        info.check_adapters(adapters)
+        adapters.merge(denoiser.unet, cfg.lora_scale)
     return put_together(denoiser, autoencoder, info, cfg, device)
 
 

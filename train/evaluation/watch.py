@@ -6,9 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from conf.ending import first_line
 from conf.entry import to_object
 from conf.errors import UserError
 from conf.schema import EvaluateRun, UNetRun
@@ -18,7 +20,7 @@ from models.denoiser import Denoiser
 from models.unet import UNet
 from train.engine.ema import MAIN
 from train.engine.files import MARKER
-from train.engine.journal import METRICS, X_AXIS, read_metrics, say
+from train.engine.journal import CONFIG, METRICS, X_AXIS, read_config, read_metrics, say
 from train.engine.provenance import check_latents
 from train.engine.runtime import Runtime
 from train.engine.state import DONE
@@ -37,7 +39,7 @@ def watch(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
         UserError: there is no training, or a reason to stop of `evaluate`.
     """
     trained = Path(cfg.unet).parent
-    if not (trained / "config.yaml").is_file():
+    if not (trained / CONFIG).is_file():
         raise UserError(f"watch=true: no training in '{trained}'; start train/train_unet.py with that output_dir first")
     if runtime.is_main:
         say("evaluation", f"watches {trained / 'checkpoints'}")
@@ -70,13 +72,13 @@ def newest(trained: Path, output_dir: Path, passed: set[int]) -> int | None:
 
 def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) -> Drawn | None:
     """The U-Net as the checkpoint has it, by its average where it keeps one; None if it is gone."""
-    recorded = OmegaConf.load(trained / "config.yaml")
-    assert isinstance(recorded, DictConfig)
-    options = OmegaConf.masked_copy(recorded, [option.name for option in fields(UNetRun)])
-    merged = OmegaConf.merge(OmegaConf.structured(UNetRun), options)
+    options = OmegaConf.masked_copy(read_config(trained), [option.name for option in fields(UNetRun)])
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(UNetRun), options)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{trained / CONFIG} is not of this version: {first_line(error)}") from None
     assert isinstance(merged, DictConfig)
     training = to_object(merged)
-    assert isinstance(training, UNetRun)
     if training.lora.rank > 0:
         raise UserError(f"watch=true: checkpoints in '{trained}' hold adapters only (lora.rank); wait for its export")
     info = check_latents(training, find_shards(f"{training.latents}/train", "latents"))

@@ -12,7 +12,7 @@ from conf.schema import AverageRun
 from models.denoiser import Denoiser
 from train.engine.ema import MAIN, further
 from train.engine.files import damage_of, filled
-from train.engine.journal import say
+from train.engine.journal import read_config, say
 from train.engine.posthoc import reconstructed
 from train.engine.provenance import INFO, UNetInfo
 
@@ -29,7 +29,7 @@ def run(cfg: AverageRun) -> None:
         raise UserError(f"output_dir={output_dir}: holds something else; name a folder that is not there yet")
     info = UNetInfo.load(str(trained / "export"))
     network = Denoiser.from_pretrained(trained / "export", partial(info.build_conditions, downscale=1))  # weights alone
-    if OmegaConf.select(OmegaConf.load(trained / "config.yaml"), "lora.rank"):
+    if OmegaConf.select(read_config(trained), "lora.rank"):
         raise UserError(f"trained={trained}: averages there are of adapters only (lora.rank); use its export")
     if cfg.sigma_rel is not None:
         name, average = f"sigma_rel={cfg.sigma_rel:g}", reconstructed(trained, NETWORK, cfg.sigma_rel, cfg.samples_seen)
@@ -37,19 +37,21 @@ def run(cfg: AverageRun) -> None:
         name, average = f"half_life_samples={cfg.half_life_samples:g}", tracked(cfg)
     info.weights = name
     with filled(output_dir) as folder:
-        network.save_pretrained(folder, network.state_dict() | average)
+        network.save_pretrained(folder, network.state_dict() | average, info.metadata())
         info.save(folder)
     say("average", f"{output_dir}: the U-Net's average of {name}")
 
 
 def tracked(cfg: AverageRun) -> dict[str, Tensor]:
     """The average of a half-life as a checkpoint has it; raises UserError where it is not."""
-    main = OmegaConf.load(f"{cfg.trained}/config.yaml").ema.half_life_samples
+    main = OmegaConf.select(read_config(Path(cfg.trained)), "ema.half_life_samples")
     name = MAIN if cfg.half_life_samples == main else further(cfg.half_life_samples or 0)
     checkpoints = sorted(path for path in Path(cfg.trained, "checkpoints").glob("[0-9]*"))
     wanted = [path for path in checkpoints if cfg.samples_seen in (None, int(path.name))]
     if not wanted:
-        there = ", ".join(str(int(path.name)) for path in checkpoints) or "none"
+        if not checkpoints:
+            raise UserError(f"no checkpoints in '{cfg.trained}': averages of a half-life are in them")
+        there = ", ".join(str(int(path.name)) for path in checkpoints)
         raise UserError(f"samples_seen={cfg.samples_seen}: no checkpoint of it; choose one of {there}")
     damage = damage_of(wanted[-1])
     if damage is not None:

@@ -1,6 +1,5 @@
 """What `train/plan.py` says: tables for people, `plan.json` for programs."""
 
-import json
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from conf.plain_json import dumps
 from conf.schema import PlanRun
 from data.shards import atomic_write
 from train.engine.accelerators import SPECIFICATIONS
@@ -22,7 +22,7 @@ def report(cfg: PlanRun, cost: Cost, console: Console | None = None) -> None:
     """Print the plan and write it to `output_dir`."""
     console = console or Console(highlight=False)
     path = Path(cfg.output_dir) / PLAN
-    atomic_write(path, json.dumps(asdict(cost) | {"refusal": cfg.refusal()}, indent=1).encode())
+    atomic_write(path, dumps(asdict(cost) | {"refusal": cfg.refusal()}, indent=1).encode())
     for table in (facts(cfg, cost), memory(cfg, cost)):
         console.print(table)
     console.print(verdict(cfg, cost), soft_wrap=True)

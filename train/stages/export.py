@@ -1,6 +1,5 @@
 """A trained model as others load it: a folder for one of diffusers' pipelines, or one file with CompVis' names."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.plain_json import dumps
 from conf.schema import ExportFormat, ExportRun
 from data.shards import atomic_write
 from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.clip_format import text_config, text_to_hugging_face, tokenizer_files, with_padding
 from models.denoiser import Denoiser
-from models.process import Process
+from models.process import SCHEDULER, Process
 from models.single_file import write_single_file
 from models.unet import UNet
 from models.weights import CONFIG_NAME, save_folder
@@ -146,14 +146,14 @@ def write_pipeline(
         for file, content in tokenizer_files(clip).items():
             atomic_write(folder / "tokenizer" / file, content.encode())
     scheduler = process.scheduler_config()
-    atomic_write(folder / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2).encode())
+    atomic_write(folder / "scheduler" / SCHEDULER, dumps(scheduler, indent=2).encode())
     index = {
         "_class_name": name,
         "_diffusers_version": FORMAT,
         **parts,
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
-    atomic_write(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
+    atomic_write(folder / INDEX_NAME, dumps(index, indent=2).encode())
 
 
 def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

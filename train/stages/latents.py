@@ -6,7 +6,6 @@ its statistics beside it in `.parts/`. What a killed process had claimed is enco
 start. The manifest comes last.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from conf.errors import UserError
+from conf.plain_json import dumps
 from conf.schema import PrecomputeRun, StreamConfig
 from data.buckets import bucket_shapes
 from data.claims import Claims
@@ -134,7 +134,7 @@ def encode_split(cfg: PrecomputeRun, encoder: Encoder, split: Split, runtime: Ru
     start = split.shards * worker // workers
     for index in claims.work(split.shards, lambda item: part_of(split, item) is not None or is_finished(split), start):
         part = encode_shard(cfg, encoder, split, index)
-        atomic_write(split.folder / PARTS / f"{index:05d}.json", json.dumps(part).encode())
+        atomic_write(split.folder / PARTS / f"{index:05d}.json", dumps(part).encode())
         yield len(split.samples_of(index))
 
 
@@ -170,11 +170,11 @@ def merge(cfg: PrecomputeRun, encoder: Encoder, split: Split) -> None:
     shards = [ShardInfo(**info) for part in parts for info in part["shards"]]
     rejects = [reject for part in parts for reject in part["rejects"]]
     if rejects:
-        atomic_write(folder / REJECTS, "".join(json.dumps(reject) + "\n" for reject in rejects).encode())
+        atomic_write(folder / REJECTS, "".join(dumps(reject) + "\n" for reject in rejects).encode())
     if not shards:
         raise UserError(f"none of {len(rejects)} samples could be encoded; the reasons are in {folder / REJECTS}")
     quality = decode_back(cfg, split.images, folder, shards, encoder)
-    if quality < cfg.min_psnr:
+    if not quality >= cfg.min_psnr:  # NaN is no quality
         raise UserError(
             f"latents in '{folder}' decode back at {quality:.1f} dB, less than min_psnr={cfg.min_psnr}: train the "
             f"autoencoder longer, check images.*, or lower min_psnr; see {folder / 'decoded.png'}"
@@ -202,6 +202,8 @@ def say_cut(split: Split) -> None:
 def write_null_text(folder: Path, encoder: Encoder) -> None:
     """Text states of the empty caption, which training puts in place of dropped ones."""
     text = encoder.states(encoder.text_tower.tokenize([""]))[0].contiguous()  # [L, D]
+    if not text.isfinite().all():
+        raise UserError("clip: the text states of an empty caption are NaN or infinite: set runtime.precision=fp32")
     with atomic_path(folder / NULL_TEXT) as path:
         save_file({"text": text}, path)
 

@@ -8,7 +8,6 @@
 This process stays light: it never imports torch.
 """
 
-import json
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Self
 from rich.console import Console
 
 from conf.errors import UserError
+from conf.plain_json import dumps, loads
 from conf.schema import PipelineRun
 from data.shards import atomic_write
 from train.stages.child import POLL_S, Child, alone_in, collected_signals
@@ -43,7 +43,7 @@ class Record:
     def load(cls, path: Path) -> Self:
         """What is there; an empty one where there is none."""
         try:
-            return cls(**json.loads(path.read_bytes()))
+            return cls(**loads(path.read_bytes()))
         except (FileNotFoundError, ValueError, TypeError):
             return cls()
 
@@ -53,7 +53,7 @@ class Record:
 
     def save(self, path: Path) -> None:
         """Write it, atomically."""
-        atomic_write(path, json.dumps(asdict(self), indent=1).encode())
+        atomic_write(path, dumps(asdict(self), indent=1).encode())
 
 
 def run(cfg: PipelineRun, overrides: Mapping[str, Sequence[str]], stages: Sequence[StageCommand] = STAGES) -> int:
@@ -163,7 +163,7 @@ def conclude(run_dir: Path, tasks: Sequence[Task], stages: Sequence[StageCommand
             seconds[f"seconds/{stage.name}"] = round(record.seconds, 1)
     summary = metrics | seconds | {"seconds/total": round(sum(seconds.values()), 1)}
     paths = {task.stage.name: task.output_dir for task in tasks} | {"summary": run_dir / "summary.json"}
-    atomic_write(paths["summary"], json.dumps(summary, indent=1).encode())
+    atomic_write(paths["summary"], dumps(summary, indent=1).encode())
     grids = [paths[name] / "grid.png" for name in ("evaluate", "sample") if name in paths]
     grid = next((path for path in grids if path.is_file()), None)
     if grid is not None:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from conf.entry import compose, options, to_plain
 from conf.errors import UserError, did_you_mean
+from conf.plain_json import read_object
 from conf.schema import (
     AutoencoderRun,
     BuildRun,
@@ -108,7 +109,7 @@ class Task:
         path = self.output_dir / self.stage.proof
         if not path.is_file():
             return ""
-        if self.stage.proof == "DONE" and json.loads(path.read_bytes())["samples_seen"] < self.samples:
+        if self.stage.proof == "DONE" and not read_object(path).get("samples_seen", 0) >= self.samples:
             return ""  # a longer training is asked for now
         return digest(path)
 
@@ -120,10 +121,10 @@ class Task:
         """What the finished stage recorded at last; `eval/psnr` of a training becomes `autoencoder/psnr`."""
         recorded: dict[str, Any] = {}
         if self.stage.proof == "DONE":
-            last = json.loads((self.output_dir / "DONE").read_bytes())["metrics"]
+            last = read_object(self.output_dir / "DONE").get("metrics", {})
             recorded = {f"{self.stage.name}/{name.removeprefix('eval/')}": value for name, value in last.items()}
         elif self.stage.proof == "metrics.json":
-            recorded = json.loads((self.output_dir / "metrics.json").read_bytes())
+            recorded = read_object(self.output_dir / "metrics.json")
         elif self.stage.name == "latents":
             for row in tail(self.output_dir / "metrics.jsonl"):
                 recorded = {name: value for name, value in row.items() if name.startswith("latents/")}

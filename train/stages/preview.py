@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.plain_json import loads
 from conf.schema import ImageConfig, PreviewRun
 from data.datasets import ImageDataset
 from data.images import size_of
@@ -200,13 +201,17 @@ def rejects_of(folder: Path) -> list[dict[str, Any]]:
     """What the makers of the data set left out: of this side, or of the build as a whole."""
     for path in (folder / REJECTS, folder.parent / REJECTS):
         if path.is_file():
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            try:
+                found = [loads(line) for line in path.read_bytes().split(b"\n") if line]
+            except ValueError:
+                raise UserError(f"{path} is damaged: build that data set again, or delete it") from None
+            return [line for line in found if isinstance(line, dict)]
     return []
 
 
 def reason_of(reject: dict[str, Any]) -> str:
     """Why a sample was left out, the same words for the same reason."""
-    return f"dropped by filters.{reject['filter']}" if "filter" in reject else str(reject["reason"])
+    return f"dropped by filters.{reject['filter']}" if "filter" in reject else str(reject.get("reason", ""))
 
 
 def to_page(title: str, manifest: Manifest, survey: Survey, rejects: list[dict[str, Any]], shown: Sequence[str]) -> str:

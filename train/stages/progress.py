@@ -1,6 +1,5 @@
 """How far a chain of stages is: a live table on a terminal, else a line now and then; read from what stages write."""
 
-import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from conf.plain_json import loads
 from train.engine.progress import LINE_EVERY_S, duration
 
 QUIET_S = 60.0  # without a new row or line, after which no time left is told
@@ -151,7 +151,7 @@ def tail(path: Path) -> list[dict[str, Any]]:
     rows = []
     for text in tail_text(path).splitlines():
         try:
-            row = json.loads(text)
+            row = loads(text)
         except ValueError:  # the first line of the tail or the last of the file: a part of one
             continue
         if isinstance(row, dict):

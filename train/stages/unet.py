@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from conf.errors import UserError
 from conf.schema import UNetRun
 from data.latent_dataset import LatentDataset
 from data.streams import latent_stream
@@ -25,9 +26,9 @@ from models.text import load_text_tower
 from models.unet import UNet
 from models.unet_format import architecture
 from train.engine.draws import Draws
-from train.engine.journal import Journal
+from train.engine.journal import Journal, say
 from train.engine.pictures import beside, captioned, film_strips, to_uint8
-from train.engine.provenance import asks_clip, check_latents, require_same
+from train.engine.provenance import asks_clip, check_latents, require_same, trained_otherwise
 from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
 from train.evaluation.in_loop import evaluate_in_loop, require_inputs
@@ -82,6 +83,7 @@ class UNetStage:
         torch.manual_seed(cfg.seed)  # initial weights
         self.network = self.build()
         if cfg.init_from is not None:
+            self.tell_differences(cfg.init_from)
             begin_from(cfg.init_from, self.network)
         if cfg.lora.rank > 0:
             add_adapters(self.network.unet, cfg.lora)
@@ -103,6 +105,17 @@ class UNetStage:
         null_text = self.info.null_text(cfg.latents) if cfg.conditions.caption is not None else None  # [L, D]
         unet, downscale = UNet(cfg.model), facts["images"]["resolution"] // facts["latent_size"]
         return Denoiser(unet, self.info.build_conditions(cfg.model, downscale, null_text))
+
+    def tell_differences(self, source: str) -> None:
+        """Say what `init_from` was trained for and is asked otherwise; raises UserError where adapters cannot learn it.
+
+        A training of all weights may mean it: from noise to velocity, from text to a mask beside it.
+        """
+        found = trained_otherwise(source, self.info)
+        if self.cfg.lora.rank > 0 and found and found[0].startswith("process.prediction"):
+            raise UserError(f"init_from={source}: {found[0]}: adapters go on with what it predicts; make them equal")
+        if found and self.runtime.is_main:
+            say(self.name, f"init_from={source}: {'; '.join(found)}")
 
     @property
     def averages(self) -> bool:
@@ -216,7 +229,7 @@ class UNetStage:
             return
         weights = self.unet.stream(ema=self.averages)
         if self.runtime.is_main:
-            self.network.save_pretrained(folder, weights)
+            self.network.save_pretrained(folder, weights, self.info.metadata())
             self.info.save(folder)
         weights.drain()
 
@@ -224,6 +237,6 @@ class UNetStage:
         """The same with the adapters in the weights, and the adapters alone for diffusers."""
         weights = self.unet.weights(ema=self.averages)
         if self.runtime.is_main:
-            save_adapters(folder, weights, self.cfg.lora)
-            self.network.save_pretrained(folder, merged(weights, self.cfg.lora))
+            save_adapters(folder, weights, self.cfg.lora, self.info.metadata())
+            self.network.save_pretrained(folder, merged(weights, self.cfg.lora), self.info.metadata())
             self.info.save(folder)

@@ -1,5 +1,6 @@
 """What stands on the page, whatever a run has so far: its numbers, its pictures within their budget, its gaps."""
 
+import io
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import ReportRun
+from data.shards import ShardWriter
 from train.board import curves, facts, report
 from train.board.panels import Panel
 from train.board.pictures import galleries
@@ -35,6 +37,39 @@ def test_a_run_that_has_only_begun_gives_a_page_that_says_what_is_missing(tmp_pa
     assert "a CLIP (<code>train/train_clip.py</code>)" in page and "an evaluation" in page
     assert "No pictures yet" in page and "set <code>shards=FOLDER</code>" in page
     assert "an autoencoder" not in page
+
+
+def scene_shards(folder: Path, caption: str, meta: str) -> None:
+    for side in ("train", "heldout"):
+        with ShardWriter(folder / "shards" / side, 10) as writer:
+            picture = io.BytesIO()
+            Image.new("RGB", (40, 32)).save(picture, "PNG")
+            writer.add("0", {"png": picture.getvalue(), "txt": caption.encode(), "json": meta.encode()})
+
+
+def test_a_run_of_shards_alone_gives_a_page(tmp_path: Path) -> None:
+    scene_shards(tmp_path, "under $5", '{"class_id": 0, "class": "x^2 $\\\\frac{$", "score": NaN}')
+    page = render(tmp_path)
+    assert "under $5" in page and "No stage has begun yet" in page and "Distributions of 1 samples" in page
+
+
+def test_pictures_that_cannot_be_read_are_told_on_the_page(tmp_path: Path) -> None:
+    scene_shards(tmp_path, "x", "[" * 100_000)
+    page = render(tmp_path)
+    assert "none of 12 samples can be read" in page and "nested too deeply" in page
+
+
+@pytest.mark.parametrize("config", ["", "loop: 3\nhardware: 4\nwandb:", "[1, 2", "\x00"])
+@pytest.mark.parametrize("rows", ["", '{"samples_seen": 0, "time": 5}\n', '{"samp', "3\n", '{"train/loss": 1}\n'])
+def test_no_file_of_a_young_run_needs_to_be_whole(tmp_path: Path, config: str, rows: str) -> None:
+    for stage in ("autoencoder", "unet", "evaluation", "latents"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "metrics.jsonl").write_text(rows)
+        (tmp_path / stage / "config.yaml").write_text(config)
+    for torn in ("evaluation/protocol.json", "unet/DONE", ".stages/unet.json", "evaluation/metrics.json"):
+        (tmp_path / torn).parent.mkdir(exist_ok=True)
+        (tmp_path / torn).write_text('{"samp')
+    assert "Not there yet" in render(tmp_path)
 
 
 def test_pictures_keep_within_their_budget_and_the_frames_within_their_number(tmp_path: Path) -> None:

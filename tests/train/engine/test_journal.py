@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conf.errors import UserError
 from conf.schema import WandbConfig, WandbMode
 from train.engine import journal as journal_module
-from train.engine.journal import Journal, read_metrics, wandb_mode
+from train.engine.journal import METRICS, Journal, read_config, read_metrics, wandb_mode
 
 OFF = WandbConfig(mode=WandbMode.disabled)
 OFFLINE = WandbConfig(mode=WandbMode.offline)
@@ -62,6 +63,26 @@ def test_lines_are_on_disk_at_once_and_are_json(tmp_path: Path, open_journal: Op
     assert journal.recorded(10)["eval/ssim"] == 0.5
     assert journal.recorded(20) == {}
     assert open_journal(tmp_path, samples_seen=10).recorded(10).keys() == {"eval/psnr", "eval/loss", "eval/ssim"}
+
+
+def test_reading_ends_at_what_is_no_row(tmp_path: Path) -> None:
+    sound = '{"samples_seen": 16, "train/loss": NaN}\n'
+    assert read_metrics(tmp_path / METRICS) == []
+    rests = ('{"samples_se', "\x00\x00\n", "3\n", "[]\n", '{"train/loss": 1}\n', '{"samples_seen": null}\n', "é")
+    for rest in rests:
+        (tmp_path / METRICS).write_bytes((sound + rest).encode("latin-1"))
+        assert read_metrics(tmp_path / METRICS) == [{"samples_seen": 16, "train/loss": None}]
+
+
+@pytest.mark.parametrize("content", [None, "", "[1, 2", "3", "a: b: c"])
+def test_a_configuration_that_is_none_is_one_line(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    if content == "":
+        assert not read_config(tmp_path)
+        return
+    with pytest.raises(UserError, match=r"config\.yaml is missing or no configuration of a stage"):
+        read_config(tmp_path)
 
 
 def test_other_processes_write_nothing(tmp_path: Path, open_journal: Opener) -> None:

@@ -342,6 +342,40 @@ def test_many_in_a_row_go_back_to_the_checkpoint_once_and_then_name_the_samples(
     assert loop.run(sound, cfg, runtime).finished
 
 
+def test_checkpoints_made_meanwhile_give_the_same_fault_no_second_chance(
+    tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(tmp_path, samples=400, most_skipped_steps=5)  # one of whose steps falls on each checkpoint
+    stage = LineStage(cfg, runtime)
+    stage.poisoned = list(range(32, 400, 8))
+    with pytest.raises(UserError, match="not finite in 5 steps in a row"):
+        loop.run(stage, cfg, runtime)
+    assert capsys.readouterr().out.count("back to the last checkpoint, once") == 1
+    assert not (tmp_path / "line" / "DONE").exists() and not (tmp_path / "line" / "export").exists()
+
+
+@pytest.mark.parametrize("most", [5, 100], ids=["back and again", "to the end"])
+def test_a_training_that_learned_nothing_is_no_finished_one(tmp_path: Path, runtime: Runtime, most: int) -> None:
+    cfg = config(tmp_path, most_skipped_steps=most)
+    for _ in range(2):  # the second start finds checkpoints, the last of them at the end of the run
+        stage = LineStage(cfg, runtime)
+        stage.poisoned = list(range(0, 96, 8))
+        with pytest.raises(UserError, match=r"nothing was learned, no step was finite|not finite in 5 steps in a row"):
+            loop.run(stage, cfg, runtime)
+        assert not (tmp_path / "line" / "DONE").exists() and not (tmp_path / "line" / "export").exists()
+
+
+def test_a_last_evaluation_without_a_number_is_no_end(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(tmp_path)
+    monkeypatch.setattr(LineStage, "evaluate", lambda *_: {"eval/sum": float("nan")})
+    for _ in range(2):  # the second one finds it in the journal
+        with pytest.raises(UserError, match=r"no value of the last evaluation is finite \(eval/sum\)"):
+            loop.run(LineStage(cfg, runtime), cfg, runtime)
+        assert not (tmp_path / "line" / "DONE").exists() and not (tmp_path / "line" / "export").exists()
+
+
 def test_a_fault_that_does_not_come_again_leaves_no_trace(tmp_path: Path, undisturbed: Path, runtime: Runtime) -> None:
     cfg = config(tmp_path, most_skipped_steps=2)
     stage = LineStage(cfg, runtime)

@@ -1,10 +1,12 @@
 """Means over steps and processes, and what the timings are made of."""
 
+import json
 import math
 
 import pytest
 import torch
 
+from conf.plain_json import dumps
 from conf.schema import Device, Precision, RuntimeConfig
 from train.engine import meter as module_under_test
 from train.engine.accelerators import peak_flops
@@ -40,6 +42,13 @@ def test_an_interval_goes_on_where_it_was_interrupted(runtime: Runtime) -> None:
         meter.tick(1, 1.0, 0.0)
     means = [{k: v for k, v in m.report(runtime, 0, 0.0, 0.0).items() if "perf" not in k} for m in (whole, second)]
     assert means[0] == means[1] == {"loss": 3.0, "quarter": 1.0}
+
+
+def test_an_interval_whose_sums_were_not_finite_goes_on_from_json(runtime: Runtime) -> None:
+    first = Meter({})
+    first.add({"psnr": math.nan, "loss": 1.0})
+    second = Meter(json.loads(dumps(first.state(runtime))))
+    assert {name: math.isnan(total[0]) for name, total in second.totals.items()} == {"psnr": True, "loss": False}
 
 
 def test_percentiles_show_the_slow_steps(runtime: Runtime) -> None:

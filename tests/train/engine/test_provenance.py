@@ -1,5 +1,7 @@
 """What was not made together is not used together, and the message says which part is the stranger."""
 
+import json
+import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +17,9 @@ from conf.schema import Prediction, ProcessConfig
 from data.manifest import Manifest
 from models.autoencoder import Autoencoder
 from models.clip import Clip
-from train.engine.provenance import UNetInfo, check_latents, require_same, weights_digest
+from models.lora import Adapters
+from models.weights import WEIGHTS_NAME, save_file_atomic
+from train.engine.provenance import UNetInfo, check_latents, require_same, trained_otherwise, weights_digest
 
 
 def check(project: Any, *overrides: str) -> UNetInfo:
@@ -114,7 +118,92 @@ def test_first_difference_of_two_architectures_is_named() -> None:
     require_same("init_from", ours, dict(ours))
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"clip": "c", "colour": 1}'])
+SOUND = UNetInfo(
+    process={"prediction": "v"}, latent_mean=[0.5], latent_std=[2.0], autoencoder="a", clip="c", weights="ema"
+)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"latent_mean": None},
+        {"latent_mean": [math.nan]},
+        {"latent_std": [0.0]},
+        {"latent_std": [1.0, 1.0]},
+        {"conditions": {"colour": {}}},
+        {"conditions": None},
+        {"process": {"prediction": "w"}},
+        {"names": []},
+    ],
+    ids=str,
+)
+def test_facts_that_no_training_writes_are_one_line(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    (tmp_path / "latentline.json").write_text(json.dumps(asdict(SOUND) | wrong))
+    with pytest.raises(UserError, match=r"latentline\.json' is not of this version \(.+\): train or export"):
+        UNetInfo.load(str(tmp_path))
+
+
+def test_facts_of_other_weights_are_refused(tmp_path: Path) -> None:
+    save_file_atomic(tmp_path / WEIGHTS_NAME, {"a": torch.zeros(1)}, SOUND.metadata())
+    SOUND.save(tmp_path)
+    assert UNetInfo.load(str(tmp_path)) == SOUND
+    replace(SOUND, process={"prediction": "eps", "schedule": "linear"}).save(tmp_path)
+    told = r"process\.prediction was v, is eps; process\.schedule was scaled_linear, is linear"
+    with pytest.raises(UserError, match=rf"latentline\.json' is not that of the weights beside it \({told}\): copy"):
+        UNetInfo.load(str(tmp_path))
+
+
+def test_adapters_of_another_prediction_are_refused() -> None:
+    flow = replace(SOUND, process={"prediction": "flow"})
+    SOUND.check_adapters(Adapters("x", metadata=SOUND.metadata()))
+    SOUND.check_adapters(Adapters("x"))  # others do not say
+    with pytest.raises(UserError, match=r"^lora=x: process\.prediction was v, is flow of unet=; name the U-Net"):
+        flow.check_adapters(Adapters("x", metadata=SOUND.metadata()))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, ""),
+        ({"process": {"prediction": "v", "min_snr_gamma": 5.0}}, ""),  # how errors count is no one's meaning
+        ({"process": {"prediction": "x0"}}, "process.prediction was x0, is v"),
+        ({"process": {"prediction": "flow"}}, "process.prediction was flow, is v"),
+        ({"process": {"prediction": "v", "beta_end": 0.02}}, "process.beta_end was 0.02, is 0.012"),
+        ({"autoencoder": "b"}, "its latents were those of another autoencoder, normalised otherwise"),
+        ({"clip": "d"}, "its text states were those of another clip"),
+        ({"conditions": {"caption": {}, "masked": {}}}, "conditions were caption, masked, are caption"),
+        ({"names": {"classes": ["a", "b"]}}, "its classes had other names"),
+    ],
+    ids=str,
+)
+def test_what_a_network_was_trained_for_otherwise_is_named(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+    now = replace(SOUND, names={"classes": ["b", "a"]})
+    replace(now, **changed).save(tmp_path)
+    assert "; ".join(trained_otherwise(str(tmp_path), now)) == told
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "told"),
+    [
+        (None, "it does not say what it predicts, which must be process.prediction=v"),
+        ({"prediction_type": "v_prediction", "beta_schedule": "scaled_linear", "beta_start": 0.00085}, "beta_end"),
+        ({"prediction_type": "epsilon", "beta_schedule": "scaled_linear"}, "process.prediction was eps, is v"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "process.prediction was flow, is v"),
+        ({"trained_betas": [0.1]}, "it does not say what it predicts"),
+    ],
+    ids=str,
+)
+def test_a_pipeline_of_diffusers_says_by_its_scheduler_what_its_network_predicts(
+    tmp_path: Path, scheduler: dict[str, Any] | None, told: str
+) -> None:
+    (tmp_path / "unet").mkdir()
+    if scheduler is not None:
+        (tmp_path / "scheduler").mkdir()
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    assert told in "; ".join(trained_otherwise(str(tmp_path / "unet"), SOUND))
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"clip": "c", "colour": 1}'])
 def test_facts_of_another_version_are_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "latentline.json").write_text(content)
     with pytest.raises(UserError, match=r"latentline\.json' is not of this version"):

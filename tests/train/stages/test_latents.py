@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -247,6 +248,15 @@ def test_pictures_that_were_not_normalised_are_noticed(
         precompute(towers, runtime, tmp_path, f"min_psnr={right - 2:.1f}")
     assert not list(tmp_path.rglob("manifest.json"))
     assert (tmp_path / "train" / "decoded.png").is_file()  # the message sends people there
+
+
+def test_latents_that_decode_to_nan_are_no_cache(
+    towers: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "decode_back", lambda *_: math.nan)
+    with pytest.raises(UserError, match=r"decode back at nan dB, less than min_psnr=-100\.0"):
+        precompute(towers, runtime, tmp_path, "min_psnr=-100")
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-6), ("bf16", 1e-2)])

@@ -203,6 +203,19 @@ def test_init_from_of_another_architecture_is_refused(project: Any, runtime: Run
     assert all(torch.equal(tensor, started[f"unet.{name}"]) for name, tensor in exported.items())
 
 
+def test_another_prediction_than_that_of_init_from_is_told_in_one_line(
+    project: Any, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"init_from={project.folder}/unet/export", "process.timestep_sampling=uniform"]
+    make(project, runtime, *given)
+    assert "init_from" not in capsys.readouterr().out
+    make(project, runtime, *given, "process.prediction=eps")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "init_from" in line]
+    assert line.endswith("/unet/export: process.prediction was flow, is eps")
+    with pytest.raises(UserError, match=r"^init_from=\S+: process\.prediction was flow, is eps: adapters go on"):
+        make(project, runtime, *given, "process.prediction=eps", "lora.rank=2")
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_fine_tuning_normalises_as_the_training_before(
     project: Any, runtime: Runtime, tmp_path: Path, same: bool
