@@ -1,5 +1,7 @@
 """A network's folder in diffusers' format: `config.json` and `diffusion_pytorch_model.safetensors`."""
 
+import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from conf.plain_json import dumps, loads_finite
+from conf.plain_json import dumps
 from models.tensor_stream import TensorStream, stream_of, write_stream
 
 CONFIG_NAME = "config.json"
@@ -79,10 +81,10 @@ def _atomic(path: Path, write: Callable[[Path], object]) -> None:
 def read_json(path: Path, weights_name: str) -> dict[str, Any]:
     """The object in a `config.json` that stands beside `weights_name`; raises UserError when there is none."""
     try:
-        found = loads_finite(path.read_bytes())
+        found = json.loads(path.read_bytes())  # schedulers of diffusers have an infinity that nothing here reads
     except FileNotFoundError:
         raise UserError(f"{path} is missing: give a folder that holds {CONFIG_NAME} and {weights_name}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from None
     return found if isinstance(found, dict) else {}
 
@@ -124,7 +126,7 @@ def _checked(path: Path, name: str, value: Any, kind: Any) -> Any:
         items = value if isinstance(value, list) else [value]
         if all(type(item) is element for item in items):
             return items
-    elif type(value) is kind or type(value) in get_args(kind):
+    elif type(value) in (kind, *get_args(kind)) and not (type(value) is float and not math.isfinite(value)):
         return value
     elif kind is float and type(value) is int:
         return float(value)

@@ -37,7 +37,7 @@ def load_exported(folder: str, device: torch.device, tile: int = 0) -> Diffusion
         raise UserError(f"{path}: holds a {name}; only {CLASS} is read, from a run everything that was trained here")
     autoencoder, tower = load_autoencoder(path / "vae"), load_text_tower(path / "text_encoder")
     scale = read_json(path / "vae" / CONFIG_NAME, CONFIG_NAME).get("scaling_factor", SCALE)
-    if type(scale) not in (int, float) or not scale > 0:
+    if type(scale) not in (int, float) or not 0 < scale < 1e6:
         raise UserError(f"{path / 'vae' / CONFIG_NAME}: scaling_factor={scale!r} is not supported, it must be positive")
     channels = autoencoder.cfg.latent_channels
     mean, std = torch.zeros(channels), torch.full((channels,), 1 / scale)

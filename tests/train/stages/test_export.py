@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
+from safetensors.torch import load_file, save_file
 
 from conf.entry import compose
 from conf.errors import UserError
@@ -56,6 +57,8 @@ def trained_as(project: Any, folder: Path, prediction: str) -> Path:
     info = json.loads((folder / "latentline.json").read_text())
     info["process"] |= {"prediction": prediction, "timestep_sampling": "uniform", "schedule": "scaled_linear"}
     (folder / "latentline.json").write_text(json.dumps(info))
+    weights = {name: t.clone() for name, t in load_file(folder / "diffusion_pytorch_model.safetensors").items()}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")  # without the word of what they were trained for
     return folder
 
 
@@ -74,7 +77,7 @@ def untrained(project: Any, folder: Path, model: UNetConfig, conditions: dict[st
     network = Denoiser(UNet(model), info.build_conditions(model, downscale=4)).requires_grad_(False)
     for parameter in network.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
-    network.save_pretrained(folder, network.state_dict())
+    network.save_pretrained(folder, network.state_dict(), info.metadata())
     info.save(folder)
 
 
