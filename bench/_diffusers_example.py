@@ -20,12 +20,12 @@ from PIL import Image
 
 from conf.entry import compose
 from conf.schema import Prediction, ProcessConfig, UNetRun
-from data.shards import ShardReader
+from data.shards.shard import ShardReader
 from models.autoencoder import Autoencoder
 from models.clip import Clip
-from models.process import Process
+from models.diffusion.process import Process
 from models.unet import UNet
-from train.stages.export import write_pipeline
+from train.exporting.export import write_pipeline
 
 ROOT = Path(__file__).parents[1]
 SHORT, LONG, BATCH = 10, 40, 32  # steps of two runs, whose difference has no start in it

@@ -12,10 +12,10 @@ from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.conditions import Conditions, Surroundings
 from models.denoiser import Denoiser
+from models.diffusion.process import Process
 from models.pipeline import DiffusionPipeline
-from models.process import Process
 from models.unet import UNet
-from train.stages.export import write_pipeline
+from train.exporting.export import write_pipeline
 
 DEMO = ["experiment=demo", "run_dir=unused"]
 

@@ -14,14 +14,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works where the project is not installed, too
 
 from conf.ending import leave
-from conf.networks import UNetConfig
 from conf.schema import BatchConfig, Device, EmaConfig, OptimConfig, Precision, RuntimeConfig
-from models.activations import Activations, StorageCounter, unet_activations
+from conf.schema.networks import UNetConfig
 from models.unet import UNet
-from train.engine.footprint import Sharding
 from train.engine.precision import AUTOCAST
 from train.engine.runtime import Runtime, start, stop
 from train.engine.trainable import Trainable
+from train.planning.activations import Activations, StorageCounter, unet_activations
+from train.planning.memory import Sharding
 
 STAGES, PROCESSES, TOKENS, STEPS = (0, 1, 2, 3), 2, 77, 2
 ATTEND, UP_ATTEND = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"

@@ -9,7 +9,7 @@ from _networks import THREADS, forward, in_seconds_and_bytes, training_step
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from conf.networks import AutoencoderConfig
+from conf.schema.networks import AutoencoderConfig
 from models.autoencoder import Autoencoder
 
 CONFIG = AutoencoderConfig(block_out_channels=[64, 128, 256], latent_channels=4)

@@ -16,7 +16,7 @@ from _pipelines import models
 from diffusers import StableDiffusionPipeline
 
 from conf.schema import ConditionsConfig, Edit, SamplingConfig
-from models.editing import edit_pictures
+from models.editing.editing import edit_pictures
 
 BAR = 1 / 1.15
 STEPS, GUIDANCE_SCALE = 20, 3.0

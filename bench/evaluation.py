@@ -26,8 +26,8 @@ from torch_fidelity.registry import register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
 from models.features import EfficientNetFeatures
-from train.evaluation.chunks import Chunks
 from train.evaluation.extractors import efficientnet
+from train.evaluation.feature_cache import Chunks
 from train.evaluation.frechet import statistics_of
 
 IMAGES, BATCH, SIDE, THREADS = 10_000, 64, 64, 2

@@ -19,11 +19,11 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from conf.schema import ImageConfig, ImageFormat, StreamConfig
-from data.datasets import ImageDataset
+from data.image_dataset import ImageDataset
 from data.images import cut_of, encode_image, open_image, to_pixels, to_tensor
 from data.loader import batches
-from data.manifest import Manifest
-from data.shards import ShardWriter
+from data.shards.manifest import Manifest
+from data.shards.shard import ShardWriter
 
 PICTURES, SHARD, BATCH = 1024, 128, 32
 SIDE, STORED = 256, (384, 320)  # pixels: of the crop, and of the stored pictures

@@ -24,10 +24,10 @@ from _compare import Comparison, main
 
 from conf.schema import CacheDtype
 from data.latent_dataset import LatentDataset
-from data.latents import LatentWriter
+from data.latent_record import LatentWriter
 from data.loader import batches
-from data.manifest import Manifest
 from data.order import FullOrder
+from data.shards.manifest import Manifest
 
 RECORDS, SHARD, BATCH = 2048, 256, 64
 SHAPE, LENGTH = (1, 8, 64, 64), 77  # moments of a 512-pixel picture at f8, tokens of CLIP

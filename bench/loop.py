@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from conf.entry import compose, to_plain
 from conf.schema import AutoencoderRun, BuildRun, ClipRun, PrecomputeRun, RuntimeConfig, UNetRun
-from data.building import build
-from data.datasets import ImageDataset
+from data.building.build import build
+from data.image_dataset import ImageDataset
 from data.latent_dataset import LatentDataset
 from data.loader import batches, sequential
 from models.autoencoder import Autoencoder, sample_moments
@@ -31,8 +31,8 @@ from train.engine import loop
 from train.engine.checkpoint import Checkpoints
 from train.engine.runtime import Runtime, start
 from train.engine.state import State
-from train.stages import latents
-from train.stages.unet import UNetStage
+from train.latents import precompute as latents
+from train.training.unet import UNetStage
 
 STEPS, WARMUP, NEVER = 12, 3, 10**9
 PLAIN = "runtime.backend=ddp"  # nothing but the network, where there is one process

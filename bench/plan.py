@@ -17,7 +17,7 @@ from _zero_memory import PROCESSES, SETTINGS
 
 from conf.entry import compose
 from conf.schema import PlanRun
-from train.stages.cost import images_per_second
+from train.planning.estimate import images_per_second
 
 WORKER = Path(__file__).with_name("_zero_memory.py")
 MEMORY_BARS, THROUGHPUT_BARS = (0.85, 1.15), (0.75, 1.25)

@@ -13,19 +13,19 @@ from _compare import Comparison, main, rate
 from PIL import Image
 
 from conf.entry import compose, to_plain
-from conf.networks import AutoencoderConfig, ClipConfig
 from conf.schema import ImageFormat, PrecomputeRun
+from conf.schema.networks import AutoencoderConfig, ClipConfig
 from data.images import encode_image
 from data.loader import sequential
-from data.manifest import Manifest
-from data.shards import ShardWriter
+from data.shards.manifest import Manifest
+from data.shards.shard import ShardWriter
 from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.conditions import PREPARING, Conditions
-from train.engine.journal import Journal
+from train.engine.metric_log import Journal
 from train.engine.runtime import start
-from train.stages.encoding import Encoder
-from train.stages.latents import open_splits, precompute
+from train.latents.encoder import Encoder
+from train.latents.precompute import open_splits, precompute
 
 PICTURES, SHARD, BATCH, SIDE = 240, 40, 10, 128  # pictures, of them in a shard and in a batch, pixels
 AUTOENCODER = AutoencoderConfig(

@@ -10,7 +10,7 @@ import numpy as np
 from _compare import Comparison, main
 
 from conf.schema import StreamConfig
-from data.datasets import order_of
+from data.image_dataset import order_of
 
 SHARDS, SHARD = 256, 400  # shards, and samples of each
 SAMPLES = SHARDS * SHARD

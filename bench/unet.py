@@ -15,7 +15,7 @@ from _networks import THREADS, forward, in_seconds_and_bytes, peak_bytes, produc
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from conf.networks import UNetConfig
+from conf.schema.networks import UNetConfig
 from models.flops import unet_flops
 from models.unet import UNet
 

@@ -11,7 +11,7 @@ from conf.schema import BuildRun
 @entry("build_shards", BuildRun)
 def main(cfg: BuildRun) -> None:
     """Write `train/` and `heldout/` below `cfg.output_dir`, or find them there."""
-    from data.building import build
+    from data.building.build import build
 
     build(cfg)
 

@@ -14,11 +14,11 @@ from conf.errors import UserError
 from conf.schema import StreamConfig
 from data.buckets import BucketedOrder, bucket_of
 from data.captions import decode_text
-from data.datasets import Batch, collate, order_of, require_some, upcoming
-from data.latents import decode_npy
-from data.manifest import find_shards
+from data.image_dataset import Batch, collate, order_of, require_some, upcoming
+from data.latent_record import decode_npy
 from data.order import Order, rng
-from data.record_store import RecordStore
+from data.shards.manifest import find_shards
+from data.shards.store import RecordStore
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from conf.errors import UserError
-from data.datasets import Batch, ImageDataset
+from data.image_dataset import Batch, ImageDataset
 from data.latent_dataset import LatentDataset
 from data.order import step_positions
 

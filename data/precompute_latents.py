@@ -8,7 +8,7 @@ from conf.schema import PrecomputeRun
 def main(cfg: PrecomputeRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
     from train.engine.runtime import start, stop
-    from train.stages.latents import run
+    from train.latents.precompute import run
 
     run(cfg, start(cfg.runtime), to_plain(cfg))
     stop()

@@ -11,8 +11,8 @@ from conf.schema import PreviewRun
 @entry("preview", PreviewRun)
 def main(cfg: PreviewRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
+    from train.board.preview import run
     from train.engine.runtime import start, stop
-    from train.stages.preview import run
 
     run(cfg, start(cfg.runtime))
     stop()

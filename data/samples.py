@@ -10,7 +10,7 @@ from conf.errors import UserError
 from conf.plain_json import loads
 from data.captions import clean_caption, decode_text
 from data.images import EXTENSIONS
-from data.shards import Buffer, described
+from data.shards.shard import Buffer, described
 
 CAPTION_BYTES = 65536  # a longer caption is taken for a mistake
 _JSON_NAMES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}

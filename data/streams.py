@@ -9,10 +9,10 @@ import torch
 
 from conf.errors import UserError
 from conf.schema import ImageConfig, StreamConfig
-from data.datasets import Batch, ImageDataset
+from data.image_dataset import Batch, ImageDataset
 from data.latent_dataset import LatentDataset, Layout
-from data.manifest import REMEDY, Manifest
 from data.order import Mix
+from data.shards.manifest import REMEDY, Manifest
 
 Dataset = TypeVar("Dataset")
 SEED_STRIDE = 1_000_003  # between the seeds of the data sets of a mix

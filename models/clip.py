@@ -15,8 +15,8 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from conf.networks import ClipConfig
-from models.weights import CONFIG_NAME, check_names, read_json, read_tensors, require_finite, save_folder
+from conf.schema.networks import ClipConfig
+from models.formats.weights import CONFIG_NAME, check_names, read_json, read_tensors, require_finite, save_folder
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 DESCRIPTION_NAME = "open_clip_config.json"  # open_clip's own, in folders from its hub: architecture and colours

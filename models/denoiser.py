@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conf.errors import UserError
-from conf.networks import UNetConfig
+from conf.schema.networks import UNetConfig
 from models.attention import AttentionControl
 from models.conditions import Conditioning, Conditions, Inputs
-from models.tensor_stream import TensorStream, stream_of
+from models.formats.tensor_stream import TensorStream, stream_of
+from models.formats.weights import Weights, check_names, read_tensors, save_file_atomic
 from models.unet import UNet
-from models.weights import Weights, check_names, read_tensors, save_file_atomic
 
 CONDITIONS_NAME = "conditions.safetensors"  # beside the U-Net's own files, where conditions have parameters
 EXPORT_AGAIN = "export that training again"

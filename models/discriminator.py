@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from conf.networks import DiscriminatorConfig
 from conf.schema import Adversarial
+from conf.schema.networks import DiscriminatorConfig
 from models.layers import laid_out
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from conf.networks import UNetConfig, resizes_in_resnet
+from conf.schema.networks import UNetConfig, resizes_in_resnet
 
 
 def counted_flops(network: nn.Module, *inputs: Tensor) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from conf.errors import UserError
 from conf.schema import Perceptual
 from models.features import EfficientNetFeatures
+from models.formats.weights import check_names, require_finite
 from models.masks import paste_back
-from models.weights import check_names, require_finite
 
 VGG_FILE = "vgg16-397923af.pth"
 

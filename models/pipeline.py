@@ -15,17 +15,16 @@ from conf.schema import SamplingConfig
 from models.autoencoder import AnyAutoencoder, finite, split_moments
 from models.conditions import Conditioning, Inputs, Samples
 from models.denoiser import Denoiser
-from models.guidance import Joined, by_step, classifier_free, within
-from models.process import Denoise, Process
+from models.diffusion.guidance import Joined, by_step, classifier_free, within
+from models.diffusion.process import Denoise, Process
+from models.diffusion.samplers import Callback, sampler_of
 from models.prompts import Prompt, parse, plain, text_states
-from models.samplers import sampler_of
-from models.solvers.common import Callback
 from models.text import Cuts, TextTower, image_embeddings
 from models.tiles import check_tile, decode_in_tiles, encode_in_tiles
 
 
 class Control(Protocol):
-    """Watches the network while pictures are drawn, and may change what it does (`models.editing`)."""
+    """Watches the network while pictures are drawn, and may change what it does (`models.editing.editing`)."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, name: str, is_cross: bool) -> Tensor:
         """In place of every layer's attention (`models.attention`); the rows of the prompts are the last ones."""
@@ -38,7 +37,7 @@ class Control(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where sampling begins in place of noise: what `models.inversion` finds of a picture."""
+    """Where sampling begins in place of noise: what `models.editing.inversion` finds of a picture."""
 
     x: Tensor  # [B, C, h, w] at the first noise level
     away: tuple[Tensor, ...] = ()  # text states [B, L, D], of all steps or of each; (): of the negative prompt
@@ -105,7 +104,7 @@ class DiffusionPipeline:
             seeds: one per prompt.
             sampling: solver, steps, guidance and size; None: the defaults.
             indices: number of the picture among those of one prompt and seed; None: all 0.
-            callback: sees each step's normalised latents (`models.samplers`).
+            callback: sees each step's normalised latents (`models.diffusion.samplers`).
             inputs: arrays of the other conditions, B each, as `Conditions.prepare` makes them.
             noise_of: B prompts whose noise they get; None: their own.
             start: what they begin with in place of noise, and what guidance leads away from.

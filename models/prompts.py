@@ -4,7 +4,7 @@ r"""Prompts with weights, written as users of the well-known web interfaces writ
 (words:1.3)   1.3 times
 [words]       1 / 1.1 times
 \( \) \[ \]   plain brackets; \: a plain colon
-a cat AND a dog :0.7   two prompts for one picture, the second with weight 0.7 (`models.guidance.Joined`)
+a cat AND a dog :0.7   two prompts for one picture, the second with weight 0.7 (`models.diffusion.guidance.Joined`)
 
 What is read here has meaning for sampling alone; the captions of a data set are plain text.
 """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from models.clip import DESCRIPTION_NAME, Clip
-from models.weights import CONFIG_NAME, read_json, require_finite
+from models.formats.weights import CONFIG_NAME, read_json, require_finite
 
 WEIGHTS_NAME = "model.safetensors"
 MOST_TOKENS = 512  # of a tokenizer that knows no limit

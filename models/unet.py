@@ -5,22 +5,182 @@ Shapes: B samples, C channels, h x w the latent's size, E width of the time embe
 the text states.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from conf.errors import UserError
-from conf.networks import UNetConfig
+from conf.schema.networks import UNetConfig, resizes_in_resnet
 from models.attention import Attention, AttentionControl, Context, ImageSelfAttention, SpatialTransformer
-from models.embeddings import VectorEmbedding, timestep_embedding
-from models.layers import ResBlock, SiluConv2d, laid_out
-from models.unet_blocks import DownLevel, Given, Level, MidLevel, UpLevel
-from models.unet_format import FORMATS, to_json
-from models.weights import Weights, load_folder, read_config, save_folder
+from models.formats.unet import FORMATS, to_json
+from models.formats.weights import Weights, load_folder, read_config, save_folder
+from models.layers import Downsample, ResBlock, SiluConv2d, Upsample, double, halve, laid_out
+
+# MERGED models.embeddings What the residual blocks of a U-Net hear of the time and of other vectors; names are those of diffusers' state dicts.
+
+
+def timestep_embedding(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
+    """Sines and cosines of falling frequencies (Vaswani et al. 2017): `timesteps` [B] -> [B, channels]."""
+    half = channels // 2
+    exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps[:, None].float() * torch.exp(exponent / (half - freq_shift))  # [B, half]
+    parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(parts, dim=1)
+
+
+class VectorEmbedding(nn.Module):
+    """Two linear layers, on the sinusoidal embedding of a time or on any other vector."""
+
+    def __init__(self, channels: int, time_channels: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, time_channels)
+        self.linear_2 = nn.Linear(time_channels, time_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels] -> [B, E]."""
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+# MERGED models.unet_blocks The levels of the U-Net; attribute names are those of diffusers' state dicts.
+
+
+class Given(NamedTuple):
+    """What every level is told."""
+
+    time: Tensor  # [B, E], through its SiLU
+    context: Context | None  # of the text [B, L, D], if the network has one
+    attn_control: AttentionControl | None
+
+
+class Level(nn.Module):
+    """What the levels of all three kinds hold: residual blocks, and attention after each where the level attends.
+
+    Args:
+        level: index into the configuration's lists.
+        inputs: input channels of each residual block.
+        attend: whether attention follows each of them: to the text where the network has one, else to the pixels only.
+    """
+
+    gradient_checkpointing = False  # keep only what a residual block with its attention is given, and compute it again
+
+    def __init__(self, cfg: UNetConfig, level: int, inputs: list[int], attend: bool) -> None:
+        super().__init__()
+        self.cfg, self.channels = cfg, cfg.block_out_channels[level]
+        self.attentions = nn.ModuleList(self._attention(level) for _ in inputs if attend)
+        self.resnets = nn.ModuleList(self._resnet(width) for width in inputs)
+
+    def _attention(self, level: int) -> nn.Module:
+        cfg, heads = self.cfg, self.cfg.heads[level]
+        if cfg.cross_attention_dim is None:
+            return ImageSelfAttention(self.channels, heads, cfg.norm_num_groups, cfg.norm_eps)
+        return SpatialTransformer(
+            self.channels,
+            heads,
+            cfg.cross_attention_dim,
+            cfg.depths[level],
+            cfg.norm_num_groups,
+            cfg.use_linear_projection,
+        )
+
+    def _resnet(self, inputs: int, resample: Callable[[Tensor], Tensor] | None = None) -> ResBlock:
+        cfg = self.cfg
+        time_channels = 4 * cfg.block_out_channels[0]
+        scale_shift = cfg.resnet_time_scale_shift == "scale_shift"
+        return ResBlock(
+            inputs,
+            self.channels,
+            time_channels,
+            cfg.norm_num_groups,
+            cfg.norm_eps,
+            scale_shift=scale_shift,
+            resample=resample,
+        )
+
+    def _block(self, resnet: nn.Module, attention: nn.Module | None, x: Tensor, given: Given) -> Tensor:
+        """A residual block and its attention."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(_run, resnet, attention, x, given, use_reentrant=False)
+        return _run(resnet, attention, x, given)
+
+
+def _run(resnet: nn.Module, attention: nn.Module | None, x: Tensor, given: Given) -> Tensor:
+    x = resnet(x, given.time)  # [B, C, h, w]
+    return x if attention is None else attention(x, given.context, given.attn_control)
+
+
+class DownLevel(Level):
+    """A level on the way down; all but the last lead to the next with `downsamplers`."""
+
+    def __init__(self, cfg: UNetConfig, level: int, inputs: list[int]) -> None:
+        kind = cfg.down_block_types[level]
+        super().__init__(cfg, level, inputs, "Attn" in kind)
+        self.downsamplers = nn.ModuleList()
+        in_resnet = resizes_in_resnet(kind, cfg.downsample_type)
+        if level < len(cfg.block_out_channels) - 1:
+            self.downsamplers.append(
+                self._resnet(self.channels, halve) if in_resnet else Downsample(self.channels, padding=1)
+            )
+
+    def forward(self, x: Tensor, given: Given) -> list[Tensor]:
+        """Every result on the way; the next level goes on from the last one.
+
+        They are returned, not appended to a list that is given: ZeRO stage 3 hands a module a copy of its lists.
+        """
+        results = [x]
+        for resnet, attention in zip_longest(self.resnets, self.attentions):
+            results.append(self._block(resnet, attention, results[-1], given))
+        for downsample in self.downsamplers:
+            results.append(_resized(downsample, results[-1], given.time))  # [B, C, h/2, w/2]
+        return results[1:]
+
+
+class UpLevel(Level):
+    """A level on the way up; all but the last lead to the next with `upsamplers`."""
+
+    def __init__(self, cfg: UNetConfig, level: int, inputs: list[int]) -> None:
+        kind = cfg.up_block_types[-1 - level]
+        super().__init__(cfg, level, inputs, "Attn" in kind)
+        self.upsamplers = nn.ModuleList()
+        in_resnet = resizes_in_resnet(kind, cfg.upsample_type)
+        if level > 0:
+            self.upsamplers.append(self._resnet(self.channels, double) if in_resnet else Upsample(self.channels))
+
+    def forward(self, x: Tensor, skips: list[Tensor], given: Given) -> Tensor:
+        """`x` [B, C', h, w] -> [B, C, 2h, 2w]; each residual block takes its own of `skips`, the last first."""
+        for resnet, attention in zip_longest(self.resnets, self.attentions):
+            x = self._block(resnet, attention, torch.cat([x, skips.pop()], dim=1), given)
+        for upsample in self.upsamplers:
+            x = _resized(upsample, x, given.time)
+        return x
+
+
+class MidLevel(Level):
+    """Residual block, attention, residual block at the smallest size."""
+
+    def __init__(self, cfg: UNetConfig) -> None:
+        channels = cfg.block_out_channels[-1]
+        super().__init__(cfg, -1, [channels], attend=True)
+        self.resnets.append(self._resnet(channels))
+
+    def forward(self, x: Tensor, given: Given) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]."""
+        for resnet, attention in zip_longest(self.resnets, self.attentions):
+            x = self._block(resnet, attention, x, given)
+        return x
+
+
+def _resized(layer: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+    return layer(x, time) if isinstance(layer, ResBlock) else layer(x)
+
+
+# MERGED models.unet The U-Net of latent diffusion (Rombach et al. 2022, section 3.3): unconditional, and as Stable Diffusion 1, 2 and XL.
 
 
 class UNet(nn.Module):
@@ -157,7 +317,7 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read such a folder, or a U-Net in diffusers' format; errors as in `models.weights`."""
+        """Read such a folder, or a U-Net in diffusers' format; errors as in `models.formats.weights`."""
         cfg = read_config(folder, UNetConfig, *FORMATS)
         return load_folder(folder, lambda: cls(cfg))
 

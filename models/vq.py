@@ -12,11 +12,11 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from conf.networks import AutoencoderConfig
-from models.autoencoder_blocks import Decoder, Encoder, check_sides
-from models.autoencoder_format import RENAMED, VQ_FORMAT, to_json
+from conf.schema.networks import AutoencoderConfig
+from models.autoencoder import Decoder, Encoder, check_sides
+from models.formats.autoencoder import RENAMED, VQ_FORMAT, to_json
+from models.formats.weights import load_folder, read_config, save_folder
 from models.layers import laid_out
-from models.weights import load_folder, read_config, save_folder
 
 BETA = 0.25  # of the codebook's term against the encoder's; the LDM code has it on this one
 LOG_VARIANCE = -30.0  # of latents that are no distribution, in moments: a standard deviation of 3e-7
@@ -104,6 +104,6 @@ class VQAutoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read such a folder, or a VQ autoencoder in diffusers' format; errors as in `models.weights`."""
+        """Read such a folder, or a VQ autoencoder in diffusers' format; errors as in `models.formats.weights`."""
         cfg = read_config(folder, AutoencoderConfig, VQ_FORMAT)
         return load_folder(folder, lambda: cls(cfg), RENAMED)

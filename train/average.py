@@ -7,7 +7,7 @@ from conf.schema import AverageRun
 @entry("average", AverageRun)
 def main(cfg: AverageRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
-    from train.stages.average import run
+    from train.exporting.average import run
 
     run(cfg)
 

@@ -7,8 +7,8 @@ from conf.schema import EditRun
 @entry("edit", EditRun)
 def main(cfg: EditRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
+    from train.editing.run import run
     from train.engine.runtime import start, stop
-    from train.evaluation.editing import run
 
     run(cfg, start(cfg.runtime))
     stop()

@@ -12,7 +12,7 @@ from conf.sweep import wandb_group
 
 def compare_members(folder: Path, sweep: str, composed: DictConfig) -> None:
     """After `-m`: tables and plots of the members, in `RUN/sweep/evaluate/pareto/`."""
-    from train.evaluation import pareto
+    from train.sweeps import pareto
 
     wandb = to_object(composed.wandb)
     group = wandb.group or wandb_group(composed.run_dir, folder)
@@ -26,7 +26,7 @@ def main(cfg: EvaluateRun) -> float:
     Heavy imports wait until the configuration is known to be sound.
     """
     from train.engine.runtime import start, stop
-    from train.evaluation.evaluate import run
+    from train.evaluation.run import run
     from train.evaluation.watch import watch
 
     metrics = (watch if cfg.watch else run)(cfg, start(cfg.runtime))

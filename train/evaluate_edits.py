@@ -10,8 +10,8 @@ def main(cfg: EvaluateEditsRun) -> float:
 
     Heavy imports wait until the configuration is known to be sound.
     """
+    from train.editing.evaluate import run
     from train.engine.runtime import start, stop
-    from train.evaluation.edit_evaluation import run
 
     metrics = run(cfg, start(cfg.runtime))
     stop()

@@ -7,7 +7,7 @@ from conf.schema import ExportRun
 @entry("export", ExportRun)
 def main(cfg: ExportRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
-    from train.stages.export import run
+    from train.exporting.export import run
 
     run(cfg)
 

@@ -13,8 +13,8 @@ from conf.ending import fail
 from conf.entry import entry
 from conf.errors import UserError
 from conf.schema import PipelineRun
-from train.stages.pipeline import run
-from train.stages.plan import separate
+from train.stages.run import run
+from train.stages.tasks import separate
 
 
 def command() -> None:

@@ -7,8 +7,8 @@ from conf.schema import PlanRun
 @entry("plan", PlanRun)
 def main(cfg: PlanRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
-    from train.stages.cost import estimate
-    from train.stages.cost_report import report
+    from train.planning.cost_report import report
+    from train.planning.estimate import estimate
 
     report(cfg, estimate(cfg))
 

@@ -8,7 +8,7 @@ from conf.schema import SampleRun
 def main(cfg: SampleRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
     from train.engine.runtime import start, stop
-    from train.evaluation.sampling import run
+    from train.sampling.run import run
 
     run(cfg, start(cfg.runtime))
     stop()

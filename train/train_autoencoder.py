@@ -14,7 +14,7 @@ def main(cfg: AutoencoderRun) -> float:
     """
     from train.engine.loop import run
     from train.engine.runtime import start, stop
-    from train.stages.autoencoder import AutoencoderStage
+    from train.training.autoencoder import AutoencoderStage
 
     runtime = start(cfg.runtime)
     outcome = run(AutoencoderStage(cfg, runtime), cfg, runtime)

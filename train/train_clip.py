@@ -14,7 +14,7 @@ def main(cfg: ClipRun) -> float:
     """
     from train.engine.loop import run
     from train.engine.runtime import start, stop
-    from train.stages.clip import ClipStage
+    from train.training.clip import ClipStage
 
     runtime = start(cfg.runtime)
     outcome = run(ClipStage(cfg, runtime), cfg, runtime)

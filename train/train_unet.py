@@ -14,7 +14,7 @@ def main(cfg: UNetRun) -> float:
     """
     from train.engine.loop import run
     from train.engine.runtime import start, stop
-    from train.stages.unet import UNetStage
+    from train.training.unet import UNetStage
 
     runtime = start(cfg.runtime)
     outcome = run(UNetStage(cfg, runtime), cfg, runtime)

@@ -38,14 +38,10 @@ from conf.schema.choices import (
 )
 from conf.schema.conditions import ConditionsConfig
 from conf.schema.data import BucketConfig, BuildRun, FilterConfig, MixedSource, PrecomputeRun, PreviewRun
-from conf.schema.drawing import ModelRun, SamplingConfig
 from conf.schema.editing import Edit, EditRun, EvaluateEditsRun
 from conf.schema.evaluation import EvaluateRun, LoopEvaluationConfig
-from conf.schema.pipeline import PipelineRun
-from conf.schema.planning import PlanRun
-from conf.schema.reporting import DashboardRun, ReportRun
-from conf.schema.sampling import AverageRun, ExportRun, PlaygroundRun, SampleRun
-from conf.schema.sections import (
+from conf.schema.sampling import AverageRun, ExportRun, ModelRun, PlaygroundRun, SampleRun, SamplingConfig
+from conf.schema.shared import (
     BatchConfig,
     EmaConfig,
     ImageConfig,
@@ -56,6 +52,7 @@ from conf.schema.sections import (
     StreamConfig,
     WandbConfig,
 )
+from conf.schema.tools import DashboardRun, PipelineRun, PlanRun, ReportRun
 from conf.schema.training import AutoencoderLossConfig, AutoencoderRun, ClipRun, LoraConfig, UNetRun
 
 __all__ = [

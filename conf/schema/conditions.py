@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from conf.schema.choices import Degradation, MaskStyle
-from conf.schema.sections import require, require_positive
+from conf.schema.shared import require, require_positive
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from omegaconf import MISSING
 from conf.overrides import a_path
 from conf.schema.choices import DRAWN, CacheDtype, Crop, ImageFormat, Source
 from conf.schema.conditions import ConditionsConfig
-from conf.schema.sections import ImageConfig, RuntimeConfig, WandbConfig, require, require_positive
+from conf.schema.shared import ImageConfig, RuntimeConfig, WandbConfig, require, require_positive
 
 
 @dataclass(kw_only=True, slots=True)

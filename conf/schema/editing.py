@@ -1,4 +1,4 @@
-"""What can be changed about a picture by its words (`models.editing`), and the command that does."""
+"""What can be changed about a picture by its words (`models.editing.editing`), and the command that does."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ from typing import Any
 from conf.errors import UserError, did_you_mean
 from conf.overrides import a_path, a_text
 from conf.schema.choices import EditMode, InversionMethod
-from conf.schema.drawing import ModelRun
-from conf.schema.sections import WandbConfig, require, require_positive
+from conf.schema.sampling import ModelRun
+from conf.schema.shared import WandbConfig, require, require_positive
 
 
 @dataclass(kw_only=True)

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from conf.overrides import a_path
 from conf.schema.choices import EvaluationSubject, JudgeName, Perceptual
-from conf.schema.drawing import ModelRun
-from conf.schema.sections import (
+from conf.schema.sampling import ModelRun
+from conf.schema.shared import (
     ImageConfig,
     WandbConfig,
     require,

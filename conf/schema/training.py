@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from conf.networks import AutoencoderConfig, ClipConfig, DiscriminatorConfig, UNetConfig
 from conf.overrides import a_path
 from conf.schema.choices import Adversarial, BackendName, Perceptual, Reconstruction
 from conf.schema.conditions import ConditionsConfig
-from conf.schema.drawing import SamplingConfig
 from conf.schema.evaluation import LoopEvaluationConfig
-from conf.schema.sections import (
+from conf.schema.networks import AutoencoderConfig, ClipConfig, DiscriminatorConfig, UNetConfig
+from conf.schema.sampling import SamplingConfig
+from conf.schema.shared import (
     BatchConfig,
     EmaConfig,
     ImageConfig,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from conf.networks import UNetConfig
+from conf.schema.networks import UNetConfig
 from models.attention import Context
-from models.embeddings import timestep_embedding
+from models.unet import timestep_embedding
 
 Inputs = dict[str, Tensor]  # arrays of B samples, by name
 WAVES = 256  # channels of the embedding of a number

@@ -23,7 +23,7 @@ from models.conditions.base import (
     tokens_width,
     waves,
 )
-from models.embeddings import VectorEmbedding
+from models.unet import VectorEmbedding
 
 UNLABELLED = 255  # in a map of segments
 

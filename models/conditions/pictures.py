@@ -23,8 +23,8 @@ from models.conditions.base import (
     waves,
 )
 from models.degradation import BSR, BSR_LIGHT, bicubic, degrade, shrink
-from models.embeddings import VectorEmbedding
 from models.masks import MEDIUM, THICK, THIN, mean_colour, nearest_patch, paste_back, random_mask
+from models.unet import VectorEmbedding
 
 LEVELS = 1000  # of noise on a low-resolution picture
 STRENGTHS = {Degradation.bsr_light: BSR_LIGHT, Degradation.bsr: BSR}

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from conf.entry import CONF, compose, register
 from conf.errors import UserError
-from conf.networks import AutoencoderConfig, UNetConfig
 from conf.schema import AutoencoderRun, UNetRun
+from conf.schema.networks import AutoencoderConfig, UNetConfig
 from models.autoencoder import build_autoencoder
 from models.unet import UNet
 

@@ -15,10 +15,10 @@ from conf.entry import compose
 from conf.schema import AutoencoderRun, Device, EvaluateRun, PipelineRun, UNetRun
 from models.conditions import PREPARING, Conditions, Surroundings
 from models.denoiser import Denoiser
+from models.formats.unet import architecture
 from models.unet import UNet
-from models.unet_format import architecture
-from train.engine.provenance import asks_clip
-from train.stages.plan import STAGES, StageCommand, plan, separate
+from train.latents.provenance import asks_clip
+from train.stages.tasks import STAGES, StageCommand, plan, separate
 
 CONF = Path(__file__).parents[2] / "conf"
 COMMANDS = {stage.name: stage for stage in STAGES}

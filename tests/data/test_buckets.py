@@ -7,7 +7,7 @@ import pytest
 
 from conf.schema import StreamConfig
 from data.buckets import BucketedOrder, BucketOrder, bucket_of, bucket_shapes, nearest_shape, suffix_of
-from data.datasets import order_of
+from data.image_dataset import order_of
 
 
 def test_shapes_have_the_area_and_the_aspects_that_were_asked_for() -> None:

@@ -14,12 +14,12 @@ from PIL import Image
 
 from conf.errors import UserError
 from conf.schema import ImageConfig, StreamConfig
-from data.datasets import ImageDataset
+from data.image_dataset import ImageDataset
 from data.latent_dataset import LatentDataset
-from data.latents import encode_npy
+from data.latent_record import encode_npy
 from data.loader import batches
-from data.manifest import Manifest
-from data.shards import ShardWriter
+from data.shards.manifest import Manifest
+from data.shards.shard import ShardWriter
 
 SHARDS, SHARD = 4, 5
 Files = dict[str, bytes]

@@ -22,14 +22,14 @@ from PIL import Image
 
 from conf.errors import UserError
 from conf.schema import CacheDtype, Crop, ImageConfig
-from data import record_store
-from data.datasets import ImageDataset
+from data.image_dataset import ImageDataset
 from data.latent_dataset import LatentDataset
-from data.latents import LatentWriter
+from data.latent_record import LatentWriter
 from data.loader import batches, sequential
-from data.manifest import Manifest
 from data.order import sample_at
-from data.shards import ShardWriter
+from data.shards import store as record_store
+from data.shards.manifest import Manifest
+from data.shards.shard import ShardWriter
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES = 22

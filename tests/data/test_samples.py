@@ -10,9 +10,9 @@ from PIL import Image
 
 from conf.errors import UserError
 from conf.schema import BuildRun, ImageConfig, Source, StreamConfig
-from data.building import build
+from data.building.build import build
 from data.captions import clean_caption, decode_text
-from data.datasets import ImageDataset, captions_of
+from data.image_dataset import ImageDataset, captions_of
 from data.samples import caption_of, fields_in, image_of
 
 TEXTS = {  # contents of a .txt → its caption, or why there is none

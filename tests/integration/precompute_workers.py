@@ -16,7 +16,7 @@ from pathlib import Path
 from conf.entry import compose, to_plain
 from conf.schema import PrecomputeRun
 from train.engine.runtime import start
-from train.stages import latents
+from train.latents import precompute as latents
 
 WORKERS = 3
 

@@ -20,12 +20,12 @@ from PIL import Image
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import AutoencoderRun, BuildRun, Device, RuntimeConfig
-from data.building import build
-from data.manifest import Manifest
-from data.shards import ShardWriter
+from data.building.build import build
+from data.shards.manifest import Manifest
+from data.shards.shard import ShardWriter
 from train.engine import loop
 from train.engine.runtime import start
-from train.stages.autoencoder import AutoencoderStage
+from train.training.autoencoder import AutoencoderStage
 
 ROOT = Path(__file__).parents[2]
 BATCH = 16
@@ -243,10 +243,11 @@ def test_stage_before_its_turn_says_what_is_missing(
     tmp_path: Path, script: str, overrides: list[str], message: str
 ) -> None:
     from conf.entry import to_plain
-    from train.evaluation import evaluate, sampling
-    from train.stages import latents
-    from train.stages.plan import STAGES
-    from train.stages.unet import UNetStage
+    from train.evaluation import run as evaluate
+    from train.latents import precompute as latents
+    from train.sampling import run as sampling
+    from train.stages.tasks import STAGES
+    from train.training.unet import UNetStage
 
     shards(tmp_path / "shards")
     runtime = start(RuntimeConfig(device=Device.cpu))

@@ -12,8 +12,8 @@ from PIL import Image
 from conf.entry import compose
 from conf.schema import AutoencoderRun, ClipRun, ImageFormat
 from data.images import encode_image
-from data.manifest import Manifest
-from data.shards import ShardWriter
+from data.shards.manifest import Manifest
+from data.shards.shard import ShardWriter
 from models.autoencoder import Autoencoder
 from models.clip import Clip
 

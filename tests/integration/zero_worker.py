@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # works where the project is
 
 from conf.ending import leave
 from conf.schema import BackendName, BatchConfig, EmaConfig, Offload, OptimConfig, Precision, RuntimeConfig
-from train.engine import backend
+from train.engine.backend import distribute as backend
 from train.engine.runtime import Runtime, start, stop
 from train.engine.trainable import Trainable
 
@@ -225,7 +225,7 @@ def main(out: Path, previous: Path | None) -> None:
     if runtime.world <= 2:
         for old, new in CHANGES:
             continued(report, runtime, old, new, f"{old}-to-{new}")
-        from train.engine import zero  # DeepSpeed is to be imported by the engine, after `start` told it the device
+        from train.engine.backend import zero
 
         small, zero.SMALL_NETWORK = zero.SMALL_NETWORK, 0  # stage 3 leaves small tensors whole
         continued(report, runtime, "zero2", "zero3", "zero2-to-persistent")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conf.networks import UNetConfig
+from conf.schema.networks import UNetConfig
 from models.attention import Attention
 from models.unet import UNet
 

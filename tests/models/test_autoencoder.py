@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from conf.errors import UserError
-from conf.networks import AutoencoderConfig
+from conf.schema.networks import AutoencoderConfig
 from models.autoencoder import Autoencoder, kl, sample_moments
 
 F4 = AutoencoderConfig(block_out_channels=[8, 16, 16], norm_num_groups=4)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from conf.errors import UserError
-from conf.networks import ClipConfig
+from conf.schema.networks import ClipConfig
 from models.clip import DESCRIPTION_NAME, WEIGHTS_NAME, Clip, contrastive_loss, top1_accuracy
 from models.text import load_text_tower
 
@@ -232,7 +232,7 @@ import sys
 from dataclasses import replace
 import torch
 import torch.distributed as dist
-from conf.networks import ClipConfig
+from conf.schema.networks import ClipConfig
 from models.clip import Clip, contrastive_loss
 
 rank, store = int(sys.argv[1]), sys.argv[2]

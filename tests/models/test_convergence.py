@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from conf.schema import STOCHASTIC, Prediction, ProcessConfig, Sampler
-from models.process import Process
-from models.samplers import SAMPLERS, sampler_of
-from models.solvers.common import no_noise
+from models.diffusion.process import Process
+from models.diffusion.samplers import SAMPLERS, no_noise, sampler_of
 
 WEIGHTS, MEANS, STDS = torch.tensor([[0.5, 0.3, 0.2], [-1.0, 0.5, 2.0], [0.5, 0.4, 0.6]], dtype=torch.float64)
 START, END = 8.0, 0.2

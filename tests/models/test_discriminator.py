@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from conf.errors import UserError
-from conf.networks import DiscriminatorConfig
 from conf.schema import Adversarial
+from conf.schema.networks import DiscriminatorConfig
 from models.discriminator import (
     PatchDiscriminator,
     adaptive_weight,

@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from conf.errors import UserError
-from conf.networks import ClipConfig
+from conf.schema.networks import ClipConfig
 from models.clip import Clip
 from models.prompts import Prompt, parse, plain, text_states, token_weights
 from models.text import HuggingFaceText, TextTower

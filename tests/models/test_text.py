@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from conf.errors import UserError
-from conf.networks import ClipConfig
+from conf.schema.networks import ClipConfig
 from models.clip import Clip
 from models.text import Cuts, HuggingFaceText, cut_off, load_text_tower
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conf.networks import AutoencoderConfig
+from conf.schema.networks import AutoencoderConfig
 from models.autoencoder import Autoencoder
 from models.tiles import decode_in_tiles, encode_in_tiles
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.errors import UserError
-from conf.networks import UNetConfig
+from conf.schema.networks import UNetConfig
 from models.flops import unet_flops
+from models.formats.unet import architecture
 from models.unet import UNet
-from models.unet_format import architecture
 
 ATTEND, PLAIN, UP_ATTEND, UP_PLAIN = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 OWN, UP_OWN = "AttnDownBlock2D", "AttnUpBlock2D"
@@ -366,7 +366,7 @@ def test_failed_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.M
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("models.weights.write_stream", full)
+    monkeypatch.setattr("models.formats.weights.write_stream", full)
     with pytest.raises(OSError, match="No space left"):
         UNet(TWO_LEVELS).save_pretrained(tmp_path)
     assert torch.equal(UNet.from_pretrained(tmp_path).conv_in.weight, ours.conv_in.weight)

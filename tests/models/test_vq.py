@@ -8,7 +8,7 @@ import torch
 from diffusers import VQModel
 
 from conf.errors import UserError
-from conf.networks import AutoencoderConfig
+from conf.schema.networks import AutoencoderConfig
 from models.autoencoder import Autoencoder, build_autoencoder, load_autoencoder, split_moments
 from models.vq import VectorQuantizer, VQAutoencoder, codebook_use
 

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 
 from conf.schema import BuildRun, Source
-from data.sources import Rejected
+from data.building.sources import Rejected
 
 
 def config(source: Source, **options: Any) -> BuildRun:

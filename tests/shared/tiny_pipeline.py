@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from conf.networks import AutoencoderConfig, UNetConfig
 from conf.schema import ConditionsConfig, Prediction, ProcessConfig
+from conf.schema.networks import AutoencoderConfig, UNetConfig
 from models.autoencoder import Autoencoder
 from models.conditions import Conditions, Surroundings
 from models.denoiser import Denoiser
+from models.diffusion.process import Process
 from models.pipeline import DiffusionPipeline
-from models.process import Process
 from models.unet import UNet
 
 WIDTH = 16  # of the text states

@@ -11,10 +11,10 @@ from PIL import Image
 from conf.entry import compose, to_plain
 from conf.schema import Device, ImageFormat, RuntimeConfig
 from data.images import encode_image
-from data.manifest import Manifest
-from data.shards import ShardWriter
+from data.shards.manifest import Manifest
+from data.shards.shard import ShardWriter
 from train.engine.runtime import Runtime, start
-from train.stages.plan import STAGES
+from train.stages.tasks import STAGES
 
 EVERY_STEP = ["loop.log_every=16", "loop.evaluate_every=100000", "loop.checkpoint_every=100000"]
 TRAININGS = {
@@ -57,7 +57,7 @@ def runtime() -> Runtime:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """60 scenes of 32 pixels in three shards and a held-out one."""
-    from data.building import build
+    from data.building.build import build
 
     project = Project(tmp_path_factory.mktemp("project"))
     build(project.config("build", "samples=60", "shard_samples=20", "heldout_fraction=0.2", "workers=1"))
@@ -68,8 +68,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def towers(scenes: Project) -> Project:
     """The scenes with an autoencoder and a CLIP that have learnt something."""
     from train.engine import loop
-    from train.stages.autoencoder import AutoencoderStage
-    from train.stages.clip import ClipStage
+    from train.training.autoencoder import AutoencoderStage
+    from train.training.clip import ClipStage
 
     runtime = start(RuntimeConfig(device=Device.cpu))
     for stage in (AutoencoderStage, ClipStage):
@@ -81,7 +81,7 @@ def towers(scenes: Project) -> Project:
 @pytest.fixture(scope="session")
 def latents(towers: Project) -> Project:
     """And their latents."""
-    from train.stages import latents
+    from train.latents import precompute as latents
 
     cfg = towers.config("latents")
     latents.run(cfg, start(RuntimeConfig(device=Device.cpu)), to_plain(cfg))
@@ -92,7 +92,7 @@ def latents(towers: Project) -> Project:
 def project(latents: Project) -> Project:
     """And a U-Net trained on them."""
     from train.engine import loop
-    from train.stages.unet import UNetStage
+    from train.training.unet import UNetStage
 
     runtime = start(RuntimeConfig(device=Device.cpu))
     cfg = latents.config("unet", *TRAININGS["unet"], *EVERY_STEP)

@@ -8,7 +8,7 @@ from typing import Any
 
 from train.board.panels import EVALUATIONS, SECTIONS, Panel, bounds
 from train.board.run_folder import RunFolder, Stage
-from train.engine.journal import X_AXIS
+from train.engine.metric_log import X_AXIS
 
 POINTS = 600  # of a curve, at most; longer ones become means
 TITLES = {

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from conf.errors import UserError
 from conf.plain_json import dumps, read_object
 from conf.schema import DashboardRun, WandbMode
-from data.shards import atomic_write
+from data.shards.shard import atomic_write
 from train.board.panels import PICTURES, SECTIONS, Panel, bounds, logged_names
 from train.board.run_folder import RunFolder
-from train.engine.journal import X_AXIS, say, wandb_mode
+from train.engine.metric_log import X_AXIS, say, wandb_mode
 
 if TYPE_CHECKING:
     from wandb_workspaces import workspaces

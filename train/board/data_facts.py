@@ -9,12 +9,12 @@ from PIL import Image
 
 from conf.errors import UserError
 from conf.schema import ImageConfig, ReportRun
-from data.datasets import ImageDataset
-from data.manifest import MANIFEST, Manifest, folder_of
+from data.image_dataset import ImageDataset
+from data.shards.manifest import MANIFEST, Manifest, folder_of
 from train.board.facts import flat
-from train.board.pictures import data_uri
+from train.board.images import data_uri
+from train.board.preview import SIDE, reason_of, rejects_of, shown, spread, survey_images
 from train.board.run_folder import RunFolder
-from train.stages.preview import SIDE, reason_of, rejects_of, shown, spread, survey_images
 
 SHOWN = 12  # pictures with their captions
 BINS = 40

@@ -9,7 +9,7 @@ from typing import Any
 from train.board.curves import TITLES
 from train.board.panels import EVALUATIONS, bounds
 from train.board.run_folder import ORDER, RunFolder, Stage
-from train.engine.journal import X_AXIS
+from train.engine.metric_log import X_AXIS
 from train.engine.progress import duration
 
 CREDENTIALS = re.compile(

@@ -8,12 +8,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from conf.schema import ReportRun
-from data.shards import atomic_write
+from data.shards.shard import atomic_write
 from train.board import curves, facts
 from train.board.data_facts import look
-from train.board.pictures import galleries
+from train.board.images import galleries
 from train.board.run_folder import RunFolder
-from train.engine.journal import say
+from train.engine.metric_log import say
 
 PAGE = Path(__file__).parent / "page"
 REPORT = "report.html"

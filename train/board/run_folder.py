@@ -11,9 +11,9 @@ import yaml
 
 from conf.errors import UserError
 from conf.plain_json import read_object
-from data.manifest import MANIFEST
+from data.shards.manifest import MANIFEST
 from train.board.panels import EVALUATIONS
-from train.engine.journal import CONFIG, METRICS, X_AXIS, read_metrics
+from train.engine.metric_log import CONFIG, METRICS, X_AXIS, read_metrics
 from train.engine.state import DONE
 
 PROOFS = (DONE, "metrics.json", f"train/{MANIFEST}")  # of a training, an evaluation, latents

@@ -22,10 +22,10 @@ from typing import Self, TypeVar
 
 from conf.errors import UserError
 from conf.schema import LoopConfig
-from models.tensor_stream import write_bytes
+from models.formats.tensor_stream import write_bytes
 from train.engine.contents import Contents, HostMemory, joined
 from train.engine.files import MARKER, TEMPORARY, damage_of, filled
-from train.engine.journal import METRICS
+from train.engine.metric_log import METRICS
 from train.engine.posthoc import forget_copies, keep_copies
 from train.engine.retention import kept, scores_of
 from train.engine.runtime import Runtime

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.plain_json import dumps
-from models.tensor_stream import Fingerprint, TensorStream, in_file_order, write_bytes, write_stream
-from train.engine.layout import Layout
+from models.formats.tensor_stream import Fingerprint, TensorStream, in_file_order, write_bytes, write_stream
+from train.engine.backend.layout import Layout
 from train.engine.runtime import Runtime
 
 HostMemory = dict[str, list[Tensor]]  # file -> the tensors of the latest copy

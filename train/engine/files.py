@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from data.shards import sync
-from models.tensor_stream import Fingerprint
+from data.shards.shard import sync
+from models.formats.tensor_stream import Fingerprint
 from train.engine.runtime import Runtime
 
 MARKER = "COMPLETE"  # {"files": {name: [bytes, sha256]}}, written last

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ImageDraw, ImageFont
 
-from train.engine.journal import say
+from train.engine.metric_log import say
 
 DRAWS_BOXES = "lastresort"  # fonts that claim every character
 _told: set[str] = set()  # scripts that could not be drawn, as the console knows

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from conf.plain_json import dumps
-from data.shards import atomic_write
+from data.shards.shard import atomic_write
 
 FOLDER = "inbox"
 

@@ -9,8 +9,8 @@ from conf.entry import to_plain
 from data.loader import batches
 from train.engine.checkpoint import Checkpoints
 from train.engine.files import staged
-from train.engine.journal import Journal, say
 from train.engine.meter import Meter
+from train.engine.metric_log import Journal, say
 from train.engine.runtime import Runtime
 from train.engine.signals import StopFlag, stop_on_signal
 from train.engine.state import Outcome, Stage, State, architecture_of, digest, read_done, require_same_run, write_done

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from train.engine.accelerators import device_name, peak_flops
-from train.engine.journal import say
+from train.engine.metric_log import say
 from train.engine.runtime import Runtime
 
 PERCENTILES = (50, 95, 100)  # of the steps' times

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from conf.errors import UserError
-from data.shards import sync
-from models.tensor_stream import Fingerprint, write_bytes
+from data.shards.shard import sync
+from models.formats.tensor_stream import Fingerprint, write_bytes
 from train.engine.files import MARKER, damage_of, filled
 
 FOLDER, PREFIX = "averages", "posthoc-"

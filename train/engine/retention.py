@@ -6,7 +6,7 @@ from pathlib import Path
 
 from conf.errors import UserError
 from conf.schema import LoopConfig
-from train.engine.journal import X_AXIS, read_metrics
+from train.engine.metric_log import X_AXIS, read_metrics
 
 
 def kept(samples: Collection[int], cfg: LoopConfig, scores: Mapping[int, float]) -> set[int]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.plain_json import dumps, loads
 from data.loader import Dataset
-from data.shards import atomic_write
-from train.engine.journal import Journal, finite
+from data.shards.shard import atomic_write
+from train.engine.metric_log import Journal, finite
 from train.engine.trainable import Trainable
 
 ARCHITECTURE = ("model", "discriminator", "process")  # sections of a configuration that the weights are bound to

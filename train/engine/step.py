@@ -8,8 +8,8 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.schema import AutoencoderRun, ClipRun, UNetRun
-from train.engine.journal import say
 from train.engine.meter import Meter, left_out
+from train.engine.metric_log import say
 from train.engine.runtime import Runtime
 from train.engine.state import Stage
 from train.engine.watchdog import Watchdog

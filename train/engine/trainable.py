@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.schema import BackendName, BatchConfig, EmaConfig, OptimConfig, RuntimeConfig
-from models.tensor_stream import TensorStream
-from train.engine.backend import distribute
+from models.formats.tensor_stream import TensorStream
+from train.engine.backend.distribute import distribute
 from train.engine.contents import Contents, read_into, stream
 from train.engine.ema import Ema
 from train.engine.meter import Clock

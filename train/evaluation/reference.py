@@ -22,11 +22,11 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import ImageConfig
 from conf.schema.evaluation import require_enough
-from data.datasets import ImageDataset
-from data.shards import atomic_path
+from data.image_dataset import ImageDataset
+from data.shards.shard import atomic_path
 from train.engine.runtime import Runtime
-from train.evaluation.chunks import Chunks
 from train.evaluation.extractors import INCEPTION, Extractor
+from train.evaluation.feature_cache import Chunks
 from train.evaluation.frechet import statistics_of
 
 SIZE = 64  # pictures per chunk

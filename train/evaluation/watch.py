@@ -14,20 +14,20 @@ from conf.ending import first_line
 from conf.entry import to_object
 from conf.errors import UserError
 from conf.schema import EvaluateRun, UNetRun
-from data.manifest import find_shards
+from data.shards.manifest import find_shards
 from models.autoencoder import load_autoencoder
 from models.denoiser import Denoiser
 from models.unet import UNet
 from train.engine.ema import MAIN
 from train.engine.files import MARKER
-from train.engine.journal import CONFIG, METRICS, X_AXIS, read_config, read_metrics, say
-from train.engine.provenance import check_latents
+from train.engine.metric_log import CONFIG, METRICS, X_AXIS, read_config, read_metrics, say
 from train.engine.runtime import Runtime
 from train.engine.state import DONE
 from train.engine.trainable import WEIGHTS
-from train.evaluation.evaluate import evaluate, run, samples_seen
-from train.evaluation.sampling import put_together
-from train.evaluation.subjects import Drawn
+from train.evaluation.run import evaluate, run, samples_seen
+from train.evaluation.targets import Drawn
+from train.latents.provenance import check_latents
+from train.sampling.run import put_together
 
 
 def watch(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:

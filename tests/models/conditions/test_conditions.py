@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
-from conf.networks import UNetConfig
 from conf.schema import ConditionsConfig
 from conf.schema.conditions import (
     BoxesConfig,
@@ -20,6 +19,7 @@ from conf.schema.conditions import (
     ImageEmbeddingConfig,
     SegmentsConfig,
 )
+from conf.schema.networks import UNetConfig
 from data.labels import Box, Labels
 from models.conditions import Conditions, Inputs, Samples, Surroundings
 from models.conditions.labels import UNLABELLED

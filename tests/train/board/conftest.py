@@ -13,8 +13,8 @@ from PIL import Image
 
 from conf.schema import ImageFormat
 from data.images import encode_image
-from data.manifest import Manifest
-from data.shards import ShardWriter
+from data.shards.manifest import Manifest
+from data.shards.shard import ShardWriter
 
 EVIL = "<script>window.hacked = 1</script><img src=x onerror='window.hacked=2'> ' \" }} {% raw %} </script>"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

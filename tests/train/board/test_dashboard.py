@@ -166,6 +166,6 @@ def test_every_name_that_trainings_do_not_always_log_can_be_made_by_the_code() -
     pieces |= {"r", "_", "/"}  # of reconstructions; before an extractor; before what a judge reads
     assert not any(made_of(name, pieces) for name in ("eval/fud_clip", "train/gan_generators", "eval/fid_lower"))
     measured = {name for panel in panels() if EVALUATIONS.keys() & set(panel.stages) for name in logged_names(panel)}
-    pieces |= {piece.replace("clip", "clip_score") for piece in pieces}  # as train/evaluation/subjects.py does
+    pieces |= {piece.replace("clip", "clip_score") for piece in pieces}  # as train/evaluation/targets.py does
     pieces |= {kind.value for kind in Perceptual}
     assert [name for name in sorted(measured | CONDITIONAL) if not made_of(name, pieces)] == []

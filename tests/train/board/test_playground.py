@@ -32,7 +32,7 @@ from train.board.playground.request import AS_GIVEN, request_of
 from train.board.playground.sheet import data_url, message, sheet
 from train.board.playground.studio import Drawn, Studio
 from train.board.playground.upload import pixels_of
-from train.engine.pictures import to_uint8
+from train.engine.image_grid import to_uint8
 from train.engine.runtime import Runtime
 
 LENGTH = 12

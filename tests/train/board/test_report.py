@@ -11,13 +11,13 @@ from PIL import Image
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import ReportRun
-from data.shards import ShardWriter
+from data.shards.shard import ShardWriter
 from train.board import curves, facts, report
+from train.board.images import galleries
 from train.board.panels import Panel
-from train.board.pictures import galleries
 from train.board.run_folder import RunFolder
-from train.engine.journal import captions_in, png_of
-from train.engine.pictures import captioned
+from train.engine.image_grid import captioned
+from train.engine.metric_log import captions_in, png_of
 
 
 def render(folder: Path, *overrides: str) -> str:

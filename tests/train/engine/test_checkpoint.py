@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from conf.errors import UserError
 from conf.schema import LoopConfig, Precision
-from models.tensor_stream import TensorStream, write_stream
+from models.formats.tensor_stream import TensorStream, write_stream
 from train.engine import checkpoint as checkpoint_module
 from train.engine import contents as contents_module
 from train.engine import files as files_module

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from train.engine import fonts
 from train.engine.fonts import Lettering, charted, font_with
-from train.engine.pictures import boxed, captioned, wrap
+from train.engine.image_grid import boxed, captioned, wrap
 
 KOREAN, AMHARIC, CYRILLIC = "고양이", "ድመት", "кот"
 

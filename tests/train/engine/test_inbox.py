@@ -9,7 +9,7 @@ from PIL import Image
 
 from conf.schema import WandbConfig, WandbMode
 from train.engine.inbox import Inbox, Message, put
-from train.engine.journal import Journal
+from train.engine.metric_log import Journal
 
 OFFLINE = WandbConfig(mode=WandbMode.offline)
 

@@ -30,7 +30,7 @@ from conf.schema import (
 )
 from train.engine import contents, loop
 from train.engine.contents import Contents
-from train.engine.journal import Journal
+from train.engine.metric_log import Journal
 from train.engine.runtime import Runtime, start, stop
 from train.engine.state import digest
 from train.engine.trainable import Trainable

@@ -9,7 +9,7 @@ import torch
 
 from conf.errors import UserError
 from conf.schema import EmaConfig
-from models.tensor_stream import stream_of, write_stream
+from models.formats.tensor_stream import stream_of, write_stream
 from train.engine.ema import Ema
 from train.engine.posthoc import (
     forget_copies,

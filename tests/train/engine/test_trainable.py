@@ -144,7 +144,7 @@ def test_misplaced_last_is_refused(runtime: Runtime, cfg: RuntimeConfig | None) 
 
 
 def test_missing_deepspeed_is_one_line(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "train.engine.zero", raising=False)
+    monkeypatch.delitem(sys.modules, "train.engine.backend.zero", raising=False)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"runtime\.backend=deepspeed: no module 'deepspeed'; .*runtime\.backend=fsdp"):
         make(runtime, network(), ZERO)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import ImageConfig
-from data.datasets import ImageDataset
+from data.image_dataset import ImageDataset
 from train.engine.runtime import Runtime
 from train.evaluation.extractors import Extractor
 from train.evaluation.reference import STATISTICS, reference_of

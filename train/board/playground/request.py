@@ -6,7 +6,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.schema import Edit, EditMode, InversionMethod, PlaygroundRun, Sampler, SamplingConfig
-from models.inversion import unfit
+from models.editing.inversion import unfit
 
 SEEDS = 2**53  # beyond it, not every whole number has one of its own in a browser
 AS_GIVEN = ("replace_until", "self_until", "blend_change", "blend_threshold")  # options of an edit, by their own names

@@ -11,11 +11,11 @@ from conf.errors import UserError
 from conf.schema import PlaygroundRun
 from models.pipeline import DiffusionPipeline
 from train.board.playground.studio import Studio
-from train.engine.journal import say
+from train.engine.metric_log import say
 from train.engine.runtime import Runtime
-from train.evaluation.exported import is_exported, load_exported
-from train.evaluation.prompts import say_cut
-from train.evaluation.sampling import load_model
+from train.sampling.load import is_exported, load_exported
+from train.sampling.requests import say_cut
+from train.sampling.run import load_model
 
 if TYPE_CHECKING:  # it comes with gradio
     import uvicorn

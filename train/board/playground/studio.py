@@ -12,18 +12,17 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import PlaygroundRun, Precision, SamplingConfig
 from data.images import to_tensor
-from data.manifest import MANIFEST
-from models.editing import Picture, edit_pictures, read_words, watch_pictures
+from data.shards.manifest import MANIFEST
+from models.diffusion.samplers import Callback
+from models.editing.editing import Picture, edit_pictures, read_words, watch_pictures
 from models.film import Film
 from models.losses import psnr
 from models.pipeline import DiffusionPipeline
-from models.solvers.common import Callback
 from train.board.playground.request import Request
 from train.board.playground.upload import pixels_of
-from train.engine.pictures import to_uint8
+from train.engine.image_grid import to_uint8
 from train.engine.precision import autocast
-from train.evaluation.asking import require_prompts_alone, samples_of
-from train.evaluation.prompts import captions_of_shards
+from train.sampling.requests import captions_of_shards, require_prompts_alone, samples_of
 
 LARGEST_MAP = 128  # pixels of its sides: maps are smooth
 EXAMPLES = 4  # prompts that the page offers
@@ -69,7 +68,7 @@ class Studio:
             raise UserError("this network was trained without conditions.caption: it takes no prompt to play with")
 
     def words(self, prompt: str, sampling: SamplingConfig) -> list[str]:
-        """What weights can be given to: each word, by the name that it has in `models.alignment`.
+        """What weights can be given to: each word, by the name that it has in `models.editing.alignment`.
 
         Raises:
             UserError: a prompt that is too long or has broken syntax.
@@ -84,7 +83,7 @@ class Studio:
             told: hears of each step.
 
         Raises:
-            UserError: see `models.editing.edit_pictures`; pictures that are not finite.
+            UserError: see `models.editing.editing.edit_pictures`; pictures that are not finite.
         """
         began, steps = time.monotonic(), request.sampling.steps
         film = Film(self.film_frames, steps, [0, 1] if request.changes else [0])

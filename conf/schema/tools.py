@@ -1,0 +1,104 @@
+"""Commands that show what a run has done."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from conf.errors import UserError
+from conf.overrides import a_path
+from conf.schema.choices import Accelerator, CacheDtype
+from conf.schema.shared import WandbConfig, require, require_positive
+from conf.schema.training import UNetRun
+
+# MERGED conf.schema.pipeline The command that runs the others.
+
+
+@dataclass(kw_only=True, slots=True)
+class PipelineRun:
+    """`train/pipeline.py`: all stages; each takes its own options as STAGE.option=value."""
+
+    run_dir: str = a_path()
+    name: str = MISSING
+    seed: int = 0
+    processes: int = 1  # processes per training stage, started with torchrun
+    stages: list[str] = field(  # those to run; always in this order
+        default_factory=lambda: ["build", "autoencoder", "clip", "latents", "unet", "sample", "evaluate"]
+    )
+    overrides: dict[str, list[str]] = field(default_factory=dict)  # filled in from STAGE.option=value
+
+
+# MERGED conf.schema.planning The command that says what a training will cost.
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanRun(UNetRun):
+    """`train/plan.py`: the options of `train/train_unet.py`, which it does not start, and those of the machines."""
+
+    accelerator: Accelerator = Accelerator.h100  # whose peak, memory and links count
+    gpus: int = 8  # processes, one per GPU
+    gpus_per_machine: int = 8  # that exchange gradients without the network
+    mfu: float = 0.0  # share of the GPU's peak that the network reaches, in (0, 1]; 0: what is known of the accelerator
+    network_gbps: float = 0.0  # Gbit/s between machines, per GPU; 0: what such machines usually have
+    cached_samples: int = 0  # samples in the latent cache; 0: loop.samples, each seen once
+    dtype: CacheDtype = CacheDtype.fp16  # of moments and text states on disk
+    variants: int = 1  # cuts kept of each picture
+    text_states: bool = True  # cache the text tower's output too, not only the tokens
+    tokens: int = 77  # of a caption
+
+    def __post_init__(self) -> None:
+        require_positive(self, "gpus", "gpus_per_machine", "variants", "tokens")
+        require(0 <= self.mfu <= 1, f"mfu={self.mfu}: must be in (0, 1], or 0 for what is known of the accelerator")
+        for name in ("network_gbps", "cached_samples"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must be 0 or positive")
+        require(
+            self.gpus <= self.gpus_per_machine or self.gpus % self.gpus_per_machine == 0,
+            f"gpus={self.gpus}: must be a multiple of gpus_per_machine={self.gpus_per_machine}, or fit into one",
+        )
+        require(self.lora.rank == 0, f"lora.rank={self.lora.rank}: the plan is of training all weights; leave it out")
+        side, factor = self.model.sample_size, self.model.downscale
+        require(
+            side % factor == 0,
+            f"model.sample_size={side}: must be a multiple of {factor}, the U-Net's downscale factor "
+            "(model.block_out_channels)",
+        )
+        self.batch.split(self.gpus)
+
+    def refusal(self) -> str:
+        """Why `train/train_unet.py` would not start with these options; "" where nothing in them hinders it."""
+        try:
+            UNetRun.__post_init__(self)
+        except UserError as error:
+            return str(error)
+        return ""
+
+
+# MERGED conf.schema.reporting Commands that show what a run has done.
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportRun:
+    """`train/report.py`: a run folder as one page that needs nothing else."""
+
+    run_dir: str = a_path()
+    name: str = MISSING
+    seed: int = 0
+    output_dir: str = a_path()  # where report.html is written
+    shards: str = a_path()  # folder that holds train/ and heldout/
+    frames: int = 24  # pictures behind each slider, at most, spread over the training
+    pictures_mb: float = 9.0  # megabytes of all pictures on the page; with it they get smaller
+    samples: int = 2_000  # behind the statistics of the data set, at most
+
+    def __post_init__(self) -> None:
+        require_positive(self, "frames", "pictures_mb", "samples")
+
+
+@dataclass(kw_only=True, slots=True)
+class DashboardRun:
+    """`train/dashboard.py`: the W&B workspace of a run, as a file and on the server."""
+
+    run_dir: str = a_path()
+    name: str = MISSING
+    seed: int = 0
+    output_dir: str = a_path()  # where dashboard.json is written
+    save: bool = False  # put the workspace on the W&B server, too; needs `wandb login`
+    wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -1,0 +1,166 @@
+"""Images and captions: which sample stands at a position of the stream, and what it holds as tensors.
+
+positions -> sample indices -> records of memory-mapped shards -> tensors. All that is random about a sample is drawn
+from (seed, position).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from conf.errors import UserError
+from conf.schema import ImageConfig, StreamConfig
+from data.buckets import Shape, nearest_shape
+from data.images import EXTENSIONS, Cut, cut_of, open_image, to_pixels, to_tensor
+from data.labels import MAP, Labels, Vocabulary, cut_labels, read_labels
+from data.order import FullOrder, Order, WindowedOrder, rng
+from data.samples import caption_of, fields_of, image_of
+from data.shards.manifest import find_shards
+from data.shards.shard import TEXTS
+from data.shards.store import RecordStore
+
+Batch = dict[str, Any]
+REBUILD = "rebuild the shards with data/build_shards.py, which leaves broken samples out"
+
+
+class ImageDataset:
+    """Images and captions. An item: {"image" [3, H, W] float32 in [-1, 1], "caption", "key", "meta", "position"}.
+
+    With `labels` also "labels", a `data.labels.Labels` of what the picture shows, cut and mirrored as it is.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        images: ImageConfig,
+        seed: int,
+        stream: StreamConfig | None = None,
+        labels: bool = False,
+    ) -> None:
+        stream = stream or StreamConfig()
+        self.manifest = find_shards(folder, "images", stream.skip_broken)
+        self.samples, self.digest = self.manifest.samples, self.manifest.digest()
+        self.images, self.seed, self.labels = images, seed, labels
+        self.vocabulary = Vocabulary.of(self.manifest.provenance.get("labels", {}))
+        self.order = order_of(seed, [shard.samples for shard in self.manifest.shards], stream)
+        self.skip = stream.skip_broken
+        self.records = RecordStore(folder, self.manifest, [EXTENSIONS, TEXTS], stream)
+
+    def item(self, position: int) -> Batch:
+        """The sample at a position of the training stream, with its own crop and flip."""
+        image, facts = self._open(self.order(position))
+        cut = cut_of(*image.size, self.images.crop, self.images.flip, rng(self.seed, position, "crop"))
+        return {**self._cut(image, facts, cut), "position": position}
+
+    def at(self, index: int) -> Batch:
+        """Sample `index` of the manifest, centre crop, never mirrored; its position is its index."""
+        image, facts = self._open(index)
+        return {**self._cut(image, facts, cut_of(*image.size)), "position": index}
+
+    def variants(self, index: int, count: int, shapes: Sequence[Shape] = ()) -> Batch:
+        """Sample `index` several times, "image" [V, 3, H, W] and their "cuts" out of a picture of "size".
+
+        The first is the centre, the others have a crop and a flip of their own, pure functions of (seed, index). They
+        are squares, or have that one of the `shapes` which is nearest to the picture's.
+        """
+        image, facts = self._open(index)
+        shape = nearest_shape(*image.size, shapes) if shapes else (self.images.resolution, self.images.resolution)
+        aspect = shape[0] / shape[1]
+        cuts = [cut_of(*image.size, aspect=aspect)]
+        for variant in range(1, count):
+            generator = rng(self.seed, index, f"variant {variant}")
+            cuts.append(cut_of(*image.size, self.images.crop, self.images.flip, generator, aspect))
+        pixels = torch.stack([to_tensor(to_pixels(image, *shape, cut)) for cut in cuts])
+        if self.labels:
+            facts["labels"] = [cut_labels(facts["labels"], cut, *shape, image.size) for cut in cuts]
+        return {"image": pixels, "cuts": cuts, "size": image.size, "index": index, **facts}
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """Collated items; broken ones are left out and named in "skipped" where the stream says so."""
+        self.records.prefetch(upcoming(self.order, positions[0]))
+        if not self.skip:
+            return self.collate([self.item(position) for position in positions])
+        items, skipped = [], []
+        for position in positions:
+            try:
+                items.append(self.item(position))
+            except UserError as error:
+                skipped.append(str(error))
+        require_some(items, skipped)
+        return {**self.collate(items), "skipped": skipped}
+
+    def batch_at(self, indices: Sequence[int]) -> Batch:
+        """Collated samples of the manifest."""
+        return self.collate([self.at(index) for index in indices])
+
+    @staticmethod
+    def collate(items: Sequence[Batch]) -> Batch:
+        """Stack images and positions; captions, keys and meta become lists."""
+        return collate(items)
+
+    def _open(self, index: int) -> tuple[Image.Image, Batch]:
+        """The decoded picture of a sample, and what else is known of it."""
+        record = self.records[index]
+        try:
+            image = open_image(image_of(record), self.images.max_pixels)
+            caption, meta = caption_of(record), fields_of(record)
+            labels = {"labels": self._labels(record, meta, image.size)} if self.labels else {}
+        except UserError as error:
+            raise UserError(f"{self.records.name(index)}: {error}: {REBUILD}") from None
+        return image, {"caption": caption, "key": record["__key__"], "meta": meta, **labels}
+
+    def _labels(self, record: dict[str, Any], meta: dict[str, Any], size: tuple[int, int]) -> Labels:
+        labels = read_labels(meta, bytes(record[MAP]) if MAP in record else None, size)
+        if self.manifest.provenance.get("labels"):  # foreign shards do not say what their numbers mean
+            self.vocabulary.check(labels.uses())
+        return labels
+
+    def _cut(self, image: Image.Image, facts: Batch, cut: Cut) -> Batch:
+        """A square of a picture as a tensor, with all that is known of it."""
+        side = self.images.resolution
+        item = {"image": to_tensor(to_pixels(image, side, side, cut)), **facts}
+        if self.labels:
+            item["labels"] = cut_labels(facts["labels"], cut, side, side, image.size)
+        return item
+
+
+def captions_of(folder: str | Path, samples: int = 0) -> list[str]:
+    """Captions of the first `samples` (0: all) of a folder of image shards; no picture is decoded."""
+    manifest = find_shards(folder, "images")
+    records = RecordStore(folder, manifest, [TEXTS], StreamConfig(window=1))  # of remote shards one at a time
+    captions = list[str]()
+    for index in range(min(samples or manifest.samples, manifest.samples)):
+        try:
+            captions.append(caption_of(records[index]))
+        except UserError as error:
+            raise UserError(f"{records.name(index)}: {error}: {REBUILD}") from None
+    return captions
+
+
+def order_of(seed: int, sizes: Sequence[int], stream: StreamConfig) -> Order:
+    """The order of samples in shards of these sizes."""
+    if 0 < stream.window < len(sizes):
+        return WindowedOrder(seed, sizes, stream.window)
+    return FullOrder(seed, sum(sizes))
+
+
+def upcoming(order: Order, position: int) -> list[int]:
+    """Shards that will be read soon, as far as the order goes shard by shard."""
+    return order.upcoming(position) if isinstance(order, WindowedOrder) else []
+
+
+def require_some(kept: Sequence[Any], skipped: list[str]) -> None:
+    """Refuse a micro-batch of which nothing is left."""
+    if not kept:
+        raise UserError(f"none of the {len(skipped)} samples of a micro-batch can be read; the first: {skipped[0]}")
+
+
+def collate(items: Sequence[Batch]) -> Batch:
+    """Stack tensors [...] to [B, ...], positions to int64 [B]; everything else becomes a list."""
+    batch: Batch = {name: [item[name] for item in items] for name in items[0]}
+    if "position" in batch:
+        batch["position"] = torch.tensor(batch["position"])
+    return {n: torch.stack(v) if isinstance(v, list) and torch.is_tensor(v[0]) else v for n, v in batch.items()}

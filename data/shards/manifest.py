@@ -1,0 +1,191 @@
+"""`manifest.json` beside the shards: what is there, how it was made, and its statistics."""
+
+import hashlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from conf.plain_json import dumps, loads_finite
+from data.shards.remote import is_remote, joined, read
+from data.shards.shard import ShardInfo, ShardReader, atomic_write, tars_in
+
+__all__ = ["MANIFEST", "Manifest", "ShardInfo", "find_shards", "folder_of"]
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+FIELDS = {"kind": str, "shards": list, "provenance": dict, "stats": dict}
+SHARD_FIELDS = {"name", "samples", "bytes", "sha256"}
+SIDES = ("train", "heldout")
+HELDOUT = 0.04  # of foreign shards
+REMEDY = {
+    "images": "run data/build_shards.py or set shards=FOLDER",
+    "latents": "run data/precompute_latents.py or set latents=FOLDER",
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class Manifest:
+    """One data set: the shards of a folder, in order."""
+
+    kind: str  # "images" or "latents"
+    shards: list[ShardInfo]
+    provenance: dict[str, Any] = field(default_factory=dict)  # how it was made: source, encoder hashes, preprocessing
+    stats: dict[str, Any] = field(default_factory=dict)  # measured: latent mean and std per channel, PSNR …
+    schema: int = SCHEMA
+
+    @property
+    def samples(self) -> int:
+        """Samples of all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `manifest.json` holds."""
+        return {**self._head(), "shards": [_shard_dict(shard) for shard in self.shards]}
+
+    def _head(self) -> dict[str, Any]:
+        """All but the shards."""
+        return {
+            "schema": self.schema,
+            "kind": self.kind,
+            "samples": self.samples,
+            "bytes": self.bytes,
+            "provenance": self.provenance,
+            "stats": self.stats,
+        }
+
+    def digest(self) -> str:
+        """Identity of the data set: sha256, in hex, of the manifest as canonical JSON, shard by shard."""
+        before, after = _canonical(self._head() | {"shards": []}).split('"shards":[]')
+        digest = hashlib.sha256(before.encode() + b'"shards":[')
+        for number, shard in enumerate(self.shards):
+            digest.update(b"," * (number > 0) + _canonical(_shard_dict(shard)).encode())
+        digest.update(b"]" + after.encode())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write `manifest.json` into the folder, atomically; one line for each shard."""
+        head = dumps(self._head(), indent=1).removesuffix("\n}")
+        shards = ",\n".join("  " + dumps(_shard_dict(shard)) for shard in self.shards)
+        atomic_write(Path(folder) / MANIFEST, f'{head},\n "shards": [\n{shards}\n ]\n}}\n'.encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Manifest":
+        """Read `manifest.json` of the folder; `UserError` when it is not one."""
+        path = joined(folder, MANIFEST)
+        try:
+            content = loads_finite(read(path), object_hook=_shard_or_dict)
+            if content["schema"] != SCHEMA:
+                raise UserError(
+                    f"{path} has schema {content['schema']}, this version reads {SCHEMA}: rebuild the shards"
+                )
+            if not all(isinstance(shard, ShardInfo) and shard.is_sound() for shard in content["shards"]):
+                raise ValueError("a shard without name, samples, bytes and sha256")
+            for name, kind in FIELDS.items():
+                if type(content[name]) is not kind:
+                    raise ValueError(f"{name} is not {kind.__name__}")
+            return cls(**{name: content[name] for name in FIELDS})
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is not a manifest ({error!r}): rebuild the shards or delete it") from None
+
+
+def _shard_dict(shard: ShardInfo) -> dict[str, Any]:
+    return {"name": shard.name, "samples": shard.samples, "bytes": shard.bytes, "sha256": shard.sha256}
+
+
+def _shard_or_dict(content: dict[str, Any]) -> Any:
+    """Shards as what they are at once: as dictionaries a hundred thousand of them would take ten times the memory."""
+    return ShardInfo(**content) if content.keys() == SHARD_FIELDS else content
+
+
+def _canonical(content: Any) -> str:
+    return dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def find_shards(folder: str | Path, kind: str = "images", skip_broken: bool = False) -> Manifest:
+    """Return the manifest of a folder; foreign shards (img2dataset) without one are scanned.
+
+    `UserError` when there are no shards, when they are of another kind, or, unless broken ones are to be skipped, when
+    a file is not as the manifest says.
+    """
+    try:
+        manifest = Manifest.load(folder)
+    except FileNotFoundError:
+        if is_remote(folder):
+            raise UserError(
+                f"no {MANIFEST} at '{folder}': upload the whole folder that the shards were made in"
+            ) from None
+        manifest = _scan(Path(folder), kind, skip_broken)
+    else:
+        _check_names(folder, manifest)
+        if not is_remote(folder) and not skip_broken:
+            _check_files(Path(folder), manifest)
+        if not manifest.samples and Path(folder).name == "heldout":
+            raise UserError(f"'{folder}' holds no samples: build the shards with heldout_fraction above 0")
+    if manifest.shards and not manifest.samples:
+        names = ", ".join(shard.name for shard in manifest.shards[:3]) + " …" * (len(manifest.shards) > 3)
+        raise UserError(f"'{folder}' holds no samples, its shards are empty ({names}): {REMEDY[kind]}")
+    if manifest.samples == 0:
+        raise UserError(f"no {'latents' if kind == 'latents' else 'shards'} at '{folder}': {REMEDY[kind]}")
+    if manifest.kind != kind:
+        raise UserError(f"'{folder}' holds {manifest.kind}, not {kind}: {REMEDY[kind]}")
+    return manifest
+
+
+def folder_of(folder: str | Path) -> str | Path:
+    """Where the shards of a data set lie: `FOLDER/train` and `FOLDER/heldout` of foreign shards both lie in FOLDER."""
+    if is_remote(folder):
+        return folder
+    folder = Path(folder)
+    flat = folder.name in SIDES and not folder.exists() and bool(tars_in(folder.parent))
+    return folder.parent if flat else folder
+
+
+def _check_names(folder: str | Path, manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        if Path(shard.name).name != shard.name:
+            raise UserError(f"{joined(folder, MANIFEST)}: '{shard.name}' leaves the folder: rebuild the shards")
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        path = folder / shard.name
+        if not path.is_file():
+            raise UserError(f"shard {path} is missing: rebuild it, or delete {MANIFEST} to use the shards that exist")
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise UserError(f"shard {path} has {size} bytes, not {shard.bytes} as {MANIFEST} says: rebuild it")
+
+
+def _scan(folder: Path, kind: str, skip_broken: bool) -> Manifest:
+    """Foreign shards; in a flat folder the last 4 % of them are held out, at least one."""
+    there = Path(folder_of(folder))
+    paths = tars_in(there)
+    if kind == "latents" and paths:
+        raise UserError(f"'{there}' has shards but no {MANIFEST}: {REMEDY['latents']}")
+    if there != folder:
+        if len(paths) < 2:
+            raise UserError(f"'{there}' has a single shard, none is left to hold out: {REMEDY['images']}")
+        heldout = max(1, round(HELDOUT * len(paths)))
+        paths = paths[:-heldout] if folder.name == "train" else paths[-heldout:]
+    for path in tars_in(there, compressed=True):
+        print(f"left out: shard {path} is compressed: make a plain .tar of it", file=sys.stderr)
+    shards = []
+    for path in paths:
+        try:
+            reader = ShardReader(path)
+            shards.append(ShardInfo(name=path.name, samples=len(reader), bytes=path.stat().st_size))
+            if reader.others:
+                count, first = len(reader.others), reader.others[0]
+                print(f"left out: {count} files without an extension in {path}, such as '{first}'", file=sys.stderr)
+        except UserError as error:
+            if not skip_broken:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    return Manifest(kind=kind, shards=shards, provenance={"source": "foreign shards"} if shards else {})

@@ -1,0 +1,163 @@
+"""All samples of a folder of shards by index; what is read is opened, checked and mapped when it is first needed."""
+
+import math
+import threading
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from conf.schema import StreamConfig
+from data.shards.cache import ShardCache
+from data.shards.manifest import REMEDY, Manifest, folder_of
+from data.shards.remote import RemoteError, is_remote, joined
+from data.shards.shard import ShardReader, described, sha256_of, without_dots
+
+NAMED = 4  # of the extensions that a sample lacks, the usual ones
+OPEN_SHARDS = 512  # memory-mapped at a time in one process: each holds a file descriptor
+RETRY_S = 600.0  # after which a shard that could not be fetched is asked for again; a broken file stays broken
+
+
+class RecordStore:
+    """Random access to the samples of a manifest, with a reader per shard that was used, in each process for itself.
+
+    Args:
+        required: one extension of each tuple must be there, in every sample.
+    """
+
+    of_process = ("readers", "opened", "broken", "lock")  # made anew in each process
+
+    def __init__(
+        self, folder: str | Path, manifest: Manifest, required: Sequence[tuple[str, ...]], stream: StreamConfig
+    ) -> None:
+        self.folder, self.manifest, self.required = folder_of(folder), manifest, required
+        self.cache = remote_cache(str(folder), manifest, stream) if is_remote(folder) else None
+        self.verify, self.skip = stream.verify, stream.skip_broken
+        self.ends = list(accumulate(shard.samples for shard in manifest.shards))
+        self.firsts = [0, *self.ends[:-1]]  # index of the first sample of each shard
+        self._forget()
+        if not self.skip:
+            self[0]  # a data set of another form is found before the training starts
+
+    def _forget(self) -> None:
+        self.readers: dict[int, ShardReader] = {}
+        self.opened: deque[int] = deque()
+        self.broken: dict[int, tuple[UserError, float]] = {}  # shards that cannot be read, and until when they rest
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in self.of_process}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        shard = bisect_right(self.ends, index)
+        reader, row = self._open(shard), index - self.firsts[shard]
+        try:
+            record = reader[row]
+        except UserError as error:
+            raise UserError(f"{self.name(index)}: {error}: {REMEDY[self.manifest.kind]}") from None
+        if self.skip:  # else it was checked when the shard was opened
+            self._require(record.keys(), f"sample '{record['__key__']}'", shard)
+        return record
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Shard and row of a sample."""
+        shard = bisect_right(self.ends, index)
+        return shard, index - self.firsts[shard]
+
+    def find(self, shard: int, key: str) -> int:
+        """Index of the sample of a shard whose latents have this key."""
+        reader = self._open(shard)
+        row = next(i for i in range(len(reader)) if without_dots(reader.key(i)) == key)
+        return self.firsts[shard] + row
+
+    def key(self, index: int) -> str:
+        """Key of a sample, also of one that cannot be read."""
+        shard, row = self.place(index)
+        return self._open(shard).key(row)
+
+    def name(self, index: int) -> str:
+        """Shard and key of a sample, for messages."""
+        shard, row = self.place(index)
+        try:
+            return f"shard {self._name(shard)}: sample '{self.key(index)}'"
+        except UserError:
+            return f"shard {self._name(shard)}: sample number {row}"
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Fetch remote shards in the background."""
+        if self.cache is not None:
+            self.cache.prefetch(self.manifest.shards[shard] for shard in shards)
+
+    def _name(self, shard: int) -> str | Path:
+        return joined(self.folder, self.manifest.shards[shard].name)
+
+    def _path(self, shard: int) -> Path:
+        if self.cache is not None:
+            return self.cache.path_of(self.manifest.shards[shard])
+        return Path(self._name(shard))
+
+    def _open(self, shard: int) -> ShardReader:
+        reader = self.readers.get(shard)
+        if reader is not None and reader.is_open:
+            return reader
+        with self.lock:
+            return self._opened(shard)
+
+    def _opened(self, shard: int) -> ShardReader:
+        reader = self.readers.get(shard)
+        if reader is not None and reader.is_open:  # another thread was first
+            return reader
+        if shard in self.broken and time.monotonic() < self.broken[shard][1]:
+            raise self.broken[shard][0]
+        if len(self.opened) == OPEN_SHARDS:
+            self.readers[self.opened.popleft()].release()
+        try:
+            if reader is None or not reader.path.exists():  # a cached shard may have made room
+                reader = self._checked(shard)
+            reader.open()
+        except UserError as error:
+            self.broken[shard] = error, time.monotonic() + RETRY_S if isinstance(error, RemoteError) else math.inf
+            raise
+        self.readers[shard] = reader
+        self.opened.append(shard)
+        return reader
+
+    def _checked(self, shard: int) -> ShardReader:
+        """A new reader; every sample must have what is required."""
+        reader, info, remedy = ShardReader(self._path(shard)), self.manifest.shards[shard], REMEDY[self.manifest.kind]
+        if self.verify and info.sha256 and sha256_of(reader.path) != info.sha256:
+            raise UserError(f"shard {reader.path} differs from the sha256 of its manifest: {remedy}")
+        if len(reader) != info.samples:
+            raise UserError(
+                f"shard {reader.path} has {len(reader)} samples, not {info.samples} as its manifest says: {remedy}"
+            )
+        for i in range(0 if self.skip else len(reader)):
+            self._require(reader.extensions(i), f"sample '{reader.key(i)}'", shard)
+        return reader
+
+    def _require(self, present: Collection[str], sample: str, shard: int) -> None:
+        for choices in self.required:
+            if not any(extension in present for extension in choices):
+                lack = f"has no .{'/.'.join(choices[:NAMED])}: {described(present)}"
+                raise UserError(f"shard {self._name(shard)}: {sample} {lack}: {REMEDY[self.manifest.kind]}")
+
+
+def remote_cache(url: str, manifest: Manifest, stream: StreamConfig) -> ShardCache:
+    """The cache of a remote data set; `UserError` when it could not hold what is read at a time."""
+    largest = sorted((shard.bytes for shard in manifest.shards), reverse=True)
+    needed, limit = sum(largest[: 2 * stream.window or None]), stream.cache_gb * 1e9  # this window and the next
+    if needed > limit:
+        window = max(1, int(limit / (2 * largest[0])))
+        raise UserError(
+            f"stream.cache_gb={stream.cache_gb:g}: {needed / 1e9:.3g} GB of {url} are read at a time and would be "
+            f"fetched again and again: set stream.window={window} (shards), or more cache_gb"
+        )
+    return ShardCache(url, stream)

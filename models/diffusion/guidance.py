@@ -1,0 +1,98 @@
+"""Guidance: wrappers that bind a conditional network to its conditions and leave a `Network` for the process."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.conditions import Conditioning
+from models.diffusion.process import Network
+
+# (x_t [B, C, h, w], timesteps [B], what it is told of each row) -> prediction [B, C, h, w]
+ConditionalNetwork = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Which prompts make one picture together (Liu et al. 2022, "Composable diffusion"): R prompts for B pictures."""
+
+    pictures: Tensor  # [R] int64, the picture of each prompt
+    weights: Tensor  # [R]
+
+
+def classifier_free(
+    network: ConditionalNetwork,
+    given: Conditioning,
+    null: Conditioning,
+    scale: float,
+    prepare: Callable[[Conditioning], Conditioning] = lambda given: given,
+    *,
+    rescale: float = 0.0,
+    joined: Joined | None = None,
+) -> Network:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6): uncond + scale (cond - uncond), in one batched call.
+
+    Args:
+        network: the conditional network.
+        given: what the network is told of the B pictures, of all R prompts with `joined`.
+        null: what it is told where nothing is asked for, or what guidance leads away from, of the B pictures.
+        scale: 1 is the plain conditional network, called once per picture; more follows the prompt more closely.
+        prepare: what to compute once for all calls, such as `Denoiser.prepared`.
+        rescale: 0-1, how far the result gets the standard deviation of the conditional prediction (`rescaled`).
+        joined: prompts that share a picture; cond is then uncond + sum of weight (cond_i - uncond).
+    """
+    if scale == 1 and joined is None:
+        prepared = prepare(given)
+        return lambda x_t, timesteps: network(x_t, timesteps, prepared)
+    both = prepare(null.followed_by(given))  # of B + R rows
+
+    def guided(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        count = len(x_t)
+        pictures = torch.arange(count, device=x_t.device) if joined is None else joined.pictures
+        rows = torch.cat([torch.arange(count, device=x_t.device), pictures])
+        predictions = network(x_t[rows], timesteps[rows], both)  # [B + R, C, h, w]
+        uncond, cond = predictions[:count], predictions[count:]
+        if joined is not None:
+            apart = joined.weights.to(cond.dtype).view(-1, 1, 1, 1) * (cond - uncond[pictures])
+            cond = uncond.index_add(0, pictures, apart)
+        return rescaled(uncond + scale * (cond - uncond), cond, rescale)
+
+    return guided
+
+
+def rescaled(guided: Tensor, cond: Tensor, share: float) -> Tensor:
+    """Guided predictions [B, C, h, w] with the deviation of those without guidance (Lin et al. 2024, section 3.4)."""
+    if share == 0:
+        return guided
+    dims = tuple(range(1, guided.ndim))
+    factor = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    return guided * (share * factor + 1 - share)
+
+
+def within(interval: tuple[float, float], inside: Network, outside: Network) -> Network:
+    """Guidance in a limited interval (Kynkäänniemi et al. 2024): `inside` at low < timestep <= high.
+
+    All timesteps of a call are the same, as they are in sampling.
+    """
+    low, high = interval
+
+    def network(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        return (inside if low < float(timesteps[0]) <= high else outside)(x_t, timesteps)
+
+    return network
+
+
+def by_step(timesteps: Sequence[float], makers: Sequence[Callable[[], Network]]) -> Network:
+    """A network for each of the timesteps that sampling visits, made when it gets there; one maker: for all.
+
+    All timesteps of a call are the same, as they are in sampling; between two of them it is the nearer one's.
+    """
+    if len(makers) == 1:
+        return makers[0]()
+
+    def network(x_t: Tensor, time: Tensor) -> Tensor:
+        distances = [abs(level - float(time[0])) for level in timesteps]
+        return makers[distances.index(min(distances))]()(x_t, time)
+
+    return network

@@ -1,0 +1,347 @@
+"""Samplers: functions (denoise, x, sigmas, callback) -> x0 that never ask what the network predicts.
+
+All solve dx/dsigma = (x - denoise(x, sigma)) / sigma (Karras et al. 2022, eq. 1 with s = 1) from sigmas[0] down to
+sigmas[-1]. x [B, ...] is noise of scale sigmas[0] (`Process.initial`); sigmas [steps + 1] descend and may end in 0.
+`callback(step, x, x0)` is called at each step with x before the step and the current guess x0.
+
+Those that add noise also take `noise(step)`, standard normal of x's shape, and all but DDPM `eta`, how much of it (0:
+none). Those that work with slopes take `fade`, in which variables the path is straight (`Process.fade`).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+
+from torch import Tensor
+
+from conf.schema import STOCHASTIC, Sampler
+from models.diffusion.process import Denoise
+
+# MERGED models.solvers.common What all samplers share: the walk through the noise levels, and what they are given beside the network.
+
+Callback = Callable[[int, Tensor, Tensor], None]  # (step, x before the step, guess x0)
+Noise = Callable[[int], Tensor]  # step -> standard normal noise of the shape of x
+
+
+def intervals(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
+    """(step, noise level, following noise level) of sigmas [steps + 1]."""
+    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
+        yield step, sigma, following
+
+
+def first_guess(denoise: Denoise, x: Tensor, sigma: float, step: int, callback: Callback | None) -> Tensor:
+    """The guess x0 that a step begins with, shown to the callback."""
+    x0 = denoise(x, sigma)
+    if callback is not None:
+        callback(step, x, x0)
+    return x0
+
+
+def no_noise(step: int) -> Tensor:
+    """In place of the noise, where a sampler should need none."""
+    raise ValueError("a sampler with eta > 0 needs noise: a function of the step")
+
+
+# MERGED models.solvers.ancestral First order: DDIM with all its names. In the variance-exploding form they are one update (`models.diffusion.samplers`).
+
+
+def sample_ddim(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    callback: Callback | None = None,
+    *,
+    noise: Noise = no_noise,
+    eta: float = 0.0,
+) -> Tensor:
+    """DDIM (Song et al. 2021, eq. 12 and 16): a step to a level below the next one, and noise up to it.
+
+    With eta = 0 nothing is random; eta = 1 draws from the posterior of Ho et al. 2020, eq. 7.
+    """
+    for step, sigma, following in intervals(sigmas):
+        x0 = first_guess(denoise, x, sigma, step, callback)
+        up = eta * following * math.sqrt(1.0 - (following / sigma) ** 2)
+        down = math.sqrt(following**2 - up**2)
+        x = x0 + (down / sigma) * (x - x0)
+        if up > 0:
+            x = x + up * noise(step)
+    return x
+
+
+def sample_ddpm(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None, *, noise: Noise = no_noise
+) -> Tensor:
+    """DDPM (Ho et al. 2020, algorithm 2) with the smaller of its two variances."""
+    return sample_ddim(denoise, x, sigmas, callback, noise=noise, eta=1.0)
+
+
+def sample_euler(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+    """Euler's method in sigma (Karras et al. 2022, algorithm 1 without its second evaluation)."""
+    return sample_ddim(denoise, x, sigmas, callback)
+
+
+def sample_euler_ancestral(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    callback: Callback | None = None,
+    *,
+    noise: Noise = no_noise,
+    eta: float = 1.0,
+) -> Tensor:
+    """Euler's method with the noise of DDPM: what k-diffusion calls ancestral sampling."""
+    return sample_ddim(denoise, x, sigmas, callback, noise=noise, eta=eta)
+
+
+# MERGED models.solvers.second_order Second order from several slopes: Heun, the midpoint, or those of earlier steps.
+
+# of Adams and Bashforth for evenly spaced steps, the newest slope first (Liu et al. 2022)
+WEIGHTS = [(1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)]
+
+
+def slope_of(x: Tensor, x0: Tensor, sigma: float, fade: float) -> Tensor:
+    """dy/dtau at x with the guess x0."""
+    return (x - x0) / sigma - fade * x0
+
+
+def moved(x: Tensor, sigma: float, following: float, slope: Tensor, fade: float) -> Tensor:
+    """x at the level `following` if the slope stays what it is."""
+    length = following / (1 + fade * following) - sigma / (1 + fade * sigma)
+    return (x / (1 + fade * sigma) + length * slope) * (1 + fade * following)
+
+
+def sample_heun(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None, *, fade: float = 0.0
+) -> Tensor:
+    """Heun's method (Karras et al. 2022, algorithm 1): the mean of the slopes at both ends. Two calls per step.
+
+    The step to sigma = 0 is one of Euler's, the guess x0 itself.
+    """
+    for step, sigma, following in intervals(sigmas):
+        x0 = first_guess(denoise, x, sigma, step, callback)
+        if following == 0:
+            return x0
+        slope = slope_of(x, x0, sigma, fade)
+        trial = moved(x, sigma, following, slope, fade)
+        end = slope_of(trial, denoise(trial, following), following, fade)
+        x = moved(x, sigma, following, (slope + end) / 2, fade)
+    return x
+
+
+def sample_dpm2(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None, *, fade: float = 0.0
+) -> Tensor:
+    """DPM-Solver-2 in sigma, as k-diffusion has it: the slope in the middle of log tau. Two calls per step.
+
+    The step to sigma = 0 is the guess x0 itself.
+    """
+    for step, sigma, following in intervals(sigmas):
+        x0 = first_guess(denoise, x, sigma, step, callback)
+        if following == 0:
+            return x0
+        tau = math.sqrt(sigma * following / ((1 + fade * sigma) * (1 + fade * following)))
+        middle = tau / (1 - fade * tau)
+        trial = moved(x, sigma, middle, slope_of(x, x0, sigma, fade), fade)
+        x = moved(x, sigma, following, slope_of(trial, denoise(trial, middle), middle, fade), fade)
+    return x
+
+
+def sample_pndm(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None, *, fade: float = 0.0
+) -> Tensor:
+    """PNDM without Runge-Kutta steps, also called PLMS (Liu et al. 2022): up to four slopes in memory.
+
+    One call per step and one more: the first step is one of Heun's. The weights are those of even steps, hence the
+    second order.
+    """
+    slopes: list[Tensor] = []
+    for step, sigma, following in intervals(sigmas):
+        slope = slope_of(x, first_guess(denoise, x, sigma, step, callback), sigma, fade)
+        slopes = [slope, *slopes[:3]]
+        if step == 0 and following > 0:
+            trial = moved(x, sigma, following, slope, fade)
+            mean = (slope + slope_of(trial, denoise(trial, following), following, fade)) / 2
+        else:
+            weighted = zip(WEIGHTS[len(slopes) - 1], slopes, strict=True)
+            mean = sum((weight * slope for weight, slope in weighted), start=x.new_zeros(()))
+        x = moved(x, sigma, following, mean, fade)
+    return x
+
+
+# MERGED models.solvers.dpm_solver DPM-Solver++ (Lu et al. 2022): exponential integrators in lambda = -log sigma that extrapolate the guess x0.
+
+
+def sample_dpmpp_2s(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+    """DPM-Solver++(2S) (algorithm 1 with r = 1/2): x0 in the middle of the step. Two calls per step.
+
+    The step to sigma = 0 is the guess x0 itself.
+    """
+    for step, sigma, following in intervals(sigmas):
+        x0 = first_guess(denoise, x, sigma, step, callback)
+        if following == 0:
+            return x0
+        middle = math.sqrt(sigma * following)
+        trial = x0 + (middle / sigma) * (x - x0)
+        x0 = denoise(trial, middle)
+        x = x0 + (following / sigma) * (x - x0)
+    return x
+
+
+def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+    """DPM-Solver++(2M) (algorithm 2): x0 in the middle of the step, extrapolated from the last two guesses.
+
+    The first step has no history, and the step to sigma = 0 is the guess x0 itself.
+    """
+    return sample_dpmpp_2m_sde(denoise, x, sigmas, callback, eta=0.0)
+
+
+def sample_dpmpp_2m_sde(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    callback: Callback | None = None,
+    *,
+    noise: Noise = no_noise,
+    eta: float = 1.0,
+) -> Tensor:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022): `sample_dpmpp_2m` with noise."""
+    previous_x0, previous_h = None, 0.0
+    for step, sigma, following in intervals(sigmas):
+        x0 = first_guess(denoise, x, sigma, step, callback)
+        if following == 0:
+            return x0
+        h = math.log(sigma / following)
+        middle = x0 if previous_x0 is None else x0 + (h / (2 * previous_h)) * (x0 - previous_x0)
+        kept = math.exp(-(1 + eta) * h)
+        x = kept * x + (1 - kept) * middle + fresh(noise, step, following, eta, h)
+        previous_x0, previous_h = x0, h
+    return x
+
+
+def sample_dpmpp_3m_sde(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    callback: Callback | None = None,
+    *,
+    noise: Noise = no_noise,
+    eta: float = 1.0,
+) -> Tensor:
+    """SDE-DPM-Solver++(3M), as k-diffusion made it of DPM-Solver-3: x0 and two of its differences in lambda.
+
+    The curvature has half the weight that a parabola through three guesses has, in all implementations alike. That
+    and the first step, one of Euler's, leave the order at 2, with smaller errors than 2M.
+    """
+    guesses: list[Tensor] = []  # newest first, with the step that followed each
+    lengths: list[float] = []
+    for step, sigma, following in intervals(sigmas):
+        x0 = first_guess(denoise, x, sigma, step, callback)
+        if following == 0:
+            return x0
+        h = math.log(sigma / following)
+        guesses, lengths = [x0, *guesses[:2]], [h, *lengths[:2]]
+        z = (1 + eta) * h
+        slope, curvature = differences(guesses, lengths)
+        first = 1 + math.expm1(-z) / z  # of the integral over the step of the slope and the curvature
+        second = 0.5 - first / z
+        x = math.exp(-z) * x - math.expm1(-z) * x0 + fresh(noise, step, following, eta, h)
+        x = x + first * slope + second * curvature
+    return x
+
+
+def differences(guesses: list[Tensor], lengths: list[float]) -> tuple[Tensor | float, Tensor | float]:
+    """Slope and divided second difference of the guesses (newest first) at the newest, per newest length."""
+    if len(guesses) == 1:
+        return 0.0, 0.0
+    h, before = lengths[0], lengths[1]
+    last = (guesses[0] - guesses[1]) * (h / before)
+    if len(guesses) == 2:
+        return last, 0.0
+    curvature = (last - (guesses[1] - guesses[2]) * (h / lengths[2])) * (h / (before + lengths[2]))
+    return last + (before / h) * curvature, curvature
+
+
+def fresh(noise: Noise, step: int, following: float, eta: float, h: float) -> Tensor | float:
+    """The noise of one step of length h in lambda."""
+    return following * math.sqrt(-math.expm1(-2 * eta * h)) * noise(step) if eta > 0 else 0.0
+
+
+# MERGED models.solvers.unipc UniPC (Zhao et al. 2023): a predictor of second order, and a corrector that needs no further call of the network.
+
+Point = tuple[float, Tensor]  # (lambda, x0)
+
+
+def sample_unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+    """UniPC-2 for x0 with B(h) = exp(h) - 1. Third order with one call per step.
+
+    The callback sees x before its correction; the step to sigma = 0 is the guess x0 itself.
+    """
+    points: list[Point] = []  # newest first
+    start = x
+    for step, sigma, following in intervals(sigmas):
+        point = -math.log(sigma), first_guess(denoise, x, sigma, step, callback)
+        if points:
+            x = corrected(start, points, point)
+        points = [point, *points[:1]]
+        if following == 0:
+            return point[1]
+        start = x
+        x = predicted(start, points, -math.log(following))
+    return x
+
+
+def predicted(x: Tensor, points: list[Point], end: float) -> Tensor:
+    """UniP: x at lambda = end from x at the newest of one or two points; equal to DPM-Solver++(2M)."""
+    (now, x0), h = points[0], end - points[0][0]
+    if len(points) == 2:
+        before, older = points[1]
+        x0 = x0 + (x0 - older) * (h / (now - before)) / 2
+    return math.exp(-h) * x - math.expm1(-h) * x0
+
+
+def corrected(x: Tensor, points: list[Point], end: Point) -> Tensor:
+    """UniC: x at `end` again, now that the guess there is known.
+
+    With two points the weights are exact where x0 is a parabola in lambda; with one it is the mean of both ends.
+    """
+    (now, x0), h = points[0], end[0] - points[0][0]
+    new, old = 0.5 * (end[1] - x0), x0.new_zeros(())
+    if len(points) == 2:
+        before, older = points[1]
+        ratio = (before - now) / h
+        first = (1 + math.expm1(-h) / h) / -math.expm1(-h)  # of the integral over the step of tau / h ...
+        second = (1 - 2 * (1 + math.expm1(-h) / h) / h) / -math.expm1(-h)  # ... and of (tau / h)^2
+        weight = (first - second) / (1 - ratio)
+        old, new = weight * (older - x0) / ratio, (first - weight) * (end[1] - x0)
+    return math.exp(-h) * x - math.expm1(-h) * (x0 + old + new)
+
+
+# MERGED models.samplers Samplers: functions (denoise, x, sigmas, callback) -> x0 that never ask what the network predicts.
+
+SAMPLERS: dict[Sampler, Callable[..., Tensor]] = {
+    Sampler.ddpm: sample_ddpm,
+    Sampler.ddim: sample_ddim,
+    Sampler.pndm: sample_pndm,
+    Sampler.euler: sample_euler,
+    Sampler.euler_ancestral: sample_euler_ancestral,
+    Sampler.heun: sample_heun,
+    Sampler.dpm2: sample_dpm2,
+    Sampler.dpmpp_2s: sample_dpmpp_2s,
+    Sampler.dpmpp_2m: sample_dpmpp_2m,
+    Sampler.dpmpp_2m_sde: sample_dpmpp_2m_sde,
+    Sampler.dpmpp_3m_sde: sample_dpmpp_3m_sde,
+    Sampler.unipc: sample_unipc,
+}
+
+
+WITH_FADE = {Sampler.pndm, Sampler.heun, Sampler.dpm2}
+
+
+def sampler_of(sampler: Sampler, noise: Noise, eta: float | None = None, fade: float = 0.0) -> Callable[..., Tensor]:
+    """The function (denoise, x, sigmas, callback) -> x0 of a sampler; eta None: its own."""
+    if sampler in WITH_FADE:
+        return partial(SAMPLERS[sampler], fade=fade)
+    if sampler in STOCHASTIC:
+        return partial(SAMPLERS[sampler], noise=noise, **({} if eta is None else {"eta": eta}))
+    return SAMPLERS[sampler]

@@ -1,0 +1,276 @@
+"""Edits of pictures by their prompts: sources and their edits are drawn together, under attention control.
+
+(made,) = edit_pictures(model, [Edit(prompt="a red monster", edit="a blue monster")], seeds=[0], watch=True)
+made.source.image, made.result.image, made.result.maps["monster"]
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conf.errors import UserError
+from conf.schema import Edit, EditMode, InversionMethod, SamplingConfig
+from models.conditions import Inputs
+from models.diffusion.process import Denoise
+from models.diffusion.samplers import Callback
+from models.editing.alignment import Words, refinement, replacement, words_of
+from models.editing.attention_control import ControlledAttention, TokenControl
+from models.editing.heat_maps import WordMaps
+from models.editing.inversion import invert
+from models.pipeline import DiffusionPipeline
+from models.prompts import parse, plain
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A drawn picture and what its words look at."""
+
+    image: Tensor  # [3, H, W] in [-1, 1]
+    maps: dict[str, Tensor]  # [H, W] by word, the mean attention that it gets; {} unless they were asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """A picture before and after an edit."""
+
+    source: Picture
+    result: Picture
+    region: Tensor | None  # bool [H, W], where it may have changed; None: everywhere
+    found: Tensor | None = None  # [3, H, W], a given source as the network draws it again
+
+
+class Editor:
+    """A control of `DiffusionPipeline` for rows of which some are edits of others."""
+
+    def __init__(self, rows: "Rows", watch: bool, device: torch.device) -> None:
+        self.rows, self.watch = rows, watch
+        self.attending = ControlledAttention(rows.controls(), device)
+        words, length = rows.looked_at(watch), len(rows.words[0].tokens)
+        self.maps = WordMaps(words, length, device, detailed=watch) if any(words) else None
+        self.change: dict[int, Tensor] = {}  # [h, w] by row, how far guesses were from those of the source so far
+        self.step, self.progress, self.size = 0, 0.0, (0, 0)
+        self.regions: dict[int, Tensor] = {}  # bool [h, w] by row
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, name: str, is_cross: bool) -> Tensor:
+        """Of one layer (`models.attention`)."""
+        if not is_cross:
+            return self.attending.to_picture(q, k, v)
+        if self.maps is not None and self.maps.wants(name):
+            self.maps.add(self.step, name, self.attending.maps(q, k, self.maps.tokens), self.size)
+        return self.attending.to_text(q, k, v)
+
+    def around(self, denoise: Denoise, sigmas: Tensor) -> Denoise:
+        """Knows from the noise level where sampling is, and blends the guesses x0."""
+
+        def controlled(x: Tensor, sigma: float) -> Tensor:
+            self.step = max(0, int((sigmas[:-1] >= sigma).sum()) - 1)  # also between two levels, and twice at one
+            self.progress, self.size = self.step / (len(sigmas) - 1), (x.shape[2], x.shape[3])
+            self.attending.move_to(self.progress)
+            return self._blend(denoise(x, sigma))
+
+        return controlled
+
+    def _blend(self, x0: Tensor) -> Tensor:
+        """Guesses [R, C, h, w] that are those of their sources outside the region of their edit."""
+        guesses = list(x0)
+        for row, (source, edit) in self.rows.edits.items():
+            if edit.blend_change:
+                self.change[row] = self.change.get(row, 0) + (x0[row] - x0[source]).abs().mean(0)
+            if (edit.blend or edit.blend_change) and self.progress >= edit.blend_from:
+                self.regions[row] = self._region(row, source, edit)
+                guesses[row] = torch.where(self.regions[row], x0[row], x0[source])
+        return torch.stack(guesses)
+
+    def _region(self, row: int, source: int, edit: Edit) -> Tensor:
+        """Where an edit may change the picture, bool [h, w]."""
+        regions = []
+        if edit.blend and self.maps is not None:
+            places = [self.maps.region(place, edit.blend, edit.blend_threshold) for place in (source, row)]
+            regions.append(places[0] | places[1])
+        if edit.blend_change:
+            regions.append(self.change[row] > edit.blend_threshold * self.change[row].max())
+        return torch.stack(regions).all(0)
+
+    def picture(self, row: int, image: Tensor) -> Picture:
+        """A drawn image [3, H, W] with the heat maps of its words, if they are asked for."""
+        words = self.rows.words[row].named() if self.watch and self.maps is not None else {}
+        return Picture(image, {word: self.maps.of(row, word, image.shape[1:]) for word in words if self.maps})
+
+    def confined(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Pictures [R, 3, H, W] that outside a region are their sources' to the last bit; regions, bool [H, W] by row.
+
+        The guesses are so already, but a decoder mixes what is near, and its norms everything.
+        """
+        images, regions = images.clone(), {}
+        for row, region in self.regions.items():
+            share = F.interpolate(region[None, None].float(), images.shape[2:], mode="bilinear")[0, 0]
+            source = images[self.rows.edits[row][0]]
+            images[row] = source + share * (images[row] - source)
+            regions[row] = share > 0
+        return images, regions
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a batch."""
+
+    prompts: list[str]
+    words: list[Words]
+    edits: dict[int, tuple[int, Edit]]  # row of the source and edit, of those rows that are one
+
+    def controls(self) -> list[TokenControl]:
+        """Of each row."""
+        controls = [TokenControl.none(row, len(words.tokens)) for row, words in enumerate(self.words)]
+        for row, (source, edit) in self.edits.items():
+            controls[row] = token_control(edit, source, self.words[source], self.words[row])
+        return controls
+
+    def looked_at(self, watch: bool) -> list[dict[str, list[int]]]:
+        """Tokens of the words whose maps are needed, of each row."""
+        chosen = [words.named() if watch else {} for words in self.words]
+        for row, (source, edit) in self.edits.items():
+            for phrase in edit.blend:
+                found = {place: self.words[place].places(phrase) for place in (source, row)}
+                if not any(found.values()):
+                    self.words[row].find(phrase)  # says what there is
+                for place, tokens in found.items():
+                    chosen[place][phrase] = tokens
+        return chosen
+
+
+def token_control(edit: Edit, source: int, before: Words, after: Words) -> TokenControl:
+    """What an edit means for the tokens of its prompts."""
+    replace = edit.mode is EditMode.replace or (edit.mode is EditMode.auto and len(before.words) == len(after.words))
+    alignment = (replacement if replace else refinement)(before, after)  # [L, L]
+    known = torch.ones(len(alignment)) if replace else (alignment.sum(0) > 0).float()  # [L]
+    until = edit.replace_until * known
+    for word, share in edit.until.items():
+        tokens = after.find(word)
+        until[tokens] = share * known[tokens]
+    weights = {token: weight for word, weight in edit.weights.items() for token in after.find(word)}
+    return TokenControl(source, alignment, until, factors(after, weights), edit.self_until)
+
+
+def factors(words: Words, weights: Mapping[int, float]) -> Tensor:
+    """Factors [L] of tokens: 1 where none is given, and of start, end and padding, which belong to no word."""
+    made = torch.ones(len(words.tokens))
+    for token in (token for span in words.spans for token in span):
+        made[token] = weights.get(token, 1.0)
+    return made
+
+
+def edit_pictures(
+    model: DiffusionPipeline,
+    edits: Sequence[Edit],
+    seeds: Sequence[int],
+    sampling: SamplingConfig | None = None,
+    *,
+    indices: Sequence[int] | None = None,
+    watch: bool = False,
+    callback: Callback | None = None,
+    inputs: Inputs | None = None,
+    given: Tensor | None = None,
+    inversion: InversionMethod = InversionMethod.negative_prompt,
+) -> list[Edited]:
+    """Sources and their edits, all in one batch; they share the noise, which belongs to the prompt of the source.
+
+    Edits of one source bring it once.
+
+    Args:
+        model: told a caption.
+        edits: E of them.
+        seeds: one per edit.
+        sampling: as for the pipeline.
+        indices: number of the source among those of one prompt and seed; None: all 0.
+        watch: make the heat maps of all words.
+        callback: as for the pipeline; sees the rows of this batch.
+        inputs: arrays of the other conditions, E each.
+        given: the sources [E, 3, H, W], of which the prompts say what they show; None: they are drawn.
+        inversion: how their noise is found (`models.editing.inversion`).
+
+    Raises:
+        UserError: a network without text, words that are not in their prompt, prompts that are too long, prompts whose
+            words do not correspond in mode=replace, and what the pipeline and `invert` refuse.
+    """
+    sampling = SamplingConfig() if sampling is None else sampling
+    numbers = [0] * len(edits) if indices is None else indices
+    contents = [None] * len(edits) if given is None else [image.cpu().numpy().tobytes() for image in given]
+    bringers, sources = distinct(list(zip([edit.prompt for edit in edits], seeds, numbers, contents, strict=True)))
+    owners = [*bringers, *range(len(edits))]  # edit that each row belongs to
+    prompts = [edits[number].prompt for number in bringers] + [edit.edited for edit in edits]
+    count = len(bringers)
+    changed = {count + number: pair for number, pair in enumerate(zip(sources, edits, strict=True))}
+    editor = Editor(Rows(prompts, read_words(model, prompts, sampling), changed), watch, model.device)
+    own = {name: array[owners] for name, array in (inputs or {}).items()}
+    start = None
+    if given is not None:
+        told = {name: array[:count] for name, array in own.items()}
+        found = invert(model, given[bringers], prompts[:count], sampling, inversion, told)
+        start = found.of([*range(count), *sources])
+    drawn = model(
+        prompts,
+        [seeds[owner] for owner in owners],
+        sampling,
+        indices=[numbers[owner] for owner in owners],
+        callback=callback,
+        inputs=own,
+        noise_of=[edits[owner].prompt for owner in owners],
+        start=start,
+        control=editor,
+    )
+    before = drawn[:count] if given is None else given[bringers].to(drawn)
+    images, regions = editor.confined(torch.cat([before, drawn[count:]]))
+    made = [editor.picture(row, image) for row, image in enumerate(images)]
+    again = dict(enumerate(drawn[:count])) if given is not None else {}
+    return [
+        Edited(made[source], made[row], regions.get(row), again.get(source)) for row, (source, _) in changed.items()
+    ]
+
+
+def distinct(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
+    """Numbers of the first of all equal keys, in order, and for each key where in that list its equal is."""
+    first = {key: number for number, key in reversed(list(enumerate(keys)))}
+    bringers = sorted(first.values())
+    return bringers, [bringers.index(first[key]) for key in keys]
+
+
+def watch_pictures(
+    model: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: SamplingConfig | None = None,
+    *,
+    indices: Sequence[int] | None = None,
+    callback: Callback | None = None,
+    inputs: Inputs | None = None,
+) -> list[Picture]:
+    """The pictures that the pipeline draws of the same arguments, with the heat maps of all words."""
+    sampling = SamplingConfig() if sampling is None else sampling
+    editor = Editor(Rows(list(prompts), read_words(model, prompts, sampling), {}), True, model.device)
+    images = model(prompts, seeds, sampling, indices=indices, callback=callback, inputs=inputs, control=editor)
+    return [editor.picture(row, image) for row, image in enumerate(images)]
+
+
+def check_edit(model: DiffusionPipeline, edit: Edit, sampling: SamplingConfig) -> None:
+    """Refuse, before anything is drawn, what `edit_pictures` would refuse of the words of an edit."""
+    prompts = [edit.prompt, edit.edited]
+    rows = Rows(prompts, read_words(model, prompts, sampling), {1: (0, edit)})
+    rows.controls()
+    rows.looked_at(watch=False)
+
+
+def read_words(model: DiffusionPipeline, prompts: Sequence[str], sampling: SamplingConfig) -> list[Words]:
+    """The words of each prompt as this network and this syntax see them."""
+    tower = model.text_tower
+    if tower is None or not model.denoiser.conditions.takes_text:
+        raise UserError("this network was trained without conditions.caption: it has no words to edit a picture by")
+    found = {}
+    for text in dict.fromkeys(prompts):
+        joined = (parse if sampling.prompt_syntax else plain)(text)
+        if len(joined) > 1:
+            raise UserError(f"prompt '{text}': an edit takes no AND; write one prompt")
+        found[text] = words_of(tower, joined[0].text)
+    return [found[text] for text in prompts]

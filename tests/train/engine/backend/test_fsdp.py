@@ -1,0 +1,37 @@
+"""How FSDP2 takes a U-Net apart; that it trains like plain torch: test_zero_equality.py."""
+
+from collections import Counter
+
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from conf.schema import Device, RuntimeConfig
+from conf.schema.networks import UNetConfig
+from models.unet import UNet
+from train.engine.backend.fsdp import shard
+from train.engine.runtime import start
+
+
+def test_each_block_of_a_unet_is_gathered_on_its_own() -> None:
+    cfg = UNetConfig(
+        sample_size=8,
+        block_out_channels=[8, 16],
+        layers_per_block=1,
+        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+        norm_num_groups=4,
+        attention_head_dim=[2],
+        cross_attention_dim=8,
+    )
+    network = UNet(cfg)
+    shard(network, start(RuntimeConfig(device=Device.cpu)), RuntimeConfig())
+    assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
+    gathered = Counter(type(part).__name__ for part in network.modules() if isinstance(part, FSDPModule))
+    assert gathered == {
+        "FSDPUNet": 1,  # what is left: first and last layers, time embedding
+        "FSDPResBlock": 8,
+        "FSDPSpatialTransformer": 4,  # projections around the blocks
+        "FSDPTransformerBlock": 4,
+        "FSDPDownsample": 1,
+        "FSDPUpsample": 1,
+    }

@@ -1,0 +1,209 @@
+"""The plan of a training: against a real network and published runs, and what follows from what."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from torch import nn
+
+from conf.entry import compose
+from conf.errors import UserError
+from conf.schema import BatchConfig, EmaConfig, OptimConfig, PlanRun, RuntimeConfig, UNetRun
+from data.latent_record import LatentWriter
+from models.unet import UNet
+from train.engine.runtime import Runtime
+from train.engine.trainable import Trainable
+from train.planning.activations import Activations
+from train.planning.cost_report import PLAN, report
+from train.planning.estimate import (
+    Cost,
+    activations,
+    estimate,
+    images_per_second,
+    on_the_line,
+    parameters,
+    training_flops,
+)
+from train.planning.memory import Sharding
+
+SD2 = ["model.attention_head_dim=[5,10,20,20]", "model.cross_attention_dim=1024", "model.use_linear_projection=true"]
+SDXL = [
+    "model.sample_size=128",
+    "model.block_out_channels=[320,640,1280]",
+    "model.down_block_types=[DownBlock2D,CrossAttnDownBlock2D,CrossAttnDownBlock2D]",
+    "model.up_block_types=[CrossAttnUpBlock2D,CrossAttnUpBlock2D,UpBlock2D]",
+    "model.attention_head_dim=[5,10,20]",
+    "model.transformer_layers_per_block=[1,2,10]",
+    "model.cross_attention_dim=2048",
+    "model.use_linear_projection=true",
+    "model.addition_embed_type=text_time",
+    "model.addition_time_embed_dim=256",
+    "model.projection_class_embeddings_input_dim=2816",
+]
+SMALL = ["experiment=smoke", "gpus=2", "batch.global_batch_size=16"]
+MLPERF = {8: (512, 1018), 64: (1024, 7055), 1024: (2048, 49760)}  # H100s: samples per step, images/s
+
+
+def config(*overrides: str) -> PlanRun:
+    return compose("plan", PlanRun, ["run_dir=unused", *overrides])
+
+
+@pytest.fixture(scope="module")
+def small() -> Cost:
+    return estimate(config(*SMALL))
+
+
+@pytest.mark.parametrize("gpus", MLPERF)
+def test_published_throughputs_of_mlperf_come_out(gpus: int) -> None:
+    batch, published = MLPERF[gpus]
+    options = ["accelerator=h100", f"gpus={gpus}", f"batch.global_batch_size={batch}"]
+    assert images_per_second(config(*SD2, *options)) == pytest.approx(published, rel=0.25)
+
+
+@pytest.mark.parametrize(("side", "published"), [(32, 1100), (64, 290)])
+def test_published_throughputs_of_the_a100_come_out(side: int, published: int) -> None:
+    options = ["accelerator=a100", "gpus=8", "batch.global_batch_size=2048", f"model.sample_size={side}"]
+    assert images_per_second(config(*SD2, *options)) == pytest.approx(published, rel=0.25)
+
+
+def test_mlperf_s_micro_batch_of_64_is_found_to_fit() -> None:
+    cfg = config(*SD2, "accelerator=h100", "gpus=8", "batch.global_batch_size=512", "ema.half_life_samples=0")
+    cost = estimate(cfg)
+    assert cost.micro_batch == 64 and cost.option(cfg).footprint.total <= cost.budget
+    assert cost.option(cfg).largest_micro_batch < 128
+
+
+def test_sdxl_is_planned_without_the_memory_it_needs() -> None:
+    cfg = config(*SDXL)
+    assert parameters(cfg) == 2_567_463_684
+    assert training_flops(cfg) == pytest.approx(3 * 6.63e12, rel=0.01)
+    assert activations(cfg, 8).alone > 40e9
+
+
+def test_state_on_paper_is_what_a_trainable_holds(runtime: Runtime) -> None:
+    cfg = config(*SMALL)
+    network = UNet(cfg.model)
+    elements = sum(parameter.numel() for parameter in network.parameters())
+    batch, stage_1 = BatchConfig(global_batch_size=1), RuntimeConfig(zero_stage=1)
+    t = Trainable(runtime, network, OptimConfig(), batch, 10, stage_1, EmaConfig(), "unet")
+    for master in t.backend.masters:
+        t._state_of(master)
+    moments = [state[key] for state in t.backend.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert t.ema is not None
+    held = Sharding(elements, 1, 1).footprint(Activations(0, 0))
+    assert held.weights == sum(parameter.nbytes for parameter in network.parameters())
+    assert held.optimizer == pytest.approx(sum(tensor.nbytes for tensor in [*t.backend.masters, *moments]), rel=0.001)
+    assert held.average == pytest.approx(sum(tensor.nbytes for tensor in t.ema.shards), rel=0.001)
+
+
+def test_a_checkpoint_takes_what_was_planned(runtime: Runtime, tmp_path: Path, small: Cost) -> None:
+    cfg = config(*SMALL)
+    network: nn.Module = UNet(cfg.model)
+    t = Trainable(runtime, network, OptimConfig(), BatchConfig(global_batch_size=1), 10, None, cfg.ema, "unet")
+    t.save(tmp_path)
+    written = sum(path.stat().st_size for path in (tmp_path / "unet").iterdir())
+    assert small.checkpoint_bytes == pytest.approx(written, rel=0.05)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_higher_stage_never_keeps_more(accumulate: bool, offload: bool) -> None:
+    sharding = Sharding(2_000_000_000, 64, 1, offload, accumulate=accumulate)
+    kept = []
+    for stage in (0, 1, 2, 3) if not offload else (1, 2, 3):
+        part = replace(sharding, stage=stage).footprint(Activations(10**9, 9 * 10**9))
+        kept.append(part.weights + part.optimizer + part.average)
+    assert kept == sorted(kept, reverse=True)
+
+
+def test_offload_and_more_processes_need_less_of_each_gpu() -> None:
+    for stage in (1, 2, 3):
+        sharding = Sharding(800_000_000, 8, stage)
+        part = sharding.footprint(Activations(10**9, 4 * 10**9))
+        away = replace(sharding, offload=True).footprint(Activations(10**9, 4 * 10**9))
+        wide = replace(sharding, processes=64).footprint(Activations(10**9, 4 * 10**9))
+        assert away.total < part.total and wide.total < part.total and away.host > 0 == part.host
+
+
+def test_largest_micro_batch_is_the_largest(small: Cost) -> None:
+    cfg = config(*SMALL)
+    largest = small.option(cfg).largest_micro_batch
+    there = estimate(config(*SMALL, f"batch.global_batch_size={2 * largest}"))
+    assert there.option(cfg).footprint.total == pytest.approx(small.budget, rel=0.05)
+    assert there.option(cfg).largest_micro_batch == pytest.approx(largest, rel=0.05)
+
+
+def test_between_and_beyond_two_batches_activations_lie_on_the_line() -> None:
+    once, twice = Activations(10, 14), Activations(18, 19)
+    assert on_the_line(once, twice, 1, 7) == once and on_the_line(once, twice, 2, 7) == twice
+    assert on_the_line(once, twice, 4, 7) == Activations(34, 34)
+    assert on_the_line(once, twice, 0.25, 13) == Activations(4, 13)
+
+
+def test_record_is_as_large_as_those_of_a_cache(tmp_path: Path, small: Cost) -> None:
+    model = config(*SMALL).model
+    with LatentWriter(tmp_path, 100, config(*SMALL).dtype) as writer:
+        for i in range(100):
+            moments = np.ones((1, 2 * model.in_channels, model.sample_size, model.sample_size), dtype=np.float32)
+            text = np.ones((77, model.cross_attention_dim or 0), dtype=np.float32)
+            writer.add(f"{i:05d}", moments, np.ones(77), "a red planet", {"width": 64, "height": 64, "cuts": []}, text)
+        size = sum(info.bytes for info in writer.close())
+    assert small.record_bytes == pytest.approx(size / 100, rel=0.05)
+    assert small.cache_bytes == small.record_bytes * 512
+
+
+def test_what_is_slower_costs_more_gpu_hours(small: Cost) -> None:
+    for slower in ("accelerator=a100", "mfu=0.1", "runtime.gradient_checkpointing=true", "network_gbps=1"):
+        options = [*SMALL, slower, "gpus_per_machine=1"]
+        assert images_per_second(config(*options)) < small.images_per_s
+    assert small.gpu_hours == pytest.approx(2 * 512 / small.images_per_s / 3600)
+
+
+def printed(cfg: PlanRun, cost: Cost) -> str:
+    stream = io.StringIO()
+    report(cfg, cost, Console(file=stream, width=100))
+    return stream.getvalue()
+
+
+def test_report_says_whether_it_fits_and_leaves_the_same_as_json(tmp_path: Path, small: Cost) -> None:
+    cfg = config(*SMALL, f"output_dir={tmp_path}")
+    assert "Fits: " in printed(cfg, small)
+    written: dict[str, Any] = json.loads((tmp_path / PLAN).read_text())
+    assert written["images_per_s"] == small.images_per_s and len(written["options"]) == 7
+    tight = printed(cfg, replace(small, budget=small.options[1].footprint.total - 1))
+    assert "Does not fit: " in tight and "runtime.gradient_checkpointing=true" in tight
+
+
+def test_a_training_that_is_refused_is_priced_and_says_so(tmp_path: Path, small: Cost) -> None:
+    refused = config(*SMALL, f"output_dir={tmp_path}", "model.class_embed_type=timestep")
+    assert "train_unet.py refuses this training: model.class_embed_type=timestep" in printed(refused, small)
+    assert "class_embed_type" in json.loads((tmp_path / PLAN).read_text())["refusal"]
+    assert "refuses" not in printed(config(*SMALL, f"output_dir={tmp_path}"), small)
+    assert json.loads((tmp_path / PLAN).read_text())["refusal"] == ""
+    sdxl = config("model=sdxl", f"output_dir={tmp_path}")
+    assert sdxl.refusal().startswith("model.addition_embed_type=text_time")
+    with pytest.raises(UserError, match="addition_embed_type"):
+        compose("train_unet", UNetRun, ["model=sdxl"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("gpus=7", r"batch\.global_batch_size=256: must be a multiple of 7"),
+        ("gpus=12", r"gpus=12: must be a multiple of gpus_per_machine=8, or fit into one"),
+        ("gpus=0", r"gpus=0: must be positive"),
+        ("mfu=30", r"mfu=30\.0: must be in \(0, 1\]"),
+        ("model.sample_size=60", r"model\.sample_size=60: must be a multiple of 8"),
+        ("accelerator=a1000", r"accelerator=a1000"),
+        ("network_gbps=-1", r"network_gbps=-1\.0: must be 0 or positive"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(option: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        config(option)
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,79 @@
+"""The training of CLIP: it learns to find pairs, and it never sees less than the whole global batch."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conf.errors import UserError
+from models.clip import Clip
+from train.engine.metric_log import Journal
+from train.engine.runtime import Runtime
+from train.training.clip import ClipStage
+
+
+def test_pairs_find_each_other(towers: Any) -> None:
+    losses = towers.losses("clip")
+    assert losses[0] == pytest.approx(np.log(32), rel=0.5)  # of 32 pairs, at the start nothing is known
+    assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])
+    metrics = json.loads((towers.folder / "clip" / "DONE").read_text())["metrics"]
+    assert metrics["eval/retrieval_candidates"] == 7
+    assert metrics["eval/retrieval_image_to_text"] > 2 / 7 and metrics["eval/retrieval_text_to_image"] > 2 / 7
+    assert {"train/in_batch_accuracy", "train/logit_scale", "train/grad_norm", "train/lr"} <= towers.rows("clip")[
+        0
+    ].keys()
+
+
+def test_export_is_read_back_with_its_sizes(towers: Any) -> None:
+    exported = Clip.from_pretrained(towers.folder / "clip" / "export")
+    assert exported.config == towers.config("clip").model
+    assert exported.text_states(exported.tokenize(["a red planet"])).shape == (1, 32, 16)
+
+
+def test_micro_batches_are_refused_since_they_would_hide_negatives(scenes: Any, runtime: Runtime) -> None:
+    with pytest.raises(UserError, match=r"batch\.micro_batch_size: contrastive learning needs the whole global batch"):
+        ClipStage(scenes.config("clip", "batch.micro_batch_size=8"), runtime)
+
+
+def test_rank_without_held_out_pairs_does_not_disturb_the_others(scenes: Any, runtime: Runtime, tmp_path: Any) -> None:
+    class Gathering(Runtime):
+        """A runtime whose main process has already sent its part."""
+
+        def gather_objects(self, value: Any) -> list[Any]:
+            return [everything, value]
+
+    stage = ClipStage(scenes.config("clip"), runtime)
+    journal = Journal(tmp_path, stage.cfg.wandb, "clip", {}, is_main=False)
+    alone = stage.evaluate(0, journal)
+    everything = stage.encoded([stage.heldout.at(i) for i in range(stage.heldout.samples)])
+    facts = {name: getattr(runtime, name) for name in ("local_rank", "device", "precision", "accelerator")}
+    stage.runtime = Gathering(rank=300, world=301, **facts)
+    assert stage.evaluate(0, journal) == alone
+
+
+def test_evaluation_leaves_the_network_in_training(scenes: Any, runtime: Runtime, tmp_path: Any) -> None:
+    stage = ClipStage(scenes.config("clip"), runtime)
+    stage.evaluate(0, Journal(tmp_path, stage.cfg.wandb, "clip", {}, is_main=False))
+    assert stage.clip.training
+
+
+def test_seed_decides_the_weights(scenes: Any, runtime: Runtime) -> None:
+    first, same, other = (
+        ClipStage(scenes.config("clip", f"seed={seed}"), runtime).towers.weights() for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(tensor, same[name]) for name, tensor in first.items())
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+
+def test_captions_that_are_cut_are_told_once(scenes: Any, runtime: Runtime, capfd: pytest.CaptureFixture[str]) -> None:
+    stage = ClipStage(scenes.config("clip"), runtime)
+    batch = stage.dataset.batch(range(4))
+    stage.micro_step(batch, True, 0)
+    assert "left out" not in capfd.readouterr().out
+    for _ in range(2):
+        stage.finish_step(4)
+        stage.micro_step(batch | {"caption": ["a red planet " * 12, *batch["caption"][1:]]}, True, 4)
+    (told,) = [line for line in capfd.readouterr().out.splitlines() if "left out" in line]
+    assert told.startswith("clip ") and "1 of 4 captions are longer than the 32 tokens" in told

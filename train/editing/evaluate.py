@@ -1,0 +1,216 @@
+"""Do edits change what they say, and nothing else? On captions of the demo set, of which a probe can tell."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conf.entry import to_plain
+from conf.errors import UserError
+from conf.plain_json import dumps
+from conf.schema import Edit, EvaluateEditsRun, ImageConfig, Perceptual
+from data.image_dataset import ImageDataset
+from data.shards.shard import atomic_path, atomic_write
+from models.editing.editing import Edited, edit_pictures
+from models.losses import distance_inside, perceptual_distance
+from models.pipeline import DiffusionPipeline
+from train.editing.demo_edits import SORTS, DemoEdit, attributes_of, demo_edits, weighable
+from train.engine.figures import to_png
+from train.engine.image_grid import captioned, to_uint8
+from train.engine.metric_log import Journal, say
+from train.engine.precision import autocast
+from train.engine.progress import Progress
+from train.engine.runtime import Runtime
+from train.evaluation.judges.judge import accuracy, cached_judge
+from train.evaluation.judges.probe import SceneProbe
+from train.sampling.requests import require_prompts_alone, say_cut
+from train.sampling.run import finite, load_model, require_finite
+from train.sweeps.plots import weights_figure
+
+SHOWN = 4  # edits of each sort in edits.png
+WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0)
+TOLD = ("right", "right_fresh", "lacking/right", "lacking/right_fresh", "distance_ratio", "outside_ratio")
+TOLERANCE = 0.01  # of a log-probability, by which it may fall from one weight to the next and still count as rising
+MOVING = 0.1  # of a probability, by which it must differ between two weights to count as moving
+RIGHT = {"right": "edit", "right_fresh": "own", "right_before": "source"}
+RATIOS = {
+    "distance_ratio": ("distance/edit", "distance/same"),
+    "distance_ratio_own_noise": ("distance/edit", "distance/own"),
+    "outside_ratio": ("outside/edit", "outside/same"),
+}
+Row = dict[str, Any]  # what was measured of one edit, in plain values
+
+
+class Measures(NamedTuple):
+    """What pictures are judged with."""
+
+    probe: SceneProbe
+    distance: torch.nn.Module  # pictures and references [B, 3, H, W] to [B]
+
+
+def run(cfg: EvaluateEditsRun, runtime: Runtime) -> dict[str, float]:
+    """Draw, judge, and write `metrics.json`, `edits.jsonl`, `edits.png` and `weights.png`; processes share the work.
+
+    Raises:
+        UserError: shards of another set, or networks that do not belong together.
+    """
+    model = load_model(cfg, runtime.device)
+    require_prompts_alone(model.denoiser.conditions, "evaluate_edits.py")
+    if runtime.is_main:
+        say_cut("edits", model, [], cfg)
+    side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale
+    images = ImageConfig(resolution=side)
+    heldout = ImageDataset(f"{cfg.shards}/heldout", images, cfg.seed, labels=True)
+    items = [heldout.at(index) for index in range(heldout.samples)]
+    SceneProbe.require(items[0])
+    probe = cached_judge(SceneProbe, f"{cfg.shards}/train", images, cfg.seed, Path(cfg.statistics_dir), runtime)
+    assert isinstance(probe, SceneProbe)
+    distance = perceptual_distance(Perceptual.efficientnet)
+    assert distance is not None
+    measures = Measures(probe, distance.to(runtime.device))
+    scenes = [attributes_of(item["meta"]) for item in items]
+    edits = demo_edits(scenes, cfg.edits_per_sort, cfg.seed, **cfg.strength)
+    if not edits:
+        raise UserError(f"shards={cfg.shards}: no held-out scene can be edited; build more of them")
+    rows = shared(cfg, runtime, "edits", edits, partial(measured, model, cfg, measures))
+    weighed = weighable(scenes, cfg.reweighted)
+    curves = shared(cfg, runtime, "weights", weighed, partial(reweighted, model, cfg, probe))
+    if not runtime.is_main:
+        return runtime.gather_objects({})[0]
+    metrics = edits_metrics(rows) | weights_metrics(curves) | accuracy(probe, heldout, runtime.device)
+    write(cfg, metrics, rows, curves)
+    return runtime.gather_objects(metrics)[0]
+
+
+def shared(cfg: EvaluateEditsRun, runtime: Runtime, what: str, jobs: Sequence[Any], measure: Any) -> list[Row]:
+    """Rows of all jobs, of which each process does its share in batches."""
+    numbers, rows = range(runtime.rank, len(jobs), runtime.world), list[tuple[int, Row]]()
+    with Progress("edits", len(jobs), what, shown=runtime.is_main) as progress:
+        for start in range(0, len(numbers), cfg.batch_size):
+            part = numbers[start : start + cfg.batch_size]
+            with autocast(runtime.device, cfg.runtime.precision):
+                rows += zip(part, measure(part, [jobs[number] for number in part]), strict=True)
+            progress.update(len(jobs) * (start + len(part)) // len(numbers))
+    return [row for _, row in sorted(chain.from_iterable(runtime.gather_objects(rows)), key=lambda pair: pair[0])]
+
+
+def measured(
+    model: DiffusionPipeline, cfg: EvaluateEditsRun, measures: Measures, numbers: Sequence[int], edits: list[DemoEdit]
+) -> Iterator[Row]:
+    """Rows of edits and of fresh samples of the edited prompts, with the source's noise and with another."""
+    seeds, before = [cfg.seed] * len(edits), [edit.edit.prompt for edit in edits]
+    made = edit_pictures(model, [edit.edit for edit in edits], seeds, cfg, indices=numbers)
+    after = [edit.edit.edited for edit in edits]
+    same = model(after, seeds, cfg, indices=numbers, noise_of=before)
+    own = model(after, seeds, cfg, indices=numbers)
+    for edit, one, alike, other in zip(edits, made, same, own, strict=True):
+        sound = finite(torch.stack([one.source.image, one.result.image, alike, other]))
+        require_finite(cfg, [] if all(sound) else [edit.edit.edited])
+        yield row_of(measures, edit, one, alike, other)
+
+
+@torch.no_grad()
+def row_of(measures: Measures, edit: DemoEdit, made: Edited, same: Tensor, own: Tensor) -> Row:
+    """What is measured of one edit."""
+    source, result = made.source.image, made.result.image
+    pictures = {"source": source, "edit": result, "same": same, "own": own}
+    stacked = torch.stack([*pictures.values()])
+    odds = measures.probe.log_probability(stacked, edit.attribute, edit.value).exp()
+    best = measures.probe.most_probable(stacked, edit.attribute)
+    away = measures.distance(stacked[1:], source.expand(3, -1, -1, -1))
+    row: Row = {"sort": edit.sort, "prompt": edit.edit.prompt, "edit": edit.edit.edited, "attribute": edit.attribute}
+    for name, value, found in zip(pictures, odds.tolist(), best, strict=True):
+        row |= {f"right/{name}": found == edit.value, f"probability/{name}": value}
+    row |= dict(zip(("distance/edit", "distance/same", "distance/own"), away.tolist(), strict=True))
+    if made.region is not None and not made.region.all():
+        outside = (~made.region).expand(2, -1, -1)
+        found = distance_inside(measures.distance, stacked[1:3], source.expand(2, -1, -1, -1), outside)
+        row |= dict(zip(("outside/edit", "outside/same"), found.tolist(), strict=True))
+    row["pictures"] = to_uint8(torch.stack([source, result, same]))
+    return row
+
+
+def reweighted(
+    model: DiffusionPipeline,
+    cfg: EvaluateEditsRun,
+    probe: SceneProbe,
+    numbers: Sequence[int],
+    words: list[tuple[str, str, str]],
+) -> Iterator[Row]:
+    """Of prompts, a word and the attribute that it names: the probability of the attribute by the word's weight."""
+    for number, (prompt, attribute, word) in zip(numbers, words, strict=True):
+        edits, count = [Edit(prompt=prompt, weights={word: weight}) for weight in WEIGHTS], len(WEIGHTS)
+        made = edit_pictures(model, edits, [cfg.seed] * count, cfg, indices=[number] * count)
+        images = torch.stack([one.result.image for one in made])
+        require_finite(cfg, [] if all(finite(images)) else [prompt])
+        odds = probe.log_probability(images, attribute, word).exp()
+        yield {"prompt": prompt, "attribute": attribute, "word": word, "probabilities": odds.tolist()}
+
+
+def edits_metrics(rows: Sequence[Row]) -> dict[str, float]:
+    """Shares and mean ratios of each sort and of all, `eval/edits/SORT/...`, and of those with something to change.
+
+    A source may show what is asked for before the edit, so that an edit which does nothing is right;
+    `eval/edits/SORT/lacking/...` is of the sources that do not.
+    """
+    found = dict[str, float]()
+    for sort in [*dict.fromkeys(row["sort"] for row in rows), "all"]:
+        own = [row for row in rows if sort in (row["sort"], "all")]
+        lacking = [row for row in own if not row["right/source"]]
+        found |= means(f"eval/edits/{sort}", own) | means(f"eval/edits/{sort}/lacking", lacking)
+        found[f"eval/edits/{sort}/lacking/share"] = len(lacking) / len(own)
+    return found
+
+
+def means(group: str, rows: Sequence[Row]) -> dict[str, float]:
+    """Means over a group of edits; without those that nothing can be said of."""
+    values = {name: [row[f"right/{which}"] for row in rows] for name, which in RIGHT.items()}
+    for name, (mine, theirs) in RATIOS.items():
+        values[name] = [row[mine] / row[theirs] for row in rows if mine in row and row[theirs] > 0]
+    return {f"{group}/{name}": float(np.mean(value)) for name, value in values.items() if value}
+
+
+def weights_metrics(curves: Sequence[Row]) -> dict[str, float]:
+    """Share of the prompts whose attribute gets more probable with the weight of its word, and of which it moves."""
+    if not curves:
+        return {}
+    odds = np.array([curve["probabilities"] for curve in curves])  # [N, weights]
+    logs = np.log(np.maximum(odds, np.finfo(np.float32).tiny))
+    rises, moves = np.diff(logs, axis=1), np.ptp(odds, axis=1) > MOVING
+    rising = np.all(rises >= -TOLERANCE, axis=1)
+    still = np.ptp(logs, axis=1) <= TOLERANCE  # counts as rising, too
+    found = {"rising": rising, "rising_strictly": np.all(rises > 0, axis=1), "still": still, "moving": moves}
+    for name, which in (("rising_of_moving", moves), ("rising_unless_still", ~still)):
+        if which.any():
+            found[name] = rising[which]
+    return {f"eval/edits/weights/{name}": float(value.mean()) for name, value in found.items()}
+
+
+def write(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: list[Row], curves: list[Row]) -> None:
+    """Files, console and W&B."""
+    folder = Path(cfg.output_dir)
+    shown = [row for sort in SORTS for row in [row for row in rows if row["sort"] == sort][:SHOWN]]
+    titles = [title for row in shown for title in (row["prompt"], row["edit"], f"{row['edit']}, drawn anew")]
+    sheet = captioned(np.concatenate([row["pictures"] for row in shown]), titles, 3 * SHOWN)
+    plain = [{name: value for name, value in row.items() if name != "pictures"} for row in rows]
+    with atomic_path(folder / "edits.png") as path:
+        sheet.save(path, "PNG")
+    if curves:
+        atomic_write(folder / "weights.png", to_png(weights_figure(WEIGHTS, curves)))
+    for name, lines in (("edits.jsonl", plain), ("weights.jsonl", curves)):
+        atomic_write(folder / name, "".join(dumps(line) + "\n" for line in lines).encode())
+    atomic_write(folder / "metrics.json", dumps(metrics, indent=1).encode())
+    journal = Journal(folder, cfg.wandb, "edits", {"run_dir": cfg.run_dir, "edits": to_plain(cfg)}, is_main=True)
+    journal.log(0, metrics)
+    journal.image("edits", sheet, 0, "before, after, drawn anew with the same noise")
+    journal.finish()
+    for sort in [*SORTS, "all"]:
+        measured = {name: metrics.get(f"eval/edits/{sort}/{name}") for name in TOLD}
+        told = "  ".join(f"{name} {value:.2f}" for name, value in measured.items() if value is not None)
+        say("edits", f"{sort:10}  {told}")
+    say("edits", f"{folder / 'metrics.json'}, {folder / 'edits.png'}")

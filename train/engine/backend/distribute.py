@@ -1,0 +1,64 @@
+"""The ways of distributing one network over the processes, and the choice among them."""
+
+import os
+import shutil
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from conf.errors import UserError
+from conf.schema import BackendName, BatchConfig, OptimConfig, RuntimeConfig
+from train.engine.backend.ddp import DdpBackend
+from train.engine.backend.layout import Layout
+from train.engine.precision import LossScale
+from train.engine.runtime import Runtime
+
+
+class Backend(Protocol):
+    """What a way of distributing a network offers to `Trainable`."""
+
+    optimizer: torch.optim.AdamW
+    masters: list[Tensor]  # fp32 tensors that the optimiser updates: whole parameters or this process's shards
+    layout: Layout  # of the masters
+    scale: LossScale
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+    def backward(self, loss: Tensor, last: bool) -> None: ...
+    def step(self) -> float: ...
+    def publish(self) -> None: ...
+
+
+def distribute(
+    runtime: Runtime, module: nn.Module, optim: OptimConfig, batch: BatchConfig, cfg: RuntimeConfig
+) -> Backend:
+    """The backend that `cfg` asks for; those that are not asked for are not imported.
+
+    Raises:
+        UserError: it needs something that this machine lacks.
+
+    """
+    micro, accumulation = batch.split(runtime.world)
+    if cfg.compile:
+        require_compiler()
+    if cfg.backend is BackendName.fsdp:
+        from train.engine.backend.fsdp import FsdpBackend
+
+        return FsdpBackend(runtime, module, optim, accumulation, cfg)
+    if cfg.compile:
+        module.compile()  # in place: the parameters keep their names
+    if cfg.backend is BackendName.ddp:
+        return DdpBackend(runtime, module, optim, accumulation)
+    try:
+        from train.engine.backend.zero import ZeroBackend
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"runtime.backend=deepspeed: no module '{error.name}'; pip install deepspeed, or set runtime.backend=fsdp"
+        ) from error
+    return ZeroBackend(runtime, module, optim, micro, accumulation, cfg)
+
+
+def require_compiler() -> None:
+    """Refuse at the start what would fail at the first step: inductor and Triton call a C++ compiler."""
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")):
+        raise UserError("runtime.compile=true: no C++ compiler here; install g++, or set runtime.compile=false")

@@ -1,0 +1,119 @@
+"""One network under torch's FSDP2 (Zhao et al. 2023): weights, gradients and AdamW's moments in shards, no DeepSpeed.
+
+Each parameter is cut along its first dimension into one run of rows per process. The optimiser and the average work on
+those rows as flat tensors, so a step costs no exchange but that of the gradients' norm.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import convert_to_fp32
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from conf.schema import Offload, OptimConfig, RuntimeConfig
+from train.engine.backend.layout import Layout, Piece, require_cuttable
+from train.engine.optim import adamw, sound_step
+from train.engine.precision import AUTOCAST, LossScale, autocast
+from train.engine.runtime import Runtime
+
+
+class FsdpBackend:
+    """Fully sharded data parallelism. Every micro-batch's gradients are reduced: no process ever holds all of them."""
+
+    def __init__(
+        self, runtime: Runtime, module: nn.Module, optim: OptimConfig, accumulation: int, cfg: RuntimeConfig
+    ) -> None:
+        parameters = dict(module.named_parameters())
+        require_cuttable(parameters)
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        shard(module.to(runtime.device), runtime, cfg)
+        self.runtime, self.module = runtime, module
+        self.parameters: dict[str, Any] = dict(module.named_parameters())  # DTensors
+        self.masters: list[Tensor] = [_rows(parameter) for parameter in self.parameters.values()]
+        self.optimizer = adamw(module, optim)
+        masters = dict(zip(self.parameters.values(), self.masters, strict=True))
+        for group in self.optimizer.param_groups:
+            group["params"] = [masters[parameter] for parameter in group["params"]]
+        self.grad_clip, self.accumulation = optim.grad_clip, accumulation
+        self.passes = 0  # backward passes since the latest step
+        self.scale = LossScale(runtime.precision)
+        pieces = {
+            name: _piece(index, shapes[name], runtime, master.numel())
+            for index, (name, master) in enumerate(zip(shapes, self.masters, strict=True))
+        }
+        self.layout = Layout(shapes=shapes, pieces=pieces, sharded=True, device=runtime.device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Through the sharded network, in the run's precision; outputs in fp32."""
+        with autocast(self.runtime.device, self.runtime.precision):
+            return convert_to_fp32(self.module(*args, **kwargs))
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients of the mean over the micro-batches."""
+        self.passes += 1
+        if last != (self.passes == self.accumulation):
+            raise ValueError(f"pass {self.passes} of {self.accumulation} with last={last}: one of them is wrong")
+        (loss * (self.scale.value / self.accumulation)).backward()
+
+    def step(self) -> float:
+        """Clip, update, clear; returns the norm before clipping. Not finite: the update was skipped."""
+        for parameter, master in zip(self.parameters.values(), self.masters, strict=True):
+            master.grad = None if parameter.grad is None else _rows(parameter.grad)
+            parameter.grad = None
+        self.passes = 0
+        return sound_step(self.optimizer, self.masters, self.grad_clip, self.scale, self._over_processes)
+
+    def publish(self) -> None:
+        """Nothing to do: the masters are the weights."""
+
+    def _over_processes(self, norm: Tensor) -> float:
+        return math.sqrt(self.runtime.sum({"norm": norm.double().square()})["norm"])
+
+
+def shard(module: nn.Module, runtime: Runtime, cfg: RuntimeConfig) -> None:
+    """Cut the network in place; parts that it holds in lists (blocks, layers) are gathered one at a time.
+
+    They are compiled one at a time, too, since gathering between two of them would break a graph of both.
+    """
+    dtype = AUTOCAST.get(runtime.precision)
+    on_gpu = runtime.device.type == "cuda"
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(runtime.device.type, (runtime.world,)),
+        "reshard_after_forward": True,  # the outermost part, too: a step finds no gathered copy that it would outdate
+        # Gathered in the type that autocast computes in: half the bytes, and no fp32 copy beside it.
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if cfg.offload is Offload.parameters else OffloadPolicy(),
+    }
+    for part in _parts(module):
+        sharded = [isinstance(parameter, DTensor) for parameter in part.parameters()]
+        if cfg.compile and not any(sharded):
+            # Without isolation all blocks of a class would share one list of eight graphs.
+            part.forward = torch.compile(part.forward, isolate_recompiles=True)  # type: ignore[call-overload]
+        if not all(sharded):
+            fully_shard(part, **options)
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Members of module lists that are more than one layer, inner ones before those that hold them; then the whole."""
+    lists = (part for part in module.modules() if isinstance(part, nn.ModuleList))
+    members = {member for part in lists for member in part if any(member.children())}
+    yield from (part for part in reversed(list(module.modules())) if part in members)
+    yield module
+
+
+def _rows(tensor: Any) -> Tensor:
+    """This process's rows of a DTensor, flat, in the same memory."""
+    rows: Tensor = tensor.detach().to_local().view(-1)
+    return rows
+
+
+def _piece(index: int, shape: torch.Size, runtime: Runtime, numel: int) -> Piece:
+    """Rows are dealt out in equal runs; the last processes may get fewer, or none."""
+    rows = -(-shape[0] // runtime.world)
+    start = min(runtime.rank * rows, shape[0]) * shape[1:].numel()
+    return Piece(index, 0, start, numel)

@@ -1,0 +1,238 @@
+"""What can be evaluated: a U-Net by the pictures that it draws, an autoencoder by those that it gives back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from conf.errors import UserError
+from conf.schema import EvaluateRun, Perceptual
+from conf.schema.evaluation import require_enough
+from data.image_dataset import ImageDataset, captions_of
+from models.autoencoder import load_autoencoder
+from models.clip import DESCRIPTION_NAME, Clip
+from models.losses import perceptual_distance, psnr, ssim
+from models.pipeline import DiffusionPipeline
+from models.text import Cuts
+from train.engine.image_grid import beside, to_uint8
+from train.engine.metric_log import say
+from train.engine.precision import autocast
+from train.engine.runtime import Runtime
+from train.evaluation.extractors import Extractor, efficientnet, inception
+from train.evaluation.feature_cache import Chunks
+from train.evaluation.judges import wanted_judges
+from train.evaluation.judges.judge import Judge, accuracy, cached_judge
+from train.evaluation.metrics import clip_score
+from train.evaluation.paired_metrics import Comparison
+from train.evaluation.reference import FILES
+from train.latents.provenance import weights_digest
+from train.sampling.requests import samples_of, say_cut
+from train.sampling.run import draw, finite, require_finite, sampling_facts
+
+SHOWN = 64  # pictures in the grid
+
+
+class Subject(Protocol):
+    """What `evaluate` asks of either."""
+
+    total: int  # pictures
+    prefix: str  # of its distances' names: "" or "r", of reconstructions
+    facts: dict[str, Any]  # what the pictures depend on, in plain values
+    extractors: list[Extractor]
+    rivals: tuple[str, ...]  # trivial pictures that are looked at, too
+
+    def measure(self, numbers: range) -> dict[str, Tensor]:
+        """Columns [B, ...] of these pictures, features and others; `picture`, uint8, of the first ones."""
+
+    def metrics(self, measured: Chunks) -> dict[str, float]:
+        """Made of its other columns, by their full names."""
+
+    def captions(self, numbers: range) -> list[str]:
+        """What stands below these pictures in the grid."""
+
+
+class Drawn:
+    """Pictures of captions; each has noise of its own, and a caption is used again when all have been.
+
+    Pictures that are not finite are refused, or, where not, told in the column `sound`.
+    """
+
+    prefix = ""
+
+    def __init__(
+        self,
+        cfg: EvaluateRun,
+        runtime: Runtime,
+        model: DiffusionPipeline,
+        facts: dict[str, Any],
+        refuses_broken: bool = True,
+    ) -> None:
+        self.refuses_broken = refuses_broken
+        self.cfg, self.runtime, self.model, self.total = cfg, runtime, model, cfg.samples
+        side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale
+        if side != cfg.images.resolution:
+            raise UserError(
+                f"images.resolution={cfg.images.resolution}: this U-Net draws {side} pixels, as the real pictures must "
+                f"have; set images.resolution={side}"
+            )
+        labelled = model.denoiser.conditions.need_labels or bool(cfg.judges)
+        self.prompts = ImageDataset(cfg.captions, cfg.images, cfg.seed, labels=labelled)
+        self.extractors, self.clip = extractors_of(cfg, runtime.device), None
+        if cfg.clip_score is not None:
+            self.clip = load_clip(cfg.clip_score).to(runtime.device)
+            self.extractors.append(clip_extractor(self.clip, cfg.clip_score))
+        self.judges: list[Judge] = []
+        for kind in wanted_judges(cfg):
+            kind.require(self.prompts.at(0))
+            cache = Path(cfg.statistics_dir)
+            self.judges.append(cached_judge(kind, f"{cfg.shards}/train", cfg.images, cfg.seed, cache, runtime))
+        self.comparison = Comparison(model.denoiser.conditions, cfg.perceptual, runtime.device)
+        self.rivals = self.comparison.rivals
+        self.facts = {
+            "captions": self.prompts.digest,
+            "resolution": cfg.images.resolution,
+            **sampling_facts(cfg),
+            "seed": cfg.seed,
+            "precision": cfg.runtime.precision.value,
+            **self.comparison.facts(),
+            **facts,
+        }
+
+    def say_cut(self) -> None:
+        """Say which captions are longer than the network, or the CLIP of the score, reads."""
+        captions = captions_of(self.cfg.captions, self.cfg.samples)
+        say_cut("evaluation", self.model, captions, self.cfg, "captions")
+        if self.clip is not None and (cuts := Cuts.of(self.clip, captions)).count:
+            say("evaluation", f"{self.extractors[-1].name}: {cuts.line('captions')}")
+
+    def measure(self, numbers: range) -> dict[str, Tensor]:
+        """Draw and look."""
+        items = self.items(numbers)
+        drawing = draw(self.model, self.cfg, items, numbers)
+        images = drawing.images
+        if self.refuses_broken:
+            broken = [item["caption"] for item, sound in zip(items, finite(images), strict=True) if not sound]
+            require_finite(self.cfg, broken)
+        columns = looked_at(images, self.extractors) | {"sound": torch.tensor(finite(images))}
+        columns |= self.comparison.columns(drawing, self.extractors)
+        if self.clip is not None:
+            tokens = self.clip.tokenize([item["caption"] for item in items]).to(images.device)
+            with torch.no_grad():
+                columns["clip_text"] = self.clip.encode_text(tokens).cpu()
+        for judge in self.judges:
+            columns |= {f"right/{name}": column for name, column in judge.correct(images, items).items()}
+        asked = self.model.denoiser.conditions.show(drawing.originals, drawing.inputs)
+        return columns | shown(numbers, beside([*asked, images, drawing.originals]) if asked else images)
+
+    def metrics(self, measured: Chunks) -> dict[str, float]:
+        """CLIP score, how close pictures come to originals, and what the judges find in them and in real ones."""
+        result = self.comparison.metrics(measured)
+        if self.clip is not None:
+            name = self.extractors[-1].name  # clip or clip_own
+            pairs = (torch.cat(column) for column in zip(*measured.columns(name, "clip_text"), strict=True))
+            result[f"eval/{name.replace('clip', 'clip_score')}"] = clip_score(*pairs)
+        for judge in self.judges:
+            scores = judge.scores({name: measured.whole(f"right/{name}") for name in judge.columns})
+            result |= {f"eval/{judge.group}/{name}": score for name, score in scores.items()}
+            result |= accuracy(judge, self.prompts, self.runtime.device)
+        return result
+
+    def captions(self, numbers: range) -> list[str]:
+        """What is asked for."""
+        items, conditions = self.items(numbers), self.model.denoiser.conditions
+        inputs = self.model.prepare(samples_of(items, numbers, self.cfg.seed, self.cfg.images.resolution))
+        return conditions.titles([item["caption"] for item in items], inputs)
+
+    def items(self, numbers: range) -> list[dict[str, Any]]:
+        """The sample of the data set whose caption each picture has."""
+        return [self.prompts.at(number % self.prompts.samples) for number in numbers]
+
+
+class Reconstructed:
+    """Real pictures after encoding, to the mean of the posterior, and decoding."""
+
+    prefix = "r"
+    rivals: tuple[str, ...] = ()
+
+    def __init__(self, cfg: EvaluateRun, runtime: Runtime) -> None:
+        self.cfg, self.runtime = cfg, runtime
+        self.originals = ImageDataset(cfg.captions, cfg.images, cfg.seed)
+        self.total = min(cfg.samples, self.originals.samples)
+        require_enough(f"captions={cfg.captions} holds {self.total}", self.total, cfg.inception)
+        self.extractors = extractors_of(cfg, runtime.device)
+        self.autoencoder = load_autoencoder(cfg.autoencoder).eval().requires_grad_(False).to(runtime.device)
+        self.measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
+        perceptual = perceptual_distance(cfg.perceptual)
+        if perceptual is not None:
+            self.measures[cfg.perceptual.value] = perceptual.to(runtime.device)
+        self.facts = {
+            "originals": self.originals.digest,
+            "resolution": cfg.images.resolution,
+            "precision": cfg.runtime.precision.value,
+            "perceptual": cfg.perceptual.value if cfg.perceptual is not Perceptual.none else None,
+            "weights_sha256": weights_digest(cfg.autoencoder),
+        }
+
+    @torch.no_grad()
+    def measure(self, numbers: range) -> dict[str, Tensor]:
+        """Encode, decode and compare."""
+        originals = self.originals.batch_at(numbers)["image"].to(self.runtime.device)
+        with autocast(self.runtime.device, self.cfg.runtime.precision):
+            latents = self.autoencoder.encode(originals).chunk(2, dim=1)[0]
+            images = self.autoencoder.decode(latents).float().clamp(-1, 1)
+        if broken := finite(images).count(False):
+            raise UserError(
+                f"{broken} of {len(images)} pictures that the autoencoder gives back contain NaN or infinity: set "
+                f"runtime.precision=fp32; if that does not help, autoencoder={self.cfg.autoencoder} is broken"
+            )
+        columns = looked_at(images, self.extractors)
+        columns |= {f"compared/{name}": measure(images, originals).cpu() for name, measure in self.measures.items()}
+        return columns | shown(numbers, images)
+
+    def metrics(self, measured: Chunks) -> dict[str, float]:
+        """PSNR, SSIM and the perceptual distance, means over the pictures."""
+        return {f"eval/{name}": measured.whole(f"compared/{name}").mean().item() for name in self.measures}
+
+    def captions(self, numbers: range) -> list[str]:
+        """Of the originals."""
+        return [self.originals.at(number)["caption"] for number in numbers]
+
+
+def extractors_of(cfg: EvaluateRun, device: torch.device) -> list[Extractor]:
+    """Those that the options ask for; a file of statistics leaves the first of them to compare with."""
+    found = [] if cfg.inception is None else [inception(cfg.inception, device)]
+    return found if found and cfg.reference.endswith(FILES) else [*found, efficientnet(device)]
+
+
+def load_clip(source: str) -> Clip:
+    """The CLIP of the score, frozen; UserError names the option, since `clip` is another one."""
+    try:
+        return Clip.from_pretrained(source).eval().requires_grad_(False)
+    except UserError as error:
+        raise UserError(f"clip_score: {error}") from error
+
+
+def clip_extractor(clip: Clip, source: str) -> Extractor:
+    """Image embeddings of CLIP; one that this program trained itself is called `clip_own`, since nobody else has it."""
+    folder = Path(source)
+    published = not folder.is_dir() or (folder / DESCRIPTION_NAME).is_file()
+    name, device = "clip" if published else "clip_own", clip.mean.device
+    return Extractor(
+        name=name,
+        size=clip.config.embed_dim,
+        weights_sha256=weights_digest(source),
+        resize=f"bicubic to {clip.config.image_size} pixels",
+        network=lambda pixels: {name: clip.encode_image(pixels.to(device).float() / 127.5 - 1)},
+    )
+
+
+def looked_at(images: Tensor, extractors: list[Extractor]) -> dict[str, Tensor]:
+    """Columns of all extractors."""
+    return {name: column for extractor in extractors for name, column in extractor(images).items()}
+
+
+def shown(numbers: range, images: Tensor) -> dict[str, Tensor]:
+    """The column of pictures for the grid, of the first chunks alone."""
+    return {"picture": torch.from_numpy(to_uint8(images))} if numbers.start < SHOWN else {}

@@ -1,0 +1,165 @@
+"""One image shard to its latent shard, or one for each shape: decoding, encoding and writing side by side."""
+
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from conf.errors import UserError
+from conf.schema import PrecomputeRun
+from data.buckets import bucket_shapes, suffix_of
+from data.image_dataset import Batch, ImageDataset, collate
+from data.latent_record import ChannelStats, LatentWriter
+from data.shards.manifest import Manifest, ShardInfo
+from train.latents.encoder import Encoded, Encoder
+
+PARTS = ".parts"
+AHEAD = 2  # batches that are decoded before the encoder asks for them
+
+
+@dataclass(slots=True)
+class Split:
+    """One side of the data set: its images, where its latents go, and their provenance."""
+
+    name: str
+    images: ImageDataset
+    folder: Path
+    provenance: dict[str, Any]
+    finished: Manifest | None  # of an earlier run with this provenance
+
+    @property
+    def shards(self) -> int:
+        """Image shards, and so latent shards."""
+        return len(self.images.manifest.shards)
+
+    def samples_of(self, index: int) -> range:
+        """The samples of an image shard."""
+        ends = [0, *accumulate(shard.samples for shard in self.images.manifest.shards)]
+        return range(ends[index], ends[index + 1])
+
+
+def part_of(split: Split, index: int) -> dict[str, Any] | None:
+    """What was recorded of a shard that is complete and of this provenance."""
+    try:
+        part: dict[str, Any] = json.loads((split.folder / PARTS / f"{index:05d}.json").read_text())
+        whole = all((split.folder / info["name"]).stat().st_size == info["bytes"] for info in part["shards"])
+    except FileNotFoundError:
+        return None
+    return part if whole and part["provenance"] == split.provenance else None
+
+
+class LatentWriters:
+    """Writes the records of one image shard: into one latent shard, or into one for each bucket that occurs."""
+
+    def __init__(self, cfg: PrecomputeRun, folder: Path, index: int, samples: int) -> None:
+        self.cfg, self.folder, self.index, self.samples = cfg, folder, index, samples
+        self.stack = ExitStack()
+        self.writers: dict[str, LatentWriter] = {}
+
+    def __call__(self, encoded: Encoded, row: int, batch: Batch) -> None:
+        """Append sample `row` of a batch, with what micro-conditioning needs: the picture's size and the cuts."""
+        cuts, (width, height) = batch["cuts"][row], batch["size"][row]
+        found = {"width": width, "height": height, "cuts": [asdict(cut) for cut in cuts]}
+        text = None if encoded.text is None else encoded.text[row]
+        tokens = None if encoded.tokens is None else encoded.tokens[row]
+        self._writer(batch).add(
+            batch["key"][row],
+            encoded.moments[row],
+            tokens,
+            batch["caption"][row],
+            batch["meta"][row] | found,
+            text,
+            {name: array[row] for name, array in encoded.arrays.items()},
+        )
+
+    def _writer(self, batch: Batch) -> LatentWriter:
+        height, width = batch["image"].shape[-2:]
+        suffix = suffix_of((width, height)) if self.cfg.buckets.max_aspect > 1 else ""
+        if suffix not in self.writers:
+            writer = LatentWriter(self.folder, self.samples, self.cfg.dtype, self.index, suffix)
+            self.writers[suffix] = self.stack.enter_context(writer)
+        return self.writers[suffix]
+
+    def close(self) -> list[ShardInfo]:
+        """Finish the shards, and tell of them in the order of their names."""
+        infos = [info for writer in self.writers.values() for info in writer.close()]
+        return sorted(infos, key=lambda info: info.name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stack.__exit__(kind, error, trace)
+
+
+def encode_shard(cfg: PrecomputeRun, encoder: Encoder, split: Split, index: int) -> dict[str, Any]:
+    """Encode one shard; decoding, encoding and writing overlap. Returns what the manifest will need of it."""
+    samples, stats = split.samples_of(index), ChannelStats(split.provenance["latent_channels"])
+    rejects: list[dict[str, str]] = []
+    encoder.forget()
+
+    def write(batch: Batch, encoded: Encoded) -> None:
+        for row, key in enumerate(batch["key"]):
+            if encoded.sound(row):
+                stats.add(encoded.moments[row])
+                writers(encoded, row, batch)
+            else:
+                rejects.append({"key": key, "reason": "the encoder's output is not finite, in fp32 neither"})
+
+    with LatentWriters(cfg, split.folder, index, len(samples)) as writers, ThreadPoolExecutor(1) as background:
+        written: Future[None] | None = None
+        for batch in decoded(split.images, samples, cfg, rejects):
+            encoded = encoder(batch)
+            if written is not None:
+                written.result()
+            written = background.submit(write, batch, encoded)
+        if written is not None:
+            written.result()
+        shards = writers.close()
+    return {
+        "shards": [asdict(info) for info in shards],  # none: every sample was rejected
+        "provenance": split.provenance,
+        "stats": stats.state(),
+        "rejects": rejects,
+        "captions_cut": [encoder.cuts.count, encoder.cuts.lost],
+    }
+
+
+def decoded(
+    images: ImageDataset, samples: Sequence[int], cfg: PrecomputeRun, rejects: list[dict[str, str]]
+) -> Iterator[Batch]:
+    """Batches of samples of one shape each, decoded by threads ahead of time; broken ones go to `rejects`."""
+    shapes = bucket_shapes(cfg.images.resolution, cfg.buckets.max_aspect, cfg.buckets.step)
+
+    def load(index: int) -> Batch:
+        try:
+            return images.variants(index, cfg.variants, shapes)
+        except UserError as error:
+            return {"key": images.records.key(index), "reason": str(error)}
+
+    waiting: dict[torch.Size, list[Batch]] = {}
+    pending: deque[Future[Batch]] = deque()
+    upcoming = iter(samples)
+    with ThreadPoolExecutor(cfg.threads) as pool:
+        pending.extend(pool.submit(load, index) for index in islice(upcoming, AHEAD * cfg.batch_size))
+        while pending:
+            item = pending.popleft().result()
+            pending.extend(pool.submit(load, index) for index in islice(upcoming, 1))
+            if "reason" in item:
+                rejects.append(item)
+                continue
+            group = waiting.setdefault(item["image"].shape, [])
+            group.append(item)
+            if len(group) == cfg.batch_size:
+                yield collate(waiting.pop(item["image"].shape))
+    yield from map(collate, waiting.values())

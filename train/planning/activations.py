@@ -1,0 +1,175 @@
+"""How much memory a training step of a U-Net takes beside its weights: the real network, run on the meta device.
+
+Nothing is computed there and nothing is stored; every tensor that comes to life is counted until it dies. A meta tensor
+has no autocast and no fused attention, so a mode stands in for both, as they are on the device in question.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward as run_backward
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from conf.schema.networks import UNetConfig
+from models.unet import UNet
+
+NARROW = {F.conv2d, F.linear, F.scaled_dot_product_attention}  # autocast computes these in low precision
+WIDE: Mapping[str, set[Callable]] = {"cuda": {F.group_norm, F.layer_norm}, "cpu": set()}  # and these in fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Most bytes beside the weights that a forward and backward pass holds at once."""
+
+    alone: int  # where the gradients of the weights are taken away as they come, or have their place already
+    with_gradients: int  # where these come to life while the activations die
+
+
+def unet_activations(
+    cfg: UNetConfig,
+    batch: int,
+    height: int,
+    width: int,
+    tokens: int,
+    low_precision: torch.dtype | None = None,
+    checkpointing: bool = False,
+    device: str = "cuda",
+) -> Activations:
+    """Of a training step on `batch` latents of height x width, with a text of so many tokens.
+
+    Args:
+        cfg: the network.
+        batch: B.
+        height: h.
+        width: w.
+        tokens: L.
+        low_precision: what autocast casts to; None for fp32.
+        checkpointing: whether activations are computed again in the backward pass.
+        device: whose autocast is meant, "cuda" or "cpu"; the first keeps what it normalises in fp32.
+    """
+    with torch.device("meta"):
+        network = UNet(cfg)
+        network.checkpoint_gradients(checkpointing)
+        sample, timesteps = torch.empty(batch, cfg.in_channels, height, width), torch.empty(batch)
+        arguments: dict[str, Any] = {}
+        if cfg.cross_attention_dim is not None:
+            arguments["context"] = torch.empty(batch, tokens, cfg.cross_attention_dim)
+        if cfg.num_class_embeds is not None:
+            arguments["class_labels"] = torch.empty(batch, dtype=torch.long)
+        elif cfg.class_embed_type == "timestep":
+            arguments["class_labels"] = torch.empty(batch)
+        elif cfg.class_embed_type == "projection":
+            arguments["class_labels"] = torch.empty(batch, cfg.projected_width)
+        if cfg.addition_time_embed_dim is not None:
+            arguments["pooled"] = torch.empty(batch, cfg.projected_width - 6 * cfg.addition_time_embed_dim)
+            arguments["sizes"] = torch.empty(batch, 6)
+    stand_in = _StandIn(low_precision, WIDE[device])
+    with _StepCounter(network) as counter, stand_in:
+        loss = network(sample, timesteps, **arguments).float().square().mean()
+        stand_in.end_forward()
+        # `loss.backward()` steps out of the mode, in which checkpointing computes once more.
+        run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    return Activations(counter.most, counter.most_with_gradients)
+
+
+class StorageCounter(TorchDispatchMode):
+    """Bytes of the storages of a device that come to life under it and still live, and the most that lived at once."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.live, self.most = 0, 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else (made,):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
+                self.note(tensor.untyped_storage())
+        return made
+
+    def note(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it dies, unless it is known."""
+        key = storage._cdata
+        if key not in self.known:
+            self.known.add(key)
+            self.live += storage.nbytes()
+            self.most = max(self.most, self.live)
+            weakref.finalize(storage, self._forget, key, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+class _StepCounter(StorageCounter):
+    """Of a training step: the network's weights do not count, and their gradients are dropped as they come."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__("meta")
+        self.gradients, self.most_with_gradients = 0, 0
+        for parameter in network.parameters():
+            self.known.add(parameter.untyped_storage()._cdata)
+            parameter.register_post_accumulate_grad_hook(self._take)
+
+    def note(self, storage: torch.UntypedStorage) -> None:
+        super().note(storage)
+        self.most_with_gradients = max(self.most_with_gradients, self.live + self.gradients)
+
+    def _take(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.gradients += parameter.grad.nbytes
+        parameter.grad = None
+
+
+class _StandIn(TorchFunctionMode):
+    """Autocast, and attention that keeps no probabilities."""
+
+    def __init__(self, low: torch.dtype | None, wide: set[Callable]) -> None:
+        super().__init__()
+        self.low, self.wide = low, wide
+        self.weights: dict[int, Tensor] | None = {}  # autocast casts each once and keeps it until the forward pass ends
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.low is not None and (func in NARROW or func in self.wide):
+            dtype = self.low if func in NARROW else torch.float32
+            args, kwargs = tree_map(lambda value: self._cast(value, dtype), (args, kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            return _Attention.apply(*args)
+        return func(*args, **(kwargs or {}))
+
+    def end_forward(self) -> None:
+        self.weights = None
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(value, Tensor) or value.dtype == dtype:
+            return value
+        if self.weights is None or not isinstance(value, nn.Parameter):
+            return value.to(dtype)
+        return self.weights.setdefault(id(value), value.to(dtype))
+
+
+class _Attention(torch.autograd.Function):
+    """What fused attention allocates (Dao et al. 2022): its result and one number per query."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -1,0 +1,112 @@
+"""What `train/plan.py` says: tables for people, `plan.json` for programs."""
+
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from conf.plain_json import dumps
+from conf.schema import PlanRun
+from data.shards.shard import atomic_write
+from train.engine.accelerators import SPECIFICATIONS
+from train.planning.estimate import RESERVE, Cost, Option
+
+PLAN = "plan.json"
+
+
+def report(cfg: PlanRun, cost: Cost, console: Console | None = None) -> None:
+    """Print the plan and write it to `output_dir`."""
+    console = console or Console(highlight=False)
+    path = Path(cfg.output_dir) / PLAN
+    atomic_write(path, dumps(asdict(cost) | {"refusal": cfg.refusal()}, indent=1).encode())
+    for table in (facts(cfg, cost), memory(cfg, cost)):
+        console.print(table)
+    console.print(verdict(cfg, cost), soft_wrap=True)
+    if refusal := cfg.refusal():
+        console.print(f"train_unet.py refuses this training: {refusal}", soft_wrap=True)
+    console.print(Text(str(path)), soft_wrap=True)
+
+
+def facts(cfg: PlanRun, cost: Cost) -> Table:
+    """Arithmetic, time, reading and disk."""
+    gpu, step_s = SPECIFICATIONS[cfg.accelerator], cost.compute_s + cost.exchange_s
+    hours = timedelta(seconds=round(cfg.loop.samples / cost.images_per_s))
+    reached = cost.mfu * cost.compute_s / step_s
+    peak = gpu.flops_per_s(cfg.runtime.precision) / 1e12
+    rows = {
+        "U-Net": f"{cost.parameters:,} parameters, latents of {cfg.model.sample_size} x {cfg.model.sample_size}",
+        "machines": f"{cfg.gpus} x {cfg.accelerator.value}, {peak:,.0f} TFLOP/s at {cost.mfu:.2f} MFU, "
+        f"{cfg.runtime.precision.value}",
+        "batch": f"{cfg.batch.global_batch_size:,} = {cfg.gpus} GPUs x micro-batches of {cost.micro_batch}"
+        f" x accumulation of {cost.accumulation}",
+        "arithmetic": f"{cost.flops_per_sample / 1e12:,.3f} TFLOP per sample, forwards and backwards",
+        "step": f"{1000 * step_s:,.0f} ms: {1000 * cost.compute_s:,.0f} of arithmetic, "
+        f"{1000 * cost.exchange_s:,.0f} of exchange between GPUs ({reached:.2f} MFU in all)",
+        "throughput": f"{cost.images_per_s:,.0f} images/s",
+        "run": f"{cfg.loop.samples:,} samples in {hours}: {cost.gpu_hours:,.0f} GPU-hours",
+        "reading": f"{cost.read_bytes_per_s / 1e6:,.1f} MB/s of latents, {cost.tokens_per_s:,.0f} tokens/s",
+        "latent cache": f"{gb(cost.cache_bytes)}, {cost.record_bytes:,.0f} bytes per sample",
+        "checkpoint": f"{gb(cost.checkpoint_bytes)}, of which {cfg.loop.keep_checkpoints} are kept",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
+
+
+def memory(cfg: PlanRun, cost: Cost) -> Table:
+    """Of each GPU, by ZeRO stage."""
+    columns = ("ZeRO", "weights", "AdamW", "average", "step", "buffers", "total", "RAM", "samples")
+    caption = "step: gradients and activations at their most; samples: the largest micro-batch that fits"
+    title = f"GiB per GPU with micro-batches of {cost.micro_batch}"
+    table = Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE, pad_edge=False
+    )
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for option in cost.options:
+        part = option.footprint
+        sizes = (part.weights, part.optimizer, part.average, part.step, part.buffers, part.total, part.host)
+        name = f"{option.stage}+offload" if option.offload else str(option.stage)
+        chosen = option is cost.option(cfg)
+        table.add_row(
+            f"> {name}" if chosen else name,
+            *(f"{size / 2**30:.1f}" for size in sizes),
+            str(option.largest_micro_batch or "none"),
+            style="bold" if chosen else "",
+        )
+    return table
+
+
+def verdict(cfg: PlanRun, cost: Cost) -> str:
+    """Whether it fits, and what helps if it does not."""
+    chosen, size = cost.option(cfg), SPECIFICATIONS[cfg.accelerator].memory_gib
+    budget = f"{cost.budget / 2**30:.1f} of {size:.0f} GiB ({RESERVE:.0%} are left to CUDA and its libraries)"
+    needed = chosen.footprint.total / 2**30
+    if chosen.footprint.total <= cost.budget:
+        return f"Fits: {needed:.1f} of {budget}. Largest micro-batch: {chosen.largest_micro_batch}."
+    return f"Does not fit: {needed:.1f}, there are {budget}. {' or '.join(remedies(cfg, cost, chosen))}."
+
+
+def remedies(cfg: PlanRun, cost: Cost, chosen: Option) -> list[str]:
+    """Options that may make it fit, the cheapest first."""
+    share, found = cost.micro_batch * cost.accumulation, list[str]()
+    smaller = [size for size in range(1, chosen.largest_micro_batch + 1) if share % size == 0]
+    if smaller:
+        found.append(f"batch.micro_batch_size={smaller[-1]}")
+    found += [
+        f"runtime.zero_stage={option.stage}"
+        for option in cost.options
+        if not option.offload and option.stage > chosen.stage and option.footprint.total <= cost.budget
+    ][:1]
+    if not cfg.runtime.gradient_checkpointing:
+        found.append("runtime.gradient_checkpointing=true")
+    return [f"Set {found[0]}", *found[1:]] if found else ["Take more GPUs, or larger ones"]
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e12:,.2f} TB" if size >= 1e12 else f"{size / 1e9:,.2f} GB"

@@ -1,0 +1,239 @@
+"""What pictures are asked for: a caption, and what a network is told beside it, of a sample of a data set."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+
+from conf.errors import UserError
+from conf.schema import ImageConfig, SampleRun, SamplingConfig
+from data.image_dataset import ImageDataset, captions_of
+from data.labels import LabelError, Labels, read_labels
+from data.order import rng
+from data.shards.manifest import REMEDY
+from data.text_files import lines_of
+from models.conditions import Conditions, Samples
+from models.pipeline import DiffusionPipeline
+from models.prompts import parse, plain
+from train.engine.metric_log import say
+from train.sampling.user_images import GivenPicture, caption_beside, read_given
+
+# MERGED train.evaluation.prompts What `train/sample.py` is asked to draw: prompts of the command line, of a file, of pictures and of a data set.
+
+
+class Prompt(NamedTuple):
+    """What one or several pictures are drawn of."""
+
+    text: str
+    sample: int | None = None  # of the data set that it is the caption of
+    file: str | None = None  # picture that it belongs to
+
+
+class Job(NamedTuple):
+    """One picture."""
+
+    prompt: str
+    number: int  # among all that are drawn of that prompt
+    sample: int | None = None
+    file: str | None = None
+
+
+def read_prompts(cfg: SampleRun) -> list[Prompt]:
+    """Prompts of the command line, of the file, of the pictures and of the data set, in that order.
+
+    Raises:
+        UserError: a source without a prompt, or a prompt with broken syntax.
+    """
+    written = [*cfg.prompts, *(prompts_of_file(cfg.prompts_file) if cfg.prompts_file else [])]
+    beside = [Prompt(caption_beside(path), file=path) for path in cfg.inputs]
+    captions = captions_of_shards(cfg.prompts_from, cfg.prompts_from_samples) if cfg.prompts_from else []
+    if cfg.prompt_syntax:  # before any network is loaded
+        for prompt in (*written, *(text for text, *_ in beside), cfg.negative_prompt):
+            parse(prompt)
+        for caption in captions:
+            require_plain(caption)
+    return [*map(Prompt, written), *beside, *(Prompt(caption, number) for number, caption in enumerate(captions))]
+
+
+def prompts_of_file(path: str) -> list[str]:
+    """One a line; empty lines are left out."""
+    lines = lines_of(path, "prompts_file", "write one prompt a line")
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"prompts_file={path}: holds no prompt; write one a line")
+    return prompts
+
+
+def captions_of_shards(folder: str, samples: int) -> list[str]:
+    """Captions of a folder of image shards."""
+    try:
+        return captions_of(folder, samples)
+    except UserError as error:
+        remedy = "name a folder of image shards, such as RUN/shards/heldout"
+        raise UserError(f"prompts_from: {str(error).replace(REMEDY['images'], remedy)}") from None
+
+
+def with_words(prompts: Sequence[Prompt], folder: str | None) -> list[Prompt]:
+    """Those of a network that is told nothing but text: without empty captions."""
+    found = [prompt for prompt in prompts if prompt.text]
+    if not found:
+        raise UserError(f"prompts_from={folder}: its first {len(prompts)} captions are empty; take another data set")
+    return found
+
+
+def require_plain(caption: str) -> None:
+    """Refuse a caption that the syntax of prompts would read as something else."""
+    try:
+        same = parse(caption) == plain(caption)
+    except UserError:
+        same = False
+    if not same:
+        raise UserError(
+            f"prompts_from: the caption '{caption}' would be read as weights of words: set prompt_syntax=false, "
+            "which takes all prompts as plain text"
+        )
+
+
+def say_cut(
+    stage: str, model: DiffusionPipeline, prompts: Sequence[str], cfg: SamplingConfig, what: str = "prompts"
+) -> None:
+    """Say how many prompts, and negative ones, are longer than the network reads, and what falls off the first."""
+    for texts, name in ((prompts, what), ([cfg.negative_prompt], "negative prompts")):
+        cuts = model.cuts(texts, cfg.prompt_syntax)
+        if cuts.count:
+            say(stage, cuts.line(name))
+
+
+def jobs_of(prompts: Sequence[Prompt], images_per_prompt: int) -> list[Job]:
+    """All pictures; a prompt that comes again goes on counting, so that no picture is drawn twice."""
+    drawn: Counter[str] = Counter()
+    jobs = []
+    for text, sample, file in prompts:
+        jobs += [Job(text, drawn[text] + number, sample, file) for number in range(images_per_prompt)]
+        drawn[text] += images_per_prompt
+    return jobs
+
+
+# MERGED train.evaluation.asking What pictures are asked for: a caption, and what a network is told beside it, of a sample of a data set.
+
+Item = dict[str, Any]  # as of `data.image_dataset.ImageDataset`: caption; image and labels where there are any
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What `train/sample.py` draws: prompts, and the data set of those that are captions of its samples."""
+
+    prompts: list[Prompt]
+    data: ImageDataset | None  # where the network is told more than captions
+    given: dict[str, GivenPicture] = field(default_factory=dict)  # by file
+    in_words: dict[str, Item] = field(default_factory=dict)  # labels that prompts name, by prompt
+
+    @classmethod
+    def of(cls, cfg: SampleRun, model: DiffusionPipeline, prompts: list[Prompt]) -> Self:
+        """Refuses prompts that lack what the network must be told."""
+        conditions = model.denoiser.conditions
+        if not (conditions.need_labels or conditions.need_pictures):
+            if cfg.inputs:
+                raise UserError(f"inputs={cfg.inputs[0]}: this network is told only text; set prompts instead")
+            return cls(with_words(prompts, cfg.prompts_from) if conditions.takes_text else prompts, None)
+        side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale
+        data = None
+        if cfg.prompts_from:
+            images = ImageConfig(resolution=max(cfg.size, default=side))
+            data = ImageDataset(cfg.prompts_from, images, cfg.seed, labels=conditions.need_labels)
+        written = {prompt.text for prompt in prompts if prompt.sample is None and prompt.file is None}
+        in_words = {text: labels_in(conditions, text, side) for text in written}
+        asked = cls(prompts, data, {path: read_given(path) for path in cfg.inputs}, in_words)
+        for prompt in prompts:
+            if data is None or prompt.sample is None:
+                require_told(conditions, asked.item(Job(prompt.text, 0, file=prompt.file)), prompt.file)
+        return asked
+
+    @property
+    def digest(self) -> str | None:
+        """Of the data set."""
+        return None if self.data is None else self.data.digest
+
+    def batches(self, jobs: Sequence[Job], indices: Sequence[int], most: int) -> list[list[int]]:
+        """Of these jobs those that can be drawn together: in their order, with given pictures of one kind and size."""
+        alike = [list(group) for _, group in groupby(indices, lambda index: self._kind(jobs[index]))]
+        return [group[start : start + most] for group in alike for start in range(0, len(group), most)]
+
+    def _kind(self, job: Job) -> tuple[Any, ...]:
+        if job.file is None:
+            return ()
+        item = self.given[job.file].item
+        return "mask" in item, item["image"].shape
+
+    def item(self, job: Job) -> Item:
+        """All that is known of a picture to be drawn."""
+        if job.file is not None:
+            return {"caption": job.prompt, **self.given[job.file].item}
+        if self.data is None or job.sample is None:
+            return {"caption": job.prompt, **self.in_words.get(job.prompt, {})}
+        return self.data.at(job.sample)
+
+
+def labels_in(conditions: Conditions, words: str, side: int) -> Item:
+    """What a prompt names, for a network that is told labels and no text; nothing for another one.
+
+    Raises:
+        UserError: a class that the network does not know, or a box that is none.
+    """
+    asked = conditions.asked_in(words)
+    try:
+        return {"labels": read_labels(asked, None, (side, side))} if asked else {}
+    except LabelError as error:
+        raise UserError(f"prompt '{words}': {error}") from None
+
+
+def require_prompts_alone(conditions: Conditions, who: str) -> None:
+    """Refuse a network that must be told more than a prompt, for a command that has nothing else.
+
+    Raises:
+        UserError: naming the condition.
+    """
+    for name, part in conditions.kinds.items():
+        if part.needs_picture or part.names:
+            raise UserError(f"this network was trained with conditions.{name}: {who} knows prompts alone")
+
+
+def samples_of(items: Sequence[Item], numbers: Sequence[int], seed: int, side: int) -> Samples:
+    """Of the pictures with these numbers, which decide what is random about their masks and degradations.
+
+    Args:
+        items: alike: all pictures of one size, all of files or none.
+        side: in pixels of a picture where an item has none.
+    """
+    images = torch.stack([item["image"] if "image" in item else torch.zeros(3, side, side) for item in items])
+    height, width = images.shape[2:]
+    return Samples(
+        images=images,
+        labels=[item.get("labels", Labels()) for item in items],
+        framings=torch.tensor([[height, width, 0, 0]], dtype=torch.float32).expand(len(items), -1),
+        generators=[rng(seed, number, "conditions of a picture") for number in numbers],
+        masks=torch.stack([item["mask"] for item in items]) if "mask" in items[0] else None,
+        as_given="as_given" in items[0],
+        keys=[item.get("key", "") for item in items],
+    )
+
+
+def require_told(conditions: Conditions, item: Item, file: str | None) -> None:
+    """Refuse an item without what the network must be told; `file`: where it comes from.
+
+    Raises:
+        UserError: naming the option that brings it.
+    """
+    remedy = "set prompts_from=FOLDER of image shards or inputs=[FILE]"
+    for name, part in conditions.kinds.items():
+        if part.needs_picture and "image" not in item:
+            raise UserError(f"this network was trained with conditions.{name}, which is made of a picture: {remedy}")
+        if file is not None and part.needs_mask and "mask" not in item:
+            mask = Path(file).with_suffix(".mask.png")
+            raise UserError(f"inputs={file}: this network paints where a mask is white: put {mask} beside it")
+        if part.names and "labels" not in item:
+            raise UserError(f"this network was trained with conditions.{name}, which is made of labels: {remedy}")

@@ -1,0 +1,172 @@
+"""The chain of stages: runs what is not done, skips the rest, and says at the end what came out.
+
+    run_dir/.lock               held by the pipeline that works here
+    run_dir/.stages/STAGE.json  what a stage was made from, what it left, its metrics and seconds; see `Record`
+    run_dir/logs/STAGE.log      its output
+    run_dir/summary.json        all metrics and seconds, flat; beside it grid.png
+
+This process stays light: it never imports torch.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Self
+
+from rich.console import Console
+
+from conf.errors import UserError
+from conf.plain_json import dumps, loads
+from conf.schema import PipelineRun
+from data.shards.shard import atomic_write
+from train.stages.child import POLL_S, Child, alone_in, collected_signals
+from train.stages.display import Display, Row, report
+from train.stages.tasks import STAGES, StageCommand, Task, origin, plan
+
+SAVE_EVERY_S = 10.0  # a SIGKILL of the pipeline loses no more of a stage's time
+
+
+@dataclass(slots=True)
+class Record:
+    """What the pipeline keeps of a stage."""
+
+    inputs: str = ""  # digest of its options and of what it read, when it was last finished
+    outcome: str = ""  # digest of its proof then
+    read: dict[str, str] = field(default_factory=dict)  # see `Task.read`
+    seconds: float = 0.0  # over all its starts
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """What is there; an empty one where there is none."""
+        try:
+            return cls(**loads(path.read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return cls()
+
+    def holds(self) -> bool:
+        """Whether the stage is finished and what it read is still the same."""
+        return self.outcome != "" and all(origin(value) == digest for value, digest in self.read.items())
+
+    def save(self, path: Path) -> None:
+        """Write it, atomically."""
+        atomic_write(path, dumps(asdict(self), indent=1).encode())
+
+
+def run(cfg: PipelineRun, overrides: Mapping[str, Sequence[str]], stages: Sequence[StageCommand] = STAGES) -> int:
+    """Bring all chosen stages to their ends; returns the exit status: 0, or 128 + the signal that asked for a stop.
+
+    Args:
+        cfg: options of the pipeline.
+        overrides: of each stage, from the command line; they come after those in `cfg`.
+        stages: what there is to choose from.
+
+    Raises:
+        UserError: an impossible option, another pipeline in the folder, or a stage that failed.
+
+    """
+    tasks, run_dir = plan(cfg, overrides, stages), Path(cfg.run_dir)
+    rows = [Row(task.stage.name, task.samples) for task in tasks]
+    console = Console(highlight=False)
+    with collected_signals() as received, alone_in(run_dir, received) as lock:
+        with Display(rows, console) as display:
+            chain = _Chain(run_dir, cfg.processes, lock, received, display)
+            for task, row in zip(tasks, rows, strict=True):
+                if not received:
+                    chain.finish(task, row)
+        if received:
+            print(f"{received[0].name}: start the same line again to continue", file=sys.stderr, flush=True)
+            return 128 + received[0]
+        conclude(run_dir, tasks, stages, console)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """One start of the pipeline."""
+
+    run_dir: Path
+    processes: int
+    lock: int  # descriptor that stages inherit
+    received: list[signal.Signals]  # grows
+    display: Display
+
+    def finish(self, task: Task, row: Row) -> None:
+        """Run a stage to its end unless it is there already; returns early after a signal."""
+        path = record_path(self.run_dir, task.stage)
+        record, inputs = Record.load(path), task.inputs()
+        if not task.output_dir.exists():
+            record.seconds = 0.0  # of work that somebody deleted
+        row.elapsed_s = record.seconds
+        if record.inputs == inputs and record.outcome == task.outcome() and not task.outdated():
+            self._show(row, "skipped")
+            return
+        self._show(row, "running")
+        log = self.run_dir / "logs" / f"{task.stage.name}.log"
+        child = Child(task.stage.command(task.arguments, self.processes), log, self.lock)
+        try:
+            status = self._follow(child, task, row, record)
+        except BaseException:
+            child.stop()  # say, a full disk: nothing would look after it any more
+            raise
+        outcome = task.outcome() if status == 0 else ""
+        if outcome:
+            record.inputs, record.outcome, record.read = inputs, outcome, task.read()
+            record.metrics = task.metrics()
+            row.seen = row.seen if task.samples else row.total or row.seen  # it tells its progress only now and then
+        record.save(path)
+        self._show(row, "done" if outcome else "stopped" if self.received else "failed")
+        if row.state == "failed":
+            why = child.reason() if status else "somebody stopped it before its end; start the same line again"
+            raise UserError(f"stage {task.stage.name}: {why} (log: {log})")
+
+    def _follow(self, child: Child, task: Task, row: Row, record: Record) -> int:
+        """Wait for the child's end, which is its exit status; meanwhile show, count, and pass signals on."""
+        before, began, since = record.seconds, time.monotonic(), time.time()
+        status, saved = None, began
+        while status is None:
+            status = child.wait(POLL_S)
+            if len(self.received) > child.asked:
+                child.stop()
+            row.elapsed_s = record.seconds = before + time.monotonic() - began
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                saved = time.monotonic()
+                record.save(record_path(self.run_dir, task.stage))
+            row.read(task.output_dir, child.text(), since)
+            self.display.update()
+        return status
+
+    def _show(self, row: Row, state: str) -> None:
+        row.state = state
+        self.display.update()
+
+
+def record_path(run_dir: Path, stage: StageCommand) -> Path:
+    """Where the record of a stage is kept."""
+    return run_dir / ".stages" / f"{stage.name}.json"
+
+
+def conclude(run_dir: Path, tasks: Sequence[Task], stages: Sequence[StageCommand], console: Console) -> None:
+    """Leave summary.json and grid.png, and print what is in them and where things are.
+
+    What an earlier start with other `stages=` finished is in the summary, too, unless it is of other inputs.
+    """
+    metrics: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    for stage in stages:
+        record = Record.load(record_path(run_dir, stage))
+        if record.holds():
+            metrics |= record.metrics
+            seconds[f"seconds/{stage.name}"] = round(record.seconds, 1)
+    summary = metrics | seconds | {"seconds/total": round(sum(seconds.values()), 1)}
+    paths = {task.stage.name: task.output_dir for task in tasks} | {"summary": run_dir / "summary.json"}
+    atomic_write(paths["summary"], dumps(summary, indent=1).encode())
+    grids = [paths[name] / "grid.png" for name in ("evaluate", "sample") if name in paths]
+    grid = next((path for path in grids if path.is_file()), None)
+    if grid is not None:
+        paths["grid"] = run_dir / "grid.png"
+        atomic_write(paths["grid"], grid.read_bytes())
+    report(console, paths, summary)

@@ -1,0 +1,143 @@
+"""What follows a sweep of `train/evaluate.py`: its tables, its plots, and a W&B run that holds both.
+
+RUN/sweep/evaluate/pareto/    table.md, members.csv, pareto.json, pareto.png, steps.png, wandb/
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.plain_json import dumps
+from conf.schema import WandbConfig, WandbMode
+from data.shards.shard import atomic_write
+from train.engine.figures import to_png
+from train.engine.metric_log import METRICS, X_AXIS, WandbCopy, read_metrics, say, wandb_mode
+from train.sweeps.plots import DPI, pareto_figure, steps_figure, title
+from train.sweeps.results import AGREEMENT, SECONDS, Member, Sweep, read_sweep
+
+STAGE = "pareto"
+
+
+def run(folder: Path, sweep: str, cfg: WandbConfig, run_dir: str) -> None:
+    """Tables and plots of all members in a sweep's folder that can be compared with those of this start."""
+    found = read_sweep(folder, sweep)
+    for name, reason in found.left_out.items():
+        say(STAGE, f"without {name}: {reason}")
+    if found.distance is None:
+        say(STAGE, "no member with a Fréchet distance: there is nothing to draw")
+        return
+    out, text = folder / STAGE, "\n\n".join(tables(found))
+    print(f"\n{text}\n", flush=True)
+    atomic_write(out / "table.md", f"{text}\n".encode())
+    atomic_write(out / "members.csv", as_csv(rows(found)).encode())
+    atomic_write(out / "pareto.json", dumps(as_json(found), indent=1).encode())
+    pictures = {}
+    for name, figure in (("pareto", pareto_figure(found)), ("steps", steps_figure(found))):
+        if figure is not None:
+            pictures[name] = out / f"{name}.png"
+            atomic_write(pictures[name], to_png(figure, DPI))
+    log(found, folder, cfg, run_dir, pictures)
+    say(STAGE, ", ".join(map(str, [out / "table.md", *pictures.values()])))
+
+
+def log(sweep: Sweep, folder: Path, cfg: WandbConfig, run_dir: str, pictures: Mapping[str, Path]) -> None:
+    """A W&B run of its own, beside the members: the table, a chart for each plot of it, the pictures."""
+    mode = wandb_mode(cfg.mode)
+    if mode is WandbMode.disabled:
+        return
+    seen = [row[X_AXIS] for member in sweep.members for row in read_metrics(folder / member.name / METRICS)]
+    at = max(seen, default=0)
+    copy = WandbCopy(folder / STAGE, cfg, mode, STAGE, {"run_dir": run_dir, "swept": sweep.varied})
+    distance = sweep.distance or ""
+    charts = {f"{STAGE}/{title(distance)} against {title(x)}": (x, distance) for x in sweep.rivals}
+    copy.table(f"{STAGE}/members", rows(sweep), charts, at)
+    for name, path in pictures.items():
+        copy.image(f"samples/{name}", path, at, "")
+    copy.finish(0)
+
+
+def rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """A flat row for each member, all with the same columns."""
+    metrics = sorted({name for member in sweep.members for name in member.metrics})
+    return [
+        {"member": m.name}
+        | {name: m.option(name) for name in sweep.varied}
+        | {name: m.metrics.get(name) for name in metrics}
+        | {"front": ", ".join(fronts(sweep, m))}
+        for m in sweep.members
+    ]
+
+
+def as_csv(table: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, table[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()
+
+
+def as_json(sweep: Sweep) -> dict[str, Any]:
+    """All that the plots rest on; `front` names the metrics against which no other member is better."""
+    members = [
+        {
+            "member": member.name,
+            "options": {name: member.option(name) for name in sweep.varied},
+            "metrics": member.metrics,
+            "front": fronts(sweep, member),
+        }
+        for member in sweep.members
+    ]
+    return {"swept": sweep.varied, "distance": sweep.distance, "members": members, "left_out": sweep.left_out}
+
+
+def fronts(sweep: Sweep, member: Member) -> list[str]:
+    return [metric for metric in sweep.rivals if member in sweep.front(metric)]
+
+
+def tables(sweep: Sweep) -> Iterator[str]:
+    """All members, and where samplers and steps were swept, the distance and the agreement of each pair."""
+    assert sweep.distance is not None
+    shown = dict.fromkeys(filter(None, (sweep.distance, sweep.agreement, AGREEMENT, SECONDS)))
+    metrics = [metric for metric in shown if sweep.having(metric)]
+    body = [
+        [
+            *(str(member.option(name)) for name in sweep.varied),
+            *(with_interval(member, metric) for metric in metrics),
+            *([", ".join(map(title, fronts(sweep, member)))] if sweep.rivals else []),
+        ]
+        for member in sweep.members
+    ]
+    front = ["on the front with"] if sweep.rivals else []
+    yield markdown([*sweep.varied, *map(title, metrics), *front], body)
+    if sweep.of_samplers:
+        yield f"By steps{sweep.chosen}:"
+        yield from (by_steps(sweep, metric) for metric in (sweep.distance, sweep.agreement) if metric is not None)
+
+
+def by_steps(sweep: Sweep, metric: str) -> str:
+    """A metric of each sampler (lines) at each number of steps (columns)."""
+    steps, samplers = sweep.values("steps"), sweep.values("sampler")
+    body = []
+    for sampler in samplers:
+        members = [sweep.closest(sampler=sampler, steps=count) for count in steps]
+        body.append([sampler, *("" if member is None else with_interval(member, metric) for member in members)])
+    return markdown([title(metric), *(f"{count} steps" for count in steps)], body)
+
+
+def with_interval(member: Member, metric: str) -> str:
+    """A metric, and its confidence interval where there is one."""
+    if metric not in member.metrics:
+        return ""
+    bounds = [member.metrics.get(f"{metric}_{end}") for end in ("low", "high")]
+    interval = "" if None in bounds else f" [{bounds[0]:.4g}, {bounds[1]:.4g}]"
+    return f"{member.metrics[metric]:.4g}{interval}"
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table that reads well as it is, too."""
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *body)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,213 @@
+"""The first training of the LDM paper: KL or VQ autoencoder with perceptual and adversarial loss (section 3.1)."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conf.errors import UserError
+from conf.schema import AutoencoderRun, Reconstruction
+from conf.schema.networks import AutoencoderConfig
+from data.image_dataset import ImageDataset
+from data.streams import image_stream
+from models.autoencoder import AnyAutoencoder, build_autoencoder, kl, load_autoencoder
+from models.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    lecam_penalty,
+    r1_penalty,
+)
+from models.flops import counted_flops
+from models.formats.single_file import is_single_file, load_autoencoder_file
+from models.losses import perceptual_distance, psnr, ssim
+from models.vq import Quantised, VQAutoencoder, codebook_use
+from train.engine.image_grid import grid, to_uint8
+from train.engine.metric_log import Journal
+from train.engine.runtime import Runtime
+from train.engine.sample_rng import normal
+from train.engine.trainable import Trainable
+from train.latents.provenance import require_same
+
+PREVIEW = 8  # held-out images in the picture of reconstructions
+LECAM_HALF_LIFE = 10_000  # samples after which a verdict counts half in the running means
+HELDOUT = 256  # held-out images behind the metrics, at most
+
+
+def begin_from(source: str, cfg: AutoencoderConfig) -> AnyAutoencoder:
+    """Another training's autoencoder: a folder in diffusers' format or a checkpoint in one file."""
+    if is_single_file(source):
+        return load_autoencoder_file(source, cfg)
+    network = load_autoencoder(source)
+    require_same("init_from", asdict(cfg), asdict(network.cfg))
+    return network
+
+
+class AutoencoderStage:
+    """Generator and discriminator, each a network with its own optimiser."""
+
+    name = "autoencoder"
+
+    def __init__(self, cfg: AutoencoderRun, runtime: Runtime) -> None:
+        self.cfg, self.runtime = cfg, runtime
+        self.dataset = image_stream(cfg.shards, cfg.images, cfg.seed, cfg.stream)
+        self.heldout = ImageDataset(f"{cfg.shards}/heldout", cfg.images, cfg.seed, cfg.stream)
+        torch.manual_seed(cfg.seed)  # initial weights
+        self.autoencoder = build_autoencoder(cfg.model)
+        if cfg.init_from is not None:
+            self.autoencoder = begin_from(cfg.init_from, cfg.model)
+        side, total = cfg.images.resolution, cfg.loop.samples
+        picture = torch.empty(1, cfg.model.in_channels, side, side, device="meta")
+        latent = torch.empty(1, *self.latent_shape(picture), device="meta")
+        self.flops_per_sample = 3.0 * counted_flops(self.autoencoder, picture, latent)  # of the autoencoder alone
+        self.generator = Trainable(runtime, self.autoencoder, cfg.optim, cfg.batch, total, name="generator")
+        self.trainables = {"generator": self.generator}
+        self.adversarial = cfg.loss.adversarial_weight > 0
+        if self.adversarial:
+            critic = PatchDiscriminator(cfg.discriminator, cfg.model.out_channels)
+            if cfg.images.resolution < critic.smallest_image:
+                raise UserError(
+                    f"discriminator.layers={cfg.discriminator.layers}: needs images.resolution>="
+                    f"{critic.smallest_image}, it is {cfg.images.resolution}"
+                )
+            self.critic = Trainable(runtime, critic, cfg.discriminator_optim, cfg.batch, total, name="discriminator")
+            self.trainables["discriminator"] = self.critic
+            self.verdict_means = critic.verdict_means  # [2], on the device by now
+        self.judging = False  # whether the discriminator takes part in this step
+        self.verdicts: list[Tensor] = []  # [2] each, mean real and mean fake verdict of this step's micro-batches
+        self.perceptual = perceptual_distance(cfg.loss.perceptual)
+        if self.perceptual is not None:
+            self.perceptual.to(runtime.device)
+
+    def latent_shape(self, images: Tensor) -> tuple[int, int, int]:
+        """(C, h, w) of one latent of images [B, 3, H, W]."""
+        factor = self.cfg.model.downscale
+        return self.cfg.model.cached_channels, images.shape[2] // factor, images.shape[3] // factor
+
+    def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
+        """Forward and backward pass of one micro-batch through both networks."""
+        images = batch["image"].to(self.runtime.device)  # [B, 3, H, W]
+        noise = normal(self.cfg.seed, batch["position"], self.latent_shape(images), "posterior").to(images.device)
+        reconstruction, latents = self.generator(images, noise)
+        metrics, likelihood, loss = self.reconstruction_loss(images, reconstruction, latents)
+        self.judging = self.adversarial and samples_seen >= self.cfg.loss.adversarial_start
+        if not self.judging:
+            self.generator.backward(loss, last)
+            return metrics
+        self.critic.module.requires_grad_(False)
+        fooled = generator_loss(self.critic.module(reconstruction), self.cfg.loss.adversarial)
+        weight = adaptive_weight(likelihood, fooled, self.autoencoder.last_layer)
+        self.generator.backward(loss + self.cfg.loss.adversarial_weight * weight * fooled, last)
+        self.critic.module.requires_grad_(True)
+        judgement, critic_loss = self.judge(images, reconstruction.detach())
+        self.critic.backward(critic_loss, last)
+        return metrics | judgement | {"train/gan_generator": fooled.detach(), "train/gan_weight": weight}
+
+    def judge(self, images: Tensor, reconstruction: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Metrics and loss of the discriminator on one micro-batch of both kinds."""
+        cfg = self.cfg.loss
+        pictures = torch.cat([images, reconstruction]).requires_grad_(cfg.r1_weight > 0)
+        real, fake = self.critic(pictures).chunk(2)  # [B, 1, h, w] each
+        loss = discriminator_loss(real, fake, cfg.adversarial)
+        metrics = {
+            "train/gan_discriminator": loss.detach(),
+            "train/logits_real": real.detach().mean(),
+            "train/logits_fake": fake.detach().mean(),
+        }
+        if cfg.r1_weight > 0:
+            penalty = r1_penalty(real, pictures)
+            metrics["train/r1"] = penalty.detach()
+            loss = loss + cfg.r1_weight * penalty
+        if cfg.lecam_weight > 0:
+            penalty = lecam_penalty(real, fake, *self.verdict_means.unbind())
+            metrics["train/lecam"] = penalty.detach()
+            loss = loss + cfg.lecam_weight * penalty
+            self.verdicts.append(torch.stack([real.detach().mean(), fake.detach().mean()]))
+        return metrics, loss
+
+    def follow_verdicts(self) -> None:
+        """Move the discriminator's running means by this step's verdicts, those of all processes."""
+        real, fake = torch.stack(self.verdicts).mean(dim=0).tolist()
+        total = self.runtime.sum({"real": real, "fake": fake})
+        keep = 0.5 ** (self.cfg.batch.global_batch_size / LECAM_HALF_LIFE)
+        now = torch.tensor([total["real"], total["fake"]], device=self.runtime.device) / self.runtime.world
+        if now.isfinite().all():  # a step that is left out leaves no trace
+            self.verdict_means.lerp_(now, 1 - keep)
+        self.verdicts.clear()
+
+    def reconstruction_loss(
+        self, images: Tensor, output: Tensor, latents: Tensor | Quantised
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Metrics, reconstruction term and whole loss; means per pixel: the paper's sums / number of pixel values."""
+        cfg = self.cfg.loss
+        error = output.float() - images
+        distance = error.abs().mean() if cfg.reconstruction is Reconstruction.l1 else error.square().mean()
+        metrics = {"train/reconstruction": distance.detach()}
+        likelihood = distance
+        if self.perceptual is not None and cfg.perceptual_weight > 0:
+            feature_distance = self.perceptual(output.float(), images).mean()
+            likelihood = likelihood + cfg.perceptual_weight * feature_distance
+            metrics["train/perceptual"] = feature_distance.detach()
+        if isinstance(latents, Quantised):
+            loss = likelihood + cfg.codebook_weight * latents.loss
+            use = codebook_use(latents.indices, self.cfg.model.num_vq_embeddings or 0)
+            metrics |= {"train/codebook": latents.loss.detach(), "train/codebook_use": use}
+        else:
+            divergence = kl(latents).mean()  # sum over the latent, mean over the batch
+            loss = likelihood + cfg.kl_weight * divergence / images[0].numel()
+            metrics["train/kl"] = divergence.detach()
+        metrics |= {"train/loss": loss.detach(), "train/psnr": psnr(output.detach().float(), images).mean()}
+        return metrics, likelihood, loss
+
+    def finish_step(self, samples_seen: int) -> dict[str, float]:
+        """One optimiser step of each network that learned something."""
+        metrics = {"train/grad_norm": self.generator.step(samples_seen), "train/lr": self.generator.lr}
+        if self.judging:
+            metrics["train/grad_norm_discriminator"] = self.critic.step(samples_seen)
+            if self.verdicts:
+                self.follow_verdicts()
+        return metrics
+
+    @torch.no_grad()
+    def evaluate(self, samples_seen: int, journal: Journal) -> dict[str, float]:
+        """PSNR, SSIM and perceptual distance of held-out reconstructions (from the mean of the posterior)."""
+        network, device = self.autoencoder.eval(), self.runtime.device
+        count = min(HELDOUT, self.heldout.samples)
+        measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"eval/psnr": psnr, "eval/ssim": ssim}
+        if self.perceptual is not None:
+            measures[f"eval/{self.cfg.loss.perceptual.value}"] = self.perceptual
+        used = torch.zeros(self.cfg.model.num_vq_embeddings or 0, device=device)  # vectors of the codebook that occur
+        sums = dict.fromkeys(measures, 0.0)  # a rank without pictures joins the sum with the same names
+        for index in range(self.runtime.rank, count, self.runtime.world):
+            image = self.heldout.at(index)["image"][None].to(device)  # [1, 3, H, W]
+            latents = network.encode(image).chunk(2, dim=1)[0]
+            output = network.decode(latents).clamp(-1, 1)
+            if isinstance(network, VQAutoencoder):
+                used[network.quantize(latents).indices.flatten()] = 1
+            for name, measure in measures.items():
+                sums[name] += float(measure(output, image).sum())
+        if self.runtime.is_main:
+            journal.image("reconstructions", self.preview(), samples_seen, "held-out images above what is decoded")
+        network.train()
+        metrics = {name: total / count for name, total in self.runtime.sum(sums).items()}
+        if len(used):
+            occurring = [i for part in self.runtime.gather_objects(used.nonzero().flatten().tolist()) for i in part]
+            metrics["eval/codebook_use"] = len(set(occurring)) / len(used)
+        return metrics
+
+    def preview(self) -> np.ndarray:
+        """Originals above their reconstructions."""
+        count = min(PREVIEW, self.heldout.samples)
+        images = torch.stack([self.heldout.at(i)["image"] for i in range(count)]).to(self.runtime.device)
+        output = self.autoencoder.decode(self.autoencoder.encode(images).chunk(2, dim=1)[0])
+        return np.asarray(grid(to_uint8(torch.cat([images, output])), columns=count, scale=2))
+
+    def export(self, folder: Path) -> None:
+        """The generator in diffusers' format."""
+        if self.runtime.is_main:
+            self.autoencoder.save_pretrained(folder)

@@ -1,0 +1,242 @@
+"""The third training: the cross-attention U-Net learns to denoise cached latents (LDM paper, eq. 3)."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conf.errors import UserError
+from conf.schema import UNetRun
+from data.latent_dataset import LatentDataset
+from data.streams import latent_stream
+from models.autoencoder import load_autoencoder, sample_moments, split_moments
+from models.conditions import Inputs
+from models.denoiser import Denoiser, widened
+from models.diffusion.process import Process
+from models.film import Film
+from models.flops import unet_flops
+from models.formats.lora import add_adapters, merged, save_adapters
+from models.formats.single_file import is_single_file, load_unet_file
+from models.formats.unet import architecture
+from models.pipeline import DiffusionPipeline
+from models.text import load_text_tower
+from models.unet import UNet
+from train.engine.image_grid import beside, captioned, film_strips, to_uint8
+from train.engine.metric_log import Journal, say
+from train.engine.runtime import Runtime
+from train.engine.sample_rng import Draws
+from train.engine.trainable import Trainable
+from train.evaluation.in_training import evaluate_in_loop, require_inputs
+from train.latents.provenance import asks_clip, check_latents, require_same, trained_otherwise
+from train.sampling.requests import say_cut
+
+VALIDATION = 256  # held-out latents behind the validation loss, at most
+CHUNK = 32  # of them at once
+FILMED = 2  # of the pictures drawn at an evaluation
+FILM_FRAMES = 8
+
+
+def begin_from(source: str, network: Denoiser) -> None:
+    """Weights of another training's U-Net: a folder in diffusers' format or a whole checkpoint in one file.
+
+    Where it takes fewer channels than this one, those that are new begin at zero; parameters of conditions are taken
+    where they are there and fit.
+    """
+    cfg = network.unet.cfg
+    if is_single_file(source):
+        found = load_unet_file(source, replace(cfg, in_channels=cfg.out_channels))
+    else:
+        found = UNet.from_pretrained(source)
+        wanted, given = architecture(cfg), architecture(found.cfg)
+        if given["in_channels"] < wanted["in_channels"]:
+            given["in_channels"] = wanted["in_channels"]
+        require_same("init_from", wanted, given)
+        network.load_conditions(source)
+    network.unet.load_state_dict(widened(found.state_dict(), cfg.in_channels))
+
+
+def by_timestep(losses: Tensor, times: Tensor) -> dict[str, Tensor]:
+    """Sum and number [2] of the losses [B] in each quarter of the times [B] in [0, 1); 4 is nearly all noise."""
+    quarters = F.one_hot((4 * times).long().clamp(0, 3), 4).to(losses.dtype)  # [B, 4]
+    pairs = torch.stack([losses @ quarters, quarters.sum(dim=0)], dim=1)  # [4, 2]
+    return {f"train/loss_by_timestep/{quarter}": pair for quarter, pair in enumerate(pairs, start=1)}
+
+
+class UNetStage:
+    """Denoising, sharded as `runtime.backend` says, with an average of the weights."""
+
+    name = "unet"
+
+    def __init__(self, cfg: UNetRun, runtime: Runtime) -> None:
+        self.cfg, self.runtime = cfg, runtime
+        self.dataset, manifests = latent_stream(cfg.latents, cfg.seed, cfg.stream, cfg.batch.global_batch_size)
+        self.heldout = LatentDataset(f"{cfg.latents}/heldout", cfg.seed, cfg.stream)
+        self.info, *_ = (check_latents(cfg, manifest) for manifest in manifests)
+        self.mean, self.std = (self.channels(values) for values in (self.info.latent_mean, self.info.latent_std))
+        self.process = Process(cfg.process)
+        self.process.sigmas(cfg.sampling.steps, cfg.sampling.spacing, cfg.sampling.shift)  # refused now or in hours
+        require_inputs(cfg)
+        torch.manual_seed(cfg.seed)  # initial weights
+        self.network = self.build()
+        if cfg.init_from is not None:
+            self.tell_differences(cfg.init_from)
+            begin_from(cfg.init_from, self.network)
+        if cfg.lora.rank > 0:
+            add_adapters(self.network.unet, cfg.lora)
+        self.network.unet.checkpoint_gradients(cfg.runtime.gradient_checkpointing)
+        self.unet = Trainable(
+            runtime, self.network, cfg.optim, cfg.batch, cfg.loop.samples, cfg.runtime, cfg.ema, name="unet"
+        )
+        self.trainables = {"unet": self.unet}
+        passes = 3.0 if cfg.lora.rank == 0 else 2.0  # backward: twice forward, once for weights that are frozen
+        side = cfg.model.sample_size
+        self.flops_per_sample = passes * unet_flops(cfg.model, side, side, self.network.conditions.tokens)
+        self.text_tower = None
+        if cfg.conditions.caption is not None and "text" not in self.dataset.layout:
+            self.text_tower = self.frozen(load_text_tower(cfg.clip))
+
+    def build(self) -> Denoiser:
+        """A U-Net with its conditions, untrained."""
+        cfg, facts = self.cfg, self.heldout.manifest.provenance
+        null_text = self.info.null_text(cfg.latents) if cfg.conditions.caption is not None else None  # [L, D]
+        unet, downscale = UNet(cfg.model), facts["images"]["resolution"] // facts["latent_size"]
+        return Denoiser(unet, self.info.build_conditions(cfg.model, downscale, null_text))
+
+    def tell_differences(self, source: str) -> None:
+        """Say what `init_from` was trained for and is asked otherwise; raises UserError where adapters cannot learn it.
+
+        A training of all weights may mean it: from noise to velocity, from text to a mask beside it.
+        """
+        found = trained_otherwise(source, self.info)
+        if self.cfg.lora.rank > 0 and found and found[0].startswith("process.prediction"):
+            raise UserError(f"init_from={source}: {found[0]}: adapters go on with what it predicts; make them equal")
+        if found and self.runtime.is_main:
+            say(self.name, f"init_from={source}: {'; '.join(found)}")
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights that are evaluated and exported are an average."""
+        return self.cfg.ema.half_life_samples > 0
+
+    def channels(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, device=self.runtime.device).view(1, -1, 1, 1)
+
+    def frozen(self, network: Any) -> Any:
+        return network.eval().requires_grad_(False).to(self.runtime.device)
+
+    def noisy(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised latents [B, C, h, w], noise of that shape and timesteps [B]; all drawn per sample."""
+        draws = Draws(seed, batch["position"], self.runtime.device)
+        moments = batch["moments"].to(self.runtime.device).float()  # [B, 2C, h, w]
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        z = sample_moments(moments, draws.normal("posterior", shape))
+        noise = draws.normal("noise", shape)
+        if self.process.cfg.offset_noise > 0:
+            noise = self.process.with_offset(noise, draws.normal("offset_noise", (shape[0], 1, 1)))
+        timesteps = self.process.draw_timesteps(draws.uniform("timestep"))
+        return (z - self.mean) / self.std, noise, timesteps
+
+    def inputs(self, batch: dict[str, Any]) -> Inputs:
+        """Arrays of the conditions, from the cache; text states from the frozen tower where they are not in it."""
+        arrays = {name: batch[name].to(self.runtime.device) for name in self.dataset.layout if name != "moments"}
+        tokens = arrays.pop("tokens", None)
+        if "text" in arrays:
+            arrays["text"] = arrays["text"].float()
+        elif self.text_tower is not None and tokens is not None:
+            with torch.no_grad():
+                arrays["text"] = self.text_tower.text_states(tokens)
+        return arrays
+
+    def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
+        """Forward and backward pass of one micro-batch."""
+        seed = self.cfg.seed
+        x0, noise, timesteps = self.noisy(batch, seed)
+        draws = Draws(seed, batch["position"], self.runtime.device)
+        inputs = self.network.conditions.vary(self.inputs(batch), draws)
+        prediction = self.unet(self.process.add_noise(x0, noise, timesteps), timesteps, inputs)
+        losses = self.process.loss(prediction, x0, noise, timesteps)  # [B]
+        loss = losses.mean()
+        self.unet.backward(loss, last)
+        return {
+            "train/loss": loss.detach(),
+            **by_timestep(losses.detach(), timesteps / self.cfg.process.train_timesteps),
+        }
+
+    def finish_step(self, samples_seen: int) -> dict[str, float]:
+        """One optimiser step and one of the average."""
+        return {"train/grad_norm": self.unet.step(samples_seen), "train/lr": self.unet.lr}
+
+    @torch.no_grad()
+    def evaluate(self, samples_seen: int, journal: Journal) -> dict[str, float]:
+        """Validation loss of the averaged weights at fixed timesteps and noise; a grid of held-out captions."""
+        network = self.build()
+        network.load_state_dict(merged(self.unet.weights(ema=self.averages), self.cfg.lora))
+        network = self.frozen(network)
+        count = min(VALIDATION, self.heldout.samples)
+        mine = list(range(self.runtime.rank, count, self.runtime.world))
+        total = 0.0
+        for batch in self.heldout.batches_at(mine, CHUNK):
+            x0, noise, timesteps = self.noisy(batch, seed=0)
+            prediction = network(self.process.add_noise(x0, noise, timesteps), timesteps, self.inputs(batch))
+            total += float(self.process.loss(prediction, x0, noise, timesteps).sum())
+        metrics = {"eval/loss": self.runtime.sum({"loss": total})["loss"] / count}
+        small = self.cfg.evaluation.samples > 0
+        if not small and not (self.runtime.is_main and self.cfg.sample_prompts > 0):
+            return metrics
+        model = self.pipeline(network)
+        if self.runtime.is_main:
+            say_cut("unet", model, [], self.cfg.sampling)  # precomputing told it of captions
+        if self.runtime.is_main and self.cfg.sample_prompts > 0:
+            self.draw(model, samples_seen, journal)
+        return metrics | (evaluate_in_loop(self.cfg, self.runtime, model, samples_seen) if small else {})
+
+    def pipeline(self, network: Denoiser) -> DiffusionPipeline:
+        """A frozen U-Net with the other networks that pictures need."""
+        autoencoder, tower = self.frozen(load_autoencoder(self.cfg.autoencoder)), self.text_tower
+        if tower is None and asks_clip(self.cfg.conditions):
+            tower = self.frozen(load_text_tower(self.cfg.clip))
+        return DiffusionPipeline(network, autoencoder, tower, self.process, self.mean.flatten(), self.std.flatten())
+
+    def draw(self, model: DiffusionPipeline, samples_seen: int, journal: Journal) -> None:
+        """Pictures of held-out samples' conditions, each with the same noise at every evaluation, and a film of two.
+
+        Beside a picture stand its condition, where that is one, and the original.
+        """
+        cfg, conditions = self.cfg, model.denoiser.conditions
+        alike = [i for i in range(self.heldout.samples) if self.heldout.bucket(i) == self.heldout.bucket(0)]
+        batch = self.heldout.batch_at(alike[: cfg.sample_prompts])
+        captions, inputs = batch["caption"], self.inputs(batch)
+        film = Film(FILM_FRAMES, cfg.sampling.steps, range(len(captions))[:FILMED])
+        images = model(captions, [cfg.seed] * len(captions), cfg.sampling, callback=film, inputs=inputs)
+        moments = batch["moments"].to(self.runtime.device).float()
+        originals = model.decode((split_moments(moments)[0] - self.mean) / self.std)
+        images = conditions.finish(images, originals, inputs)
+        titles, shown = conditions.titles(captions, inputs), conditions.show(originals, inputs)
+        sheet = beside([*shown, images, originals]) if shown else images
+        journal.image("prompts", captioned(to_uint8(sheet), titles), samples_seen, "held-out samples")
+        frames = np.stack([to_uint8(strip) for strip in film.frames(model, images)])
+        strips = film_strips(frames, titles[:FILMED], film.labels)
+        journal.image("film", strips, samples_seen, "guesses of the picture during sampling")
+
+    def export(self, folder: Path) -> None:
+        """Averaged weights in diffusers' format, and beside them what sampling needs to know."""
+        if self.cfg.lora.rank > 0:
+            self.export_with_adapters(folder)
+            return
+        weights = self.unet.stream(ema=self.averages)
+        if self.runtime.is_main:
+            self.network.save_pretrained(folder, weights, self.info.metadata())
+            self.info.save(folder)
+        weights.drain()
+
+    def export_with_adapters(self, folder: Path) -> None:
+        """The same with the adapters in the weights, and the adapters alone for diffusers."""
+        weights = self.unet.weights(ema=self.averages)
+        if self.runtime.is_main:
+            save_adapters(folder, weights, self.cfg.lora, self.info.metadata())
+            self.network.save_pretrained(folder, merged(weights, self.cfg.lora), self.info.metadata())
+            self.info.save(folder)
