@@ -1,13 +1,17 @@
-"""KL autoencoder of the latent diffusion paper (Rombach et al. 2022, section 3.1): images to latents and back.
+"""Autoencoders of the latent diffusion paper (Rombach et al. 2022, section 3.1): images to latents and back.
 
-Parameter names and `config.json` are those of diffusers' AutoencoderKL; `models.vq` has the kind with a codebook.
-Shapes: B images, H x W their pixels, f the downscale factor, h x w = H/f x W/f, C latent channels.
+One class for both kinds. Without a codebook it is diffusers' AutoencoderKL, whose encoder gives the moments of a
+Gaussian. With one it is its VQModel, whose codebook belongs to the decoder, as in the paper: a diffusion model works on
+the latents before it. Attribute names are those of diffusers' state dicts.
+
+Shapes: B images, H x W their pixels, f the downscale factor, h x w = H/f x W/f, C latent channels (with a codebook
+those of its K vectors).
 """
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +22,10 @@ from models.attention import ImageSelfAttention
 from models.formats.autoencoder import KL_FORMAT, RENAMED, VQ_FORMAT, to_json
 from models.formats.weights import CONFIG_NAME, WEIGHTS_NAME, load_folder, read_config, read_json, save_folder
 from models.layers import Downsample, ResBlock, SiluConv2d, Upsample, laid_out
-from models.vq import VQAutoencoder
-
-# MERGED models.autoencoder_blocks Encoder and decoder of the LDM paper's autoencoders; attribute names are those of diffusers' state dicts.
 
 EPS = 1e-6  # of every group norm
+BETA = 0.25  # of the codebook's term against the encoder's; the LDM code has it on this one
+LOG_VARIANCE = -30.0  # of latents that are no distribution, in moments: a standard deviation of 3e-7
 
 
 def check_sides(x: Tensor, downscale: int) -> None:
@@ -118,7 +121,37 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_norm_out(x))
 
 
-# MERGED models.autoencoder KL autoencoder of the latent diffusion paper (Rombach et al. 2022, section 3.1): images to latents and back.
+class Quantised(NamedTuple):
+    """Latents on the codebook."""
+
+    z: Tensor  # [B, C, h, w]; its gradient goes to the latents as if nothing had happened to them
+    loss: Tensor  # scalar, pulls latents and vectors together
+    indices: Tensor  # [B, h, w] int64, in 0 .. K-1
+
+
+class VectorQuantizer(nn.Module):
+    """Replaces every pixel of a latent by the nearest vector of a codebook (van den Oord et al. 2017, eq. 1 to 3)."""
+
+    def __init__(self, vectors: int, channels: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vectors, channels)
+        nn.init.uniform_(self.embedding.weight, -1 / vectors, 1 / vectors)
+
+    def forward(self, z: Tensor) -> Quantised:
+        """`z` [B, C, h, w]."""
+        indices = torch.stack([self._nearest(one) for one in z.detach().permute(0, 2, 3, 1)])  # [B, h, w]
+        vectors = self.embedding(indices).permute(0, 3, 1, 2)  # [B, C, h, w]
+        loss = (vectors.detach() - z).square().mean() + BETA * (vectors - z.detach()).square().mean()
+        return Quantised(z + (vectors - z).detach(), loss, indices)
+
+    def _nearest(self, z: Tensor) -> Tensor:
+        """[h, w, C] -> [h, w]; one image at a time, for the distances to all vectors are h·w·K numbers."""
+        return torch.cdist(z.flatten(0, 1).float(), self.embedding.weight.float()).argmin(dim=1).view(z.shape[:2])
+
+
+def codebook_use(indices: Tensor, vectors: int) -> Tensor:
+    """Share of the K vectors that occur among the indices, a scalar."""
+    return torch.bincount(indices.flatten(), minlength=vectors).gt(0).float().mean()
 
 
 def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,33 +189,53 @@ def finite(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class Autoencoder(nn.Module):
-    """Images in [-1, 1] to the moments of a diagonal Gaussian over latents, and latents back to images."""
+    """Images in [-1, 1] to moments of latents, and latents back to images, through the codebook if there is one."""
 
     def __init__(self, cfg: AutoencoderConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
-        self.quant_conv = nn.Conv2d(2 * cfg.latent_channels, 2 * cfg.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)
+        self.quantize = None  # the codebook, of an autoencoder that has one
+        if cfg.num_vq_embeddings is not None:
+            self.quantize = VectorQuantizer(cfg.num_vq_embeddings, cfg.cached_channels)
+        moments = 2 if self.quantize is None else 1  # mean and log-variance, or the latent itself
+        self.quant_conv = nn.Conv2d(moments * cfg.latent_channels, moments * cfg.cached_channels, 1)
+        self.post_quant_conv = nn.Conv2d(cfg.cached_channels, cfg.latent_channels, 1)
 
     def encode(self, x: Tensor) -> Tensor:
         """`x` [B, in_channels, H, W] in [-1, 1] -> moments [B, 2C, h, w]: mean and (unclamped) log-variance.
 
+        With a codebook the mean is the latent before it, and there is hardly any variance: a cache holds both kinds.
+
         Raises:
             UserError: H or W is not a multiple of f.
         """
-        check_sides(x, self.cfg.downscale)
-        return self.quant_conv(self.encoder(laid_out(x)))
+        z = self._encoded(x)
+        return z if self.quantize is None else torch.cat([z, torch.full_like(z, LOG_VARIANCE)], dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B, C, h, w], not normalised -> images [B, out_channels, H, W], about in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(laid_out(z)))
+        return self._decoded(z if self.quantize is None else self.quantize(z).z)
 
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` [B, in_channels, H, W], `noise` [B, C, h, w] -> reconstruction like `x`, moments [B, 2C, h, w]."""
-        moments = self.encode(x)
-        return self.decode(sample_moments(moments, noise)), moments
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | Quantised]:
+        """`x` [B, in_channels, H, W] -> reconstruction like `x`, and what its loss needs: moments [B, 2C, h, w].
+
+        `noise` [B, C, h, w] from N(0, 1) chooses the latent; with a codebook it is not used, and what the codebook did
+        is returned in place of the moments.
+        """
+        z = self._encoded(x)
+        if self.quantize is None:
+            return self._decoded(sample_moments(z, noise)), z
+        quantised = self.quantize(z)
+        return self._decoded(quantised.z), quantised
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        check_sides(x, self.cfg.downscale)
+        return self.quant_conv(self.encoder(laid_out(x)))
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(laid_out(z)))
 
     @property
     def last_layer(self) -> Tensor:
@@ -195,22 +248,7 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read such a folder, or a KL autoencoder in diffusers' format; errors as in `models.formats.weights`."""
-        cfg = read_config(folder, AutoencoderConfig, KL_FORMAT)
+        """Read such a folder, or an autoencoder of either kind in diffusers' format; errors as in `models.formats`."""
+        kind = read_json(Path(folder) / CONFIG_NAME, WEIGHTS_NAME).get("_class_name")
+        cfg = read_config(folder, AutoencoderConfig, VQ_FORMAT if kind == VQ_FORMAT.class_name else KL_FORMAT)
         return load_folder(folder, lambda: cls(cfg), RENAMED)
-
-
-AnyAutoencoder = Autoencoder | VQAutoencoder
-
-
-def build_autoencoder(cfg: AutoencoderConfig) -> AnyAutoencoder:
-    """The kind that the configuration asks for, with random weights."""
-    return Autoencoder(cfg) if cfg.num_vq_embeddings is None else VQAutoencoder(cfg)
-
-
-def load_autoencoder(folder: str | Path) -> AnyAutoencoder:
-    """The kind that lies in a folder in diffusers' format; errors as in `models.formats.weights`."""
-    kind = read_json(Path(folder) / CONFIG_NAME, WEIGHTS_NAME).get("_class_name")
-    return (
-        VQAutoencoder.from_pretrained(folder) if kind == VQ_FORMAT.class_name else Autoencoder.from_pretrained(folder)
-    )

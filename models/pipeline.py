@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import SamplingConfig
-from models.autoencoder import AnyAutoencoder, finite, split_moments
+from models.autoencoder import Autoencoder, finite, split_moments
 from models.conditions import Conditioning, Inputs, Samples
 from models.denoiser import Denoiser
 from models.diffusion.guidance import Joined, by_step, classifier_free, within
@@ -63,7 +63,7 @@ class DiffusionPipeline:
     def __init__(
         self,
         denoiser: Denoiser,
-        autoencoder: AnyAutoencoder,
+        autoencoder: Autoencoder,
         text_tower: TextTower | None,
         process: Process,
         latent_mean: Tensor,

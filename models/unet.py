@@ -23,7 +23,7 @@ from models.formats.unet import FORMATS, to_json
 from models.formats.weights import Weights, load_folder, read_config, save_folder
 from models.layers import Downsample, ResBlock, SiluConv2d, Upsample, double, halve, laid_out
 
-# MERGED models.embeddings What the residual blocks of a U-Net hear of the time and of other vectors; names are those of diffusers' state dicts.
+# -------------------- what the residual blocks hear of the time and of other vectors ----------------------------------
 
 
 def timestep_embedding(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
@@ -48,7 +48,7 @@ class VectorEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-# MERGED models.unet_blocks The levels of the U-Net; attribute names are those of diffusers' state dicts.
+# -------------------- levels ------------------------------------------------------------------------------------------
 
 
 class Given(NamedTuple):
@@ -180,7 +180,7 @@ def _resized(layer: nn.Module, x: Tensor, time: Tensor) -> Tensor:
     return layer(x, time) if isinstance(layer, ResBlock) else layer(x)
 
 
-# MERGED models.unet The U-Net of latent diffusion (Rombach et al. 2022, section 3.3): unconditional, and as Stable Diffusion 1, 2 and XL.
+# -------------------- the network -------------------------------------------------------------------------------------
 
 
 class UNet(nn.Module):

@@ -1,4 +1,4 @@
-"""Commands that use a trained model."""
+"""Between noise and images: the options of every command that draws, and the networks that it draws with."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,8 +8,6 @@ from omegaconf import MISSING
 from conf.overrides import PATH, TEXT, a_path, a_text
 from conf.schema.choices import WITH_ETA, CacheDtype, ExportFormat, Sampler, Spacing
 from conf.schema.shared import RuntimeConfig, require, require_positive
-
-# MERGED conf.schema.drawing Between noise and pictures: the options of every command that draws, and the networks that it draws with.
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,9 +72,6 @@ class ModelRun(SamplingConfig):
         scale = self.lora_scale
         require(math.isfinite(scale), f"lora_scale={scale}: must be a number, such as 0.8")
         require(self.lora is not None or scale == 1, f"lora_scale={scale}: without effect; set lora=FOLDER as well")
-
-
-# MERGED conf.schema.sampling Commands that use a trained model.
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Commands that show what a run has done."""
+"""Commands around a training: those that run the others, plan, show and pass on."""
 
 from dataclasses import dataclass, field
 
@@ -9,8 +9,6 @@ from conf.overrides import a_path
 from conf.schema.choices import Accelerator, CacheDtype
 from conf.schema.shared import WandbConfig, require, require_positive
 from conf.schema.training import UNetRun
-
-# MERGED conf.schema.pipeline The command that runs the others.
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,9 +23,6 @@ class PipelineRun:
         default_factory=lambda: ["build", "autoencoder", "clip", "latents", "unet", "sample", "evaluate"]
     )
     overrides: dict[str, list[str]] = field(default_factory=dict)  # filled in from STAGE.option=value
-
-
-# MERGED conf.schema.planning The command that says what a training will cost.
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,9 +65,6 @@ class PlanRun(UNetRun):
         except UserError as error:
             return str(error)
         return ""
-
-
-# MERGED conf.schema.reporting Commands that show what a run has done.
 
 
 @dataclass(kw_only=True, slots=True)

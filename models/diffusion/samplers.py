@@ -18,8 +18,6 @@ from torch import Tensor
 from conf.schema import STOCHASTIC, Sampler
 from models.diffusion.process import Denoise
 
-# MERGED models.solvers.common What all samplers share: the walk through the noise levels, and what they are given beside the network.
-
 Callback = Callable[[int, Tensor, Tensor], None]  # (step, x before the step, guess x0)
 Noise = Callable[[int], Tensor]  # step -> standard normal noise of the shape of x
 
@@ -43,7 +41,8 @@ def no_noise(step: int) -> Tensor:
     raise ValueError("a sampler with eta > 0 needs noise: a function of the step")
 
 
-# MERGED models.solvers.ancestral First order: DDIM with all its names. In the variance-exploding form they are one update (`models.diffusion.samplers`).
+# -------------------- first order: DDIM with all its names ------------------------------------------------------------
+# In the variance-exploding form they are one update.
 
 
 def sample_ddim(
@@ -94,7 +93,10 @@ def sample_euler_ancestral(
     return sample_ddim(denoise, x, sigmas, callback, noise=noise, eta=eta)
 
 
-# MERGED models.solvers.second_order Second order from several slopes: Heun, the midpoint, or those of earlier steps.
+# -------------------- second order from several slopes ----------------------------------------------------------------
+# Heun, the midpoint, or the slopes of earlier steps. The slope is that of y = (1 - fade tau) x0 + tau noise by tau,
+# straight where the guess x0 does not change. fade = 0 is x by sigma (Karras et al. 2022); fade = 1 is a flow's x_t by
+# t, which stays small where sigma grows without bound.
 
 # of Adams and Bashforth for evenly spaced steps, the newest slope first (Liu et al. 2022)
 WEIGHTS = [(1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)]
@@ -169,7 +171,15 @@ def sample_pndm(
     return x
 
 
-# MERGED models.solvers.dpm_solver DPM-Solver++ (Lu et al. 2022): exponential integrators in lambda = -log sigma that extrapolate the guess x0.
+# -------------------- DPM-Solver++ ------------------------------------------------------------------------------------
+# Lu et al. 2022: exponential integrators in lambda = -log sigma that extrapolate the guess x0. In the variance-
+# exploding form, alpha = 1, the equation dx/dlambda = x0 - x is linear but for x0. Its exact solution over a step h of
+# lambda (their proposition 4.1) is
+#
+#     x' = exp(-h) x + integral over tau from 0 to h of exp(tau - h) x0(tau)
+#
+# and solvers differ in what they take for x0(tau). With eta > 0 it is the stochastic equation: x fades faster, with
+# exp(-(1 + eta) h), and gets sigma' sqrt(1 - exp(-2 eta h)) of noise instead.
 
 
 def sample_dpmpp_2s(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
@@ -267,7 +277,8 @@ def fresh(noise: Noise, step: int, following: float, eta: float, h: float) -> Te
     return following * math.sqrt(-math.expm1(-2 * eta * h)) * noise(step) if eta > 0 else 0.0
 
 
-# MERGED models.solvers.unipc UniPC (Zhao et al. 2023): a predictor of second order, and a corrector that needs no further call of the network.
+# -------------------- UniPC -------------------------------------------------------------------------------------------
+# Zhao et al. 2023: a predictor of second order, and a corrector that needs no further call of the network.
 
 Point = tuple[float, Tensor]  # (lambda, x0)
 
@@ -317,7 +328,7 @@ def corrected(x: Tensor, points: list[Point], end: Point) -> Tensor:
     return math.exp(-h) * x - math.expm1(-h) * (x0 + old + new)
 
 
-# MERGED models.samplers Samplers: functions (denoise, x, sigmas, callback) -> x0 that never ask what the network predicts.
+# -------------------- the choice among them ---------------------------------------------------------------------------
 
 SAMPLERS: dict[Sampler, Callable[..., Tensor]] = {
     Sampler.ddpm: sample_ddpm,

@@ -1,11 +1,11 @@
-"""Where a sampler stops between noise and picture: timesteps or noise levels, descending, without the final 0."""
+"""Noise levels: those of the discrete process, and those at which a sampler stops, descending, without a final 0."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from conf.schema import BetaSchedule, ProcessConfig, Spacing
 
-# MERGED models.noise_schedules Noise schedules of the discrete process: which share of the picture is left at each timestep.
+# -------------------- of the discrete process: which share of the image is left at each timestep ----------------------
 
 Levels = NDArray[np.float64]
 
@@ -42,9 +42,8 @@ def alphas_cumprod(cfg: ProcessConfig) -> Levels:
     return np.asarray(alpha**2, np.float64)
 
 
-# MERGED models.schedules Where a sampler stops between noise and picture: timesteps or noise levels, descending, without the final 0.
+# -------------------- of a sampler: where it stops between noise and image --------------------------------------------
 
-Levels = NDArray[np.float64]
 RHO = 7.0  # Karras et al. 2022, section 3
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.schema.networks import AutoencoderConfig, UNetConfig
-from models.autoencoder import AnyAutoencoder, build_autoencoder
+from models.autoencoder import Autoencoder
 from models.formats.compvis import AUTOENCODER, UNET, Pair, autoencoder_pairs, from_compvis, to_compvis, unet_pairs
 from models.formats.weights import require_finite, save_file_atomic
 from models.unet import UNet
@@ -57,9 +57,9 @@ def load_unet_file(path: str | Path, cfg: UNetConfig) -> UNet:
     return _load(path, lambda: UNet(cfg), UNET, unet_pairs(cfg))
 
 
-def load_autoencoder_file(path: str | Path, cfg: AutoencoderConfig) -> AnyAutoencoder:
+def load_autoencoder_file(path: str | Path, cfg: AutoencoderConfig) -> Autoencoder:
     """The autoencoder of a whole checkpoint or of its own, in fp32; raises as `load_unet_file`."""
-    return _load(path, lambda: build_autoencoder(cfg), AUTOENCODER, autoencoder_pairs(cfg))
+    return _load(path, lambda: Autoencoder(cfg), AUTOENCODER, autoencoder_pairs(cfg))
 
 
 def _load(path: str | Path, build: Callable[[], M], prefix: str, pairs: list[Pair]) -> M:
@@ -101,7 +101,7 @@ def read_single_file(path: str | Path) -> dict[str, Tensor]:
     return dict(found)
 
 
-def write_single_file(path: Path, unet: UNet, autoencoder: AnyAutoencoder, text: Mapping[str, Tensor]) -> None:
+def write_single_file(path: Path, unet: UNet, autoencoder: Autoencoder, text: Mapping[str, Tensor]) -> None:
     """A whole checkpoint; `text` is the state dict of a CLIPTextModel."""
     parts = {
         UNET: to_compvis(unet_pairs(unet.cfg), unet.state_dict()),

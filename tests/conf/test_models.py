@@ -12,7 +12,7 @@ from conf.entry import CONF, compose, register
 from conf.errors import UserError
 from conf.schema import AutoencoderRun, UNetRun
 from conf.schema.networks import AutoencoderConfig, UNetConfig
-from models.autoencoder import build_autoencoder
+from models.autoencoder import Autoencoder
 from models.unet import UNet
 
 NAMES = sorted(path.stem for path in (Path(CONF) / "model").glob("*.yaml") if path.stem != "none")
@@ -43,7 +43,7 @@ def chosen(name: str, *overrides: str) -> Any:
 def parameters(name: str) -> int:
     cfg = chosen(name)
     with torch.device("meta"):
-        network = UNet(cfg) if isinstance(cfg, UNetConfig) else build_autoencoder(cfg)
+        network = UNet(cfg) if isinstance(cfg, UNetConfig) else Autoencoder(cfg)
     return sum(parameter.numel() for parameter in network.parameters())
 
 

@@ -26,7 +26,7 @@ from data.latent_dataset import LatentDataset
 from data.samples import caption_of, fields_of, image_of
 from data.shards.manifest import MANIFEST, Manifest
 from data.shards.shard import atomic_path, atomic_write
-from models.autoencoder import load_autoencoder
+from models.autoencoder import Autoencoder
 from train.engine.figures import to_png
 from train.engine.fonts import charted
 from train.engine.image_grid import READABLE, boxed, captioned, on_squares, to_uint8
@@ -129,7 +129,7 @@ def shown(dataset: ImageDataset, count: int) -> tuple[np.ndarray, list[str]]:
 @torch.no_grad()
 def decoded(cfg: PreviewRun, dataset: LatentDataset, runtime: Runtime) -> tuple[np.ndarray, list[str]]:
     """The means of latents as the autoencoder decodes them, with their captions."""
-    autoencoder = load_autoencoder(cfg.autoencoder).eval().to(runtime.device)
+    autoencoder = Autoencoder.from_pretrained(cfg.autoencoder).eval().to(runtime.device)
     images, captions = list[Tensor](), list[str]()
     for batch in dataset.batches_at(spread(dataset.samples, cfg.pictures), 16):
         means = batch["moments"].chunk(2, dim=1)[0].to(runtime.device).float()  # [B, C, h, w]

@@ -7,13 +7,10 @@ from typing import Any
 import numpy as np
 
 from conf.schema import Edit
-from data.building.sources.demo import BACKGROUNDS, COLORS, MOONS, RINGS, SUNS, TOPS, describe
+from data.building.sources.demo import BACKGROUNDS, COLORS, PARTS, Attributes, describe
 from data.order import rng
 
-Attributes = dict[str, str]  # of a scene
-PARTS = {"top": TOPS, "ring": RINGS, "moon": MOONS, "sun": SUNS}  # which a scene may lack
 OBJECTS = ("monster", "plant", "planet")  # kinds that stand on a background
-NAMES = ("kind", "color", "background", "body", "eyes", "mood", "plant", "pot", "surface", "hills", *PARTS)
 WEIGHED = ("color", "background", "mood", "body", "plant", "pot", "surface", "hills")  # that one word names
 SORTS: dict[str, dict[str, Any]] = {  # of edits, with the options that suit them (docs/editing.md)
     "color": {"blend_change": True, "blend_threshold": 0.4, "replace_until": 0.4},
@@ -32,11 +29,6 @@ class DemoEdit:
     edit: Edit
     attribute: str
     value: str
-
-
-def attributes_of(meta: dict[str, Any]) -> Attributes:
-    """Those in a sample's JSON."""
-    return {name: meta[name] for name in NAMES if name in meta}
 
 
 def demo_edits(scenes: Sequence[Attributes], each: int, seed: int, **strength: Any) -> list[DemoEdit]:

@@ -8,18 +8,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from conf.entry import to_plain
 from conf.errors import UserError
 from conf.plain_json import dumps
 from conf.schema import Edit, EvaluateEditsRun, ImageConfig, Perceptual
+from data.building.sources.demo import attributes_of
 from data.image_dataset import ImageDataset
 from data.shards.shard import atomic_path, atomic_write
 from models.editing.editing import Edited, edit_pictures
 from models.losses import distance_inside, perceptual_distance
 from models.pipeline import DiffusionPipeline
-from train.editing.demo_edits import SORTS, DemoEdit, attributes_of, demo_edits, weighable
+from train.editing.demo_edits import SORTS, DemoEdit, demo_edits, weighable
 from train.engine.figures import to_png
 from train.engine.image_grid import captioned, to_uint8
 from train.engine.metric_log import Journal, say
@@ -30,7 +32,6 @@ from train.evaluation.judges.judge import accuracy, cached_judge
 from train.evaluation.judges.probe import SceneProbe
 from train.sampling.requests import require_prompts_alone, say_cut
 from train.sampling.run import finite, load_model, require_finite
-from train.sweeps.plots import weights_figure
 
 SHOWN = 4  # edits of each sort in edits.png
 WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0)
@@ -214,3 +215,18 @@ def write(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: list[Row], cur
         told = "  ".join(f"{name} {value:.2f}" for name, value in measured.items() if value is not None)
         say("edits", f"{sort:10}  {told}")
     say("edits", f"{folder / 'metrics.json'}, {folder / 'edits.png'}")
+
+
+def weights_figure(weights: Sequence[float], curves: Sequence[dict[str, Any]]) -> Figure:
+    """The probability of what a word names by the weight of the word, a line for each prompt."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    names = sorted({curve["attribute"] for curve in curves})
+    colors = {name: f"C{number}" for number, name in enumerate(names)}
+    for curve in curves:
+        name = curve["attribute"]
+        axes.plot(weights, curve["probabilities"], color=colors[name], label=name, alpha=0.6, linewidth=1.2)
+    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="lower right")
+    axes.set(xlabel="weight of the word", ylabel="probability of what it names", ylim=(-0.02, 1.02))
+    return figure

@@ -1,5 +1,8 @@
 """A small evaluation at each evaluation of a U-Net's training: `eval/loop/…`, with the functions of the large one."""
 
+from collections.abc import Callable
+from functools import partial
+
 from conf.schema import EvaluateRun, ImageConfig, SamplingConfig, UNetRun
 from conf.schema.evaluation import require_enough
 from data.image_dataset import ImageDataset
@@ -42,20 +45,21 @@ def evaluate_in_loop(cfg: UNetRun, runtime: Runtime, model: DiffusionPipeline, s
     return {name.replace("eval/", GROUP): value for name, value in found.items()}
 
 
-def require_inputs(cfg: UNetRun) -> None:
-    """Refuse at the start what the first evaluation, hours later, would not find.
+def small_evaluation(cfg: UNetRun, runtime: Runtime) -> Callable[[DiffusionPipeline, int], dict[str, float]] | None:
+    """What a U-Net's training measures at each of its evaluations; None where `evaluation.samples` is 0.
 
     Raises:
-        UserError: no held-out pictures or too few, or no weights of an extractor.
+        UserError: what the first evaluation, hours later, would not find: held-out images, weights of an extractor.
     """
     small = cfg.evaluation
     if small.samples == 0:
-        return
+        return None
     heldout = ImageDataset(f"{small.shards}/heldout", ImageConfig(), cfg.seed)
     require_enough(f"evaluation.shards={small.shards} holds {heldout.samples} in heldout/", heldout.samples, None)
     efficientnet()
     if small.inception is not None:
         inception(small.inception)
+    return partial(evaluate_in_loop, cfg, runtime)
 
 
 def as_command(cfg: UNetRun, model: DiffusionPipeline) -> EvaluateRun:

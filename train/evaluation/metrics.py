@@ -1,4 +1,4 @@
-"""From the features of pictures to the metrics that compare them with real ones."""
+"""From features to metrics: Fréchet and kernel distance, Inception Score, precision, recall, CLIP score, intervals."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from train.evaluation.feature_cache import Chunks
 from train.evaluation.frechet import covariance_root, frechet_distance, sample_size_floor, statistics_of
 from train.evaluation.reference import Reference
 
-# MERGED train.evaluation.metrics Metrics of feature vectors: KID, Inception Score, precision and recall, CLIP score, interval of a Fréchet distance.
+# -------------------- of feature vectors ------------------------------------------------------------------------------
 
 FIDELITY_SEED = 2020  # of torch-fidelity's random draws
 BLOCK = 1024  # feature vectors that are handled together: bounds the memory
@@ -217,7 +217,7 @@ def _checked(metric: str, fewest: int, *sets: Tensor) -> int:
     return count
 
 
-# MERGED train.evaluation.scores From the features of pictures to the metrics that compare them with real ones.
+# -------------------- of generated images against real ones -----------------------------------------------------------
 
 KERNEL_FEATURES = 50_000  # pictures of each set, at even distances, that the kernel distance draws its subsets from
 MANIFOLD_FEATURES = 10_000  # likewise that span the manifolds of precision and recall

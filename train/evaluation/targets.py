@@ -11,7 +11,7 @@ from conf.errors import UserError
 from conf.schema import EvaluateRun, Perceptual
 from conf.schema.evaluation import require_enough
 from data.image_dataset import ImageDataset, captions_of
-from models.autoencoder import load_autoencoder
+from models.autoencoder import Autoencoder
 from models.clip import DESCRIPTION_NAME, Clip
 from models.losses import perceptual_distance, psnr, ssim
 from models.pipeline import DiffusionPipeline
@@ -162,7 +162,7 @@ class Reconstructed:
         self.total = min(cfg.samples, self.originals.samples)
         require_enough(f"captions={cfg.captions} holds {self.total}", self.total, cfg.inception)
         self.extractors = extractors_of(cfg, runtime.device)
-        self.autoencoder = load_autoencoder(cfg.autoencoder).eval().requires_grad_(False).to(runtime.device)
+        self.autoencoder = Autoencoder.from_pretrained(cfg.autoencoder).eval().requires_grad_(False).to(runtime.device)
         self.measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
         perceptual = perceptual_distance(cfg.perceptual)
         if perceptual is not None:

@@ -15,7 +15,7 @@ from conf.entry import to_object
 from conf.errors import UserError
 from conf.schema import EvaluateRun, UNetRun
 from data.shards.manifest import find_shards
-from models.autoencoder import load_autoencoder
+from models.autoencoder import Autoencoder
 from models.denoiser import Denoiser
 from models.unet import UNet
 from train.engine.ema import MAIN
@@ -84,7 +84,7 @@ def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) 
     info = check_latents(training, find_shards(f"{training.latents}/train", "latents"))
     name = f"unet/{WEIGHTS if info.weights == 'last' else f'{MAIN}.safetensors'}"
     folder = trained / "checkpoints" / f"{seen:012d}"
-    autoencoder = load_autoencoder(cfg.autoencoder)
+    autoencoder = Autoencoder.from_pretrained(cfg.autoencoder)
     conditions = info.build_conditions(training.model, autoencoder.cfg.downscale)
     network = Denoiser(UNet(training.model), conditions)
     gone = False

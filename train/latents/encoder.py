@@ -13,7 +13,7 @@ from conf.errors import UserError
 from conf.schema import Precision
 from data.labels import Labels
 from data.order import rng
-from models.autoencoder import AnyAutoencoder, finite, split_moments
+from models.autoencoder import Autoencoder, finite, split_moments
 from models.conditions import Conditions, Samples
 from models.text import Cuts, TextTower, image_embeddings
 from models.tiles import encode_in_tiles
@@ -46,7 +46,7 @@ class Encoder:
         tile: side in pixels of the squares that larger pictures are encoded in; 0: whole.
     """
 
-    autoencoder: AnyAutoencoder
+    autoencoder: Autoencoder
     clip: TextTower | None
     conditions: Conditions
     device: torch.device

@@ -24,7 +24,7 @@ from data.image_dataset import ImageDataset
 from data.latent_record import ChannelStats
 from data.shards.manifest import MANIFEST, Manifest, ShardInfo
 from data.shards.shard import atomic_path, atomic_write
-from models.autoencoder import load_autoencoder
+from models.autoencoder import Autoencoder
 from models.conditions import PREPARING, Conditions
 from models.text import Cuts, load_text_tower
 from models.tiles import check_tile
@@ -211,7 +211,7 @@ def write_null_text(folder: Path, encoder: Encoder) -> None:
 def run(cfg: PrecomputeRun, runtime: Runtime, config: dict[str, Any]) -> None:
     """The command: encode, and say where the cache is and how well it decodes."""
     encoder = Encoder(
-        load_autoencoder(cfg.autoencoder).eval().to(runtime.device),
+        Autoencoder.from_pretrained(cfg.autoencoder).eval().to(runtime.device),
         load_text_tower(cfg.clip).eval().to(runtime.device) if asks_clip(cfg.conditions) else None,
         Conditions(cfg.conditions, PREPARING),
         runtime.device,

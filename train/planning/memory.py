@@ -6,9 +6,9 @@ master copy of the weights.
 
 from dataclasses import dataclass
 
+from train.engine.backend.layout import BUCKET
 from train.planning.activations import Activations
 
-BUCKET = 50_000_000  # most elements that one collective operation moves
 FLATTENED = 500_000_000  # likewise at stage 0, where DeepSpeed copies the gradients to add them up
 GATHERED = 500_000_000  # elements that stage 3 keeps whole from the forward to the backward pass, about
 FP32 = 4  # bytes

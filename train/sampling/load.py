@@ -7,7 +7,7 @@ import torch
 from conf.errors import UserError
 from conf.schema import ConditionsConfig
 from conf.schema.networks import UNetConfig
-from models.autoencoder import load_autoencoder
+from models.autoencoder import Autoencoder
 from models.conditions import Conditions, Surroundings
 from models.denoiser import Denoiser
 from models.diffusion.process import SCHEDULER, Process, read_scheduler
@@ -35,7 +35,7 @@ def load_exported(folder: str, device: torch.device, tile: int = 0) -> Diffusion
     name = read_json(path / INDEX, INDEX).get("_class_name")
     if name != CLASS:
         raise UserError(f"{path}: holds a {name}; only {CLASS} is read, from a run everything that was trained here")
-    autoencoder, tower = load_autoencoder(path / "vae"), load_text_tower(path / "text_encoder")
+    autoencoder, tower = Autoencoder.from_pretrained(path / "vae"), load_text_tower(path / "text_encoder")
     scale = read_json(path / "vae" / CONFIG_NAME, CONFIG_NAME).get("scaling_factor", SCALE)
     if type(scale) not in (int, float) or not 0 < scale < 1e6:
         raise UserError(f"{path / 'vae' / CONFIG_NAME}: scaling_factor={scale!r} is not supported, it must be positive")

@@ -1,4 +1,4 @@
-"""What pictures are asked for: a caption, and what a network is told beside it, of a sample of a data set."""
+"""What is to be drawn: prompts of the command line, of files and data sets, and what the network is told beside it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from models.prompts import parse, plain
 from train.engine.metric_log import say
 from train.sampling.user_images import GivenPicture, caption_beside, read_given
 
-# MERGED train.evaluation.prompts What `train/sample.py` is asked to draw: prompts of the command line, of a file, of pictures and of a data set.
+# -------------------- prompts -----------------------------------------------------------------------------------------
 
 
 class Prompt(NamedTuple):
@@ -118,7 +118,7 @@ def jobs_of(prompts: Sequence[Prompt], images_per_prompt: int) -> list[Job]:
     return jobs
 
 
-# MERGED train.evaluation.asking What pictures are asked for: a caption, and what a network is told beside it, of a sample of a data set.
+# -------------------- what the network is told ------------------------------------------------------------------------
 
 Item = dict[str, Any]  # as of `data.image_dataset.ImageDataset`: caption; image and labels where there are any
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from conf.entry import to_plain
 from conf.errors import UserError
 from conf.schema import ModelRun, SampleRun, SamplingConfig
-from models.autoencoder import AnyAutoencoder, load_autoencoder
+from models.autoencoder import Autoencoder
 from models.conditions import Inputs
 from models.denoiser import Denoiser
 from models.diffusion.process import Process
@@ -50,7 +50,7 @@ class Drawing(NamedTuple):
 def load_model(cfg: ModelRun, device: torch.device) -> DiffusionPipeline:
     """The exported U-Net with its autoencoder and CLIP; refuses a pair that was not trained together."""
     info = info_of_trained(cfg.unet, cfg.autoencoder, cfg.clip)
-    autoencoder = load_autoencoder(cfg.autoencoder)
+    autoencoder = Autoencoder.from_pretrained(cfg.autoencoder)
     conditions_of = partial(info.build_conditions, downscale=autoencoder.cfg.downscale)
     denoiser = Denoiser.from_pretrained(cfg.unet, conditions_of)
     if cfg.lora is not None:
@@ -79,7 +79,7 @@ def lora_facts(cfg: ModelRun) -> dict[str, Any]:
 
 def put_together(
     denoiser: Denoiser,
-    autoencoder: AnyAutoencoder,
+    autoencoder: Autoencoder,
     info: UNetInfo,
     cfg: ModelRun,
     device: torch.device,

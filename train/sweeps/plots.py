@@ -194,18 +194,3 @@ def plain_log(axes: Axes, axis: str, drawn: Sequence[float]) -> None:
     of.set_major_locator(LogLocator(subs=(1, 2, 5)))
     of.set_major_formatter(ScalarFormatter())
     of.set_minor_formatter(NullFormatter())
-
-
-def weights_figure(weights: Sequence[float], curves: Sequence[dict[str, Any]]) -> Figure:
-    """The probability of what a word names by the weight of the word, a line for each prompt."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    names = sorted({curve["attribute"] for curve in curves})
-    colors = dict(zip(names, COLORS, strict=False))
-    for curve in curves:
-        name = curve["attribute"]
-        axes.plot(weights, curve["probabilities"], color=colors[name], label=name, alpha=0.6, linewidth=1.2)
-    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="lower right")
-    axes.set(xlabel="weight of the word", ylabel="probability of what it names", ylim=(-0.02, 1.02))
-    return figure

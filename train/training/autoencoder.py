@@ -14,7 +14,7 @@ from conf.schema import AutoencoderRun, Reconstruction
 from conf.schema.networks import AutoencoderConfig
 from data.image_dataset import ImageDataset
 from data.streams import image_stream
-from models.autoencoder import AnyAutoencoder, build_autoencoder, kl, load_autoencoder
+from models.autoencoder import Autoencoder, Quantised, codebook_use, kl
 from models.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -26,7 +26,6 @@ from models.discriminator import (
 from models.flops import counted_flops
 from models.formats.single_file import is_single_file, load_autoencoder_file
 from models.losses import perceptual_distance, psnr, ssim
-from models.vq import Quantised, VQAutoencoder, codebook_use
 from train.engine.image_grid import grid, to_uint8
 from train.engine.metric_log import Journal
 from train.engine.runtime import Runtime
@@ -39,11 +38,11 @@ LECAM_HALF_LIFE = 10_000  # samples after which a verdict counts half in the run
 HELDOUT = 256  # held-out images behind the metrics, at most
 
 
-def begin_from(source: str, cfg: AutoencoderConfig) -> AnyAutoencoder:
+def begin_from(source: str, cfg: AutoencoderConfig) -> Autoencoder:
     """Another training's autoencoder: a folder in diffusers' format or a checkpoint in one file."""
     if is_single_file(source):
         return load_autoencoder_file(source, cfg)
-    network = load_autoencoder(source)
+    network = Autoencoder.from_pretrained(source)
     require_same("init_from", asdict(cfg), asdict(network.cfg))
     return network
 
@@ -58,7 +57,7 @@ class AutoencoderStage:
         self.dataset = image_stream(cfg.shards, cfg.images, cfg.seed, cfg.stream)
         self.heldout = ImageDataset(f"{cfg.shards}/heldout", cfg.images, cfg.seed, cfg.stream)
         torch.manual_seed(cfg.seed)  # initial weights
-        self.autoencoder = build_autoencoder(cfg.model)
+        self.autoencoder = Autoencoder(cfg.model)
         if cfg.init_from is not None:
             self.autoencoder = begin_from(cfg.init_from, cfg.model)
         side, total = cfg.images.resolution, cfg.loop.samples
@@ -187,7 +186,7 @@ class AutoencoderStage:
             image = self.heldout.at(index)["image"][None].to(device)  # [1, 3, H, W]
             latents = network.encode(image).chunk(2, dim=1)[0]
             output = network.decode(latents).clamp(-1, 1)
-            if isinstance(network, VQAutoencoder):
+            if network.quantize is not None:
                 used[network.quantize(latents).indices.flatten()] = 1
             for name, measure in measures.items():
                 sums[name] += float(measure(output, image).sum())

@@ -1,5 +1,6 @@
 """The third training: the cross-attention U-Net learns to denoise cached latents (LDM paper, eq. 3)."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from conf.errors import UserError
 from conf.schema import UNetRun
 from data.latent_dataset import LatentDataset
 from data.streams import latent_stream
-from models.autoencoder import load_autoencoder, sample_moments, split_moments
+from models.autoencoder import Autoencoder, sample_moments, split_moments
 from models.conditions import Inputs
 from models.denoiser import Denoiser, widened
 from models.diffusion.process import Process
@@ -30,14 +31,14 @@ from train.engine.metric_log import Journal, say
 from train.engine.runtime import Runtime
 from train.engine.sample_rng import Draws
 from train.engine.trainable import Trainable
-from train.evaluation.in_training import evaluate_in_loop, require_inputs
 from train.latents.provenance import asks_clip, check_latents, require_same, trained_otherwise
-from train.sampling.requests import say_cut
 
 VALIDATION = 256  # held-out latents behind the validation loss, at most
 CHUNK = 32  # of them at once
 FILMED = 2  # of the pictures drawn at an evaluation
 FILM_FRAMES = 8
+
+Measure = Callable[[DiffusionPipeline, int], dict[str, float]]  # of the model at so many samples seen
 
 
 def begin_from(source: str, network: Denoiser) -> None:
@@ -67,19 +68,22 @@ def by_timestep(losses: Tensor, times: Tensor) -> dict[str, Tensor]:
 
 
 class UNetStage:
-    """Denoising, sharded as `runtime.backend` says, with an average of the weights."""
+    """Denoising, sharded as `runtime.backend` says, with an average of the weights.
+
+    Args:
+        measure: further metrics of each evaluation, by all processes together; None: only the loss is measured.
+    """
 
     name = "unet"
 
-    def __init__(self, cfg: UNetRun, runtime: Runtime) -> None:
-        self.cfg, self.runtime = cfg, runtime
+    def __init__(self, cfg: UNetRun, runtime: Runtime, measure: Measure | None = None) -> None:
+        self.cfg, self.runtime, self.measure = cfg, runtime, measure
         self.dataset, manifests = latent_stream(cfg.latents, cfg.seed, cfg.stream, cfg.batch.global_batch_size)
         self.heldout = LatentDataset(f"{cfg.latents}/heldout", cfg.seed, cfg.stream)
         self.info, *_ = (check_latents(cfg, manifest) for manifest in manifests)
         self.mean, self.std = (self.channels(values) for values in (self.info.latent_mean, self.info.latent_std))
         self.process = Process(cfg.process)
         self.process.sigmas(cfg.sampling.steps, cfg.sampling.spacing, cfg.sampling.shift)  # refused now or in hours
-        require_inputs(cfg)
         torch.manual_seed(cfg.seed)  # initial weights
         self.network = self.build()
         if cfg.init_from is not None:
@@ -184,19 +188,20 @@ class UNetStage:
             prediction = network(self.process.add_noise(x0, noise, timesteps), timesteps, self.inputs(batch))
             total += float(self.process.loss(prediction, x0, noise, timesteps).sum())
         metrics = {"eval/loss": self.runtime.sum({"loss": total})["loss"] / count}
-        small = self.cfg.evaluation.samples > 0
-        if not small and not (self.runtime.is_main and self.cfg.sample_prompts > 0):
+        if self.measure is None and not (self.runtime.is_main and self.cfg.sample_prompts > 0):
             return metrics
         model = self.pipeline(network)
-        if self.runtime.is_main:
-            say_cut("unet", model, [], self.cfg.sampling)  # precomputing told it of captions
+        if self.runtime.is_main:  # precomputing told it of captions
+            cuts = model.cuts([self.cfg.sampling.negative_prompt], self.cfg.sampling.prompt_syntax)
+            if cuts.count:
+                say("unet", cuts.line("negative prompts"))
         if self.runtime.is_main and self.cfg.sample_prompts > 0:
             self.draw(model, samples_seen, journal)
-        return metrics | (evaluate_in_loop(self.cfg, self.runtime, model, samples_seen) if small else {})
+        return metrics | ({} if self.measure is None else self.measure(model, samples_seen))
 
     def pipeline(self, network: Denoiser) -> DiffusionPipeline:
         """A frozen U-Net with the other networks that pictures need."""
-        autoencoder, tower = self.frozen(load_autoencoder(self.cfg.autoencoder)), self.text_tower
+        autoencoder, tower = self.frozen(Autoencoder.from_pretrained(self.cfg.autoencoder)), self.text_tower
         if tower is None and asks_clip(self.cfg.conditions):
             tower = self.frozen(load_text_tower(self.cfg.clip))
         return DiffusionPipeline(network, autoencoder, tower, self.process, self.mean.flatten(), self.std.flatten())

@@ -54,6 +54,10 @@ RINGS = {"": None, "a ring": "bold"}
 MOONS = {"": None, "a moon": "one"}
 HILLS = {"plains": "gentle", "mountains": "ridge"}
 SUNS = {"": None, "with a sun": "sun"}
+PARTS = {"top": TOPS, "ring": RINGS, "moon": MOONS, "sun": SUNS}  # which a scene may lack
+
+Attributes = dict[str, str]  # of a scene
+ATTRIBUTES = ("kind", "color", "background", "body", "eyes", "mood", "plant", "pot", "surface", "hills", *PARTS)
 
 CAPTIONS = {
     "monster": "a {mood} {body} {color} monster{parts} on a {background} background",
@@ -114,6 +118,11 @@ def draw_scene(random: np.random.Generator, kind: str) -> Scene:
     layout = f"layout {random.integers(LAYOUTS)}"  # the rest of chance: stars, tilt of a ring, course of hills
     fixed = {"seed": layout, "animationVariant": ["none"], "backgroundColor": [BACKGROUNDS[background]]}
     return Scene(attributes, describe(attributes), {**fixed, **options})
+
+
+def attributes_of(meta: Mapping[str, Any]) -> Attributes:
+    """Attributes of a scene in the JSON of its sample."""
+    return {name: meta[name] for name in ATTRIBUTES if name in meta}
 
 
 def describe(attributes: Mapping[str, str]) -> str:

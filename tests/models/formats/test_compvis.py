@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.schema.networks import AutoencoderConfig, UNetConfig
-from models.autoencoder import Autoencoder, build_autoencoder
+from models.autoencoder import Autoencoder
 from models.formats.compvis import autoencoder_pairs, from_compvis, to_compvis, unet_pairs
 from models.formats.single_file import load_autoencoder_file, load_unet_file, read_single_file, write_single_file
 from models.unet import UNet
@@ -87,7 +87,7 @@ def networks() -> list[tuple[str, nn.Module, list]]:
     for name, cfg in UNETS.items():
         made.append((name, UNet(cfg), unet_pairs(cfg)))
     for name, config in AUTOENCODERS.items():
-        made.append((name, build_autoencoder(config), autoencoder_pairs(config)))
+        made.append((name, Autoencoder(config), autoencoder_pairs(config)))
     return made
 
 

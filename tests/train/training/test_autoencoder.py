@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
-from models.autoencoder import Autoencoder, kl, load_autoencoder
+from models.autoencoder import Autoencoder, kl
 from models.discriminator import discriminator_loss
 from train.engine.metric_log import Journal
 from train.engine.runtime import Runtime
@@ -117,7 +117,7 @@ def test_codebook_takes_the_place_of_the_divergence(scenes: Any, runtime: Runtim
     evaluated = stage.evaluate(320, Journal(tmp_path, stage.cfg.wandb, "autoencoder", {}, is_main=False))
     assert 0 < evaluated["eval/codebook_use"] <= 1
     stage.export(tmp_path / "export")
-    assert load_autoencoder(tmp_path / "export").cfg == stage.cfg.model
+    assert Autoencoder.from_pretrained(tmp_path / "export").cfg == stage.cfg.model
 
 
 def test_regularised_discriminator_learns_the_same_in_parts(scenes: Any, runtime: Runtime) -> None:

@@ -9,7 +9,7 @@ import torch
 from conf.entry import compose, to_plain
 from conf.schema import PipelineRun
 from data.building.build import build
-from models.autoencoder import build_autoencoder
+from models.autoencoder import Autoencoder
 from models.clip import Clip
 from train.engine import loop
 from train.engine.runtime import Runtime
@@ -39,7 +39,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("towers")
     torch.manual_seed(0)
     sizes = ["experiment=demo", "run_dir=unused"]
-    build_autoencoder(config("autoencoder", *sizes).model).save_pretrained(folder / "autoencoder")
+    Autoencoder(config("autoencoder", *sizes).model).save_pretrained(folder / "autoencoder")
     Clip.from_config(config("clip", *sizes).model).save_pretrained(folder / "clip")
     return [f"autoencoder={folder}/autoencoder", f"clip={folder}/clip"]
 

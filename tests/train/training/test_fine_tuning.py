@@ -10,7 +10,7 @@ from conf.entry import compose, to_plain
 from conf.schema import AutoencoderRun, BuildRun, ClipRun, Device, PrecomputeRun, RuntimeConfig, UNetRun
 from data.building.build import build
 from data.shards.manifest import find_shards
-from models.autoencoder import build_autoencoder
+from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.unet import UNet
 from train.engine import loop
@@ -39,7 +39,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         torch.manual_seed(0)
         autoencoder = compose("train_autoencoder", AutoencoderRun, ["experiment=demo"]).model
-        build_autoencoder(autoencoder).save_pretrained("runs/demo/autoencoder/export")
+        Autoencoder(autoencoder).save_pretrained("runs/demo/autoencoder/export")
         Clip(compose("train_clip", ClipRun, ["experiment=demo"]).model).save_pretrained("runs/demo/clip/export")
         prepare("demo", 20)
         prepare("dreambooth_demo", 16)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+BUCKET = 50_000_000  # most elements that one collective operation moves
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

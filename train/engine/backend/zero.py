@@ -20,11 +20,10 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from conf.schema import Offload, OptimConfig, RuntimeConfig
-from train.engine.backend.layout import Layout, Piece, require_cuttable, whole
+from train.engine.backend.layout import BUCKET, Layout, Piece, require_cuttable, whole
 from train.engine.optim import adamw, unscale_and_clip
 from train.engine.precision import AUTOCAST, LossScale
 from train.engine.runtime import Runtime
-from train.planning.memory import BUCKET
 
 SMALL_NETWORK = 20_000_000  # up to so many parameters stage 3 cuts all tensors, above it leaves the small ones whole
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conf.errors import UserError
-from train.editing.demo_edits import attributes_of
+from data.building.sources.demo import attributes_of
 from train.evaluation.judges.judge import Item, Judge
 
 ATTRIBUTES = ("kind", "background", "color")
