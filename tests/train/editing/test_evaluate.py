@@ -10,10 +10,10 @@ import torch
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import EvaluateEditsRun, Perceptual
-from data.building.sources.demo import scene
+from data.building.sources.demo import PARTS, attributes_of, scene
 from models.editing.editing import Edited, Picture
 from models.losses import perceptual_distance
-from train.editing.demo_edits import PARTS, SORTS, attributes_of, demo_edits, weighable
+from train.editing.demo_edits import SORTS, demo_edits, weighable
 from train.editing.evaluate import Measures, edits_metrics, row_of, run, weights_metrics
 from train.engine.runtime import Runtime
 from train.sampling.sample_folder import read_png

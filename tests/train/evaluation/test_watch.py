@@ -111,14 +111,16 @@ def test_evaluation_in_the_loop_gives_the_commands_numbers(project: Any, runtime
     assert not (tmp_path / "unet" / "measured").exists()
 
 
-def test_what_the_first_evaluation_would_miss_ends_the_training_at_its_start(project: Any, tmp_path: Path) -> None:
-    require_inputs(project.config("unet"))  # without it nothing is needed
+def test_what_the_first_evaluation_would_miss_ends_the_training_at_its_start(
+    project: Any, runtime: Runtime, tmp_path: Path
+) -> None:
+    assert small_evaluation(project.config("unet"), runtime) is None  # nothing is measured, nothing needed
     asked = ["evaluation.samples=10", f"evaluation.shards={project.folder}/shards"]
-    require_inputs(project.config("unet", *asked))
+    assert small_evaluation(project.config("unet", *asked), runtime) is not None
     with pytest.raises(UserError, match=r"^inception=.*/none.pth: no such file"):
-        require_inputs(project.config("unet", *asked, f"evaluation.inception={tmp_path}/none.pth"))
+        small_evaluation(project.config("unet", *asked, f"evaluation.inception={tmp_path}/none.pth"), runtime)
     with pytest.raises(UserError, match=rf"^no shards at '{tmp_path}/heldout'"):
-        require_inputs(project.config("unet", "evaluation.samples=10", f"evaluation.shards={tmp_path}"))
+        small_evaluation(project.config("unet", "evaluation.samples=10", f"evaluation.shards={tmp_path}"), runtime)
 
 
 def test_training_goes_on_when_a_picture_is_not_finite(
