@@ -35,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.ending import fail, first_line, leave, tell
 from conf.errors import UserError, choices, did_you_mean
+from conf.experiments import register_experiments
 from conf.overrides import UNSAID, argument, finished, form_of, option_of, readable, with_typed_keys
 from conf.slurm_launcher import check_launcher, prepare_launcher
 from conf.sweep import Start, report, run_member
@@ -49,8 +50,6 @@ def entry(
     config_name: str, schema: type[Run], after_sweep: AfterSweep | None = None
 ) -> Callable[[Callable[[Run], Any]], Callable[[], None]]:
     """Wrap `main(cfg)` into a Hydra command whose primary configuration is `conf/{config_name}.yaml`."""
-    register(config_name, schema)
-
     def wrap(main: Callable[[Run], Any]) -> Callable[[], None]:
         program, sweep = str(Path(inspect.getfile(main)).resolve()), Start(os.urandom(8).hex())
 
@@ -73,6 +72,7 @@ def entry(
             try:
                 require_text(sys.argv[1:])
                 sys.argv[1:] = [readable(given, schema) for given in sys.argv[1:]]
+                register(config_name, schema, overrides)
                 prepare_launcher(overrides)
                 if len(flags) > 1 and {"-m", "--multirun"} & set(flags):
                     raise UserError(f"{' '.join(flags)}: a sweep takes no other flag; leave out -m or the rest")
@@ -115,7 +115,7 @@ def start_sweep(
     """
     if "RANK" in os.environ:
         raise UserError("-m under torchrun: start a sweep with python; NPROC=8 gives each member 8 processes")
-    register(config_name, schema)
+    register(config_name, schema, overrides)
     read = [readable(override, schema) for override in overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through that it would print by itself
     try:
@@ -131,10 +131,11 @@ def start_sweep(
     return composed
 
 
-def register(config_name: str, schema: type) -> None:
-    """Let `conf/{config_name}.yaml` start from its dataclass and name the members of a sweep."""
+def register(config_name: str, schema: type, overrides: Sequence[str]) -> None:
+    """Let `conf/{config_name}.yaml` start from its dataclass, know its experiments and name the members of a sweep."""
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema, provider="conf.schema")
+    register_experiments(config_name, schema, overrides)
 
 
 def folder_name(overrides: str) -> str:
@@ -152,7 +153,7 @@ def folder_name(overrides: str) -> str:
 
 def compose(config_name: str, schema: type[Run], overrides: list[str]) -> Run:
     """The checked configuration that a command line gives; raises UserError."""
-    register(config_name, schema)
+    register(config_name, schema, overrides)
     read = [readable(override, schema) for override in overrides]
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

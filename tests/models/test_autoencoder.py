@@ -120,7 +120,7 @@ def test_config_of_stable_diffusion_loads_and_others_are_refused(tmp_path: Path)
         path.write_text(json.dumps(config | {field: value}))
         with pytest.raises(UserError, match=field):
             Autoencoder.from_pretrained(tmp_path)
-    path.write_text(json.dumps(config | {"_class_name": "VQModel"}))
+    path.write_text(json.dumps(config | {"_class_name": "AutoencoderTiny"}))
     with pytest.raises(UserError, match="AutoencoderKL"):
         Autoencoder.from_pretrained(tmp_path)
 
