@@ -50,6 +50,7 @@ def entry(
     config_name: str, schema: type[Run], after_sweep: AfterSweep | None = None
 ) -> Callable[[Callable[[Run], Any]], Callable[[], None]]:
     """Wrap `main(cfg)` into a Hydra command whose primary configuration is `conf/{config_name}.yaml`."""
+
     def wrap(main: Callable[[Run], Any]) -> Callable[[], None]:
         program, sweep = str(Path(inspect.getfile(main)).resolve()), Start(os.urandom(8).hex())
 

@@ -12,7 +12,7 @@ for groups, too, which is how Hydra knows all names; the node must be found befo
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from conf import schema as schemas
 from conf.errors import UserError
 from conf.schema import SamplingConfig
 
@@ -41,6 +42,7 @@ STAGES = {  # command → section, without which an experiment is not for it
 }
 NONE = "none"  # the options as they stand in the schema
 OWN = ("begin_from", "stages", "all")  # keys of a file that are no command's section
+OTHERS = ("edit", "evaluate_edits", "export", "average", "preview", "report", "dashboard", "playground")  # may have one
 
 
 class ExperimentsFirst(SearchPathPlugin):
@@ -82,10 +84,12 @@ def node_of(name: str, command: str, schema: type) -> DictConfig:
     sections = read(name)
     section = STAGES.get(command, command)
     if command in STAGES and section not in sections:
-        has = ", ".join(known for known in sections if known not in OWN)
+        has = ", ".join(str(known) for known in sections if known not in OWN)
         raise UserError(f"experiment={name} has no section '{section}', which this command reads; it has {has}")
     own = {"stages": sections.get("stages")} if command == "pipeline" else sections.get(section)
-    return OmegaConf.merge({"name": name}, for_all(sections.get("all", OmegaConf.create()), schema), own or {})  # type: ignore[return-value]
+    merged = OmegaConf.merge({"name": name}, for_all(sections.get("all", OmegaConf.create()), schema), own or {})
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def for_all(options: DictConfig, schema: type) -> dict[str, Any]:
@@ -93,6 +97,15 @@ def for_all(options: DictConfig, schema: type) -> dict[str, Any]:
     known = {option.name for option in dataclasses.fields(schema)}
     found = {str(key): value for key, value in options.items() if key in known}
     return {**options.get("sampling", {}), **found} if issubclass(schema, SamplingConfig) else found
+
+
+def require_known(where: str, found: Iterable[Any], known: Collection[str]) -> None:
+    """Refuse the first name that nothing reads; raises UserError with the nearest ones."""
+    for name in found:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(f"{where} '{name}' is read by no command{hint}")
 
 
 def read(name: str) -> DictConfig:
@@ -112,5 +125,8 @@ def read(name: str) -> DictConfig:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
     if not isinstance(own, DictConfig):
         raise UserError(f"{path}: must hold sections, such as `unet: {{...}}`")
+    require_known(f"{path}: section", own, {*OWN, *STAGES.values(), *OTHERS})
+    runs = [vars(schemas)[run] for run in schemas.__all__ if run.endswith("Run")]
+    require_known(f"{path}: all", own.get("all", {}), {o.name for run in runs for o in dataclasses.fields(run)})
     base = own.pop("begin_from", None)
     return own if base is None else OmegaConf.merge(read(base), own)  # type: ignore[return-value]

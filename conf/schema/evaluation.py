@@ -1,6 +1,9 @@
 """The command that measures what was trained, and its small form inside a training."""
 
 from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
 
 from conf.overrides import a_path
 from conf.schema.choices import EvaluationSubject, JudgeName, Perceptual
@@ -86,3 +89,17 @@ class EvaluateRun(ModelRun):
         )
         names = [judge.value for judge in self.judges]
         require(len(set(names)) == len(names), f"judges={names}: names one twice")
+
+
+# The group `subject`: chosen after experiment and protocol, so that what these say of a U-Net is not asked of another.
+SUBJECTS: dict[EvaluationSubject, dict[str, Any]] = {
+    EvaluationSubject.unet: {"output_dir": "${run_dir}/evaluation"},
+    EvaluationSubject.autoencoder: {
+        "output_dir": "${run_dir}/autoencoder_evaluation",
+        "prompt_following": False,
+        "clip_score": None,
+    },
+}
+for _subject, _options in SUBJECTS.items():
+    _node = {"subject": _subject.value, **_options}
+    ConfigStore.instance().store(group="subject", name=_subject.value, node=_node, package="_global_")

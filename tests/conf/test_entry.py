@@ -47,7 +47,7 @@ def command(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         (
             "data/precompute_latents.py",
             "experiment=smokee",
-            "Could not find 'experiment/smokee': choose one of ",
+            "no experiment 'smokee': did you mean smoke\\? choose one of none, ",
         ),
         ("train/train_clip.py", "+foo=1", "no option 'foo'"),
     ],

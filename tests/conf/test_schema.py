@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conf.entry import compose
+from conf.experiments import read
 from conf.schema import AutoencoderRun, Device, EvaluateRun, PipelineRun, UNetRun
 from models.conditions import PREPARING, Conditions, Surroundings
 from models.denoiser import Denoiser
@@ -22,15 +23,14 @@ from train.stages.tasks import STAGES, StageCommand, plan, separate
 
 CONF = Path(__file__).parents[2] / "conf"
 COMMANDS = {stage.name: stage for stage in STAGES}
-EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "none")
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 PROTOCOLS = sorted(path.stem for path in (CONF / "protocol").glob("*.yaml") if path.stem != "none")
 RUNTIMES = sorted((CONF / "runtime").glob("*.yaml"))
-STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
 SCHEMA = [
     f"schema/{name}.py"
     for name in (
-        *("choices", "sections", "conditions", "data", "training", "drawing"),
-        *("evaluation", "sampling", "editing", "pipeline", "planning", "reporting"),
+        *("choices", "shared", "networks", "conditions", "data", "training", "sampling"),
+        *("evaluation", "editing", "tools"),
     )
 ]
 
@@ -50,12 +50,11 @@ def options_of(file: str) -> Iterator[tuple[str, str, str, str]]:
                 yield node.name, field.target.id, ast.unparse(field.annotation), text  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("files", [SCHEMA, ["networks.py"]], ids=["schema", "networks"])
-def test_every_option_has_a_comment(files: list[str]) -> None:
+def test_every_option_has_a_comment() -> None:
     """Beside it or beside the same option of an earlier command; a section is explained by its own options."""
     explained: set[tuple[str, str]] = set()
     missing = []
-    for owner, option, kind, text in (found for file in files for found in options_of(file)):
+    for owner, option, kind, text in (found for file in SCHEMA for found in options_of(file)):
         if "  # " in text:
             explained.add((option, kind))
         elif not kind.removesuffix(" | None").endswith("Config") and (option, kind) not in explained:
@@ -64,14 +63,12 @@ def test_every_option_has_a_comment(files: list[str]) -> None:
     assert len(explained) > 10
 
 
-@pytest.mark.parametrize("path", STAGE_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_stage_file_composes_for_its_command(path: Path) -> None:
-    assert path.stem in EXPERIMENTS, f"no conf/experiment/{path.stem}.yaml selects it"
-    assert path.parent.name in [*COMMANDS, "pipeline"], "no command reads this folder"
-    if path.parent.name == "pipeline":
-        compose("pipeline", PipelineRun, [f"experiment={path.stem}"])
-    else:
-        composed(COMMANDS[path.parent.name], path.stem)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_section_of_an_experiment_composes_for_its_command(experiment: str) -> None:
+    sections = [name for name in COMMANDS if name in read(experiment)]
+    assert set(read(experiment).stages) <= set(sections)
+    for name in sections:
+        composed(COMMANDS[name], experiment)
 
 
 @pytest.mark.parametrize("path", RUNTIMES, ids=lambda path: path.stem)
@@ -176,7 +173,7 @@ def test_every_experiment_says_its_purpose_command_cost_and_result(experiment: s
     lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
     header = "\n".join(line for line in lines if line.startswith("# "))
     for heading in ("Purpose:", "Command:", "Cost:", "Result:"):
-        assert f"\n# {heading} " in header, heading
+        assert f"# {heading} " in header, heading
     assert f"experiment={experiment}" in header
 
 
