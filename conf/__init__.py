@@ -1,0 +1,7 @@
+"""Options: what a user may choose, and how a command line becomes one checked object.
+
+`entry` composes with Hydra: `conf/COMMAND.yaml` starts from its dataclass in `schema/` (every option with type, default
+and check), takes an experiment (`experiments`, one file each in `experiment/`) and files of the groups `model/`,
+`runtime/`, `protocol/`, `conditions/`; the command line has the last word. Below the entry script there are only
+dataclasses. `ending` is how a command ends, `sweep` and `slurm_launcher` what `-m` does.
+"""

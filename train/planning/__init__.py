@@ -1,0 +1,1 @@
+"""`train/plan.py`: what a training will need, from its configuration alone."""

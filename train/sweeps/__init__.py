@@ -1,0 +1,1 @@
+"""Members of a sweep over sampling, compared: tables, fronts and plots."""
