@@ -1,7 +1,7 @@
 """diffusers' public example that trains text to image, run as it is beside our command: whole processes, same sizes.
 
 The example is a script of diffusers' repository, examples/text_to_image/train_text_to_image.py, and no part of its
-package: $DIFFUSERS_EXAMPLE names it, and it needs the package `datasets`. It encodes its pictures in every step.
+package: $DIFFUSERS_EXAMPLE names it, and it needs the package `datasets`. It encodes its images in every step.
 """
 
 import io
@@ -60,25 +60,25 @@ class Command:
 
 
 def prepare(folder: Path) -> None:
-    """The networks as a pipeline, and the pictures as files, both as the example reads them."""
+    """The networks as a pipeline, and the images as files, both as the example reads them."""
     torch.manual_seed(0)
     unet = UNet(compose("train_unet", UNetRun, ["experiment=demo", "run_dir=unused"]).model)
     parts = Autoencoder.from_pretrained(folder / "autoencoder/export"), Clip.from_pretrained(folder / "clip/export")
     write_pipeline(folder / "pipeline", unet, *parts, Process(ProcessConfig(prediction=Prediction.eps)))
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     rows = list[str]()
     for shard in sorted((folder / "shards/train").glob("*.tar")):
         reader = ShardReader(shard)
         for index in range(len(reader)):
             record = reader[index]
             name = f"{len(rows):06d}.png"
-            Image.open(io.BytesIO(bytes(record["png"]))).save(folder / "pictures" / name)
+            Image.open(io.BytesIO(bytes(record["png"]))).save(folder / "images" / name)
             rows.append(json.dumps({"file_name": name, "text": str(record["txt"], "utf-8")}))
-    (folder / "pictures/metadata.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "images/metadata.jsonl").write_text("\n".join(rows) + "\n")
 
 
 def comparisons(folder: Path, script: str) -> Iterator[Comparison]:
-    """Seconds per step and peak memory of both trainings, on the same pictures and sizes of networks."""
+    """Seconds per step and peak memory of both trainings, on the same images and sizes of networks."""
     prepare(folder)
     never = 10**9
     ours = Command(
@@ -89,7 +89,7 @@ def comparisons(folder: Path, script: str) -> Iterator[Comparison]:
     )
     peer = Command(
         *(sys.executable, script, f"--pretrained_model_name_or_path={folder}/pipeline"),
-        *(f"--train_data_dir={folder}/pictures", "--resolution=64", f"--train_batch_size={BATCH}", "--use_ema"),
+        *(f"--train_data_dir={folder}/images", "--resolution=64", f"--train_batch_size={BATCH}", "--use_ema"),
         *("--mixed_precision=no", "--seed=0", f"--checkpointing_steps={never}", "--output_dir=OUTPUT"),
         *(f"--cache_dir={folder}/cache", "--max_train_steps="),
     )

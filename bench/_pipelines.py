@@ -10,7 +10,7 @@ from conf.entry import compose
 from conf.schema import AutoencoderRun, ClipRun, ConditionsConfig, Prediction, ProcessConfig, UNetRun
 from models.autoencoder import Autoencoder
 from models.clip import Clip
-from models.conditions import Conditions, Surroundings
+from models.conditions import ConditionContext, Conditions
 from models.denoiser import Denoiser
 from models.diffusion.process import Process
 from models.pipeline import DiffusionPipeline
@@ -29,7 +29,7 @@ def models(
     autoencoder = Autoencoder(replace(compose("train_autoencoder", AutoencoderRun, DEMO).model, latent_channels=latent))
     clip = Clip.from_config(compose("train_clip", ClipRun, DEMO).model) if conditions.caption else None
     mean, std = torch.zeros(latent), torch.ones(latent)
-    around = Surroundings.of(cfg, downscale=autoencoder.cfg.downscale, latent_mean=mean, latent_std=std)
+    around = ConditionContext.of(cfg, downscale=autoencoder.cfg.downscale, latent_mean=mean, latent_std=std)
     denoiser = Denoiser(UNet(cfg), Conditions(conditions, around)).requires_grad_(False)
     for parameter in denoiser.parameters():  # layers that start at zero would make every comparison equal
         parameter.add_(0.02 * torch.randn_like(parameter))

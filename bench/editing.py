@@ -1,4 +1,4 @@
-"""What an edit costs: a picture and its edit by attention control, against two pictures drawn plainly.
+"""What an edit costs: an image and its edit by attention control, against two images drawn plainly.
 
 The networks have the sizes of `experiment=demo` and random weights. Both sides are ours: the ratio is the share of
 plain sampling's speed that attention control leaves, 1 / 1.15 at least.
@@ -16,7 +16,7 @@ from _pipelines import models
 from diffusers import StableDiffusionPipeline
 
 from conf.schema import ConditionsConfig, Edit, SamplingConfig
-from models.editing.editing import edit_pictures
+from models.editing.editing import edit_images
 
 BAR = 1 / 1.15
 STEPS, GUIDANCE_SCALE = 20, 3.0
@@ -34,13 +34,13 @@ KINDS = {
 
 
 def comparisons(folder: Path) -> Iterator[Comparison]:
-    """One for each kind of edit, in pictures per second."""
+    """One for each kind of edit, in images per second."""
     model, _ = models(folder, ConditionsConfig(), 4, StableDiffusionPipeline)
     sampling, count = SamplingConfig(steps=STEPS, guidance_scale=GUIDANCE_SCALE), 2 * len(PROMPTS)
 
     plain = partial(model, [*PROMPTS, *EDITED], [0] * count, sampling)
     for name, edits in KINDS.items():
-        edited = partial(edit_pictures, model, edits, [0] * len(edits), sampling)
+        edited = partial(edit_images, model, edits, [0] * len(edits), sampling)
         ours, peer = rate(count, edited), rate(count, plain)
         yield Comparison(name=name, ours=ours, peer=peer, unit="images/s", bar=BAR, pairs=9)
 

@@ -1,6 +1,6 @@
 """Mean and covariance of features for the Fréchet distance: ours against torch-fidelity's way with the same network.
 
-Both go through EfficientNet-Lite0 with batches of the same 64-pixel pictures, each in a process of its own. Ours keeps
+Both go through EfficientNet-Lite0 with batches of the same 64-pixel images, each in a process of its own. Ours keeps
 features in files, as the evaluation does, and adds up statistics batch by batch; torch-fidelity keeps all features.
 """
 
@@ -27,7 +27,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from models.features import EfficientNetFeatures
 from train.evaluation.extractors import efficientnet
-from train.evaluation.feature_cache import Chunks
+from train.evaluation.feature_cache import FeatureCache
 from train.evaluation.frechet import statistics_of
 
 IMAGES, BATCH, SIDE, THREADS = 10_000, 64, 64, 2
@@ -35,8 +35,8 @@ NAME, LAYER = "efficientnet-lite0", "descriptor"
 SPAWN = multiprocessing.get_context("spawn")
 
 
-class Pictures(Dataset[Tensor]):
-    """Smooth colours, different in each picture: uint8 [3, SIDE, SIDE], as torch-fidelity expects them."""
+class Images(Dataset[Tensor]):
+    """Smooth colours, different in each image: uint8 [3, SIDE, SIDE], as torch-fidelity expects them."""
 
     def __init__(self, count: int) -> None:
         coarse = torch.rand(64, 3, 5, 5, generator=torch.Generator().manual_seed(0))
@@ -76,15 +76,15 @@ class PeerExtractor(FeatureExtractorBase):
 
 
 def ours() -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-    """A function from a number of pictures to their mean and covariance."""
+    """A function from a number of images to their mean and covariance."""
     extractor = efficientnet()
 
     def statistics(count: int) -> tuple[np.ndarray, np.ndarray]:
-        pictures = Pictures(count)
+        images = Images(count)
         with tempfile.TemporaryDirectory() as folder:
-            chunks = Chunks(Path(folder), {}, count, BATCH)
+            chunks = FeatureCache(Path(folder), {}, count, BATCH)
             for batch in chunks.missing():
-                chunks.write(batch, extractor(torch.stack([pictures[i] for i in batch]).float() / 127.5 - 1))
+                chunks.write(batch, extractor(torch.stack([images[i] for i in batch]).float() / 127.5 - 1))
             found = statistics_of((column for (column,) in chunks.columns(extractor.name)), extractor.size)
         return found.mean.numpy(), found.covariance.numpy()
 
@@ -99,7 +99,7 @@ def peer() -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
     extractor = create_feature_extractor(NAME, [LAYER], **options)
 
     def statistics(count: int) -> tuple[np.ndarray, np.ndarray]:
-        found = fid_input_id_to_statistics(1, extractor, LAYER, input1=Pictures(count), **options)
+        found = fid_input_id_to_statistics(1, extractor, LAYER, input1=Images(count), **options)
         return found["mu"], found["sigma"]
 
     return statistics

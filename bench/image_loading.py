@@ -1,4 +1,4 @@
-"""Loading pictures for the autoencoder: ours against plain webdataset with the same decoder and loader processes.
+"""Loading images for the autoencoder: ours against plain webdataset with the same decoder and loader processes.
 
 Ours keeps an exact order and resumes at any position; webdataset shuffles in a buffer and does neither.
 """
@@ -25,20 +25,20 @@ from data.loader import batches
 from data.shards.manifest import Manifest
 from data.shards.shard import ShardWriter
 
-PICTURES, SHARD, BATCH = 1024, 128, 32
-SIDE, STORED = 256, (384, 320)  # pixels: of the crop, and of the stored pictures
+IMAGES, SHARD, BATCH = 1024, 128, 32
+SIDE, STORED = 256, (384, 320)  # pixels: of the crop, and of the stored images
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     """JPEGs of smooth noise with some grain, which cost what photographs cost."""
     with ShardWriter(folder, SHARD) as writer:
-        for i in range(PICTURES):
+        for i in range(IMAGES):
             random = np.random.default_rng(i)
             coarse = random.integers(256, size=(20, 24, 3), dtype=np.uint8)
             smooth = np.asarray(Image.fromarray(coarse).resize(STORED, Image.Resampling.BICUBIC))
             grain = random.integers(-8, 9, size=smooth.shape)
-            picture = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
-            jpg = encode_image(picture, ImageFormat.jpg, 90)
+            image = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
+            jpg = encode_image(image, ImageFormat.jpg, 90)
             writer.add(f"{i:06d}", {"jpg": jpg, "txt": b"a caption"})
     Manifest(kind="images", shards=writer.finished).save(folder)
 
@@ -67,11 +67,11 @@ def web_dataset(folder: Path, workers: int) -> Iterator[Any]:
 
 
 def rate(stream: Iterator[Any]) -> float:
-    """Pictures per second of the stream's next epoch."""
+    """Images per second of the stream's next epoch."""
     started = time.perf_counter()
-    count = sum(1 for _ in islice(stream, PICTURES // BATCH))
-    assert count == PICTURES // BATCH
-    return PICTURES / (time.perf_counter() - started)
+    count = sum(1 for _ in islice(stream, IMAGES // BATCH))
+    assert count == IMAGES // BATCH
+    return IMAGES / (time.perf_counter() - started)
 
 
 def comparisons(folder: Path) -> Iterator[Comparison]:
@@ -90,7 +90,7 @@ def run() -> None:
     """Write, then compare."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        write_pictures(Path(folder))
+        write_images(Path(folder))
         main(comparisons(Path(folder)))
 
 

@@ -30,7 +30,7 @@ from data.order import FullOrder
 from data.shards.manifest import Manifest
 
 RECORDS, SHARD, BATCH = 2048, 256, 64
-SHAPE, LENGTH = (1, 8, 64, 64), 77  # moments of a 512-pixel picture at f8, tokens of CLIP
+SHAPE, LENGTH = (1, 8, 64, 64), 77  # moments of a 512-pixel image at f8, tokens of CLIP
 PEERS = ("mosaicml-streaming", "litdata")
 ENVIRONMENT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "latentline" / "bench-latent-loading"
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from conf.entry import compose, to_plain
 from conf.schema import AutoencoderRun, BuildRun, ClipRun, PrecomputeRun, RuntimeConfig, UNetRun
-from data.building.build import build
+from data.building.build import build_shards
 from data.image_dataset import ImageDataset
 from data.latent_dataset import LatentDataset
 from data.loader import batches, sequential
@@ -47,13 +47,13 @@ def configured(name: str, schema: Any, folder: Path, *overrides: str) -> Any:
 def prepare(folder: Path, runtime: Runtime) -> None:
     """Scenes, frozen networks that have learnt nothing, and the latents that they make."""
     torch.manual_seed(0)
-    build(configured("build_shards", BuildRun, folder, "samples=640", "shard_samples=320"))
+    build_shards(configured("build_shards", BuildRun, folder, "samples=640", "shard_samples=320"))
     Autoencoder(configured("train_autoencoder", AutoencoderRun, folder).model).save_pretrained(
         folder / "autoencoder/export"
     )
     Clip.from_config(configured("train_clip", ClipRun, folder).model).save_pretrained(folder / "clip/export")
     cfg = configured("precompute_latents", PrecomputeRun, folder, "min_psnr=-100", "wandb.mode=disabled")
-    latents.run(cfg, runtime, to_plain(cfg))
+    latents.run_precompute(cfg, runtime, to_plain(cfg))
 
 
 def training(folder: Path, *overrides: str) -> UNetRun:
@@ -78,7 +78,7 @@ def our_loop(folder: Path, runtime: Runtime, *overrides: str) -> Callable[[], fl
                 return found
 
             stage.finish_step = noted  # type: ignore[method-assign]
-            loop.run(stage, cfg, runtime)
+            loop.fit(stage, cfg, runtime)
         return (ends[-1] - ends[WARMUP - 1]) / STEPS
 
     return measure
@@ -169,27 +169,27 @@ def average_share(folder: Path, runtime: Runtime) -> tuple[Callable[[], float], 
 
 
 def encoding_each_step(folder: Path) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Seconds of a step on cached latents, and of one that encodes its pictures and captions first."""
+    """Seconds of a step on cached latents, and of one that encodes its decoded_images and captions first."""
     cfg = training(folder)
     step = bare_step(cfg)
     autoencoder = Autoencoder.from_pretrained(folder / "autoencoder/export")
     clip = Clip.from_pretrained(folder / "clip/export")
     cached = batches(LatentDataset(folder / "latents/train", 0), 32, 32, 0, 1, 0, 0)
     images = compose("train_autoencoder", AutoencoderRun, ["experiment=demo", "run_dir=unused"]).images
-    pictures = next(sequential(ImageDataset(folder / "shards/train", images, 0), range(32), 32))
+    decoded_images = next(sequential(ImageDataset(folder / "shards/train", images, 0), range(32), 32))
     noise = torch.randn(32, *network_shape(cfg))
 
     def from_cache() -> None:
         batch = next(cached)
         step(sample_moments(batch["moments"].float(), noise), batch["text"].float())
 
-    def from_pictures() -> None:
+    def from_images() -> None:
         with torch.no_grad():
-            moments = autoencoder.encode(pictures["image"])
-            context = clip.text_states(clip.tokenize(pictures["caption"]))
+            moments = autoencoder.encode(decoded_images["image"])
+            context = clip.text_states(clip.tokenize(decoded_images["caption"]))
         step(sample_moments(moments, noise), context)
 
-    return seconds(from_cache), seconds(from_pictures)
+    return seconds(from_cache), seconds(from_images)
 
 
 def comparisons(folder: Path, runtime: Runtime) -> Iterator[Comparison]:

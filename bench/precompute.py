@@ -22,12 +22,12 @@ from data.shards.shard import ShardWriter
 from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.conditions import PREPARING, Conditions
-from train.engine.metric_log import Journal
+from train.engine.metric_log import MetricLog
 from train.engine.runtime import start
-from train.latents.encoder import Encoder
+from train.latents.encoder import LatentEncoder
 from train.latents.precompute import open_splits, precompute
 
-PICTURES, SHARD, BATCH, SIDE = 240, 40, 10, 128  # pictures, of them in a shard and in a batch, pixels
+IMAGES, SHARD, BATCH, SIDE = 240, 40, 10, 128  # images, of them in a shard and in a batch, pixels
 AUTOENCODER = AutoencoderConfig(
     latent_channels=4, block_out_channels=[64, 128, 128, 128], layers_per_block=2, norm_num_groups=16
 )  # a third of Stable Diffusion's width: what is not encoding weighs more here than there
@@ -37,12 +37,12 @@ FORK = multiprocessing.get_context("fork")
 
 def write_project(folder: Path) -> None:
     """Shards of smooth noise, whose decoding costs what photographs cost, and two untrained towers."""
-    for side, pictures in (("train", PICTURES), ("heldout", 1)):
+    for side, images in (("train", IMAGES), ("heldout", 1)):
         with ShardWriter(folder / "shards" / side, SHARD) as writer:
-            for i in range(pictures):
+            for i in range(images):
                 coarse = np.random.default_rng(i).integers(256, size=(20, 24, 3), dtype=np.uint8)
-                picture = Image.fromarray(coarse).resize((192, 160), Image.Resampling.BICUBIC)
-                jpg = encode_image(picture, ImageFormat.jpg, 90)
+                image = Image.fromarray(coarse).resize((192, 160), Image.Resampling.BICUBIC)
+                jpg = encode_image(image, ImageFormat.jpg, 90)
                 writer.add(f"{i:06d}", {"jpg": jpg, "txt": f"noise number {i}".encode()})
         Manifest(kind="images", shards=writer.finished).save(folder / "shards" / side)
     Autoencoder(AUTOENCODER).save_pretrained(folder / "autoencoder")
@@ -60,10 +60,10 @@ def config(folder: Path, output: str) -> PrecomputeRun:
     )
 
 
-def encoder_of(cfg: PrecomputeRun, runtime: Any) -> Encoder:
+def encoder_of(cfg: PrecomputeRun, runtime: Any) -> LatentEncoder:
     """The two towers as the command loads them."""
     autoencoder, clip = Autoencoder.from_pretrained(cfg.autoencoder), Clip.from_pretrained(cfg.clip)
-    return Encoder(
+    return LatentEncoder(
         autoencoder.eval(),
         clip.eval(),
         Conditions(cfg.conditions, PREPARING),
@@ -75,9 +75,9 @@ def encoder_of(cfg: PrecomputeRun, runtime: Any) -> Encoder:
     )
 
 
-def encode_all(cfg: PrecomputeRun, runtime: Any, encoder: Encoder) -> None:
+def encode_all(cfg: PrecomputeRun, runtime: Any, encoder: LatentEncoder) -> None:
     """The precompute without the start of a process."""
-    journal = Journal(cfg.output_dir, cfg.wandb, "latents", to_plain(cfg), is_main=False)
+    journal = MetricLog(cfg.output_dir, cfg.wandb, "latents", to_plain(cfg), is_main=False)
     precompute(cfg, encoder, open_splits(cfg, encoder), runtime, journal)
 
 
@@ -94,7 +94,7 @@ def work(folder: Path, output: str, ready: Any) -> None:
 
 
 def workers_rate(folder: Path, count: int) -> float:
-    """Pictures per second of `count` workers on one fresh cache."""
+    """Images per second of `count` workers on one fresh cache."""
     with tempfile.TemporaryDirectory() as output:
         ready = FORK.Barrier(count + 1)
         workers = [FORK.Process(target=work, args=(folder, output, ready)) for _ in range(count)]
@@ -107,7 +107,7 @@ def workers_rate(folder: Path, count: int) -> float:
         seconds = time.perf_counter() - began
     if any(worker.exitcode for worker in workers):
         raise SystemExit("a worker failed")
-    return PICTURES / seconds
+    return IMAGES / seconds
 
 
 def comparisons(folder: Path) -> Iterator[Comparison]:
@@ -123,7 +123,7 @@ def comparisons(folder: Path) -> Iterator[Comparison]:
     cfg = config(folder, str(folder / "latents"))
     runtime = start(cfg.runtime)
     encoder = encoder_of(cfg, runtime)
-    batches = list(sequential(open_splits(cfg, encoder)[0].images, range(PICTURES), cfg.batch_size))
+    batches = list(sequential(open_splits(cfg, encoder)[0].images, range(IMAGES), cfg.batch_size))
 
     def whole() -> None:
         with tempfile.TemporaryDirectory() as output:

@@ -1,4 +1,4 @@
-"""DDIM sampling with guidance, prompts to pictures: ours against diffusers' whole pipeline on the same weights.
+"""DDIM sampling with guidance, prompts to images: ours against diffusers' whole pipeline on the same weights.
 
 The networks have the sizes of `experiment=demo` and random weights, exported as `train/export.py` does.
 """
@@ -17,19 +17,19 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from conf.schema import ConditionsConfig, Sampler, SamplingConfig
-from models.pipeline import picture_noise
+from models.pipeline import image_noise
 
 PROMPTS = ["a red planet", "a green monster on a blue background", "mountains", "a robot that smiles"]
 GUIDANCE_SCALE, BAR = 3.0, 1.25
 
 
 def comparisons(folder: Path) -> Iterator[Comparison]:
-    """At two numbers of steps, in pictures per second."""
+    """At two numbers of steps, in images per second."""
     model, pipeline = models(folder, ConditionsConfig(), 4, StableDiffusionPipeline)
     cfg, seeds = model.denoiser.unet.cfg, [0] * len(PROMPTS)
     side = cfg.sample_size * model.autoencoder.cfg.downscale
     shape = (cfg.in_channels, cfg.sample_size, cfg.sample_size)
-    noise = torch.from_numpy(np.stack([picture_noise(prompt, 0, 0, shape) for prompt in PROMPTS]))
+    noise = torch.from_numpy(np.stack([image_noise(prompt, 0, 0, shape) for prompt in PROMPTS]))
 
     def mine(steps: int) -> Tensor:
         sampling = SamplingConfig(sampler=Sampler.ddim, steps=steps, guidance_scale=GUIDANCE_SCALE)

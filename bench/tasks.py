@@ -23,10 +23,10 @@ from torch import Tensor
 from conf.schema import ConditionsConfig, Sampler, SamplingConfig
 from conf.schema.conditions import CaptionConfig, LowResolutionConfig, MaskedConfig
 from models.conditions import Inputs
-from models.pipeline import DiffusionPipeline, picture_noise
+from models.pipeline import DiffusionPipeline, image_noise
 
 BAR = 1.0
-COUNT, STEPS, SIDE = 8, 20, 64  # pictures, steps, pixels
+COUNT, STEPS, SIDE = 8, 20, 64  # images, steps, pixels
 NAMES = [f"number {number}" for number in range(COUNT)]
 PLAIN: dict[str, Any] = {  # a network without text
     "block_out_channels": [32, 96, 128],
@@ -52,10 +52,10 @@ def beginning_with(pipeline: Any, noise: Tensor) -> Iterator[None]:
 def compared(
     name: str, model: DiffusionPipeline, pipeline: Any, ask: Callable[[Tensor], Any], inputs: Inputs, guidance: float
 ) -> Comparison:
-    """Of pictures per second, after both have drawn the same."""
+    """Of images per second, after both have drawn the same."""
     cfg = model.denoiser.unet.cfg
     shape = (cfg.out_channels, cfg.sample_size, cfg.sample_size)
-    noise = torch.from_numpy(np.stack([picture_noise(each, 0, 0, shape) for each in NAMES]))
+    noise = torch.from_numpy(np.stack([image_noise(each, 0, 0, shape) for each in NAMES]))
     sampling = SamplingConfig(sampler=Sampler.ddim, steps=STEPS, guidance_scale=guidance)
 
     def mine() -> Tensor:
@@ -65,8 +65,8 @@ def compared(
         with beginning_with(pipeline, noise):
             return ask(noise).images
 
-    pictures = torch.as_tensor(np.asarray(theirs()))
-    torch.testing.assert_close((mine() + 1) / 2, pictures.permute(0, 3, 1, 2).float(), rtol=0, atol=2 / 255)
+    images = torch.as_tensor(np.asarray(theirs()))
+    torch.testing.assert_close((mine() + 1) / 2, images.permute(0, 3, 1, 2).float(), rtol=0, atol=2 / 255)
     return Comparison(name=name, ours=rate(COUNT, mine), peer=rate(COUNT, theirs), unit="images/s", bar=BAR, pairs=7)
 
 

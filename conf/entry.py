@@ -38,7 +38,7 @@ from conf.errors import UserError, choices, did_you_mean
 from conf.experiments import register_experiments
 from conf.overrides import UNSAID, argument, finished, form_of, option_of, readable, with_typed_keys
 from conf.slurm_launcher import check_launcher, prepare_launcher
-from conf.sweep import Start, report, run_member
+from conf.sweep import Start, print_members, run_member
 
 CONF = Path(__file__).parent
 Run = TypeVar("Run")
@@ -79,7 +79,7 @@ def entry(
                     raise UserError(f"{' '.join(flags)}: a sweep takes no other flag; leave out -m or the rest")
                 if flags in (["-m"], ["--multirun"]):
                     composed = start_sweep(start, config_name, schema, overrides, sweep)
-                    status = report(sweep.folder, sweep.id)
+                    status = print_members(sweep.folder, sweep.id)
                     if after_sweep is not None:
                         after_sweep(sweep.folder, sweep.id, composed)
                     sys.exit(status)

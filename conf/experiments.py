@@ -81,7 +81,7 @@ def chosen(overrides: Sequence[str]) -> list[str]:
 
 def node_of(name: str, command: str, schema: type) -> DictConfig:
     """What an experiment says to a command, for the top of its configuration; errors as of `register_experiments`."""
-    sections = read(name)
+    sections = read_experiment(name)
     section = STAGES.get(command, command)
     if command in STAGES and section not in sections:
         has = ", ".join(str(known) for known in sections if known not in OWN)
@@ -108,7 +108,7 @@ def require_known(where: str, found: Iterable[Any], known: Collection[str]) -> N
             raise UserError(f"{where} '{name}' is read by no command{hint}")
 
 
-def read(name: str) -> DictConfig:
+def read_experiment(name: str) -> DictConfig:
     """The sections of an experiment, on those that it begins from.
 
     Raises:
@@ -129,4 +129,4 @@ def read(name: str) -> DictConfig:
     runs = [vars(schemas)[run] for run in schemas.__all__ if run.endswith("Run")]
     require_known(f"{path}: all", own.get("all", {}), {o.name for run in runs for o in dataclasses.fields(run)})
     base = own.pop("begin_from", None)
-    return own if base is None else OmegaConf.merge(read(base), own)  # type: ignore[return-value]
+    return own if base is None else OmegaConf.merge(read_experiment(base), own)  # type: ignore[return-value]

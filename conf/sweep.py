@@ -53,7 +53,7 @@ def run_member(program: str, composed: DictConfig, start: Start) -> float | None
     if not folder.is_relative_to(Path(expanded(composed.run_dir)).absolute()):
         named -= {"run_dir"}
     folder = claim(folder, overrides, named, start)
-    record = read(folder / RECORD) or {}
+    record = read_record(folder / RECORD) or {}
     outcome_file, requeue_file = folder / ".outcome", folder / ".requeue"
     for file in (outcome_file, requeue_file):
         file.unlink(missing_ok=True)
@@ -62,14 +62,14 @@ def run_member(program: str, composed: DictConfig, start: Start) -> float | None
         environment["REQUEUE_FILE"] = str(requeue_file)
     command = [*launcher(), program, *overrides, *placement(folder, composed)]
     status = follow(command, environment, requeue_file)
-    outcome = read(outcome_file) or {}
+    outcome = read_record(outcome_file) or {}
     outcome_file.unlink(missing_ok=True)
     objective = outcome.get("objective")
     if status:
         error = outcome.get("error") or ending(status)
     else:
         error = "no finite objective: diverged, or stopped before its end" if outcome.get("diverged") else None
-    write(folder / RECORD, record | {"objective": None if error else objective, "error": error})
+    write_record(folder / RECORD, record | {"objective": None if error else objective, "error": error})
     return math.inf if error else objective
 
 
@@ -89,7 +89,7 @@ def claim(plain: Path, overrides: list[str], excluded: Set[str], start: Start) -
 
     mine = {"sweep": start.id, "overrides": overrides, "error": "ended with the process that looked after it"}
     plain.mkdir(parents=True, exist_ok=True)
-    found = None if write_new(plain / RECORD, mine) else read(plain / RECORD)
+    found = None if write_new(plain / RECORD, mine) else read_record(plain / RECORD)
     folder = plain
     if found is not None:
         same_member = telling(found["overrides"]) == telling(overrides)
@@ -98,7 +98,7 @@ def claim(plain: Path, overrides: list[str], excluded: Set[str], start: Start) -
             folder = plain / digest if plain == start.folder else plain.with_name(f"{plain.name}-{digest}")
             folder.mkdir(parents=True, exist_ok=True)
     mine["name"] = folder.name if folder.parent == start.folder else str(folder)
-    write(folder / RECORD, mine)
+    write_record(folder / RECORD, mine)
     if folder.parent != start.folder:
         pointer = start.folder / ELSEWHERE / hashlib.sha256(str(folder).encode()).hexdigest()[:12]
         pointer.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ def ending(status: int) -> str:
     return f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
+def write_record(path: Path, content: dict[str, Any]) -> None:
     draft = path.with_name(f".{path.name}")
     draft.write_text(dumps(content))
     draft.replace(path)
@@ -212,7 +212,7 @@ def write_new(path: Path, content: dict[str, Any]) -> bool:
     return True
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
     """Content of a file that may not be there."""
     with suppress(FileNotFoundError, ValueError):
         content: dict[str, Any] = loads(path.read_text())
@@ -220,9 +220,9 @@ def read(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def report(folder: Path, sweep: str) -> int:
+def print_members(folder: Path, sweep: str) -> int:
     """Print the members of a sweep, best first, failed last; returns the exit status: 1 if one failed or none ran."""
-    members = [record for path in records(folder) if (record := read(path)) and record["sweep"] == sweep]
+    members = [record for path in records(folder) if (record := read_record(path)) and record["sweep"] == sweep]
     failed = [record for record in members if record["error"]]
     finished = [record for record in members if not record["error"]]
     print("\nobjective   member")

@@ -1,6 +1,6 @@
-"""Aspect-ratio buckets: pictures keep their shape, nearly, and yet every batch has one shape.
+"""Aspect-ratio buckets: images keep their shape, nearly, and yet every batch has one shape.
 
-The pictures of a bucket lie in latent shards of their own, `NUMBER-WIDTHxHEIGHT.tar` (pixels), so that a manifest says
+The images of a bucket lie in latent shards of their own, `NUMBER-WIDTHxHEIGHT.tar` (pixels), so that a manifest says
 which there are and how many samples each has.
 """
 
@@ -30,7 +30,7 @@ def bucket_shapes(resolution: int, max_aspect: float, step: int) -> list[Shape]:
 
 
 def nearest_shape(width: int, height: int, shapes: Sequence[Shape]) -> Shape:
-    """The shape that a picture loses least to, by the ratio of the aspects."""
+    """The shape that an image loses least to, by the ratio of the aspects."""
     return min(shapes, key=lambda shape: abs(math.log(width / height * shape[1] / shape[0])))
 
 

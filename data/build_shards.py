@@ -11,9 +11,9 @@ from conf.schema import BuildRun
 @entry("build_shards", BuildRun)
 def main(cfg: BuildRun) -> None:
     """Write `train/` and `heldout/` below `cfg.output_dir`, or find them there."""
-    from data.building.build import build
+    from data.building.build import build_shards
 
-    build(cfg)
+    build_shards(cfg)
 
 
 if __name__ == "__main__":

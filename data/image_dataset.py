@@ -29,7 +29,7 @@ REBUILD = "rebuild the shards with data/build_shards.py, which leaves broken sam
 class ImageDataset:
     """Images and captions. An item: {"image" [3, H, W] float32 in [-1, 1], "caption", "key", "meta", "position"}.
 
-    With `labels` also "labels", a `data.labels.Labels` of what the picture shows, cut and mirrored as it is.
+    With `labels` also "labels", a `data.labels.Labels` of what the image shows, cut and mirrored as it is.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class ImageDataset:
         return {**self._cut(image, facts, cut_of(*image.size)), "position": index}
 
     def variants(self, index: int, count: int, shapes: Sequence[Shape] = ()) -> Batch:
-        """Sample `index` several times, "image" [V, 3, H, W] and their "cuts" out of a picture of "size".
+        """Sample `index` several times, "image" [V, 3, H, W] and their "cuts" out of an image of "size".
 
         The first is the centre, the others have a crop and a flip of their own, pure functions of (seed, index). They
-        are squares, or have that one of the `shapes` which is nearest to the picture's.
+        are squares, or have that one of the `shapes` which is nearest to the image's.
         """
         image, facts = self._open(index)
         shape = nearest_shape(*image.size, shapes) if shapes else (self.images.resolution, self.images.resolution)
@@ -102,7 +102,7 @@ class ImageDataset:
         return collate(items)
 
     def _open(self, index: int) -> tuple[Image.Image, Batch]:
-        """The decoded picture of a sample, and what else is known of it."""
+        """The decoded image of a sample, and what else is known of it."""
         record = self.records[index]
         try:
             image = open_image(image_of(record), self.images.max_pixels)
@@ -119,7 +119,7 @@ class ImageDataset:
         return labels
 
     def _cut(self, image: Image.Image, facts: Batch, cut: Cut) -> Batch:
-        """A square of a picture as a tensor, with all that is known of it."""
+        """A square of an image as a tensor, with all that is known of it."""
         side = self.images.resolution
         item = {"image": to_tensor(to_pixels(image, side, side, cut)), **facts}
         if self.labels:
@@ -128,7 +128,7 @@ class ImageDataset:
 
 
 def captions_of(folder: str | Path, samples: int = 0) -> list[str]:
-    """Captions of the first `samples` (0: all) of a folder of image shards; no picture is decoded."""
+    """Captions of the first `samples` (0: all) of a folder of image shards; no image is decoded."""
     manifest = find_shards(folder, "images")
     records = RecordStore(folder, manifest, [TEXTS], StreamConfig(window=1))  # of remote shards one at a time
     captions = list[str]()

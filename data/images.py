@@ -1,4 +1,4 @@
-"""Pictures: bytes from anywhere → RGB → uint8 pixels of the wanted shape → a tensor in [-1, 1]."""
+"""Images: bytes from anywhere → RGB → uint8 pixels of the wanted shape → a tensor in [-1, 1]."""
 
 import io
 import warnings
@@ -64,7 +64,7 @@ _UPRIGHT = {  # EXIF orientation → the operation that undoes it
 
 
 class ImageError(UserError):
-    """A picture that cannot or must not be decoded; the message is the reason."""
+    """An image that cannot or must not be decoded; the message is the reason."""
 
 
 class Unfit(ImageError):
@@ -146,7 +146,7 @@ def shrink(image: Image.Image, shorter_side: int) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The part of a picture that training sees, in pixels of the picture."""
+    """The part of an image that training sees, in pixels of the image."""
 
     left: int
     top: int
@@ -163,7 +163,7 @@ def cut_of(
     rng: np.random.Generator | None = None,  # needed by a random crop or a flip
     aspect: float = 1.0,  # width / height of the cut
 ) -> Cut:
-    """One of the largest parts of a picture that have this aspect."""
+    """One of the largest parts of an image that have this aspect."""
     wide = min(width, max(1, round(height * aspect)))
     high = min(height, max(1, round(width / aspect)))
     left, top = (width - wide) // 2, (height - high) // 2
@@ -177,7 +177,7 @@ def cut_of(
 
 
 def to_pixels(image: Image.Image, width: int, height: int, cut: Cut) -> np.ndarray:
-    """A part of an RGB picture, scaled to uint8 `[height, width, 3]`.
+    """A part of an RGB image, scaled to uint8 `[height, width, 3]`.
 
     It is cut out and scaled in one operation, so an extreme aspect ratio costs no memory.
     """
@@ -195,9 +195,9 @@ def to_tensor(pixels: np.ndarray) -> "torch.Tensor":
 
 
 def encode_image(image: Image.Image, image_format: ImageFormat, quality: int) -> bytes:
-    """RGB picture → file contents; `quality` (1–100) counts for jpg and webp.
+    """RGB image → file contents; `quality` (1–100) counts for jpg and webp.
 
-    Raises ImageError when the format cannot hold the picture (webp: at most 16,383 pixels along a side).
+    Raises ImageError when the format cannot hold the image (webp: at most 16,383 pixels along a side).
     """
     options: dict[ImageFormat, dict[str, Any]] = {
         ImageFormat.png: {"format": "PNG"},
@@ -221,7 +221,7 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Image.Image:
                 data, formats = data[largest.offset :], ("PNG",)
         return Image.open(io.BytesIO(data), formats=formats)
     except Exception as error:  # a hostile header makes Pillow's parsers raise nearly anything
-        raise ImageError("not a readable picture" if data else "empty file") from error
+        raise ImageError("not a readable image" if data else "empty file") from error
 
 
 def _decoded(data: bytes, max_pixels: int, convert: Callable[[Image.Image], T], formats: tuple[str, ...] = ANY) -> T:
@@ -236,7 +236,7 @@ def _decoded(data: bytes, max_pixels: int, convert: Callable[[Image.Image], T], 
         raise
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ImageError(f"broken picture: {reason}") from error
+        raise ImageError(f"broken image: {reason}") from error
 
 
 def _beside(
@@ -250,7 +250,7 @@ def _beside(
         found = pixels.shape[1], pixels.shape[0]
         if found == size:
             return pixels
-    raise Unfit(f"has {found[0]} x {found[1]} pixels, the picture {size[0]} x {size[1]}; make them equal")
+    raise Unfit(f"has {found[0]} x {found[1]} pixels, the image {size[0]} x {size[1]}; make them equal")
 
 
 def _layers(image: Image.Image, data: bytes) -> tuple[Image.Image, Image.Image | None, bytes | None]:

@@ -1,7 +1,7 @@
-"""Labels of a picture: its class, boxes around what it shows, and a map with the class of each pixel.
+"""Labels of an image: its class, boxes around what it shows, and a map with the class of each pixel.
 
 They lie in the sample's JSON as `class` (a name), `class_id` and `boxes`, a list of {"box": [x0, y0, x1, y1], "class":
-name, "class_id": number} with corners in fractions of width and height, and beside the picture as `KEY.seg.png`. The
+name, "class_id": number} with corners in fractions of width and height, and beside the image as `KEY.seg.png`. The
 manifest says what the numbers mean. Names may be missing, numbers may not.
 """
 
@@ -17,7 +17,7 @@ from PIL import Image
 from conf.errors import UserError
 from data.images import Cut, ImageError, Unfit, open_indices
 
-MAP = "seg.png"  # extension of the map: 8 bits, a class for each pixel of the picture
+MAP = "seg.png"  # extension of the map: 8 bits, a class for each pixel of the image
 UNLABELLED = 255  # in a map: no class
 GROUPS = ("classes", "box_classes", "segments")  # of names, in the manifest
 MOST_CLASSES = 65_536  # a larger number is taken for a mistake
@@ -39,14 +39,14 @@ class Box:
 
     @property
     def area(self) -> float:
-        """Its share of the picture."""
+        """Its share of the image."""
         left, top, right, bottom = self.corners
         return (right - left) * (bottom - top)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Labels:
-    """What is known of one picture; all of it may be missing."""
+    """What is known of one image; all of it may be missing."""
 
     class_id: int | None = None
     class_name: str = ""
@@ -142,7 +142,7 @@ def encode_map(segments: np.ndarray) -> bytes:
 
 
 def decode_map(content: bytes, size: tuple[int, int]) -> np.ndarray:
-    """Contents of `KEY.seg.png` → uint8 `[H, W]`; `size` (width, height) is the picture's. Raises LabelError."""
+    """Contents of `KEY.seg.png` → uint8 `[H, W]`; `size` (width, height) is the image's. Raises LabelError."""
     try:
         return open_indices(content, size)
     except Unfit as error:
@@ -152,7 +152,7 @@ def decode_map(content: bytes, size: tuple[int, int]) -> np.ndarray:
 
 
 def shrink_map(segments: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map uint8 `[H, W]` as large as its picture was made: the nearest pixel of each."""
+    """A map uint8 `[H, W]` as large as its image was made: the nearest pixel of each."""
     if segments.shape == size[::-1]:
         return segments
     return np.asarray(Image.fromarray(segments).resize(size, Image.Resampling.NEAREST))
@@ -163,7 +163,7 @@ def read_labels(meta: Mapping[str, Any], segments: bytes | np.ndarray | None, si
 
     Args:
         meta: a `class` without `class_id` is no label.
-        size: width and height of the picture.
+        size: width and height of the image.
 
     Raises:
         LabelError: naming the field; also where the sample contradicts itself.
@@ -184,16 +184,16 @@ def read_labels(meta: Mapping[str, Any], segments: bytes | np.ndarray | None, si
 
 
 def cut_labels(labels: Labels, cut: Cut, width: int, height: int, size: tuple[int, int]) -> Labels:
-    """The labels of what a `Cut` leaves of a picture, as `data.images.to_pixels` treats its pixels.
+    """The labels of what a `Cut` leaves of an image, as `data.images.to_pixels` treats its pixels.
 
     Boxes are clipped, and dropped where less than a tenth of their area is left; the map takes the nearest pixel.
 
     Args:
         width: pixels of the cut when it is scaled, as is `height`.
-        size: width and height of the picture, before.
+        size: width and height of the image, before.
     """
     clipped = [(box, _clipped(box, cut, size)) for box in labels.boxes]
-    scale = cut.width * cut.height / (size[0] * size[1])  # share of the picture that the cut is
+    scale = cut.width * cut.height / (size[0] * size[1])  # share of the image that the cut is
     boxes = tuple(after for box, after in clipped if after.area * scale >= KEPT_AREA * box.area and after.area > 0)
     segments = labels.segments
     if segments is not None:
@@ -230,7 +230,7 @@ def _box(entry: Any, place: str) -> Box:
         raise LabelError(f"{place}.box: not [x0, y0, x1, y1]")
     if not all(0 <= corner <= 1 for corner in corners):
         shown = f"{corners}"[:60]
-        raise LabelError(f"{place}.box: {shown} leaves the picture; corners are fractions of its width and height")
+        raise LabelError(f"{place}.box: {shown} leaves the image; corners are fractions of its width and height")
     x0, y0, x1, y1 = map(float, corners)
     if x1 <= x0 or y1 <= y0:
         raise LabelError(f"{place}.box: {corners} has no area; it is [x0, y0, x1, y1] with x0 < x1 and y0 < y1")

@@ -50,7 +50,7 @@ class ArrayLayout:
         return f"{self.dtype} {list(self.shape)}"
 
 
-SHARED = ("tokens", "text")  # by all variants of a picture; of the other arrays each has its own
+SHARED = ("tokens", "text")  # by all variants of an image; of the other arrays each has its own
 Layout = dict[str, ArrayLayout]  # by the name of the array
 
 
@@ -175,7 +175,7 @@ class LatentDataset:
         first, *others = {self.bucket(index) for index in indices}
         if others:
             raise UserError(
-                "a micro-batch would hold pictures of two shapes: set stream.bucket_run to a multiple of "
+                "a micro-batch would hold images of two shapes: set stream.bucket_run to a multiple of "
                 "batch.micro_batch_size (0: the global batch) and keep it when a run is continued"
             )
         return self.layouts[first]

@@ -8,9 +8,9 @@ from conf.schema import PrecomputeRun
 def main(cfg: PrecomputeRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
     from train.engine.runtime import start, stop
-    from train.latents.precompute import run
+    from train.latents.precompute import run_precompute
 
-    run(cfg, start(cfg.runtime), to_plain(cfg))
+    run_precompute(cfg, start(cfg.runtime), to_plain(cfg))
     stop()
 
 

@@ -1,4 +1,4 @@
-"""Look at a data set before training on it: a contact sheet and its statistics, as a page and as pictures.
+"""Look at a data set before training on it: a contact sheet and its statistics, as a page and as images.
 
 python data/preview.py run_dir=runs/demo
 python data/preview.py run_dir=runs/demo data=runs/demo/latents/train
@@ -11,10 +11,10 @@ from conf.schema import PreviewRun
 @entry("preview", PreviewRun)
 def main(cfg: PreviewRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
-    from train.board.preview import run
+    from train.board.preview import write_preview
     from train.engine.runtime import start, stop
 
-    run(cfg, start(cfg.runtime))
+    write_preview(cfg, start(cfg.runtime))
     stop()
 
 

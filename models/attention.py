@@ -1,6 +1,6 @@
 """Attention over the pixels of a feature map and over the text; attribute names are those of diffusers' state dicts.
 
-Shapes: B samples, N = H·W tokens of the picture, M tokens attended to (N, or the L of the text), C channels, D width of
+Shapes: B samples, N = H·W tokens of the image, M tokens attended to (N, or the L of the text), C channels, D width of
 the text states.
 """
 

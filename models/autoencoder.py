@@ -34,7 +34,7 @@ def check_sides(x: Tensor, downscale: int) -> None:
         raise UserError(f"images of {x.shape[2]} x {x.shape[3]} pixels: both must be multiples of {downscale}")
 
 
-class Level(nn.Module):
+class CoderLevel(nn.Module):
     """The residual blocks at one size, then the step to the next size, if the network appends one."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, attend: bool) -> None:
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for number, (previous, width) in enumerate(pairwise([widths[0], *widths])):
-            level = Level(previous, width, cfg.layers_per_block, groups, number in cfg.attention_levels)
+            level = CoderLevel(previous, width, cfg.layers_per_block, groups, number in cfg.attention_levels)
             if number < len(widths) - 1:
                 level.downsamplers.append(Downsample(width, padding=0))
             self.down_blocks.append(level)
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList()
         numbers = reversed(range(len(widths)))
         for number, (previous, width) in zip(numbers, pairwise([widths[0], *widths]), strict=True):
-            level = Level(previous, width, cfg.layers_per_block + 1, groups, number in cfg.attention_levels)
+            level = CoderLevel(previous, width, cfg.layers_per_block + 1, groups, number in cfg.attention_levels)
             if number > 0:
                 level.upsamplers.append(Upsample(width))
             self.up_blocks.append(level)
@@ -175,7 +175,7 @@ def kl(moments: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
 
 
-def finite(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def finite_or_fp32(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`network(x)` in fp32; what comes out of a lower precision's autocast with an infinity or NaN is done again.
 
     Some autoencoders overflow in fp16, of which Stable Diffusion XL's is the best known.

@@ -1,6 +1,6 @@
-"""Low-resolution pictures for super-resolution, and the trivial way back.
+"""Low-resolution images for super-resolution, and the trivial way back.
 
-Pictures are [B, 3, H, W] in [-1, 1]; H and W are multiples of the factor. Two ways lead down: bicubic, and a chain of
+Images are [B, 3, H, W] in [-1, 1]; H and W are multiples of the factor. Two ways lead down: bicubic, and a chain of
 damages like that of BSRGAN (Zhang et al. 2021, "Designing a Practical Degradation Model for Deep Blind Image
 Super-Resolution", arXiv:2103.14006) with the bounds that latent diffusion used for it.
 """
@@ -21,7 +21,7 @@ RESIZES = ("bilinear", "bicubic", "area")
 
 @dataclass(frozen=True, slots=True)
 class Strength:
-    """How far the chain may go; what it does to one picture is drawn evenly within these bounds."""
+    """How far the chain may go; what it does to one image is drawn evenly within these bounds."""
 
     blurs: int  # how often
     blur: float  # share of the paper's largest width
@@ -38,7 +38,7 @@ def bicubic(low: Tensor, factor: int) -> Tensor:
     return _bicubic(low, (low.shape[2] * factor, low.shape[3] * factor))
 
 
-def shrink(images: Tensor, factor: int) -> Tensor:
+def shrink_tensor(images: Tensor, factor: int) -> Tensor:
     """[B, 3, H, W] to [B, 3, H/f, W/f] without aliasing, bicubic."""
     return _bicubic(images, (images.shape[2] // factor, images.shape[3] // factor))
 
@@ -48,7 +48,7 @@ def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def degrade(images: Tensor, factor: int, strength: Strength, generators: Sequence[np.random.Generator]) -> Tensor:
-    """[B, 3, H, W] to [B, 3, H/f, W/f], each picture blurred, shrunk, disturbed and compressed in an order of its own.
+    """[B, 3, H, W] to [B, 3, H/f, W/f], each image blurred, shrunk, disturbed and compressed in an order of its own.
 
     Left out of the paper are a camera's sensor and noise that is correlated between channels.
 
@@ -56,14 +56,14 @@ def degrade(images: Tensor, factor: int, strength: Strength, generators: Sequenc
         images: on any device; the work is done on the CPU.
         factor: f.
         strength: BSR, or BSR_LIGHT, which leaves most of the details.
-        generators: one per picture, from which all its chance is drawn.
+        generators: one per image, from which all its chance is drawn.
     """
     pairs = zip(images.float().cpu().split(1), generators, strict=True)
     return torch.cat([_degraded(image, factor, strength, generator) for image, generator in pairs]).to(images)
 
 
 def _degraded(x: Tensor, factor: int, strength: Strength, random: np.random.Generator) -> Tensor:
-    """One picture [1, 3, H, W]: the steps in random order, of which the second to shrink makes the final size."""
+    """One image [1, 3, H, W]: the steps in random order, of which the second to shrink makes the final size."""
     size = (x.shape[2] // factor, x.shape[3] // factor)
     if factor % 2 == 0 and random.random() < 0.25:
         x, factor = _resized(x, (x.shape[2] // 2, x.shape[3] // 2), random), factor // 2
@@ -80,7 +80,7 @@ def _degraded(x: Tensor, factor: int, strength: Strength, random: np.random.Gene
                 x = _noisy(x, strength.noise, random)
             case "jpeg":
                 x = _compressed(x, strength.quality, random)
-    return _compressed(x, strength.quality, random)  # as a picture from the web would be
+    return _compressed(x, strength.quality, random)  # as an image from the web would be
 
 
 def _blurred(x: Tensor, factor: int, share: float, random: np.random.Generator) -> Tensor:

@@ -13,13 +13,13 @@ from models.layers import laid_out
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches of a picture (Isola et al. 2017, arXiv:1611.07004; LDM paper, appendix G).
+    """Judges overlapping patches of an image (Isola et al. 2017, arXiv:1611.07004; LDM paper, appendix G).
 
     Parameters have the shapes and order of the N-layer discriminator that LDM uses (2,765,633 by default), but group
     normalisation takes the place of batch normalisation: a verdict depends on neither batch nor number of processes.
     """
 
-    verdict_means: Tensor  # [2], running means of the verdicts on real pictures and on reconstructions
+    verdict_means: Tensor  # [2], running means of the verdicts on real images and on reconstructions
 
     def __init__(self, config: DiscriminatorConfig, in_channels: int = 3) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: Adversarial = Adversarial.hinge) -> Tensor:
-    """Loss of the discriminator from verdicts on both kinds of pictures, each counting half; a scalar.
+    """Loss of the discriminator from verdicts on both kinds of images, each counting half; a scalar.
 
     hinge: Lim & Ye 2017, arXiv:1705.02894. non_saturating: the logistic loss of Goodfellow et al. 2014.
     """
@@ -77,16 +77,16 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: Adversarial = Adversari
 
 
 def generator_loss(fake: Tensor, kind: Adversarial = Adversarial.hinge) -> Tensor:
-    """Adversarial loss of the autoencoder from the verdicts on its pictures; a scalar."""
+    """Adversarial loss of the autoencoder from the verdicts on its images; a scalar."""
     return -fake.mean() if kind is Adversarial.hinge else F.softplus(-fake).mean()
 
 
 def r1_penalty(real: Tensor, images: Tensor) -> Tensor:
-    """Half the squared gradient of the verdicts by their pictures, mean per picture (Mescheder et al. 2018, eq. 9).
+    """Half the squared gradient of the verdicts by their images, mean per image (Mescheder et al. 2018, eq. 9).
 
     Args:
         real: verdicts [B, 1, h, w] of the images.
-        images: with gradient, the B pictures that were judged and any that were not.
+        images: with gradient, the B images that were judged and any that were not.
     """
     (slope,) = torch.autograd.grad(real.flatten(1).mean(dim=1).sum(), images, create_graph=True)
     return 0.5 * slope.square().sum() / len(real)

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 features: ImageNet weights that arrive inside a package, so they need no download.
 
-Two users: `models/losses.py` compares the early blocks of two pictures, `train/evaluation/frechet.py` compares two sets
-of pictures by the statistics of `descriptor`. Architecture and weights: Tan & Le 2019 (arXiv:1905.11946), Lite variant.
+Two users: `models/losses.py` compares the early blocks of two images, `train/evaluation/frechet.py` compares two sets
+of images by the statistics of `descriptor`. Architecture and weights: Tan & Le 2019 (arXiv:1905.11946), Lite variant.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class EfficientNetFeatures(nn.Module):
     """The first `blocks` blocks of a frozen EfficientNet-Lite0.
 
     Batch normalisations are folded into their convolutions: the network is constant, `train()` changes nothing in it,
-    and a backward pass to the pictures costs less. Sides of pictures must be multiples of 32 where all blocks are used
+    and a backward pass to the images costs less. Sides of images must be multiples of 32 where all blocks are used
     (of 8 up to block 4), else the paddings of the original do not fit.
 
     Raises:
@@ -84,7 +84,7 @@ class EfficientNetFeatures(nn.Module):
     def descriptor(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] to [B, 976]: mean and deviation over space of blocks 0, 4, 10 and 15.
 
-        The pooled output of the last block alone hardly sees colour; the early blocks do. Pictures of up to 128 pixels
+        The pooled output of the last block alone hardly sees colour; the early blocks do. Images of up to 128 pixels
         are resized to 128, larger ones to 224, the size the weights were made for.
         """
         side = 128 if max(images.shape[-2:]) <= 128 else 224

@@ -1,4 +1,4 @@
-"""A picture on its way out of the noise: the guess x0 of the steps, decoded (Ho et al. 2020, figure 6)."""
+"""An image on its way out of the noise: the guess x0 of the steps, decoded (Ho et al. 2020, figure 6)."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ class Film:
     Args:
         frames: how many, 2 or more; no more than there are steps.
         steps: of the sampler.
-        rows: which pictures of the batch are filmed.
+        rows: which images of the batch are filmed.
     """
 
     def __init__(self, frames: int, steps: int, rows: Sequence[int]) -> None:
@@ -33,7 +33,7 @@ class Film:
 
     @torch.no_grad()
     def frames(self, model: DiffusionPipeline, images: Tensor) -> Tensor:
-        """Pictures [R, F, 3, H, W] in [-1, 1], one step decoded at a time.
+        """Images [R, F, 3, H, W] in [-1, 1], one step decoded at a time.
 
         The last frame is of `images` [B, 3, H, W], which most samplers end with the last guess itself.
         """

@@ -164,9 +164,9 @@ class Upsample(nn.Module):
 
 
 class NearestConv2d(nn.Conv2d):
-    """3x3 convolution of the picture enlarged twice by nearest neighbour, without ever making that picture.
+    """3x3 convolution of the image enlarged twice by nearest neighbour, without ever making that image.
 
-    A 3x3 window on the enlarged picture covers only 2x2 different pixels, and which of them repeat depends on the
+    A 3x3 window on the enlarged image covers only 2x2 different pixels, and which of them repeat depends on the
     parity of the output's row and column alone. So the same result is four 2x2 convolutions whose weights are sums of
     the 3x3 ones: 16 instead of 36 multiplications per input pixel, and a quarter of the input's memory.
     """

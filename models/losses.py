@@ -1,6 +1,6 @@
-"""Distances between pictures: perceptual losses of the autoencoder, and PSNR and SSIM, of the whole or of a hole.
+"""Distances between images: perceptual losses of the autoencoder, and PSNR and SSIM, of the whole or of a hole.
 
-Pictures are [B, 3, H, W] in [-1, 1]; every function returns one number per picture, [B].
+Images are [B, 3, H, W] in [-1, 1]; every function returns one number per image, [B].
 """
 
 import warnings
@@ -20,7 +20,7 @@ VGG_FILE = "vgg16-397923af.pth"
 
 
 def perceptual_distance(kind: Perceptual, lpips_backbone: str | None = None) -> nn.Module | None:
-    """The module behind the option `loss.perceptual`, frozen: (pictures, references) -> distance [B].
+    """The module behind the option `loss.perceptual`, frozen: (images, references) -> distance [B].
 
     Args:
         kind: Perceptual.none gives None.
@@ -65,9 +65,9 @@ class LpipsDistance(nn.Module):
         """Stay in evaluation mode: the heads of LPIPS contain dropout."""
         return super().train(False)
 
-    def forward(self, pictures: Tensor, references: Tensor) -> Tensor:
-        """Distance [B] of pictures and references [B, 3, H, W]."""
-        return self.network(pictures, references).flatten(1).mean(dim=1)
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """Distance [B] of images and references [B, 3, H, W]."""
+        return self.network(images, references).flatten(1).mean(dim=1)
 
 
 def _vgg_weights(path: Path) -> dict[str, Tensor]:
@@ -94,52 +94,52 @@ class EfficientNetDistance(nn.Module):
         super().__init__()
         self.features = EfficientNetFeatures(blocks=max(self.taps) + 1)
 
-    def forward(self, pictures: Tensor, references: Tensor) -> Tensor:
-        """Distance [B] of pictures [B, 3, H, W] to references, which get no gradient; sides are multiples of 8."""
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """Distance [B] of images [B, 3, H, W] to references, which get no gradient; sides are multiples of 8."""
         with torch.no_grad():
             wanted = [F.normalize(x, dim=1, eps=1e-6) for x in self.features(references, self.taps)]
-        made = [F.normalize(x, dim=1, eps=1e-6) for x in self.features(pictures, self.taps)]
+        made = [F.normalize(x, dim=1, eps=1e-6) for x in self.features(images, self.taps)]
         terms = [(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in zip(made, wanted, strict=True)]  # [B] each
         return torch.stack(terms).mean(dim=0)
 
 
-def psnr(pictures: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio [B] in dB; values outside [-1, 1] are clamped, as a saved picture would be."""
-    return _decibels(_squared_error(pictures, references).mean(dim=(1, 2)))
+def psnr(images: Tensor, references: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio [B] in dB; values outside [-1, 1] are clamped, as a saved image would be."""
+    return _decibels(_squared_error(images, references).mean(dim=(1, 2)))
 
 
-def psnr_inside(pictures: Tensor, references: Tensor, masks: Tensor) -> Tensor:
+def psnr_inside(images: Tensor, references: Tensor, masks: Tensor) -> Tensor:
     """`psnr` [B] over the pixels of the hole alone; masks bool [B, H, W] are true there, and none is empty."""
-    errors = _squared_error(pictures, references) * masks
+    errors = _squared_error(images, references) * masks
     return _decibels(errors.sum(dim=(1, 2)) / masks.sum(dim=(1, 2)))
 
 
-def distance_inside(distance: nn.Module, pictures: Tensor, references: Tensor, masks: Tensor) -> Tensor:
+def distance_inside(distance: nn.Module, images: Tensor, references: Tensor, masks: Tensor) -> Tensor:
     """A perceptual distance [B] of what fills the hole, seen within the reference.
 
-    Divided by the hole's share of the picture, so that large and small holes count alike.
+    Divided by the hole's share of the image, so that large and small holes count alike.
     """
-    return distance(paste_back(pictures, references, masks), references) / masks.float().mean(dim=(1, 2))
+    return distance(paste_back(images, references, masks), references) / masks.float().mean(dim=(1, 2))
 
 
-def _squared_error(pictures: Tensor, references: Tensor) -> Tensor:
+def _squared_error(images: Tensor, references: Tensor) -> Tensor:
     """Mean over the channels, [B, H, W]."""
-    return (pictures.clamp(-1, 1) - references.clamp(-1, 1)).square().mean(dim=1)
+    return (images.clamp(-1, 1) - references.clamp(-1, 1)).square().mean(dim=1)
 
 
 def _decibels(error: Tensor) -> Tensor:
-    return 10 * torch.log10(4 / error.clamp_min(1e-10))  # peak = 2; identical pictures give 106 dB
+    return 10 * torch.log10(4 / error.clamp_min(1e-10))  # peak = 2; identical images give 106 dB
 
 
-def ssim(pictures: Tensor, references: Tensor) -> Tensor:
+def ssim(images: Tensor, references: Tensor) -> Tensor:
     """Structural similarity [B] (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5, mean over its inside.
 
     Raises:
         UserError: a side is shorter than the window.
     """
-    if min(pictures.shape[-2:]) < 11:
-        raise UserError(f"images.resolution={min(pictures.shape[-2:])}: SSIM needs at least 11 pixels")
-    x, y = pictures.clamp(-1, 1).float(), references.clamp(-1, 1).float()
+    if min(images.shape[-2:]) < 11:
+        raise UserError(f"images.resolution={min(images.shape[-2:])}: SSIM needs at least 11 pixels")
+    x, y = images.clamp(-1, 1).float(), references.clamp(-1, 1).float()
     mean_x, mean_y = _blur(x), _blur(y)
     variance_x = _blur(x * x) - mean_x**2
     variance_y = _blur(y * y) - mean_y**2

@@ -1,7 +1,7 @@
 """Holes for inpainting, what trivial methods put into them, and the known pixels put back.
 
-Pictures are [B, 3, H, W] in [-1, 1]; masks are bool [B, H, W], true in the hole, whose pixels no function looks at.
-Something of each picture must be known.
+Images are [B, 3, H, W] in [-1, 1]; masks are bool [B, H, W], true in the hole, whose pixels no function looks at.
+Something of each filled must be known.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-COVERAGE = (0.02, 0.7)  # least and largest share of the picture that is a hole
+COVERAGE = (0.02, 0.7)  # least and largest share of the filled that is a hole
 SEGMENTS = 5  # of a stroke, at most
-SOURCES = 4096  # about as many patches of a picture are compared
+SOURCES = 4096  # about as many patches of a filled are compared
 
 
 @dataclass(frozen=True, slots=True)
 class Strokes:
-    """Bounds within which a mask is drawn evenly; lengths are in pixels of a picture with 256 on its shorter side."""
+    """Bounds within which a mask is drawn evenly; lengths are in pixels of a filled with 256 on its shorter side."""
 
     strokes: tuple[int, int]
     width: tuple[int, int]
@@ -60,7 +60,7 @@ def _add_boxes(mask: np.ndarray, random: np.random.Generator, bounds: Strokes) -
 
 
 def _add_strokes(mask: np.ndarray, random: np.random.Generator, bounds: Strokes) -> None:
-    """Chains of straight segments, each as wide as it likes; a corner outside is moved to the picture's edge."""
+    """Chains of straight segments, each as wide as it likes; a corner outside is moved to the image's edge."""
     size, unit = np.array(mask.shape), min(mask.shape) / 256
     for _ in range(random.integers(*bounds.strokes, endpoint=True)):
         end = random.uniform(0, size)
@@ -89,7 +89,7 @@ def paste_back(painted: Tensor, originals: Tensor, masks: Tensor) -> Tensor:
 
 
 def mean_colour(images: Tensor, masks: Tensor) -> Tensor:
-    """The hole filled with the mean colour of the picture's known pixels."""
+    """The hole filled with the mean colour of the image's known pixels."""
     known = ~masks[:, None]
     total = torch.where(known, images, 0).sum(dim=(2, 3), keepdim=True)
     return torch.where(known, images, total / known.sum(dim=(2, 3), keepdim=True))
@@ -121,21 +121,21 @@ def nearest_patch(images: Tensor, masks: Tensor, patch: int | None = None) -> Te
     alone as priority (eq. 1 without the data term).
 
     Args:
-        patch: side in pixels, odd; None: a ninth of the picture's.
+        patch: side in pixels, odd; None: a ninth of the image's.
     """
     side = patch or min(images.shape[2:]) // 9 | 1
     return torch.stack([_filled(image, mask, side) for image, mask in zip(images, masks, strict=True)])
 
 
 def _filled(image: Tensor, mask: Tensor, patch: int) -> Tensor:
-    """`nearest_patch` of one picture [3, H, W]; where it knows no patch of this size, with smaller ones."""
+    """`nearest_patch` of one filled [3, H, W]; where it knows no patch of this size, with smaller ones."""
     if patch == 1:
         return nearest_pixel(image[None], mask[None])[0]
     radius = patch // 2
     confidence = F.pad((~mask).float(), [radius] * 4)  # [H+2r, W+2r]; 0: not known
-    picture = F.pad(torch.where(mask, 0, image), [radius] * 4)
+    filled = F.pad(torch.where(mask, 0, image), [radius] * 4)
     stride = max(1, isqrt(mask.numel() // SOURCES))
-    sources = F.unfold(picture[None], patch, stride=stride)[0]  # [3·p·p, N]
+    sources = F.unfold(filled[None], patch, stride=stride)[0]  # [3·p·p, N]
     sources = sources.T[F.unfold(confidence[None, None], patch, stride=stride)[0].amin(dim=0) == 1]
     if len(sources) == 0:
         return _filled(image, mask, patch - 2)
@@ -143,14 +143,14 @@ def _filled(image: Tensor, mask: Tensor, patch: int) -> Tensor:
     while hole.any():
         trust = _window_means(confidence, patch)  # [H, W], of the patch around each pixel
         row, column = divmod(int(trust.where(hole, -1).argmax()), hole.shape[1])
-        window = (slice(row, row + patch), slice(column, column + patch))  # of the padded picture
-        target, known = picture[:, *window], confidence[window] > 0
+        window = (slice(row, row + patch), slice(column, column + patch))  # of the padded image
+        target, known = filled[:, *window], confidence[window] > 0
         weights = known.expand_as(target).flatten().to(sources)
         distances = squares @ weights - 2 * sources @ (weights * target.flatten())  # squared, less a constant
         target.copy_(target.where(known, sources[distances.argmin()].view_as(target)))
         confidence[window] = confidence[window].where(known, trust[row, column].clamp_min(1e-30))  # 0 is unknown
         hole = mask & (confidence[radius:-radius, radius:-radius] == 0)
-    return picture[:, radius:-radius, radius:-radius]
+    return filled[:, radius:-radius, radius:-radius]
 
 
 def _window_means(values: Tensor, side: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sampling: prompts, other conditions and seeds in, pictures out."""
+"""Sampling: prompts, other conditions and seeds in, images out."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import SamplingConfig
-from models.autoencoder import Autoencoder, finite, split_moments
+from models.autoencoder import Autoencoder, finite_or_fp32, split_moments
 from models.conditions import Conditioning, Inputs, Samples
 from models.denoiser import Denoiser
 from models.diffusion.guidance import Joined, by_step, classifier_free, within
 from models.diffusion.process import Denoise, Process
 from models.diffusion.samplers import Callback, sampler_of
-from models.prompts import Prompt, parse, plain, text_states
+from models.prompts import ParsedPrompt, parse, plain, text_states
 from models.text import Cuts, TextTower, image_embeddings
 from models.tiles import check_tile, decode_in_tiles, encode_in_tiles
 
 
 class Control(Protocol):
-    """Watches the network while pictures are drawn, and may change what it does (`models.editing.editing`)."""
+    """Watches the network while images are drawn, and may change what it does (`models.editing.editing`)."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, name: str, is_cross: bool) -> Tensor:
         """In place of every layer's attention (`models.attention`); the rows of the prompts are the last ones."""
@@ -37,7 +37,7 @@ class Control(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where sampling begins in place of noise: what `models.editing.inversion` finds of a picture."""
+    """Where sampling begins in place of noise: what `models.editing.inversion` finds of an image."""
 
     x: Tensor  # [B, C, h, w] at the first noise level
     away: tuple[Tensor, ...] = ()  # text states [B, L, D], of all steps or of each; (): of the negative prompt
@@ -48,7 +48,7 @@ class Start:
 
 
 class DiffusionPipeline:
-    """A trained U-Net with all that it needs to make pictures.
+    """A trained U-Net with all that it needs to make images.
 
     Args:
         denoiser: the U-Net and its conditions; its device is where everything is computed.
@@ -57,7 +57,7 @@ class DiffusionPipeline:
         process: the one that the U-Net was trained with.
         latent_mean: per channel [C] over the training latents, as in the latents' manifest.
         latent_std: likewise [C]; the U-Net works on (z - mean) / std.
-        tile: side in pixels of the squares that larger pictures are decoded in, one picture at a time; 0: whole.
+        tile: side in pixels of the squares that larger images are decoded in, one image at a time; 0: whole.
     """
 
     def __init__(
@@ -95,15 +95,15 @@ class DiffusionPipeline:
         start: Start | None = None,
         control: Control | None = None,
     ) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] of B prompts, all in one batch.
+        """Images [B, 3, H, W] in [-1, 1] of B prompts, all in one batch.
 
-        The picture of (prompt, seed, index) is the same whatever else is in the batch, up to float rounding.
+        The image of (prompt, seed, index) is the same whatever else is in the batch, up to float rounding.
 
         Args:
             prompts: B captions; for a network without text, names that the noise belongs to.
             seeds: one per prompt.
             sampling: solver, steps, guidance and size; None: the defaults.
-            indices: number of the picture among those of one prompt and seed; None: all 0.
+            indices: number of the image among those of one prompt and seed; None: all 0.
             callback: sees each step's normalised latents (`models.diffusion.samplers`).
             inputs: arrays of the other conditions, B each, as `Conditions.prepare` makes them.
             noise_of: B prompts whose noise they get; None: their own.
@@ -126,29 +126,29 @@ class DiffusionPipeline:
         return self.decode(sample(denoise, x, sigmas, callback))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] of normalised latents [B, C, h, w]."""
+        """Images [B, 3, H, W] in [-1, 1] of normalised latents [B, C, h, w]."""
         network = self.autoencoder
         decode = partial(decode_in_tiles, network.decode, side=self.tile, downscale=network.cfg.downscale)
-        return finite(decode, latents * self.latent_std + self.latent_mean).clamp(-1, 1)
+        return finite_or_fp32(decode, latents * self.latent_std + self.latent_mean).clamp(-1, 1)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Normalised latents [B, C, h, w], those in the middle of the posterior, of pictures [B, 3, H, W]."""
+        """Normalised latents [B, C, h, w], those in the middle of the posterior, of images [B, 3, H, W]."""
         return (self.latents(images).to(self.device) - self.latent_mean) / self.latent_std
 
     def prepare(self, samples: Samples) -> Inputs:
-        """Arrays of the conditions, but for the text, of pictures and what is known of them."""
+        """Arrays of the conditions, but for the text, of images and what is known of them."""
         return self.denoiser.conditions.prepare(samples, self)
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
-        """Means of the latents [B, C, h, w], not normalised, of pictures [B, 3, H, W]; on the CPU."""
+        """Means of the latents [B, C, h, w], not normalised, of images [B, 3, H, W]; on the CPU."""
         network = self.autoencoder
         encode = partial(encode_in_tiles, network.encode, side=self.tile, downscale=network.cfg.downscale)
-        return split_moments(finite(encode, images.to(self.device)))[0].cpu()
+        return split_moments(finite_or_fp32(encode, images.to(self.device)))[0].cpu()
 
     @torch.no_grad()
     def image_embeddings(self, images: Tensor) -> Tensor:
-        """CLIP's embeddings [B, E] of pictures [B, 3, H, W]; on the CPU."""
+        """CLIP's embeddings [B, E] of images [B, 3, H, W]; on the CPU."""
         return image_embeddings(self.text_tower, images.to(self.device)).cpu()
 
     def denoiser_of(
@@ -164,8 +164,8 @@ class DiffusionPipeline:
         Arguments and errors are those of a call; `away` is that of its start.
         """
         read = parse if sampling.prompt_syntax else plain
-        pictures = [(read if self.denoiser.conditions.takes_text else plain)(text) for text in prompts]
-        joined = self._joined(pictures) if any(len(picture) > 1 for picture in pictures) else None
+        images = [(read if self.denoiser.conditions.takes_text else plain)(text) for text in prompts]
+        joined = self._joined(images) if any(len(image) > 1 for image in images) else None
         guided = sampling.guidance_scale != 1 or joined is not None
         if sampling.negative_prompt and not self.denoiser.conditions.takes_text:
             raise UserError(f"negative_prompt={sampling.negative_prompt}: this network takes no text; leave it out")
@@ -174,7 +174,7 @@ class DiffusionPipeline:
                 f"guidance_scale={sampling.guidance_scale}: this network was trained without dropping a condition; "
                 "set guidance_scale=1"
             )
-        asked, nothing = self._told(pictures, sampling, inputs or {}, guided, away)
+        asked, nothing = self._told(images, sampling, inputs or {}, guided, away)
         predict = partial(self.denoiser.predict, attn_control=None if control is None else control.attention)
         bound = [partial(classifier_free, predict, asked, null, prepare=self.denoiser.prepared) for null in nothing]
         scale, rescale = sampling.guidance_scale, sampling.guidance_rescale
@@ -188,25 +188,25 @@ class DiffusionPipeline:
 
     def _told(
         self,
-        pictures: list[list[Prompt]],
+        images: list[list[ParsedPrompt]],
         sampling: SamplingConfig,
         inputs: Inputs,
         guided: bool,
         away: Sequence[Tensor],
     ) -> tuple[Conditioning, list[Conditioning]]:
-        """What is asked for, by prompt, and what guidance leads away from, by picture: in all steps, or in each."""
+        """What is asked for, by prompt, and what guidance leads away from, by image: in all steps, or in each."""
         conditions = self.denoiser.conditions
         inputs = {name: array.to(self.device) for name, array in inputs.items()}
-        owners = torch.tensor([number for number, picture in enumerate(pictures) for _ in picture], device=self.device)
+        owners = torch.tensor([number for number, image in enumerate(images) for _ in image], device=self.device)
         asked = {name: array[owners] for name, array in inputs.items()}
         null = conditions.null(inputs) if guided else {}
         if conditions.takes_text:
-            asked["text"] = self.states([prompt for picture in pictures for prompt in picture])
+            asked["text"] = self.states([prompt for image in images for prompt in image])
         if not guided:
             return conditions(asked), [Conditioning()]
         if not conditions.takes_text:
             return conditions(asked), [conditions(null)]
-        negative = away or [self.states(self._negative(sampling)).expand(len(pictures), -1, -1)]
+        negative = away or [self.states(self._negative(sampling)).expand(len(images), -1, -1)]
         return conditions(asked), [conditions({**null, "text": states}) for states in negative]
 
     def cuts(self, texts: Sequence[str], syntax: bool) -> Cuts:
@@ -216,19 +216,19 @@ class DiffusionPipeline:
         read = parse if syntax else plain
         return Cuts.of(self.text_tower, [prompt.text for text in texts for prompt in read(text)])
 
-    def states(self, prompts: list[Prompt]) -> Tensor:
+    def states(self, prompts: list[ParsedPrompt]) -> Tensor:
         """Text states [R, L, D] of R prompts."""
         assert self.text_tower is not None
         return text_states(self.text_tower, prompts, self.device)
 
-    def _negative(self, sampling: SamplingConfig) -> list[Prompt]:
+    def _negative(self, sampling: SamplingConfig) -> list[ParsedPrompt]:
         negative = (parse if sampling.prompt_syntax else plain)(sampling.negative_prompt)
         if len(negative) > 1:
             raise UserError(f"negative_prompt={sampling.negative_prompt}: takes no AND; separate the words with commas")
         return negative
 
     def latent_shape(self, sampling: SamplingConfig, given: Conditioning | None = None) -> tuple[int, int, int]:
-        """Channels, height and width: of the size that is asked for, of a condition's picture, or as in training."""
+        """Channels, height and width: of the size that is asked for, of a condition's image, or as in training."""
         given = Conditioning() if given is None else given
         cfg, scale = self.denoiser.unet.cfg, self.autoencoder.cfg.downscale
         height, width = cfg.sample_size, cfg.sample_size
@@ -238,29 +238,29 @@ class DiffusionPipeline:
             asked = (sampling.size[0] // scale, sampling.size[1] // scale)
             if given.channels is not None and asked != (height, width):
                 shown = f"{height * scale} x {width * scale}"
-                raise UserError(f"size={sampling.size}: the picture that is given makes {shown}; leave size out")
+                raise UserError(f"size={sampling.size}: the image that is given makes {shown}; leave size out")
             height, width = asked
         unit = scale * cfg.downscale
         if height % cfg.downscale or width % cfg.downscale or any(side % unit for side in sampling.size):
             wanted = sampling.size or [height * scale, width * scale]
-            raise UserError(f"pictures of {wanted[0]} x {wanted[1]} pixels: sides must be multiples of {unit}")
+            raise UserError(f"images of {wanted[0]} x {wanted[1]} pixels: sides must be multiples of {unit}")
         return cfg.out_channels, height, width
 
-    def _joined(self, pictures: list[list[Prompt]]) -> Joined:
-        owners = [number for number, picture in enumerate(pictures) for _ in picture]
-        weights = [prompt.weight for picture in pictures for prompt in picture]
+    def _joined(self, images: list[list[ParsedPrompt]]) -> Joined:
+        owners = [number for number, image in enumerate(images) for _ in image]
+        weights = [prompt.weight for image in images for prompt in image]
         return Joined(torch.tensor(owners, device=self.device), torch.tensor(weights, device=self.device))
 
     def _noise(
         self, prompts: Sequence[str], seeds: Sequence[int], indices: Sequence[int], shape: tuple[int, ...], draw: int
     ) -> Tensor:
-        pictures = zip(prompts, seeds, indices, strict=True)
-        noise = np.stack([picture_noise(prompt, seed, index, shape, draw) for prompt, seed, index in pictures])
+        images = zip(prompts, seeds, indices, strict=True)
+        noise = np.stack([image_noise(prompt, seed, index, shape, draw) for prompt, seed, index in images])
         return torch.from_numpy(noise).to(self.device)  # [B, C, h, w]
 
 
-def picture_noise(prompt: str, seed: int, index: int, shape: tuple[int, ...], draw: int = 0) -> np.ndarray:
-    """Standard normal float32 noise that belongs to a picture, not to a batch, a position or a device.
+def image_noise(prompt: str, seed: int, index: int, shape: tuple[int, ...], draw: int = 0) -> np.ndarray:
+    """Standard normal float32 noise that belongs to an image, not to a batch, a position or a device.
 
     Draw 0 is what sampling begins with, draw n + 1 what step n adds.
     """

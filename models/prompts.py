@@ -4,7 +4,7 @@ r"""Prompts with weights, written as users of the well-known web interfaces writ
 (words:1.3)   1.3 times
 [words]       1 / 1.1 times
 \( \) \[ \]   plain brackets; \: a plain colon
-a cat AND a dog :0.7   two prompts for one picture, the second with weight 0.7 (`models.diffusion.guidance.Joined`)
+a cat AND a dog :0.7   two prompts for one image, the second with weight 0.7 (`models.diffusion.guidance.Joined`)
 
 What is read here has meaning for sampling alone; the captions of a data set are plain text.
 """
@@ -27,7 +27,7 @@ WEIGHT = re.compile(r"(.*?)\s*(?::\s*([-+]?\d*\.?\d+)\s*)?", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class ParsedPrompt:
     """One text in pieces of equal weight, and its own weight among those joined by AND."""
 
     pieces: tuple[tuple[str, float], ...]
@@ -39,12 +39,12 @@ class Prompt:
         return "".join(piece for piece, _ in self.pieces)
 
 
-def plain(text: str) -> list[Prompt]:
+def plain(text: str) -> list[ParsedPrompt]:
     """A text in which brackets mean nothing."""
-    return [Prompt(((text, 1.0),))]
+    return [ParsedPrompt(((text, 1.0),))]
 
 
-def parse(text: str) -> list[Prompt]:
+def parse(text: str) -> list[ParsedPrompt]:
     """The prompts that a text joins by AND, at least one.
 
     Raises:
@@ -52,12 +52,12 @@ def parse(text: str) -> list[Prompt]:
     """
     parts = AND.split(text)
     if len(parts) == 1:
-        return [Prompt(parse_pieces(text))]
+        return [ParsedPrompt(parse_pieces(text))]
     prompts = []
     for part in parts:
         found = WEIGHT.fullmatch(part.strip())
         assert found is not None  # it matches everything
-        prompts.append(Prompt(parse_pieces(found[1]), float(found[2] or 1)))
+        prompts.append(ParsedPrompt(parse_pieces(found[1]), float(found[2] or 1)))
     return prompts
 
 
@@ -84,7 +84,7 @@ def parse_pieces(text: str) -> tuple[tuple[str, float], ...]:
     if opened:
         bracket = opened[-1][0]
         raise UserError(rf"prompt '{text}': '{bracket}' is never closed; write \{bracket} for a plain bracket")
-    return joined(pieces)
+    return join_pieces(pieces)
 
 
 def weight_of(prompt: str, number: str) -> float:
@@ -97,7 +97,7 @@ def weight_of(prompt: str, number: str) -> float:
     return weight
 
 
-def joined(pieces: list[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+def join_pieces(pieces: list[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
     merged: list[tuple[str, float]] = []
     for text, weight in pieces:
         if merged and merged[-1][1] == weight:
@@ -107,7 +107,7 @@ def joined(pieces: list[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
     return tuple(merged) or (("", 1.0),)
 
 
-def text_states(tower: TextTower, prompts: list[Prompt], device: torch.device) -> Tensor:
+def text_states(tower: TextTower, prompts: list[ParsedPrompt], device: torch.device) -> Tensor:
     """States [R, L, D] of the prompts' texts, each token's times the weight of its piece.
 
     As the web interface that made the syntax known, all states of a prompt are then scaled by one factor, so that
@@ -123,7 +123,7 @@ def text_states(tower: TextTower, prompts: list[Prompt], device: torch.device) -
     return torch.stack(rows)
 
 
-def token_weights(tower: TextTower, prompt: Prompt) -> Tensor:
+def token_weights(tower: TextTower, prompt: ParsedPrompt) -> Tensor:
     """Weights [L] of the tokens: that of the piece that they come from, 1 for start, end and padding.
 
     A piece ends where its text, cut off there, is no longer tokenised as the whole. A token across that place belongs

@@ -131,7 +131,7 @@ def load_text_tower(source: str | Path) -> Clip | HuggingFaceText:
 
 
 def image_embeddings(tower: TextTower | None, images: Tensor) -> Tensor:
-    """CLIP's embeddings [B, E] of pictures [B, 3, H, W] in [-1, 1]; refuses a text encoder that sees no pictures."""
+    """CLIP's embeddings [B, E] of images [B, 3, H, W] in [-1, 1]; refuses a text encoder that sees no images."""
     if not isinstance(tower, Clip):
         raise UserError("conditions.image_embedding: clip must be a CLIP with its image tower")
     return tower.encode_image(images).float()

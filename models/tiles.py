@@ -1,9 +1,9 @@
-"""An autoencoder over large pictures: square by square in bounded memory, with overlaps that fade into each other.
+"""An autoencoder over large images: square by square in bounded memory, with overlaps that fade into each other.
 
 The squares are not quite the whole: each has group norms and attention of its own, so colours drift a little from one
 to the next. Fading over the overlap spreads that difference until no seam is to be seen.
 
-Shapes: a cell is one pixel of the latent, or f x f pixels of the picture.
+Shapes: a cell is one pixel of the latent, or f x f pixels of the image.
 """
 
 from collections.abc import Callable
@@ -22,19 +22,19 @@ def check_tile(tile: int, downscale: int) -> None:
     """Raise a UserError for squares of `tile` pixels that an autoencoder with this factor cannot work in; 0 is none."""
     if tile % downscale or 0 < tile < OVERLAP * downscale:
         raise UserError(
-            f"tile={tile}: must be 0 (whole pictures) or a multiple of {downscale}, the autoencoder's downscale "
+            f"tile={tile}: must be 0 (whole images) or a multiple of {downscale}, the autoencoder's downscale "
             f"factor, from {OVERLAP * downscale} on"
         )
 
 
 def encode_in_tiles(encode: Callable[[Tensor], Tensor], images: Tensor, side: int, downscale: int) -> Tensor:
-    """`encode` of images [B, C, H, W], one picture and one square at a time -> [B, C', H/f, W/f].
+    """`encode` of images [B, C, H, W], one image and one square at a time -> [B, C', H/f, W/f].
 
     Args:
         encode: [1, C, h, w] -> [1, C', h/f, w/f].
         images: H and W are multiples of f.
-        side: of the squares in pixels of the picture, a multiple of f; what is no larger is encoded whole. 0: no
-            squares, and all pictures at once.
+        side: of the squares in pixels of the image, a multiple of f; what is no larger is encoded whole. 0: no
+            squares, and all images at once.
         downscale: f.
     """
     return _in_tiles(encode, images, side // downscale, downscale, 1)
@@ -51,7 +51,7 @@ def _in_tiles(network: Callable[[Tensor], Tensor], x: Tensor, side: int, cell_in
         return network(x)
     columns = partial(_faded, network, dim=3, side=side, cell_in=cell_in, cell_out=cell_out)
     rows = partial(_faded, columns, dim=2, side=side, cell_in=cell_in, cell_out=cell_out)
-    return torch.cat([rows(picture) for picture in x.split(1)])
+    return torch.cat([rows(image) for image in x.split(1)])
 
 
 def _faded(

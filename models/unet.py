@@ -51,7 +51,7 @@ class VectorEmbedding(nn.Module):
 # -------------------- levels ------------------------------------------------------------------------------------------
 
 
-class Given(NamedTuple):
+class LevelInputs(NamedTuple):
     """What every level is told."""
 
     time: Tensor  # [B, E], through its SiLU
@@ -103,14 +103,14 @@ class Level(nn.Module):
             resample=resample,
         )
 
-    def _block(self, resnet: nn.Module, attention: nn.Module | None, x: Tensor, given: Given) -> Tensor:
+    def _block(self, resnet: nn.Module, attention: nn.Module | None, x: Tensor, given: LevelInputs) -> Tensor:
         """A residual block and its attention."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(_run, resnet, attention, x, given, use_reentrant=False)
         return _run(resnet, attention, x, given)
 
 
-def _run(resnet: nn.Module, attention: nn.Module | None, x: Tensor, given: Given) -> Tensor:
+def _run(resnet: nn.Module, attention: nn.Module | None, x: Tensor, given: LevelInputs) -> Tensor:
     x = resnet(x, given.time)  # [B, C, h, w]
     return x if attention is None else attention(x, given.context, given.attn_control)
 
@@ -128,7 +128,7 @@ class DownLevel(Level):
                 self._resnet(self.channels, halve) if in_resnet else Downsample(self.channels, padding=1)
             )
 
-    def forward(self, x: Tensor, given: Given) -> list[Tensor]:
+    def forward(self, x: Tensor, given: LevelInputs) -> list[Tensor]:
         """Every result on the way; the next level goes on from the last one.
 
         They are returned, not appended to a list that is given: ZeRO stage 3 hands a module a copy of its lists.
@@ -152,7 +152,7 @@ class UpLevel(Level):
         if level > 0:
             self.upsamplers.append(self._resnet(self.channels, double) if in_resnet else Upsample(self.channels))
 
-    def forward(self, x: Tensor, skips: list[Tensor], given: Given) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], given: LevelInputs) -> Tensor:
         """`x` [B, C', h, w] -> [B, C, 2h, 2w]; each residual block takes its own of `skips`, the last first."""
         for resnet, attention in zip_longest(self.resnets, self.attentions):
             x = self._block(resnet, attention, torch.cat([x, skips.pop()], dim=1), given)
@@ -169,7 +169,7 @@ class MidLevel(Level):
         super().__init__(cfg, -1, [channels], attend=True)
         self.resnets.append(self._resnet(channels))
 
-    def forward(self, x: Tensor, given: Given) -> Tensor:
+    def forward(self, x: Tensor, given: LevelInputs) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]."""
         for resnet, attention in zip_longest(self.resnets, self.attentions):
             x = self._block(resnet, attention, x, given)
@@ -265,7 +265,7 @@ class UNet(nn.Module):
         if any(side % self.cfg.downscale for side in sample.shape[2:]):
             size = f"{sample.shape[2]} x {sample.shape[3]}"
             raise UserError(f"latents of {size}: both sides must be multiples of {self.cfg.downscale}")
-        given = Given(self._vector(sample, timesteps, class_labels, pooled, sizes, vector), context, attn_control)
+        given = LevelInputs(self._vector(sample, timesteps, class_labels, pooled, sizes, vector), context, attn_control)
         skips = [self.conv_in(laid_out(sample))]  # [B, widths[0], h, w]
         for level in self.down_blocks:
             skips += level(skips[-1], given)

@@ -7,9 +7,9 @@ from conf.schema import AverageRun
 @entry("average", AverageRun)
 def main(cfg: AverageRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
-    from train.exporting.average import run
+    from train.exporting.average import export_average
 
-    run(cfg)
+    export_average(cfg)
 
 
 if __name__ == "__main__":

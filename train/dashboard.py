@@ -7,9 +7,9 @@ from conf.schema import DashboardRun
 @entry("dashboard", DashboardRun)
 def main(cfg: DashboardRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
-    from train.board.dashboard import run
+    from train.board.dashboard import write_dashboard
 
-    run(cfg)
+    write_dashboard(cfg)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A picture before and after an edit of its prompt: `python train/edit.py run=... prompt="..." edit="..."`."""
+"""An image before and after an edit of its prompt: `python train/edit.py run=... prompt="..." edit="..."`."""
 
 from conf.entry import entry
 from conf.schema import EditRun
@@ -7,10 +7,10 @@ from conf.schema import EditRun
 @entry("edit", EditRun)
 def main(cfg: EditRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
-    from train.editing.run import run
+    from train.editing.run import draw_edits
     from train.engine.runtime import start, stop
 
-    run(cfg, start(cfg.runtime))
+    draw_edits(cfg, start(cfg.runtime))
     stop()
 
 

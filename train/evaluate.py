@@ -16,7 +16,7 @@ def compare_members(folder: Path, sweep: str, composed: DictConfig) -> None:
 
     wandb = to_object(composed.wandb)
     group = wandb.group or wandb_group(composed.run_dir, folder)
-    pareto.run(folder, sweep, replace(wandb, group=group), composed.run_dir)
+    pareto.write_pareto(folder, sweep, replace(wandb, group=group), composed.run_dir)
 
 
 @entry("evaluate", EvaluateRun, after_sweep=compare_members)
@@ -26,10 +26,10 @@ def main(cfg: EvaluateRun) -> float:
     Heavy imports wait until the configuration is known to be sound.
     """
     from train.engine.runtime import start, stop
-    from train.evaluation.run import run
+    from train.evaluation.run import evaluate_run
     from train.evaluation.watch import watch
 
-    metrics = (watch if cfg.watch else run)(cfg, start(cfg.runtime))
+    metrics = (watch if cfg.watch else evaluate_run)(cfg, start(cfg.runtime))
     stop()
     reconstructed = "r" if cfg.subject is EvaluationSubject.autoencoder else ""
     return metrics[f"eval/{reconstructed}{'fd_efficientnet' if cfg.inception is None else 'fid'}"]

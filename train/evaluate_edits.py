@@ -10,10 +10,10 @@ def main(cfg: EvaluateEditsRun) -> float:
 
     Heavy imports wait until the configuration is known to be sound.
     """
-    from train.editing.evaluate import run
+    from train.editing.evaluate import evaluate_edits
     from train.engine.runtime import start, stop
 
-    metrics = run(cfg, start(cfg.runtime))
+    metrics = evaluate_edits(cfg, start(cfg.runtime))
     stop()
     return metrics["eval/edits/all/right"]
 

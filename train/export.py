@@ -7,9 +7,9 @@ from conf.schema import ExportRun
 @entry("export", ExportRun)
 def main(cfg: ExportRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
-    from train.exporting.export import run
+    from train.exporting.export import export_model
 
-    run(cfg)
+    export_model(cfg)
 
 
 if __name__ == "__main__":

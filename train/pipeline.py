@@ -13,7 +13,7 @@ from conf.ending import fail
 from conf.entry import entry
 from conf.errors import UserError
 from conf.schema import PipelineRun
-from train.stages.run import run
+from train.stages.run import run_stages
 from train.stages.tasks import separate
 
 
@@ -27,7 +27,7 @@ def command() -> None:
 
     @entry("pipeline", PipelineRun)
     def main(cfg: PipelineRun) -> None:
-        sys.exit(run(cfg, overrides))
+        sys.exit(run_stages(cfg, overrides))
 
     main()
 

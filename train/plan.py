@@ -7,10 +7,10 @@ from conf.schema import PlanRun
 @entry("plan", PlanRun)
 def main(cfg: PlanRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
-    from train.planning.cost_report import report
+    from train.planning.cost_report import print_cost
     from train.planning.estimate import estimate
 
-    report(cfg, estimate(cfg))
+    print_cost(cfg, estimate(cfg))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from conf.schema import ReportRun
 @entry("report", ReportRun)
 def main(cfg: ReportRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
-    from train.board.report import run
+    from train.board.report import write_report
 
-    run(cfg)
+    write_report(cfg)
 
 
 if __name__ == "__main__":

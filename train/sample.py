@@ -8,9 +8,9 @@ from conf.schema import SampleRun
 def main(cfg: SampleRun) -> None:
     """Heavy imports wait until the configuration is known to be sound."""
     from train.engine.runtime import start, stop
-    from train.sampling.run import run
+    from train.sampling.run import sample
 
-    run(cfg, start(cfg.runtime))
+    sample(cfg, start(cfg.runtime))
     stop()
 
 

@@ -12,12 +12,12 @@ def main(cfg: AutoencoderRun) -> float:
 
     Heavy imports wait until the configuration is known to be sound.
     """
-    from train.engine.loop import run
+    from train.engine.loop import fit
     from train.engine.runtime import start, stop
     from train.training.autoencoder import AutoencoderStage
 
     runtime = start(cfg.runtime)
-    outcome = run(AutoencoderStage(cfg, runtime), cfg, runtime)
+    outcome = fit(AutoencoderStage(cfg, runtime), cfg, runtime)
     stop()
     return -outcome.metrics["eval/psnr"] if outcome.finished else math.nan
 

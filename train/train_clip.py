@@ -12,12 +12,12 @@ def main(cfg: ClipRun) -> float:
 
     Heavy imports wait until the configuration is known to be sound.
     """
-    from train.engine.loop import run
+    from train.engine.loop import fit
     from train.engine.runtime import start, stop
     from train.training.clip import ClipStage
 
     runtime = start(cfg.runtime)
-    outcome = run(ClipStage(cfg, runtime), cfg, runtime)
+    outcome = fit(ClipStage(cfg, runtime), cfg, runtime)
     stop()
     if not outcome.finished:
         return math.nan

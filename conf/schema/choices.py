@@ -150,14 +150,14 @@ class Spacing(Enum):
 
 
 class EvaluationSubject(Enum):
-    unet = "unet"  # by the pictures that it draws
+    unet = "unet"  # by the images that it draws
     autoencoder = "autoencoder"  # by those that it gives back
 
 
 class JudgeName(Enum):
     """Of what was asked for: is it there?"""
 
-    classes = "classes"  # the class of the picture
+    classes = "classes"  # the class of the image
     boxes = "boxes"  # an object of its class in each box, and nothing elsewhere
     segments = "segments"  # the class of each pixel
 
@@ -188,6 +188,6 @@ class EditMode(Enum):
 
 
 class InversionMethod(Enum):
-    ddim = "ddim"  # the noise alone; guidance then leads away from the picture
+    ddim = "ddim"  # the noise alone; guidance then leads away from the image
     negative_prompt = "negative_prompt"  # and guidance leads away from the source's prompt, which leaves it as it is
-    null_text = "null_text"  # and away from what was fitted to the picture at every step
+    null_text = "null_text"  # and away from what was fitted to the image at every step

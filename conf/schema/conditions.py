@@ -20,7 +20,7 @@ class CaptionConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ClassConfig:
-    """The class of the picture, learned: a token for cross-attention, or a vector that joins the time's embedding."""
+    """The class of the image, learned: a token for cross-attention, or a vector that joins the time's embedding."""
 
     classes: int = 1000  # class ids are 0 to classes - 1
     drop: float = 0.1
@@ -28,17 +28,17 @@ class ClassConfig:
 
 @dataclass(kw_only=True, slots=True)
 class FramingConfig:
-    """Size of the original picture and corner of its cut, as a vector that joins the time's embedding (SDXL, 2.2)."""
+    """Size of the original image and corner of its cut, as a vector that joins the time's embedding (SDXL, 2.2)."""
 
     drop: float = 0.0
 
 
 @dataclass(kw_only=True, slots=True)
 class BoxesConfig:
-    """Boxes around what the picture shall show, each as one token for cross-attention: class and corners."""
+    """Boxes around what the image shall show, each as one token for cross-attention: class and corners."""
 
     classes: int = 1000  # class ids of boxes are 0 to classes - 1
-    most: int = 30  # boxes of a picture, the largest first; there are always so many tokens
+    most: int = 30  # boxes of an image, the largest first; there are always so many tokens
     drop: float = 0.1
 
 
@@ -56,7 +56,7 @@ class BoxMapConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ImageEmbeddingConfig:
-    """The CLIP embedding of a picture, as one token for cross-attention."""
+    """The CLIP embedding of an image, as one token for cross-attention."""
 
     width: int = 512  # E, channels of the embedding: CLIP's model.embed_dim
     drop: float = 0.1
@@ -64,13 +64,13 @@ class ImageEmbeddingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LowResolutionConfig:
-    """A small version of the picture, as channels beside the latent: super-resolution."""
+    """A small version of the image, as channels beside the latent: super-resolution."""
 
     factor: int = 4  # by which each side is smaller; that of the autoencoder, so that it has the latent's size
-    degradation: Degradation = Degradation.bicubic  # how it is made of the picture
+    degradation: Degradation = Degradation.bicubic  # how it is made of the image
     noise_levels: int = 0  # of 1000: noise up to this level is added in training, and the level told; 0: none
-    sampling_level: int = 0  # that is told in sampling, where nothing is added: how noisy the given pictures are
-    back_projection: bool = False  # correct drawn pictures by what they lack, made small, of the given ones
+    sampling_level: int = 0  # that is told in sampling, where nothing is added: how noisy the given images are
+    back_projection: bool = False  # correct drawn images by what they lack, made small, of the given ones
     drop: float = 0.0
 
     def __post_init__(self) -> None:
@@ -83,14 +83,14 @@ class LowResolutionConfig:
         )
         require(
             not self.back_projection or self.degradation is Degradation.bicubic,
-            "conditions.low_resolution.back_projection: would give a picture the noise of the small one; set "
+            "conditions.low_resolution.back_projection: would give an image the noise of the small one; set "
             "degradation=bicubic or back_projection=false",
         )
 
 
 @dataclass(kw_only=True, slots=True)
 class MaskedConfig:
-    """A mask and the latent of what it leaves of the picture, as channels beside the latent: inpainting."""
+    """A mask and the latent of what it leaves of the image, as channels beside the latent: inpainting."""
 
     style: MaskStyle = MaskStyle.medium  # of the random masks of training
     drop: float = 0.0

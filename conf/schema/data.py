@@ -67,15 +67,15 @@ class BuildRun:
     timeout_s: float = 60.0  # seconds without a byte after which a server of shards counts as dead
     image_column: str = "path"  # of a table: image file, relative to the table's folder
     caption_column: str = "caption"  # of a table: text
-    class_from_folder: bool = False  # source=folder: each picture's class is the name of the folder it lies in
-    samples: int = 0  # source=demo, layout or subject: pictures to draw; elsewhere the most to take, 0 for all
+    class_from_folder: bool = False  # source=folder: each image's class is the name of the folder it lies in
+    samples: int = 0  # source=demo, layout or subject: images to draw; elsewhere the most to take, 0 for all
     resolution: int = 0  # pixels of the shorter side, never enlarged, 0 to keep; of drawn sources: of the square
-    format: ImageFormat = ImageFormat.png  # of the stored pictures
+    format: ImageFormat = ImageFormat.png  # of the stored images
     quality: int = 95  # of jpg and webp
     background: str = "white"  # colour name or #rrggbb behind transparent pixels
     shard_samples: int = 1000  # samples per shard
     heldout_fraction: float = 0.04  # share of captions that training never sees; chosen by a digest of the caption
-    max_pixels: int = 64_000_000  # a picture with more goes to rejects.jsonl
+    max_pixels: int = 64_000_000  # an image with more goes to rejects.jsonl
     workers: int = 0  # processes; 0: one per core
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class BuildRun:
         require_positive(self, "timeout_s")
         drawn, least = self.source in DRAWN, 32 if self.source is Source.layout else 16
         name = f"source={self.source.value}"
-        require(not drawn or self.samples > 0, f"{name} needs samples=N pictures to draw")
+        require(not drawn or self.samples > 0, f"{name} needs samples=N images to draw")
         require(not drawn or self.resolution >= least, f"{name} needs resolution>={least} pixels")
         require(
             not self.class_from_folder or self.source is Source.folder,
@@ -107,7 +107,7 @@ class BuildRun:
 
 @dataclass(kw_only=True, slots=True)
 class BucketConfig:
-    """Shapes of pictures that are not square, all of about images.resolution² pixels."""
+    """Shapes of images that are not square, all of about images.resolution² pixels."""
 
     max_aspect: float = 1.0  # longer side / shorter side, at most; 1: squares only
     step: int = 64  # pixels of which each side is a multiple
@@ -132,11 +132,11 @@ class PrecomputeRun:
     conditions: ConditionsConfig = field(default_factory=ConditionsConfig)  # whose arrays are kept beside the moments
     dtype: CacheDtype = CacheDtype.fp16  # of moments and text states on disk
     text_states: bool = True  # cache the text tower's output too, not only the tokens
-    variants: int = 1  # cuts kept of each picture: the centre, then images.crop and images.flip drawn for each
+    variants: int = 1  # cuts kept of each image: the centre, then images.crop and images.flip drawn for each
     buckets: BucketConfig = field(default_factory=BucketConfig)
-    batch_size: int = 64  # pictures decoded and encoded together; halved by itself where memory is short
-    tile: int = 0  # pixels: larger pictures are encoded in overlapping squares of this side, one at a time; 0: whole
-    threads: int = 2  # that decode pictures beside the encoder
+    batch_size: int = 64  # images decoded and encoded together; halved by itself where memory is short
+    tile: int = 0  # pixels: larger images are encoded in overlapping squares of this side, one at a time; 0: whole
+    threads: int = 2  # that decode images beside the encoder
     lease_s: float = 120.0  # seconds after which the claim of a process that shows no life on another machine is void
     check_samples: int = 64  # latents decoded back against their images
     min_psnr: float = 15.0  # dB; a cache that decodes worse is refused
@@ -162,9 +162,9 @@ class PreviewRun:
     output_dir: str = a_path()
     data: str = a_path()  # folder of image or latent shards, such as RUN/shards/train
     autoencoder: str = a_path()  # decodes latents for the sheet
-    pictures: int = 64  # on the contact sheet, spread over the data set
+    images: int = 64  # on the contact sheet, spread over the data set
     samples: int = 20_000  # behind the statistics, at most
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        require_positive(self, "pictures", "samples")
+        require_positive(self, "images", "samples")

@@ -1,4 +1,4 @@
-"""What can be changed about a picture by its words (`models.editing.editing`), and the command that does."""
+"""What can be changed about an image by its words (`models.editing.editing`), and the command that does."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ class EditStrength:
 
     mode: EditMode = EditMode.auto  # replace, refine, or what the prompts allow
     replace_until: float = 0.5  # share of the sampling in which words that were there keep their attention
-    self_until: float = 0.4  # share of the sampling in which parts of the picture attend to each other as in the source
-    blend_change: bool = False  # change the picture only where the prompts disagree about it
+    self_until: float = 0.4  # share of the sampling in which parts of the image attend to each other as in the source
+    blend_change: bool = False  # change the image only where the prompts disagree about it
     blend_threshold: float = 0.3  # 0-1, of the largest attention to blend's words, or disagreement: where that is
-    blend_from: float = 0.0  # share of the sampling from which on the picture changes only there
+    blend_from: float = 0.0  # share of the sampling from which on the image changes only there
 
     def __post_init__(self) -> None:
         for option in ("replace_until", "self_until", "blend_from", "blend_threshold"):
@@ -31,18 +31,18 @@ class EditStrength:
 
 @dataclass(kw_only=True)
 class Edit(EditStrength):
-    """One picture and what is to be changed about it.
+    """One image and what is to be changed about it.
 
     Words are those of the edited prompt, and of blend those of either; several in a row may be named together, and
     "eyes#2" is where they stand for the second time.
     """
 
     prompt: str  # of the source
-    edit: str | None = None  # prompt of the edited picture; None: the same
+    edit: str | None = None  # prompt of the edited image; None: the same
     image: str | None = a_path(None)  # file with the source; None: it is drawn
     weights: Mapping[str, float] = field(default_factory=dict)  # factor of the attention that words get; 0: none
     until: Mapping[str, float] = field(default_factory=dict)  # replace_until of words
-    blend: Sequence[str] = ()  # words where the picture may change; none: everywhere
+    blend: Sequence[str] = ()  # words where the image may change; none: everywhere
 
     def __post_init__(self) -> None:
         EditStrength.__post_init__(self)
@@ -53,37 +53,37 @@ class Edit(EditStrength):
 
     @property
     def edited(self) -> str:
-        """The prompt of the edited picture."""
+        """The prompt of the edited image."""
         return self.prompt if self.edit is None else self.edit
 
 
 @dataclass(kw_only=True)
 class EditRun(ModelRun, EditStrength):
-    """`train/edit.py`: pictures before and after edits of their prompts, and what their words look at."""
+    """`train/edit.py`: images before and after edits of their prompts, and what their words look at."""
 
     run: str = a_path()  # the run folder, in short; run_dir=FOLDER says the same
     output_dir: str = a_path()
-    prompt: str | None = a_text(None)  # of the picture before
-    edit: str | None = a_text(None)  # prompt of the picture after; None: the same
-    image: str | None = a_path(None)  # file with the picture before, which prompt describes; None: it is drawn
-    inversion: InversionMethod = InversionMethod.negative_prompt  # how guidance is kept from changing a given picture
+    prompt: str | None = a_text(None)  # of the image before
+    edit: str | None = a_text(None)  # prompt of the image after; None: the same
+    image: str | None = a_path(None)  # file with the image before, which prompt describes; None: it is drawn
+    inversion: InversionMethod = InversionMethod.negative_prompt  # how guidance is kept from changing a given image
     weights: str = a_text("")  # factor of the attention that words get: "smiling:2.0,navy:0"
     until: str = a_text("")  # replace_until of single words: "red:0.4,planet:1"
-    blend: str = a_text("")  # words where the picture may change: "monster,horns"; "": everywhere
+    blend: str = a_text("")  # words where the image may change: "monster,horns"; "": everywhere
     edits_file: str | None = a_path(None)  # a JSON object a line, with the options above that differ from edit to edit
-    images_per_edit: int = 1  # pictures drawn of each edit; of one of a given picture always 1
+    images_per_edit: int = 1  # images drawn of each edit; of one of a given image always 1
     maps: bool = True  # show what each word looks at
-    batch_size: int = 16  # edits made together; changes no picture
+    batch_size: int = 16  # edits made together; changes no image
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
         ModelRun.__post_init__(self)
         EditStrength.__post_init__(self)
         require_positive(self, "images_per_edit", "batch_size")
-        no_picture = self.image is None and self.edits_file is None
+        no_image = self.image is None and self.edits_file is None
         require(
-            not no_picture or self.inversion is InversionMethod.negative_prompt,
-            f"inversion={self.inversion.value}: is for a given picture; set image=FILE as well",
+            not no_image or self.inversion is InversionMethod.negative_prompt,
+            f"inversion={self.inversion.value}: is for a given image; set image=FILE as well",
         )
         given = (self.prompt is not None) + (self.edits_file is not None)
         require(given == 1, 'set prompt="..." and edit="...", or edits_file=FILE with an edit on each line')
@@ -102,7 +102,7 @@ class EvaluateEditsRun(ModelRun):
     strength: dict[str, Any] = field(default_factory=dict)  # options of all edits; {}: those that suit each sort
     edits_per_sort: int = 20  # colors, backgrounds, kinds, added and removed parts
     reweighted: int = 40  # prompts of which a word is weighted; 0: none
-    batch_size: int = 10  # edits made together, and prompts re-weighted; changes no picture
+    batch_size: int = 10  # edits made together, and prompts re-weighted; changes no image
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:

@@ -15,25 +15,25 @@ from conf.schema.shared import (
     require_positive,
 )
 
-FEWEST = 4  # pictures; precision and recall need three neighbours of each
+FEWEST = 4  # images; precision and recall need three neighbours of each
 FEWEST_INCEPTION = 10  # likewise; the Inception Score has ten splits
 
 
 def require_enough(what: str, count: int, inception: str | None) -> None:
-    """Refuse before the work so few pictures as a metric would refuse after it."""
+    """Refuse before the work so few images as a metric would refuse after it."""
     fewest, given = (FEWEST, "") if inception is None else (FEWEST_INCEPTION, " with inception")
-    require(count >= fewest, f"{what}: the metrics need at least {fewest} pictures{given}")
+    require(count >= fewest, f"{what}: the metrics need at least {fewest} images{given}")
 
 
 @dataclass(kw_only=True, slots=True)
 class LoopEvaluationConfig:
-    """Metrics `eval/loop/…` at each evaluation of a U-Net's training; few pictures, so they only show the direction."""
+    """Metrics `eval/loop/…` at each evaluation of a U-Net's training; few images, so they only show the direction."""
 
-    samples: int = 0  # pictures drawn of held-out captions, with `sampling`; 0: none, and shards are not needed
-    shards: str = a_path()  # folder whose heldout/ has the captions and the real pictures
-    statistics_dir: str = a_path()  # where what was measured of real pictures is kept
+    samples: int = 0  # images drawn of held-out captions, with `sampling`; 0: none, and shards are not needed
+    shards: str = a_path()  # folder whose heldout/ has the captions and the real images
+    statistics_dir: str = a_path()  # where what was measured of real images is kept
     inception: str | None = a_path(None)  # file with the Inception weights of the FID; None: only fd_efficientnet
-    batch_size: int = 32  # pictures made together
+    batch_size: int = 32  # images made together
 
     def __post_init__(self) -> None:
         require(self.samples >= 0, f"evaluation.samples={self.samples}: must be 0 (off) or positive")
@@ -44,26 +44,26 @@ class LoopEvaluationConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateRun(ModelRun):
-    """`train/evaluate.py`: pictures of held-out prompts, or those that an autoencoder gives back, against real ones."""
+    """`train/evaluate.py`: images of held-out prompts, or those that an autoencoder gives back, against real ones."""
 
     output_dir: str = a_path()
     subject: EvaluationSubject = EvaluationSubject.unet  # what is evaluated
     shards: str = a_path()
-    captions: str = a_path()  # folder of image shards: its captions are drawn, or its pictures given back
-    reference: str = a_path()  # real pictures: a folder of image shards, or statistics in a .safetensors or .npz file
+    captions: str = a_path()  # folder of image shards: its captions are drawn, or its images given back
+    reference: str = a_path()  # real images: a folder of image shards, or statistics in a .safetensors or .npz file
     others: str | None = a_path(
         None
     )  # more of them, a folder of shards: how many lie nearer to reference than to these?
-    statistics_dir: str = a_path()  # where what was measured of real pictures is kept
+    statistics_dir: str = a_path()  # where what was measured of real images is kept
     unet: str = a_path()  # folder with the exported U-Net; with watch=true the one that its training will write
     images: ImageConfig = field(default_factory=ImageConfig)
-    samples: int = 128  # pictures; a caption is drawn again, with other noise, where there are fewer
-    batch_size: int = 32  # pictures made together
+    samples: int = 128  # images; a caption is drawn again, with other noise, where there are fewer
+    batch_size: int = 32  # images made together
     inception: str | None = a_path(None)  # file with the Inception weights of the FID; None: only offline metrics
-    clip_score: str | None = a_path(None)  # CLIP that compares pictures with captions: folder, or open_clip's NAME/TAG
-    perceptual: Perceptual = Perceptual.efficientnet  # distance between a picture and its original
+    clip_score: str | None = a_path(None)  # CLIP that compares images with captions: folder, or open_clip's NAME/TAG
+    perceptual: Perceptual = Perceptual.efficientnet  # distance between an image and its original
     prompt_following: bool = False  # train the probe and score kind, background and colour (demo set only)
-    judges: list[JudgeName] = field(default_factory=list)  # of labels that pictures are drawn of: each trains a probe
+    judges: list[JudgeName] = field(default_factory=list)  # of labels that images are drawn of: each trains a probe
     bootstrap: int = 50  # sets drawn again for the 95 % interval of a Fréchet distance; 0: no interval
     watch: bool = False  # evaluate the checkpoints of a training as they appear, until it is finished
     watch_s: float = 30.0  # seconds between two looks
@@ -81,7 +81,7 @@ class EvaluateRun(ModelRun):
         files = [path for path in (self.reference, self.others or "") if path.endswith((".npz", ".safetensors"))]
         require(
             self.others is None or not files,
-            f"others={self.others}: compares with single pictures; make reference and others folders of image shards",
+            f"others={self.others}: compares with single images; make reference and others folders of image shards",
         )
         require(
             self.inception is not None or not self.reference.endswith(".npz"),

@@ -81,7 +81,7 @@ class DiscriminatorConfig:
     """PatchGAN: 3 layers see patches of 70 x 70 pixels."""
 
     channels: int = 64  # of the first layer; doubled by each layer up to 8 times
-    layers: int = 3  # convolutions that halve the picture
+    layers: int = 3  # convolutions that halve the image
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,18 +12,18 @@ from conf.schema.shared import RuntimeConfig, require, require_positive
 
 @dataclass(kw_only=True, slots=True)
 class SamplingConfig:
-    """From noise to pictures."""
+    """From noise to images."""
 
     sampler: Sampler = Sampler.dpmpp_2m  # docs/sampling.md compares them
-    steps: int = 30  # per picture; heun, dpm2 and dpmpp_2s call the network twice in each
+    steps: int = 30  # per image; heun, dpm2 and dpmpp_2s call the network twice in each
     eta: float | None = None  # noise that ddim, euler_ancestral and the SDE samplers add, 0-1; None: 0 for ddim, else 1
     spacing: Spacing = Spacing.trailing  # of the noise levels: by timesteps, or by the levels themselves
     shift: float | None = None  # factor of a flow's noise levels; None: that of the training
     guidance_scale: float = 3.0  # 1: no classifier-free guidance
-    guidance_rescale: float = 0.0  # 0-1: how far guidance keeps the contrast that the picture has without it
+    guidance_rescale: float = 0.0  # 0-1: how far guidance keeps the contrast that the image has without it
     guidance_interval: list[float] = field(default_factory=list)  # noise levels std/alpha, [above, up to]; []: all
     negative_prompt: str = a_text("")  # what guidance leads away from, instead of the empty caption
-    size: list[int] = field(default_factory=list)  # pixels, [height, width]; []: as in training, or as a given picture
+    size: list[int] = field(default_factory=list)  # pixels, [height, width]; []: as in training, or as a given image
     prompt_syntax: bool = False  # read (words:1.3), [words] and AND in prompts; False: prompts are plain text
 
     def __post_init__(self) -> None:
@@ -58,13 +58,13 @@ class ModelRun(SamplingConfig):
 
     run_dir: str = a_path()
     name: str = MISSING
-    seed: int = 0  # of the noise; picture i of a prompt uses (seed, prompt, i)
+    seed: int = 0  # of the noise; image i of a prompt uses (seed, prompt, i)
     unet: str = a_path()  # folder with the exported U-Net
     lora: str | None = a_path(None)  # adapters that are merged into it: a .safetensors file, or a folder that holds one
     lora_scale: float = 1.0  # factor on what they add to the weights
     autoencoder: str = a_path()
     clip: str = a_path()
-    tile: int = 0  # pixels: larger pictures are decoded in overlapping squares of this side, one at a time; 0: whole
+    tile: int = 0  # pixels: larger images are decoded in overlapping squares of this side, one at a time; 0: whole
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
@@ -86,9 +86,9 @@ class SampleRun(ModelRun):
         default_factory=list, metadata=TEXT | PATH
     )  # files; each with KEY.mask.png, KEY.txt … beside it
     prompts_from_samples: int = 64  # of that folder, from its first sample on; 0: all
-    images_per_prompt: int = 1  # pictures drawn of each prompt
-    film_frames: int = 0  # of film.png, which shows guesses of the picture from the first step to the last; 0: no film
-    batch_size: int = 32  # pictures made together; changes no picture
+    images_per_prompt: int = 1  # images drawn of each prompt
+    film_frames: int = 0  # of film.png, which shows guesses of the image from the first step to the last; 0: no film
+    batch_size: int = 32  # images made together; changes no image
     prompt_syntax: bool = True
 
     def __post_init__(self) -> None:
@@ -103,14 +103,14 @@ class SampleRun(ModelRun):
 
 @dataclass(kw_only=True, slots=True)
 class PlaygroundRun(ModelRun):
-    """`train/playground.py`: a page on which one draws pictures and edits them; it begins with these options."""
+    """`train/playground.py`: a page on which one draws images and edits them; it begins with these options."""
 
     run_dir: str = a_path()  # a run, or a folder with a model_index.json: an export, or one in the format of the Hub
     examples: str = a_path()  # folder of image shards, whose first captions are offered as prompts if it is there
-    film_frames: int = 8  # of the strip that shows a picture on its way out of the noise
+    film_frames: int = 8  # of the strip that shows an image on its way out of the noise
     host: str = "127.0.0.1"  # address to listen on: this machine's own; 0.0.0.0 lets in everybody who can reach it
     port: int = 7860  # to listen on; 0: any free one
-    queue: int = 16  # pictures that wait while one is drawn, at most; who asks for more is told to come back
+    queue: int = 16  # images that wait while one is drawn, at most; who asks for more is told to come back
 
     def __post_init__(self) -> None:
         ModelRun.__post_init__(self)

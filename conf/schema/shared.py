@@ -170,7 +170,7 @@ class LoopConfig:
 
     samples: int = 10_000_000  # length of the run
     log_every: int = 2560  # between two lines of metrics (means over the interval)
-    evaluate_every: int = 100_000  # between two evaluations with pictures; one more at the end
+    evaluate_every: int = 100_000  # between two evaluations with images; one more at the end
     checkpoint_every: int = 100_000  # between two checkpoints; one more at the end and on a signal
     keep_checkpoints: int = 2  # complete checkpoints left on disk: the newest, and what the next two options add
     keep_every: int = 0  # samples: the first checkpoint at or after every multiple stays; 0: none
@@ -220,25 +220,25 @@ class EmaConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ImageConfig:
-    """From a decoded picture to a square in [-1, 1]."""
+    """From a decoded image to a square in [-1, 1]."""
 
     resolution: int = 256  # pixels: the shorter side is resized to it, then a square is cropped
     crop: Crop = Crop.center  # of the longer side in training; evaluation always takes the centre
     flip: bool = False  # mirror every second sample, drawn per (seed, position)
-    max_pixels: int = 64_000_000  # a picture with more is refused before it is decoded (decompression bomb)
+    max_pixels: int = 64_000_000  # an image with more is refused before it is decoded (decompression bomb)
 
 
 @dataclass(kw_only=True, slots=True)
 class ProcessConfig:
     """What the network predicts, at which noise levels it learns, and how its errors count."""
 
-    prediction: Prediction = Prediction.eps  # noise, velocity (v), picture (x0), or the flow from picture to noise
+    prediction: Prediction = Prediction.eps  # noise, velocity (v), image (x0), or the flow from image to noise
     train_timesteps: int = 1000  # T of the discrete process (eps, v, x0); scale of the time input (flow)
     schedule: BetaSchedule = BetaSchedule.scaled_linear  # of the noise variances beta (eps, v, x0)
     beta_start: float = 0.00085  # variance of the noise added at the first timestep
     beta_end: float = 0.012  # likewise at the last; the cosine schedule uses neither
     zero_terminal_snr: bool = False  # rescale the schedule so that the last timestep is noise alone (v, x0)
-    shift: float = 1.0  # factor of all noise levels std/alpha: for larger pictures the ratio of the sides, or its root
+    shift: float = 1.0  # factor of all noise levels std/alpha: for larger images the ratio of the sides, or its root
     timestep_sampling: TimestepSampling = TimestepSampling.uniform  # logit_normal favours the middle
     logit_mean: float = 0.0  # of the normal whose sigmoid logit_normal draws; above 0 favours noise
     logit_std: float = 1.0  # its standard deviation

@@ -36,7 +36,7 @@ class PlanRun(UNetRun):
     network_gbps: float = 0.0  # Gbit/s between machines, per GPU; 0: what such machines usually have
     cached_samples: int = 0  # samples in the latent cache; 0: loop.samples, each seen once
     dtype: CacheDtype = CacheDtype.fp16  # of moments and text states on disk
-    variants: int = 1  # cuts kept of each picture
+    variants: int = 1  # cuts kept of each image
     text_states: bool = True  # cache the text tower's output too, not only the tokens
     tokens: int = 77  # of a caption
 
@@ -76,12 +76,12 @@ class ReportRun:
     seed: int = 0
     output_dir: str = a_path()  # where report.html is written
     shards: str = a_path()  # folder that holds train/ and heldout/
-    frames: int = 24  # pictures behind each slider, at most, spread over the training
-    pictures_mb: float = 9.0  # megabytes of all pictures on the page; with it they get smaller
+    frames: int = 24  # images behind each slider, at most, spread over the training
+    images_mb: float = 9.0  # megabytes of all images on the page; with it they get smaller
     samples: int = 2_000  # behind the statistics of the data set, at most
 
     def __post_init__(self) -> None:
-        require_positive(self, "frames", "pictures_mb", "samples")
+        require_positive(self, "frames", "images_mb", "samples")
 
 
 @dataclass(kw_only=True, slots=True)

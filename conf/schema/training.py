@@ -29,14 +29,14 @@ class AutoencoderLossConfig:
     """LDM paper, appendix G and eq. 25; weights of the terms relative to the reconstruction."""
 
     reconstruction: Reconstruction = Reconstruction.l1  # mean absolute or mean squared difference of pixels
-    perceptual: Perceptual = Perceptual.lpips  # whose features compare the pictures
+    perceptual: Perceptual = Perceptual.lpips  # whose features compare the images
     perceptual_weight: float = 1.0  # 0: off
     kl_weight: float = 1e-6  # of the KL divergence summed over a latent, per pixel value of the image
     codebook_weight: float = 1.0  # of the distance between latents and codebook, with model.num_vq_embeddings
     adversarial: Adversarial = Adversarial.hinge  # how verdicts become losses
     adversarial_weight: float = 0.5  # times the adaptive weight |grad rec| / |grad gan| at the decoder's last layer
     adversarial_start: int = 600_000  # samples seen before the discriminator joins
-    r1_weight: float = 0.0  # of half the squared gradient of real verdicts by their pictures; 0: off
+    r1_weight: float = 0.0  # of half the squared gradient of real verdicts by their images; 0: off
     lecam_weight: float = 0.0  # of the squared distance of verdicts to the other kind's running mean; 0: off
 
 

@@ -55,7 +55,7 @@ class Built:
         return sum(self.train.stats.get("dropped", {}).values())
 
 
-def build(cfg: BuildRun) -> Built:
+def build_shards(cfg: BuildRun) -> Built:
     """Build the shards that `cfg` describes, or find them finished.
 
     Raises UserError when the folder holds a build with other options, or when no sample at all could be used.

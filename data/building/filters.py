@@ -45,7 +45,7 @@ def check_texts(cfg: FilterConfig, caption: str, meta: Mapping[str, Any]) -> Non
 
 
 def check_size(cfg: FilterConfig, width: int, height: int) -> None:
-    """Filters of the picture's shape; raises Dropped."""
+    """Filters of the image's shape; raises Dropped."""
     shorter, longer = sorted((width, height))
     if shorter < cfg.min_side:
         raise Dropped("min_side", f"{width} x {height} pixels")
@@ -54,14 +54,14 @@ def check_size(cfg: FilterConfig, width: int, height: int) -> None:
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that stay nearly the same when a picture is scaled, compressed or slightly toned."""
+    """64 bits that stay nearly the same when an image is scaled, compressed or slightly toned."""
     import imagehash
 
     return int(str(imagehash.phash(image)), 16)
 
 
 class NearDuplicates:
-    """Pictures whose perceptual hash differs in at most `distance` bits from one that was kept before.
+    """Images whose perceptual hash differs in at most `distance` bits from one that was kept before.
 
     The hash is cut into distance + 1 bands: two hashes that near each other agree in one of them at least.
     """
@@ -81,7 +81,7 @@ class NearDuplicates:
         return None
 
     def keep(self, value: int) -> None:
-        """Remember a picture."""
+        """Remember an image."""
         for (low, mask), table in zip(self.bands, self.tables, strict=True):
             table[value >> low & mask].append(value)
 

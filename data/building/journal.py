@@ -143,7 +143,7 @@ class BuildJournal:
                 file.close()
 
     def copies(self, distance: int) -> NearDuplicates | None:
-        """The pictures kept so far, where near duplicates are looked for (distance >= 0)."""
+        """The images kept so far, where near duplicates are looked for (distance >= 0)."""
         if distance < 0:
             return None
         known = NearDuplicates(distance)
@@ -157,7 +157,7 @@ class BuildJournal:
             return record if number in self.kept else Reject(record.key, record.path, "as before", "near_duplicates")
         twin = copies.find(record.hash)
         if twin is not None:
-            reason = f"looks like a picture before it, whose phash is {twin:016x}"
+            reason = f"looks like an image before it, whose phash is {twin:016x}"
             return Reject(record.key, record.path, reason, "near_duplicates")
         copies.keep(record.hash)
         self._open[1].write(HASH.pack(number, record.hash))

@@ -16,7 +16,7 @@ class Split:
     """Sends each sample to training or to the held-out side, by its caption (or `Sample.split_by`) alone.
 
     In a set so small that one side would stay empty, the caption nearest to the border moves there. Where that is the
-    caption of nearly all samples, as in pictures of one subject, each sample is sent by its caption and key. Until both
+    caption of nearly all samples, as in images of one subject, each sample is sent by its caption and key. Until both
     sides have a sample (or at most 256 MiB wait) nothing is written, since this is not known.
     """
 

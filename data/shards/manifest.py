@@ -8,7 +8,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.plain_json import dumps, loads_finite
-from data.shards.remote import is_remote, joined, read
+from data.shards.remote import is_remote, joined, read_remote
 from data.shards.shard import ShardInfo, ShardReader, atomic_write, tars_in
 
 __all__ = ["MANIFEST", "Manifest", "ShardInfo", "find_shards", "folder_of"]
@@ -80,7 +80,7 @@ class Manifest:
         """Read `manifest.json` of the folder; `UserError` when it is not one."""
         path = joined(folder, MANIFEST)
         try:
-            content = loads_finite(read(path), object_hook=_shard_or_dict)
+            content = loads_finite(read_remote(path), object_hook=_shard_or_dict)
             if content["schema"] != SCHEMA:
                 raise UserError(
                     f"{path} has schema {content['schema']}, this version reads {SCHEMA}: rebuild the shards"

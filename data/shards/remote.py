@@ -59,7 +59,7 @@ def fetch(url: str, target: Path, timeout_s: float) -> None:
     _tried(copy)
 
 
-def read(path: str | Path, timeout_s: float = 60.0) -> bytes:
+def read_remote(path: str | Path, timeout_s: float = 60.0) -> bytes:
     """Content of a small file, local or remote; `FileNotFoundError` when there is none."""
     if not is_remote(path):
         return Path(path).read_bytes()

@@ -12,29 +12,29 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.schema.conditions import ConditionsConfig
-from models.conditions import labels, pictures
-from models.conditions.base import Condition, Conditioning, Draws, Frozen, Inputs, Samples, Surroundings
+from models.conditions import images, labels
+from models.conditions.base import Condition, ConditionContext, Conditioning, ConditionRng, Frozen, Inputs, Samples
 
 __all__ = [
     "PREPARING",
     "Condition",
+    "ConditionContext",
+    "ConditionRng",
     "Conditioning",
     "Conditions",
-    "Draws",
     "Frozen",
     "Inputs",
     "Samples",
-    "Surroundings",
 ]
 
-KINDS = {**labels.KINDS, **pictures.KINDS}
-PREPARING = Surroundings(1, 1, 1, torch.zeros(1), torch.ones(1))  # of conditions that only make arrays
+KINDS = {**labels.KINDS, **images.KINDS}
+PREPARING = ConditionContext(1, 1, 1, torch.zeros(1), torch.ones(1))  # of conditions that only make arrays
 
 
 class Conditions(nn.Module):
     """All that one network is told, as one condition."""
 
-    def __init__(self, cfg: ConditionsConfig, around: Surroundings) -> None:
+    def __init__(self, cfg: ConditionsConfig, around: ConditionContext) -> None:
         super().__init__()
         sections = dict(cfg.chosen())
         self.parts = nn.ModuleDict({name: KINDS[name](section, around) for name, section in sections.items()})
@@ -66,9 +66,9 @@ class Conditions(nn.Module):
         return any(part.names for part in self.kinds.values())
 
     @property
-    def need_pictures(self) -> bool:
-        """Whether one of them is made of a picture."""
-        return any(part.needs_picture for part in self.kinds.values())
+    def need_images(self) -> bool:
+        """Whether one of them is made of an image."""
+        return any(part.needs_image for part in self.kinds.values())
 
     @property
     def rivals(self) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ class Conditions(nn.Module):
                 inputs = inputs | part.null(inputs)
         return inputs
 
-    def vary(self, inputs: Inputs, draws: Draws) -> Inputs:
+    def vary(self, inputs: Inputs, draws: ConditionRng) -> Inputs:
         """With all that training does at random: noise on a condition, and conditions dropped."""
         for name, part in self.kinds.items():
             inputs = inputs | part.vary(inputs, draws)
@@ -135,30 +135,30 @@ class Conditions(nn.Module):
         return inputs
 
     def finish(self, images: Tensor, originals: Tensor, inputs: Inputs) -> Tensor:
-        """Pictures [B, 3, H, W] after they were drawn."""
+        """Images [B, 3, H, W] after they were drawn."""
         for part in self.kinds.values():
             images = part.finish(images, originals, inputs)
         return images
 
     def baselines(self, originals: Tensor, inputs: Inputs) -> dict[str, Tensor]:
-        """Pictures to be beaten, by name."""
+        """Images to be beaten, by name."""
         return {name: made for part in self.kinds.values() for name, made in part.baselines(originals, inputs).items()}
 
     def region(self, inputs: Inputs) -> Tensor | None:
-        """Where a picture is to be compared with the original, bool [B, H, W]; None: everywhere."""
+        """Where an image is to be compared with the original, bool [B, H, W]; None: everywhere."""
         found = (part.region(inputs) for part in self.kinds.values())
         return next((region for region in found if region is not None), None)
 
     def titles(self, captions: Sequence[str], inputs: Inputs) -> list[str]:
-        """What is asked for, in words, of each picture."""
+        """What is asked for, in words, of each image."""
         columns = [part.titles(inputs) for part in self.kinds.values()]
         columns = [list(captions) if self.takes_text else [""] * len(captions), *(c for c in columns if c)]
         return [", ".join(filter(None, words)) for words in zip(*columns, strict=True)]
 
     def show(self, originals: Tensor, inputs: Inputs) -> list[Tensor]:
-        """What is asked for, as pictures [B, 3, H', W'] in [-1, 1], of each condition that is one."""
+        """What is asked for, as images [B, 3, H', W'] in [-1, 1], of each condition that is one."""
         shown = (part.show(originals, inputs) for part in self.kinds.values())
-        return [pictures for pictures in shown if pictures is not None]
+        return [images for images in shown if images is not None]
 
     def forward(self, inputs: Inputs) -> Conditioning:
         """Tokens and channels side by side, vectors added."""

@@ -1,6 +1,6 @@
 """What every condition of the U-Net has in common.
 
-Shapes, in all files of this folder: B samples, H x W the picture, C channels of the latent, h x w its size, L tokens of
+Shapes, in all files of this folder: B samples, H x W the image, C channels of the latent, h x w its size, L tokens of
 width D, K channels beside the latent, E width of the time embedding.
 """
 
@@ -37,8 +37,8 @@ class Conditioning(NamedTuple):
         return Conditioning(*map(both, self, other))
 
 
-class Box(Protocol):
-    """Where something is, in fractions of the picture's sides: left, top, right, bottom."""
+class BoxLike(Protocol):
+    """Where something is, in fractions of the image's sides: left, top, right, bottom."""
 
     @property
     def corners(self) -> tuple[float, float, float, float]: ...
@@ -48,13 +48,13 @@ class Box(Protocol):
     def area(self) -> float: ...
 
 
-class Labels(Protocol):
-    """What is known of a picture; all of it may be missing."""
+class LabelsLike(Protocol):
+    """What is known of an image; all of it may be missing."""
 
     @property
     def class_id(self) -> int | None: ...
     @property
-    def boxes(self) -> Sequence[Box]: ...
+    def boxes(self) -> Sequence[BoxLike]: ...
     @property
     def segments(self) -> np.ndarray | None: ...  # uint8 [H, W]
 
@@ -63,22 +63,22 @@ class Frozen(Protocol):
     """Networks that conditions may ask."""
 
     def latents(self, images: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] to the means of their latents [B, C, h, w], on the CPU."""
+        """Images [B, 3, H, W] to the means of their latents [B, C, h, w], on the CPU."""
 
     def image_embeddings(self, images: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] to CLIP's embeddings [B, E], on the CPU."""
+        """Images [B, 3, H, W] to CLIP's embeddings [B, E], on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What conditions are made of: B pictures and what is known of them."""
+    """What conditions are made of: B images and what is known of them."""
 
     images: Tensor  # [B, 3, H, W] in [-1, 1]
-    labels: Sequence[Labels]
+    labels: Sequence[LabelsLike]
     framings: Tensor  # [B, 4] float32, pixels: height and width of the original, top and left corner of the cut
     generators: Sequence[np.random.Generator]  # one per sample, for masks and degradations
     masks: Tensor | None = None  # bool [B, H, W], true: to be painted; None: drawn at random
-    as_given: bool = False  # the pictures are small ones already
+    as_given: bool = False  # the images are small ones already
     keys: Sequence[str] = ()  # by which errors name them
 
     def class_number(self, row: int, field: str, number: int | None, classes: int) -> int:
@@ -91,7 +91,7 @@ class Samples:
         return number
 
 
-class Draws(Protocol):
+class ConditionRng(Protocol):
     """Random numbers that belong to the samples of a batch."""
 
     def uniform(self, purpose: str) -> Tensor:
@@ -102,7 +102,7 @@ class Draws(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class ConditionContext:
     """What a condition has to know of its network and its data."""
 
     width: int | None  # D
@@ -124,8 +124,8 @@ class Condition(nn.Module):
 
     names = ""  # group of names in the data set that its class ids refer to
     classes = 0  # of that group that it knows
-    needs_picture = False  # whether it is made of one
-    needs_mask = False  # whether a picture of a user's own must come with one
+    needs_image = False  # whether it is made of one
+    needs_mask = False  # whether an image of a user's own must come with one
     rivals: tuple[str, ...] = ()  # names of its baselines
     tokens = 0  # L, that it gives
     channels = 0  # K, that it puts beside the latent
@@ -135,39 +135,39 @@ class Condition(nn.Module):
         return {}
 
     def asked_in(self, words: str) -> dict[str, Any]:
-        """Labels, as a sample's JSON has them, of a prompt for a network without text; raises UserError."""
+        """LabelsLike, as a sample's JSON has them, of a prompt for a network without text; raises UserError."""
         return {}
 
     def prepare(self, samples: Samples, frozen: Frozen) -> Inputs:
-        """Its arrays, made once: for the cache, or before a picture is drawn."""
+        """Its arrays, made once: for the cache, or before an image is drawn."""
         return {}
 
     def null(self, inputs: Inputs) -> Inputs:
         """Its arrays when nothing is told."""
         return {}
 
-    def vary(self, inputs: Inputs, draws: Draws) -> Inputs:
+    def vary(self, inputs: Inputs, draws: ConditionRng) -> Inputs:
         """What a training does to its arrays at random."""
         return {}
 
     def finish(self, images: Tensor, originals: Tensor, inputs: Inputs) -> Tensor:
-        """Pictures [B, 3, H, W] after they were drawn; the originals are those that the arrays were made of."""
+        """Images [B, 3, H, W] after they were drawn; the originals are those that the arrays were made of."""
         return images
 
     def baselines(self, originals: Tensor, inputs: Inputs) -> dict[str, Tensor]:
-        """Pictures [B, 3, H, W] that need no training, to be beaten, by name."""
+        """Images [B, 3, H, W] that need no training, to be beaten, by name."""
         return {}
 
     def region(self, inputs: Inputs) -> Tensor | None:
-        """Where a picture is to be compared with the original, bool [B, H, W]; None: everywhere."""
+        """Where an image is to be compared with the original, bool [B, H, W]; None: everywhere."""
         return None
 
     def titles(self, inputs: Inputs) -> list[str]:
-        """What it asks for, in words, of each picture; empty where it has none."""
+        """What it asks for, in words, of each image; empty where it has none."""
         return []
 
     def show(self, originals: Tensor, inputs: Inputs) -> Tensor | None:
-        """What it asks for, as pictures [B, 3, H', W'] in [-1, 1]."""
+        """What it asks for, as images [B, 3, H', W'] in [-1, 1]."""
         return None
 
     def forward(self, inputs: Inputs) -> Conditioning:
@@ -175,14 +175,14 @@ class Condition(nn.Module):
         raise NotImplementedError
 
 
-def tokens_width(name: str, around: Surroundings) -> int:
+def tokens_width(name: str, around: ConditionContext) -> int:
     """D; refuses a network that takes no tokens."""
     if around.width is None:
         raise UserError(f"conditions.{name}: gives tokens, for which model.cross_attention_dim must be set")
     return around.width
 
 
-def number_of(around: Surroundings, group: str, classes: int, words: str) -> int:
+def number_of(around: ConditionContext, group: str, classes: int, words: str) -> int:
     """The class of a name, or of a number in words; raises UserError where there is none."""
     names = [*around.names.get(group, ())]
     if words.isdecimal() and int(words) < classes:
@@ -195,7 +195,7 @@ def number_of(around: Surroundings, group: str, classes: int, words: str) -> int
     return names.index(words)
 
 
-def named(around: Surroundings, group: str, number: int) -> str:
+def named(around: ConditionContext, group: str, number: int) -> str:
     """A class in words."""
     names = around.names.get(group, ())
     return (names[number] if number < len(names) else "") or f"class {number}"

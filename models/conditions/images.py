@@ -1,4 +1,4 @@
-"""Conditions that are made of a picture itself: small, with a hole, or as CLIP sees it."""
+"""Conditions that are made of an image itself: small, with a hole, or as CLIP sees it."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,30 +13,30 @@ from conf.schema.choices import Degradation, MaskStyle
 from models.conditions.base import (
     WAVES,
     Condition,
+    ConditionContext,
     Conditioning,
-    Draws,
+    ConditionRng,
     Frozen,
     Inputs,
     Samples,
-    Surroundings,
     tokens_width,
     waves,
 )
-from models.degradation import BSR, BSR_LIGHT, bicubic, degrade, shrink
+from models.degradation import BSR, BSR_LIGHT, bicubic, degrade, shrink_tensor
 from models.masks import MEDIUM, THICK, THIN, mean_colour, nearest_patch, paste_back, random_mask
 from models.unet import VectorEmbedding
 
-LEVELS = 1000  # of noise on a low-resolution picture
+LEVELS = 1000  # of noise on a low-resolution image
 STRENGTHS = {Degradation.bsr_light: BSR_LIGHT, Degradation.bsr: BSR}
 STYLES = {MaskStyle.thin: THIN, MaskStyle.medium: MEDIUM, MaskStyle.thick: THICK}
 
 
 class ImageEmbedding(Condition):
-    """What CLIP sees in a picture, in place of a text: image variation."""
+    """What CLIP sees in an image, in place of a text: image variation."""
 
-    needs_picture, tokens, rivals = True, 1, ("another",)
+    needs_image, tokens, rivals = True, 1, ("another",)
 
-    def __init__(self, cfg: Any, around: Surroundings) -> None:
+    def __init__(self, cfg: Any, around: ConditionContext) -> None:
         super().__init__()
         self.width = cfg.width
         self.to_token = nn.Linear(cfg.width, tokens_width("image_embedding", around))
@@ -61,11 +61,11 @@ class ImageEmbedding(Condition):
 
 
 class LowResolution(Condition):
-    """A small picture, enlarged to the latent's size where it has another; with noise on it (Ho et al. 2022, 4.2)."""
+    """A small image, enlarged to the latent's size where it has another; with noise on it (Ho et al. 2022, 4.2)."""
 
-    needs_picture, channels, rivals = True, 3, ("bicubic",)
+    needs_image, channels, rivals = True, 3, ("bicubic",)
 
-    def __init__(self, cfg: Any, around: Surroundings) -> None:
+    def __init__(self, cfg: Any, around: ConditionContext) -> None:
         super().__init__()
         self.cfg, self.scale = cfg, cfg.factor / around.downscale
         self.level = VectorEmbedding(WAVES, around.embedding) if cfg.noise_levels else None
@@ -78,7 +78,7 @@ class LowResolution(Condition):
         if samples.as_given:
             low = images
         elif cfg.degradation is Degradation.bicubic:
-            low = shrink(images, cfg.factor)
+            low = shrink_tensor(images, cfg.factor)
         else:
             low = degrade(images, cfg.factor, STRENGTHS[cfg.degradation], samples.generators)
         return {"low": ((low.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)}
@@ -86,7 +86,7 @@ class LowResolution(Condition):
     def null(self, inputs: Inputs) -> Inputs:
         return {"low": torch.full_like(inputs["low"], 128)}
 
-    def vary(self, inputs: Inputs, draws: Draws) -> Inputs:
+    def vary(self, inputs: Inputs, draws: ConditionRng) -> Inputs:
         if self.level is None:
             return {}
         levels = (draws.uniform("low_level") * self.cfg.noise_levels).floor()  # [B]
@@ -97,7 +97,7 @@ class LowResolution(Condition):
     def finish(self, images: Tensor, originals: Tensor, inputs: Inputs) -> Tensor:
         if not self.cfg.back_projection:
             return images
-        missing = _pixels(inputs["low"]).to(images) - shrink(images, self.cfg.factor)
+        missing = _pixels(inputs["low"]).to(images) - shrink_tensor(images, self.cfg.factor)
         return (images + bicubic(missing, self.cfg.factor)).clamp(-1, 1)
 
     def baselines(self, originals: Tensor, inputs: Inputs) -> dict[str, Tensor]:
@@ -117,13 +117,13 @@ class LowResolution(Condition):
 
 
 class Masked(Condition):
-    """A mask and the latent of the picture with a grey hole, in the order of Stable Diffusion's inpainting network."""
+    """A mask and the latent of the image with a grey hole, in the order of Stable Diffusion's inpainting network."""
 
-    needs_picture, needs_mask, rivals = True, True, ("mean_colour", "nearest_patch")
+    needs_image, needs_mask, rivals = True, True, ("mean_colour", "nearest_patch")
     mean: Tensor
     std: Tensor
 
-    def __init__(self, cfg: Any, around: Surroundings) -> None:
+    def __init__(self, cfg: Any, around: ConditionContext) -> None:
         super().__init__()
         self.style, self.channels = cfg.style, 1 + len(around.latent_mean)
         self.register_buffer("mean", around.latent_mean.view(1, -1, 1, 1).clone(), persistent=False)
@@ -167,7 +167,7 @@ def _pixels(low: Tensor) -> Tensor:
     return low if low.is_floating_point() else low.float() / 127.5 - 1
 
 
-KINDS: Mapping[str, Callable[[Any, Surroundings], Condition]] = {
+KINDS: Mapping[str, Callable[[Any, ConditionContext], Condition]] = {
     "image_embedding": ImageEmbedding,
     "low_resolution": LowResolution,
     "masked": Masked,

@@ -1,4 +1,4 @@
-"""Conditions that say what a picture shows, in words, classes, boxes and maps; and how it was cut."""
+"""Conditions that say what an image shows, in words, classes, boxes and maps; and how it was cut."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +13,11 @@ from conf.errors import UserError
 from models.conditions.base import (
     WAVES,
     Condition,
+    ConditionContext,
     Conditioning,
     Frozen,
     Inputs,
     Samples,
-    Surroundings,
     named,
     number_of,
     tokens_width,
@@ -33,7 +33,7 @@ class Caption(Condition):
 
     null_text: Tensor | None
 
-    def __init__(self, cfg: Any, around: Surroundings) -> None:
+    def __init__(self, cfg: Any, around: ConditionContext) -> None:
         super().__init__()
         self.register_buffer("null_text", around.null_text, persistent=False)
         self.tokens = 0 if around.null_text is None else len(around.null_text)
@@ -50,7 +50,7 @@ class Caption(Condition):
 class _Class(Condition):
     names = "classes"
 
-    def __init__(self, cfg: Any, around: Surroundings, width: int) -> None:
+    def __init__(self, cfg: Any, around: ConditionContext, width: int) -> None:
         super().__init__()
         self.around = around
         self.classes = cfg.classes
@@ -82,7 +82,7 @@ class ClassToken(_Class):
 
     tokens = 1
 
-    def __init__(self, cfg: Any, around: Surroundings) -> None:
+    def __init__(self, cfg: Any, around: ConditionContext) -> None:
         super().__init__(cfg, around, tokens_width("class_token", around))
 
     def forward(self, inputs: Inputs) -> Conditioning:
@@ -92,7 +92,7 @@ class ClassToken(_Class):
 class ClassVector(_Class):
     """The class beside the time, as ADM has it (Dhariwal & Nichol 2021)."""
 
-    def __init__(self, cfg: Any, around: Surroundings) -> None:
+    def __init__(self, cfg: Any, around: ConditionContext) -> None:
         super().__init__(cfg, around, around.embedding)
 
     def forward(self, inputs: Inputs) -> Conditioning:
@@ -102,7 +102,7 @@ class ClassVector(_Class):
 class Framing(Condition):
     """Original size and corner of the cut (Podell et al. 2023, section 2.2)."""
 
-    def __init__(self, cfg: Any, around: Surroundings) -> None:
+    def __init__(self, cfg: Any, around: ConditionContext) -> None:
         super().__init__()
         self.embedding = VectorEmbedding(4 * WAVES, around.embedding)
 
@@ -123,7 +123,7 @@ class Boxes(Condition):
     names = "box_classes"
     frequencies = 8  # of the sines and cosines of each corner
 
-    def __init__(self, cfg: Any, around: Surroundings) -> None:
+    def __init__(self, cfg: Any, around: ConditionContext) -> None:
         super().__init__()
         width, self.around = tokens_width("boxes", around), around
         self.classes, self.most, self.tokens = cfg.classes, cfg.most, cfg.most
@@ -158,11 +158,11 @@ class Boxes(Condition):
     def show(self, originals: Tensor, inputs: Inputs) -> Tensor:
         height, width = originals.shape[2:]
         shown = torch.ones(len(originals), 3, height, width)
-        for picture, boxes in zip(shown, inputs["boxes"].cpu(), strict=True):
+        for image, boxes in zip(shown, inputs["boxes"].cpu(), strict=True):
             for class_id, *corners in boxes[boxes[:, 0] < self.classes].tolist():
                 left, top, right, bottom = edges(corners, height - 1, width - 1)
-                picture[:, top : bottom + 1, [left, right]] = colour(int(class_id)).view(3, 1, 1)
-                picture[:, [top, bottom], left : right + 1] = colour(int(class_id)).view(3, 1, 1)
+                image[:, top : bottom + 1, [left, right]] = colour(int(class_id)).view(3, 1, 1)
+                image[:, [top, bottom], left : right + 1] = colour(int(class_id)).view(3, 1, 1)
         return shown
 
     def forward(self, inputs: Inputs) -> Conditioning:
@@ -178,7 +178,7 @@ class _ClassMap(Condition):
 
     array = ""  # its name
 
-    def __init__(self, cfg: Any, around: Surroundings) -> None:
+    def __init__(self, cfg: Any, around: ConditionContext) -> None:
         super().__init__()
         self.around = around
         self.classes, self.channels, self.downscale = cfg.classes, cfg.channels, around.downscale
@@ -228,18 +228,18 @@ class BoxMap(_ClassMap):
         return {self.array: maps}
 
 
-def boxes_in(around: Surroundings, classes: int, words: str) -> dict[str, Any]:
+def boxes_in(around: ConditionContext, classes: int, words: str) -> dict[str, Any]:
     """The boxes of a prompt, as a sample's JSON has them; raises UserError."""
     return {"boxes": [box_in(around, classes, entry) for entry in words.split(";") if entry.strip()]}
 
 
-def box_in(around: Surroundings, classes: int, words: str) -> dict[str, Any]:
+def box_in(around: ConditionContext, classes: int, words: str) -> dict[str, Any]:
     name, *ends = words.strip().rsplit(maxsplit=4)
     try:
         left, top, right, bottom = map(float, ends)
     except ValueError:
         raise UserError(
-            f"prompt '{words.strip()}': no box; write CLASS LEFT TOP RIGHT BOTTOM, in fractions of the picture's "
+            f"prompt '{words.strip()}': no box; write CLASS LEFT TOP RIGHT BOTTOM, in fractions of the image's "
             "sides, and ; between boxes"
         ) from None
     return {"box": [left, top, right, bottom], "class_id": number_of(around, "box_classes", classes, name)}
@@ -251,11 +251,11 @@ def edges(corners: Sequence[float], height: int, width: int) -> list[int]:
 
 
 def colour(class_id: int) -> Tensor:
-    """RGB [3] in [-1, 1] that stands for a class in a picture."""
+    """RGB [3] in [-1, 1] that stands for a class in an image."""
     return torch.cos(2 * math.pi * (0.618 * class_id + torch.tensor([0.0, 1 / 3, 2 / 3])))
 
 
-KINDS: Mapping[str, Callable[[Any, Surroundings], Condition]] = {
+KINDS: Mapping[str, Callable[[Any, ConditionContext], Condition]] = {
     "caption": Caption,
     "class_token": ClassToken,
     "class_vector": ClassVector,

@@ -15,9 +15,9 @@ ConditionalNetwork = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Which prompts make one picture together (Liu et al. 2022, "Composable diffusion"): R prompts for B pictures."""
+    """Which prompts make one image together (Liu et al. 2022, "Composable diffusion"): R prompts for B images."""
 
-    pictures: Tensor  # [R] int64, the picture of each prompt
+    images: Tensor  # [R] int64, the image of each prompt
     weights: Tensor  # [R]
 
 
@@ -35,12 +35,12 @@ def classifier_free(
 
     Args:
         network: the conditional network.
-        given: what the network is told of the B pictures, of all R prompts with `joined`.
-        null: what it is told where nothing is asked for, or what guidance leads away from, of the B pictures.
-        scale: 1 is the plain conditional network, called once per picture; more follows the prompt more closely.
+        given: what the network is told of the B images, of all R prompts with `joined`.
+        null: what it is told where nothing is asked for, or what guidance leads away from, of the B images.
+        scale: 1 is the plain conditional network, called once per image; more follows the prompt more closely.
         prepare: what to compute once for all calls, such as `Denoiser.prepared`.
         rescale: 0-1, how far the result gets the standard deviation of the conditional prediction (`rescaled`).
-        joined: prompts that share a picture; cond is then uncond + sum of weight (cond_i - uncond).
+        joined: prompts that share an image; cond is then uncond + sum of weight (cond_i - uncond).
     """
     if scale == 1 and joined is None:
         prepared = prepare(given)
@@ -49,13 +49,13 @@ def classifier_free(
 
     def guided(x_t: Tensor, timesteps: Tensor) -> Tensor:
         count = len(x_t)
-        pictures = torch.arange(count, device=x_t.device) if joined is None else joined.pictures
-        rows = torch.cat([torch.arange(count, device=x_t.device), pictures])
+        images = torch.arange(count, device=x_t.device) if joined is None else joined.images
+        rows = torch.cat([torch.arange(count, device=x_t.device), images])
         predictions = network(x_t[rows], timesteps[rows], both)  # [B + R, C, h, w]
         uncond, cond = predictions[:count], predictions[count:]
         if joined is not None:
-            apart = joined.weights.to(cond.dtype).view(-1, 1, 1, 1) * (cond - uncond[pictures])
-            cond = uncond.index_add(0, pictures, apart)
+            apart = joined.weights.to(cond.dtype).view(-1, 1, 1, 1) * (cond - uncond[images])
+            cond = uncond.index_add(0, images, apart)
         return rescaled(uncond + scale * (cond - uncond), cond, rescale)
 
     return guided

@@ -64,7 +64,7 @@ def spaced_timesteps(spacing: Spacing, steps: int, total: int) -> NDArray[np.int
 def spaced_sigmas(spacing: Spacing, steps: int, highest: float, lowest: float) -> Levels:
     """Noise levels [steps] between two of them, whatever the timesteps: evenly in log sigma, or as Karras et al. 2022.
 
-    Karras: evenly in the 7th root (eq. 5), so that most steps are spent near the picture.
+    Karras: evenly in the 7th root (eq. 5), so that most steps are spent near the image.
     """
     if spacing is Spacing.exponential:
         return np.exp(np.linspace(np.log(highest), np.log(lowest), steps))

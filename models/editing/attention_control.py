@@ -1,4 +1,4 @@
-"""Prompt-to-prompt: pictures that are drawn with the attention of another one (Hertz et al. 2022).
+"""Prompt-to-prompt: images that are drawn with the attention of another one (Hertz et al. 2022).
 
 All edits of the paper are linear in the attention maps P = softmax(q k^T / sqrt(d)) of a source and P* of the edit, so
 they move into what attention is given, which stays one fused call:
@@ -8,7 +8,7 @@ they move into what attention is given, which stays one fused call:
     re-weighting              P diag(c) V                  = attention(q, k, diag(c) V)
     self-attention            P V*                         = attention(q, k, V*)
 
-Shapes: R rows, sources and edits; L tokens of a text; N tokens of the picture, M attended to, d channels of a head.
+Shapes: R rows, sources and edits; L tokens of a text; N tokens of the image, M attended to, d channels of a head.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class TokenControl:
 class _Plan:
     """What all layers do at one moment: indices of rows and tokens, on the device."""
 
-    picture: Tensor | None  # [R] whose queries and keys self-attention takes; None: the own
+    image: Tensor | None  # [R] whose queries and keys self-attention takes; None: the own
     text: Tensor | None  # [R] likewise of attention to the text
     values: Tensor | None  # [R, L, L], what the values of the text are multiplied by; None: the identity
     mixed: Tensor  # [X] rows that also attend by themselves
@@ -78,19 +78,19 @@ class ControlledAttention:
         values = torch.where(follows[:, None, None], injected, torch.diag_embed(weights))
         mixed = rows[follows & ~taken.all(1)]
         rest = torch.diag_embed((1 - taken) * weights)[mixed]
-        picture, text = torch.where(own, rows, self.sources), torch.where(follows, self.sources, rows)
+        image, text = torch.where(own, rows, self.sources), torch.where(follows, self.sources, rows)
         plain = torch.equal(values, torch.eye(values.shape[1]).expand_as(values))
         return _Plan(
-            None if torch.equal(picture, rows) else picture.to(self.device),
+            None if torch.equal(image, rows) else image.to(self.device),
             text.to(self.device) if follows.any() else None,
             None if plain else values.to(self.device),
             mixed.to(self.device),
             rest.to(self.device),
         )
 
-    def to_picture(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def to_image(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Self-attention [B, heads, N, d] of q, k, v of that shape; the last R of B rows are controlled."""
-        rows = self.plan.picture
+        rows = self.plan.image
         if rows is not None:
             rows = self._of_batch(rows, len(q))
             q, k = q[rows], k[rows]

@@ -1,6 +1,6 @@
-"""Edits of pictures by their prompts: sources and their edits are drawn together, under attention control.
+"""Edits of images by their prompts: sources and their edits are drawn together, under attention control.
 
-(made,) = edit_pictures(model, [Edit(prompt="a red monster", edit="a blue monster")], seeds=[0], watch=True)
+(made,) = edit_images(model, [Edit(prompt="a red monster", edit="a blue monster")], seeds=[0], watch=True)
 made.source.image, made.result.image, made.result.maps["monster"]
 """
 
@@ -25,8 +25,8 @@ from models.prompts import parse, plain
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A drawn picture and what its words look at."""
+class DrawnImage:
+    """A drawn image and what its words look at."""
 
     image: Tensor  # [3, H, W] in [-1, 1]
     maps: dict[str, Tensor]  # [H, W] by word, the mean attention that it gets; {} unless they were asked for
@@ -34,10 +34,10 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Edited:
-    """A picture before and after an edit."""
+    """An image before and after an edit."""
 
-    source: Picture
-    result: Picture
+    source: DrawnImage
+    result: DrawnImage
     region: Tensor | None  # bool [H, W], where it may have changed; None: everywhere
     found: Tensor | None = None  # [3, H, W], a given source as the network draws it again
 
@@ -57,7 +57,7 @@ class Editor:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, name: str, is_cross: bool) -> Tensor:
         """Of one layer (`models.attention`)."""
         if not is_cross:
-            return self.attending.to_picture(q, k, v)
+            return self.attending.to_image(q, k, v)
         if self.maps is not None and self.maps.wants(name):
             self.maps.add(self.step, name, self.attending.maps(q, k, self.maps.tokens), self.size)
         return self.attending.to_text(q, k, v)
@@ -85,7 +85,7 @@ class Editor:
         return torch.stack(guesses)
 
     def _region(self, row: int, source: int, edit: Edit) -> Tensor:
-        """Where an edit may change the picture, bool [h, w]."""
+        """Where an edit may change the image, bool [h, w]."""
         regions = []
         if edit.blend and self.maps is not None:
             places = [self.maps.region(place, edit.blend, edit.blend_threshold) for place in (source, row)]
@@ -94,13 +94,13 @@ class Editor:
             regions.append(self.change[row] > edit.blend_threshold * self.change[row].max())
         return torch.stack(regions).all(0)
 
-    def picture(self, row: int, image: Tensor) -> Picture:
+    def image(self, row: int, image: Tensor) -> DrawnImage:
         """A drawn image [3, H, W] with the heat maps of its words, if they are asked for."""
         words = self.rows.words[row].named() if self.watch and self.maps is not None else {}
-        return Picture(image, {word: self.maps.of(row, word, image.shape[1:]) for word in words if self.maps})
+        return DrawnImage(image, {word: self.maps.of(row, word, image.shape[1:]) for word in words if self.maps})
 
     def confined(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Pictures [R, 3, H, W] that outside a region are their sources' to the last bit; regions, bool [H, W] by row.
+        """Images [R, 3, H, W] that outside a region are their sources' to the last bit; regions, bool [H, W] by row.
 
         The guesses are so already, but a decoder mixes what is near, and its norms everything.
         """
@@ -162,7 +162,7 @@ def factors(words: Words, weights: Mapping[int, float]) -> Tensor:
     return made
 
 
-def edit_pictures(
+def edit_images(
     model: DiffusionPipeline,
     edits: Sequence[Edit],
     seeds: Sequence[int],
@@ -223,7 +223,7 @@ def edit_pictures(
     )
     before = drawn[:count] if given is None else given[bringers].to(drawn)
     images, regions = editor.confined(torch.cat([before, drawn[count:]]))
-    made = [editor.picture(row, image) for row, image in enumerate(images)]
+    made = [editor.image(row, image) for row, image in enumerate(images)]
     again = dict(enumerate(drawn[:count])) if given is not None else {}
     return [
         Edited(made[source], made[row], regions.get(row), again.get(source)) for row, (source, _) in changed.items()
@@ -237,7 +237,7 @@ def distinct(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
     return bringers, [bringers.index(first[key]) for key in keys]
 
 
-def watch_pictures(
+def watch_images(
     model: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -246,16 +246,16 @@ def watch_pictures(
     indices: Sequence[int] | None = None,
     callback: Callback | None = None,
     inputs: Inputs | None = None,
-) -> list[Picture]:
-    """The pictures that the pipeline draws of the same arguments, with the heat maps of all words."""
+) -> list[DrawnImage]:
+    """The images that the pipeline draws of the same arguments, with the heat maps of all words."""
     sampling = SamplingConfig() if sampling is None else sampling
     editor = Editor(Rows(list(prompts), read_words(model, prompts, sampling), {}), True, model.device)
     images = model(prompts, seeds, sampling, indices=indices, callback=callback, inputs=inputs, control=editor)
-    return [editor.picture(row, image) for row, image in enumerate(images)]
+    return [editor.image(row, image) for row, image in enumerate(images)]
 
 
 def check_edit(model: DiffusionPipeline, edit: Edit, sampling: SamplingConfig) -> None:
-    """Refuse, before anything is drawn, what `edit_pictures` would refuse of the words of an edit."""
+    """Refuse, before anything is drawn, what `edit_images` would refuse of the words of an edit."""
     prompts = [edit.prompt, edit.edited]
     rows = Rows(prompts, read_words(model, prompts, sampling), {1: (0, edit)})
     rows.controls()
@@ -266,7 +266,7 @@ def read_words(model: DiffusionPipeline, prompts: Sequence[str], sampling: Sampl
     """The words of each prompt as this network and this syntax see them."""
     tower = model.text_tower
     if tower is None or not model.denoiser.conditions.takes_text:
-        raise UserError("this network was trained without conditions.caption: it has no words to edit a picture by")
+        raise UserError("this network was trained without conditions.caption: it has no words to edit an image by")
     found = {}
     for text in dict.fromkeys(prompts):
         joined = (parse if sampling.prompt_syntax else plain)(text)

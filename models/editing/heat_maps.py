@@ -1,7 +1,7 @@
-"""What each word looks at: attention maps of words, per layer and step, and their sum over the picture.
+"""What each word looks at: attention maps of words, per layer and step, and their sum over the image.
 
-Tang et al. 2023, "What the DAAM": the maps of all layers, made as large as the picture, and of all steps, added up.
-Shapes: R pictures, W words of the one that has most, L tokens of the text, N = h·w tokens of the picture in a layer.
+Tang et al. 2023, "What the DAAM": the maps of all layers, made as large as the image, and of all steps, added up.
+Shapes: R images, W words of the one that has most, L tokens of the text, N = h·w tokens of the image in a layer.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ TELLING = "up_blocks"  # layers whose maps say where things are; those of the wa
 
 
 class WordMaps:
-    """Collects the attention that words get, averaged over heads, for R pictures.
+    """Collects the attention that words get, averaged over heads, for R images.
 
     Args:
-        words: of each picture, with the tokens of each word.
+        words: of each image, with the tokens of each word.
         length: L.
         detailed: keep the map of every layer and step, not their sum alone.
     """

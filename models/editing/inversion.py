@@ -1,9 +1,9 @@
-"""Inversion: the noise from which sampling draws a given picture, so that it can be edited like a drawn one.
+"""Inversion: the noise from which sampling draws a given image, so that it can be edited like a drawn one.
 
-DDIM's steps are walked back from the picture (Song et al. 2021, section 4.3). The usual way asks the network at the
+DDIM's steps are walked back from the image (Song et al. 2021, section 4.3). The usual way asks the network at the
 end of a step for the slope at its beginning; here the beginning is sought that the step really leads from (Pan et al.
 2023, "Effective real image editing with accelerated iterative diffusion inversion"). Both are without guidance. What
-guidance changes of the picture is undone in one of three ways (`conf.schema.InversionMethod`).
+guidance changes of the image is undone in one of three ways (`conf.schema.InversionMethod`).
 """
 
 from collections.abc import Sequence
@@ -34,18 +34,18 @@ def invert(
     method: InversionMethod = InversionMethod.negative_prompt,
     inputs: Inputs | None = None,
 ) -> Start:
-    """Where sampling begins so that it ends with given pictures.
+    """Where sampling begins so that it ends with given images.
 
     Args:
         model: told a caption.
-        images: [B, 3, H, W] in [-1, 1], as large as the pictures that are drawn.
+        images: [B, 3, H, W] in [-1, 1], as large as the images that are drawn.
         prompts: B descriptions of them.
         sampling: with which they will be drawn.
         method: what becomes of guidance.
         inputs: arrays of the other conditions, B each.
 
     Raises:
-        UserError: pictures of another size, a sampler whose steps cannot be walked back, and what the pipeline refuses.
+        UserError: images of another size, a sampler whose steps cannot be walked back, and what the pipeline refuses.
     """
     unguided = replace(
         sampling, guidance_scale=1.0, guidance_rescale=0.0, guidance_interval=[], negative_prompt=""
@@ -66,7 +66,7 @@ def invert(
 def require_invertible(
     sampling: SamplingConfig, method: InversionMethod, images: Tensor, latent: Sequence[int], downscale: int
 ) -> None:
-    """Refuse samplers that miss a picture by themselves, and pictures [..., H, W] of another size than is drawn."""
+    """Refuse samplers that miss an image by themselves, and images [..., H, W] of another size than is drawn."""
     if reason := unfit(sampling, method):
         raise UserError(reason)
     (height, width), wanted = images.shape[-2:], [side * downscale for side in latent[-2:]]
@@ -78,13 +78,13 @@ def require_invertible(
 
 
 def unfit(sampling: SamplingConfig, method: InversionMethod) -> str:
-    """Why this sampler does not draw a given picture again, in one line; empty where it does.
+    """Why this sampler does not draw a given image again, in one line; empty where it does.
 
     Those without noise solve the equation whose solution was walked back; null text is fitted to DDIM's very steps.
     """
     sampler, eta = sampling.sampler, sampling.eta
     if sampler in STOCHASTIC and eta != 0 and not (sampler is DDIM and eta is None):
-        return f"sampler={sampler.value}: adds noise, with which no given picture is found: set sampler=ddim"
+        return f"sampler={sampler.value}: adds noise, with which no given image is found: set sampler=ddim"
     if method is InversionMethod.null_text and sampler not in (DDIM, Sampler.euler):
         return f"inversion=null_text: is fitted to the steps of sampler=ddim, not {sampler.value}"
     return ""
@@ -127,7 +127,7 @@ def fit_null_text(
     Args:
         model: whose U-Net is asked.
         denoise: asks it for what the prompt says.
-        path: of the pictures, from `walk_back`.
+        path: of the images, from `walk_back`.
         sigmas: its levels.
         nothing: states [B, L, D] to begin with, those of the empty caption.
         scale: of guidance.

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from conf.entry import compose
-from conf.experiments import read
+from conf.experiments import read_experiment
 from conf.schema import AutoencoderRun, Device, EvaluateRun, PipelineRun, UNetRun
-from models.conditions import PREPARING, Conditions, Surroundings
+from models.conditions import PREPARING, ConditionContext, Conditions
 from models.denoiser import Denoiser
 from models.formats.unet import architecture
 from models.unet import UNet
 from train.latents.provenance import asks_clip
-from train.stages.tasks import STAGES, StageCommand, plan, separate
+from train.stages.tasks import STAGES, StageCommand, plan_tasks, separate
 
 CONF = Path(__file__).parents[2] / "conf"
 COMMANDS = {stage.name: stage for stage in STAGES}
@@ -65,8 +65,8 @@ def test_every_option_has_a_comment() -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_section_of_an_experiment_composes_for_its_command(experiment: str) -> None:
-    sections = [name for name in COMMANDS if name in read(experiment)]
-    assert set(read(experiment).stages) <= set(sections)
+    sections = [name for name in COMMANDS if name in read_experiment(experiment)]
+    assert set(read_experiment(experiment).stages) <= set(sections)
     for name in sections:
         composed(COMMANDS[name], experiment)
 
@@ -96,7 +96,7 @@ def composed(stage: StageCommand, experiment: str) -> Any:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_for_the_whole_pipeline(experiment: str) -> None:
     own, overrides = separate(command_of(experiment))
-    tasks = plan(compose("pipeline", PipelineRun, own), overrides)
+    tasks = plan_tasks(compose("pipeline", PipelineRun, own), overrides)
     assert len(tasks) >= 4
     assert all(task.cfg.name == experiment and task.cfg.run_dir == f"runs/{experiment}" for task in tasks)
 
@@ -139,7 +139,7 @@ def test_the_stages_of_an_experiment_fit_together(experiment: str) -> None:
 def test_the_network_of_an_experiment_takes_all_that_it_is_told(experiment: str) -> None:
     unet = composed(COMMANDS["unet"], experiment)
     channels, told = unet.model.out_channels, unet.conditions
-    around = Surroundings.of(
+    around = ConditionContext.of(
         unet.model,
         downscale=autoencoder_of(unet.autoencoder, experiment).downscale,
         latent_mean=torch.zeros(channels),
@@ -179,7 +179,7 @@ def test_every_experiment_says_its_purpose_command_cost_and_result(experiment: s
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_protocol_composes_and_says_what_it_is(protocol: str) -> None:
-    """All that two labs must share is in it: pictures, captions, sampler, its options, guidance."""
+    """All that two labs must share is in it: images, captions, sampler, its options, guidance."""
     text = (CONF / "protocol" / f"{protocol}.yaml").read_text()
     for heading in ("Purpose:", "Command:", "Cost:", "Result:"):
         assert f"\n# {heading} " in text, heading

@@ -19,7 +19,7 @@ def test_shapes_have_the_area_and_the_aspects_that_were_asked_for() -> None:
         assert max(width, height) <= 2 * min(width, height) and (height, width) in shapes
 
 
-def test_a_picture_goes_where_it_loses_least() -> None:
+def test_a_image_goes_where_it_loses_least() -> None:
     shapes = bucket_shapes(512, 2.0, 64)
     assert nearest_shape(1000, 1000, shapes) == (512, 512)
     width, height = nearest_shape(1920, 1080, shapes)

@@ -25,7 +25,7 @@ SHARDS, SHARD = 4, 5
 Files = dict[str, bytes]
 
 
-def picture_files(i: int) -> Files:
+def image_files(i: int) -> Files:
     buffer = io.BytesIO()
     pixels = np.random.default_rng(i).integers(256, size=(8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -39,7 +39,7 @@ def latent_files(i: int) -> Files:
 
 def write(folder: Path, kind: str, change: Callable[[int, Files], Files] = lambda i, files: files) -> None:
     """20 samples in 4 shards, each changed before it is written."""
-    make = picture_files if kind == "images" else latent_files
+    make = image_files if kind == "images" else latent_files
     with ShardWriter(folder, SHARD) as writer:
         for i in range(SHARDS * SHARD):
             writer.add(f"{i:04d}", change(i, make(i)))
@@ -100,9 +100,9 @@ def replaced(name: str, content: bytes | None) -> Callable[[Files], Files]:
 
 SAMPLE_FAULTS: dict[str, tuple[str, Callable[[Files], Files], str]] = {
     "no caption": ("images", replaced("txt", None), r"has no \.txt"),
-    "no picture": ("images", replaced("png", None), r"has no \.png"),
-    "not a picture": ("images", replaced("png", b"text"), "not a readable picture"),
-    "half a picture": ("images", lambda files: {**files, "png": files["png"][:150]}, "broken picture"),
+    "no image": ("images", replaced("png", None), r"has no \.png"),
+    "not an image": ("images", replaced("png", b"text"), "not a readable image"),
+    "half an image": ("images", lambda files: {**files, "png": files["png"][:150]}, "broken image"),
     "JSON that does not parse": ("images", replaced("json", b"{"), "Expecting property name"),
     "JSON that is no object": ("images", replaced("json", b"[1]"), r"\.json holds no object"),
     "JSON without end": ("images", replaced("json", b"[" * 100_000), "recursion"),

@@ -132,7 +132,7 @@ def test_broken_samples_are_left_out_and_named_and_the_rest_comes_once(tmp_path:
         assert sorted(batch["key"]) == [f"{i:04d}" for i in range(24) if i not in lost]
         assert len(batch["position"]) == len(batch["image"]) == 24 - len(lost)
         assert len(batch["skipped"]) == len(lost)
-        assert sum("sample '0007': not a readable picture" in text for text in batch["skipped"]) == 1
+        assert sum("sample '0007': not a readable image" in text for text in batch["skipped"]) == 1
         assert sum("00003.tar" in text for text in batch["skipped"]) == 5
     with pytest.raises(UserError):
         list(itertools.islice(batches(ImageDataset(folder, IMAGES, 3), 24, 24, 0, 1, 0, workers), 1))
@@ -175,7 +175,7 @@ def write_labelled(folder: Path, provenance: dict[str, Any]) -> None:
     Manifest(kind="images", shards=writer.finished, provenance=provenance).save(folder)
 
 
-def test_labels_are_cut_and_mirrored_with_their_picture(tmp_path: Path) -> None:
+def test_labels_are_cut_and_mirrored_with_their_image(tmp_path: Path) -> None:
     write_labelled(tmp_path, {})
     dataset = ImageDataset(tmp_path, IMAGES, 0, labels=True)
     items = [dataset.item(position) for position in range(15)]

@@ -1,4 +1,4 @@
-"""What open_image makes of odd pictures, and the way from pixels to a tensor."""
+"""What open_image makes of odd images, and the way from pixels to a tensor."""
 
 import io
 import zlib
@@ -118,15 +118,15 @@ def test_the_limit_counts_pixels_and_is_inclusive() -> None:
     ("data", "reason"),
     [
         (b"", "empty file"),
-        (b"hello", "not a readable picture"),
-        (encoded(Image.effect_noise((64, 64), 50))[:1500], "broken picture"),
-        (encoded(Image.effect_noise((64, 64), 50), "JPEG")[:1500], "broken picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable picture"),
+        (b"hello", "not a readable image"),
+        (encoded(Image.effect_noise((64, 64), 50))[:1500], "broken image"),
+        (encoded(Image.effect_noise((64, 64), 50), "JPEG")[:1500], "broken image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable image"),
         (encoded(Image.new("F", (4, 4)), "TIFF"), "float"),
     ],
     ids=["empty", "text", "cut png", "cut jpeg", "postscript", "float"],
 )
-def test_what_is_no_whole_picture_is_an_image_error(data: bytes, reason: str) -> None:
+def test_what_is_no_whole_image_is_an_image_error(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=reason):
         open_image(data, LIMIT)
 
@@ -188,14 +188,14 @@ def test_tensor_spans_minus_one_to_one() -> None:
 
 
 @pytest.mark.parametrize("format", list(ImageFormat))
-def test_encoded_pictures_read_back(format: ImageFormat) -> None:
+def test_encoded_images_read_back(format: ImageFormat) -> None:
     image = Image.new("RGB", (40, 30), (200, 100, 50))
     back = open_image(encode_image(image, format, 95), LIMIT)
     assert back.size == (40, 30)
     assert np.abs(np.asarray(back).astype(int) - np.asarray(image).astype(int)).max() <= (format != ImageFormat.png) * 4
 
 
-def test_a_picture_too_long_for_webp_is_an_image_error() -> None:
+def test_a_image_too_long_for_webp_is_an_image_error() -> None:
     with pytest.raises(ImageError, match="cannot be stored as webp"):
         encode_image(Image.new("RGB", (17_000, 1)), ImageFormat.webp, 95)
 
@@ -425,7 +425,7 @@ def test_a_mask_is_upright_and_of_the_images_size() -> None:
     assert np.array_equal(open_mask(turned, (9, 6)), SHAPE)
     for size in ((6, 9), (9, 7), (18, 3)):
         with pytest.raises(
-            Unfit, match=rf"^has 9 x 6 pixels, the picture {size[0]} x {size[1]}; make them equal$|^has 6"
+            Unfit, match=rf"^has 9 x 6 pixels, the image {size[0]} x {size[1]}; make them equal$|^has 6"
         ):
             open_mask(turned, size)
 

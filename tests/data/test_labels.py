@@ -1,4 +1,4 @@
-"""Labels: what is written is read, what cannot be is named, and they follow the picture through crop and flip."""
+"""Labels: what is written is read, what cannot be is named, and they follow the image through crop and flip."""
 
 import io
 import json
@@ -69,9 +69,9 @@ def box(*corners: Any, **fields: Any) -> dict[str, Any]:
         ({"boxes": [{"box": [0, 0, 1, 1]}]}, r"boxes\[0\].class_id: None is not a whole number"),
         (box(0, 0, 1), r"boxes\[1\].box: not \[x0, y0, x1, y1\]"),
         (box(0, 0, 1, "1"), r"boxes\[1\].box: not \[x0, y0, x1, y1\]"),
-        (box(0, 0, 1.01, 1), r"boxes\[1\].box: .*1.01.* leaves the picture; corners are fractions"),
-        (box(0, 0, 10**4000, 1), r"boxes\[1\].box: .* leaves the picture"),
-        (box(float("nan"), 0, 1, 1), r"boxes\[1\].box: .* leaves the picture"),
+        (box(0, 0, 1.01, 1), r"boxes\[1\].box: .*1.01.* leaves the image; corners are fractions"),
+        (box(0, 0, 10**4000, 1), r"boxes\[1\].box: .* leaves the image"),
+        (box(float("nan"), 0, 1, 1), r"boxes\[1\].box: .* leaves the image"),
         (box(0.5, 0, 0.5, 1), r"boxes\[1\].box: .* has no area"),
         (box(0, 0.6, 1, 0.5), r"boxes\[1\].box: .* has no area"),
         ({"boxes": [*box(0, 0, 1, 1, **{"class": "a"})["boxes"], *box(0, 0, 1, 1, **{"class": "b"})["boxes"]]}, "'a'"),
@@ -87,7 +87,7 @@ def test_a_label_that_cannot_be_is_one_line_with_its_field(meta: dict[str, Any],
     ("content", "message"),
     [
         (b"", "not a readable PNG"),
-        (png(Image.new("L", (4, 3))), "has 4 x 3 pixels, the picture 4 x 4"),
+        (png(Image.new("L", (4, 3))), "has 4 x 3 pixels, the image 4 x 4"),
         (png(Image.new("L", (40_000, 1))), "has 40000 x 1 pixels"),
         (png(Image.new("RGB", (4, 4))), "mode RGB, not 8 bits"),
         (png(Image.effect_noise((4, 4), 90))[:-22], "broken PNG"),

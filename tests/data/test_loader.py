@@ -39,7 +39,7 @@ MOMENTS = RANDOM.normal(size=(SAMPLES, 3, 4, 2, 2)).astype(np.float16).astype(np
 TEXT = RANDOM.normal(size=(SAMPLES, 5, 6)).astype(np.float16).astype(np.float32)
 
 
-def picture(i: int) -> bytes:
+def image(i: int) -> bytes:
     buffer = io.BytesIO()
     pixels = np.random.default_rng(i).integers(256, size=(8, 12, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -49,7 +49,7 @@ def picture(i: int) -> bytes:
 def write_images(folder: Path) -> Path:
     with ShardWriter(folder, 5) as writer:
         for i in range(SAMPLES):
-            writer.add(f"{i:09d}", {"png": picture(i), "txt": f"caption {i}".encode(), "json": b'{"kind": "noise"}'})
+            writer.add(f"{i:09d}", {"png": image(i), "txt": f"caption {i}".encode(), "json": b'{"kind": "noise"}'})
     Manifest(kind="images", shards=writer.finished).save(folder)
     return folder
 
@@ -155,7 +155,7 @@ def test_images_are_cropped_and_mirrored_by_position_and_plain_for_evaluation(tm
     assert batch["meta"][0] == {"kind": "noise"}
     views = {batch["image"][i].numpy().tobytes() for i in range(4 * SAMPLES) if batch["key"][i] == "000000000"}
     assert len(views) > 1
-    whole = np.asarray(Image.open(io.BytesIO(picture(3))))  # [8, 12, 3]: the centre has columns 2 to 9
+    whole = np.asarray(Image.open(io.BytesIO(image(3))))  # [8, 12, 3]: the centre has columns 2 to 9
     np.testing.assert_allclose(
         dataset.at(3)["image"].permute(1, 2, 0).numpy() * 127.5 + 127.5, whole[:, 2:10], atol=1e-4
     )
@@ -207,7 +207,7 @@ def bad(folder: Path, files: dict[str, bytes], position: int = 1) -> Path:
     """Three good samples, of which one has other files."""
     with ShardWriter(folder, 5) as writer:
         for i in range(3):
-            writer.add(f"{i:09d}", files if i == position else {"png": picture(i), "txt": b"x"})
+            writer.add(f"{i:09d}", files if i == position else {"png": image(i), "txt": b"x"})
     return folder
 
 
@@ -224,7 +224,7 @@ def test_a_shard_without_captions_or_images_is_refused_at_the_start(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_sample_is_one_line_from_any_process(tmp_path: Path, workers: int) -> None:
-    for name, files in {"image": {"png": b"no"}, "json": {"png": picture(1), "json": b"{"}}.items():
+    for name, files in {"image": {"png": b"no"}, "json": {"png": image(1), "json": b"{"}}.items():
         dataset = ImageDataset(bad(tmp_path / name, {**files, "txt": b"x"}), IMAGES, seed=0)
         with pytest.raises(UserError, match=r"00000\.tar: sample '000000001': .*build_shards") as error:
             list(sequential(dataset, range(3), 2, workers))

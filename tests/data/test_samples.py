@@ -10,7 +10,7 @@ from PIL import Image
 
 from conf.errors import UserError
 from conf.schema import BuildRun, ImageConfig, Source, StreamConfig
-from data.building.build import build
+from data.building.build import build_shards
 from data.captions import clean_caption, decode_text
 from data.image_dataset import ImageDataset, captions_of
 from data.samples import caption_of, fields_in, image_of
@@ -89,7 +89,7 @@ def test_a_caption_is_the_same_text_wherever_it_is_read(
     made = {}
     for source, path in ((Source.shards, "shards"), (Source.folder, "files")):
         output = tmp_path / source.value
-        build(config(output, source, tmp_path / path))
+        build_shards(config(output, source, tmp_path / path))
         made[source] = captions_of(output / "train")
         rejects = [json.loads(line)["reason"] for line in (output / "rejects.jsonl").read_text().splitlines()]
         assert len(made[source]) + len(rejects) == 2
@@ -110,7 +110,7 @@ def test_a_caption_is_the_same_text_wherever_it_is_read(
 def test_an_empty_caption_is_a_reject_of_a_build_and_empty_in_training(tmp_path: Path) -> None:
     write(tmp_path, b"\xef\xbb\xbf \r\n\0", "txt")
     assert captions_of(tmp_path / "shards") == ["sound", ""]
-    assert build(config(tmp_path / "out", Source.shards, tmp_path / "shards")).rejected == 1
+    assert build_shards(config(tmp_path / "out", Source.shards, tmp_path / "shards")).rejected == 1
 
 
 def test_cleaning_twice_changes_nothing() -> None:

@@ -24,7 +24,7 @@ WORKERS = 3
 def work(overrides: list[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     cfg = compose("precompute_latents", PrecomputeRun, overrides)
-    latents.run(cfg, start(cfg.runtime), to_plain(cfg))
+    latents.run_precompute(cfg, start(cfg.runtime), to_plain(cfg))
     os._exit(0)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import AutoencoderRun, BuildRun, Device, RuntimeConfig
-from data.building.build import build
+from data.building.build import build_shards
 from data.shards.manifest import Manifest
 from data.shards.shard import ShardWriter
 from train.engine import loop
@@ -58,7 +58,7 @@ def files_below(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def picture(color: str = "red", side: int = 32) -> bytes:
+def image(color: str = "red", side: int = 32) -> bytes:
     content = io.BytesIO()
     Image.new("RGB", (side, side), color).save(content, "PNG")
     return content.getvalue()
@@ -79,7 +79,7 @@ def shards(folder: Path, samples: int = BATCH, **changed: dict[str, bytes] | Non
     for side in ("train", "heldout"):
         with ShardWriter(folder / side, 100) as writer:
             for number in range(samples):
-                files = {"png": picture(), "txt": b"a red square"}
+                files = {"png": image(), "txt": b"a red square"}
                 given = changed.get(f"k{number}") if side == "train" else None
                 writer.add(f"{number:09d}", given or files)
     return folder
@@ -92,7 +92,7 @@ def config(folder: Path, *overrides: str) -> AutoencoderRun:
 
 def train(folder: Path, *overrides: str) -> None:
     cfg, runtime = config(folder, *overrides), start(RuntimeConfig(device=Device.cpu))
-    loop.run(AutoencoderStage(cfg, runtime), cfg, runtime)
+    loop.fit(AutoencoderStage(cfg, runtime), cfg, runtime)
 
 
 def refused(folder: Path, message: str, *overrides: str) -> None:
@@ -111,7 +111,7 @@ def test_no_shards_at_the_path(tmp_path: Path) -> None:
 
 
 def test_shard_without_captions(tmp_path: Path) -> None:
-    shards(tmp_path / "shards", k3={"png": picture()})
+    shards(tmp_path / "shards", k3={"png": image()})
     lack = r"has no \.txt/\.json: it has \.png: run data/build_shards\.py or set"
     refused(tmp_path, rf"^shard .*train/00000\.tar: sample '000000003' {lack}")
 
@@ -128,12 +128,12 @@ def test_image_bomb_in_a_folder_is_listed_and_left_out(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for name in ("a", "b"):
-        (photos / f"{name}.png").write_bytes(picture())
+        (photos / f"{name}.png").write_bytes(image())
         (photos / f"{name}.txt").write_text(f"square {name}")
     (photos / "bomb.png").write_bytes(bomb())
     (photos / "bomb.txt").write_text("a bomb")
     options = ["source=folder", f"path={photos}", f"run_dir={tmp_path}", "workers=1"]
-    built = build(compose("build_shards", BuildRun, options))
+    built = build_shards(compose("build_shards", BuildRun, options))
     assert (built.train.samples + built.heldout.samples, built.rejected) == (2, 1)
     (reject,) = map(json.loads, (tmp_path / "shards" / "rejects.jsonl").read_text().splitlines())
     assert "bomb.png" in reject["path"] and "max_pixels=64000000" in reject["reason"]
@@ -150,7 +150,7 @@ def test_unreadable_tar(tmp_path: Path, damage: str) -> None:
 def test_tar_that_is_not_what_its_manifest_says(tmp_path: Path) -> None:
     folder = shards(tmp_path / "shards") / "train"
     with ShardWriter(tmp_path / "other", 100) as writer:
-        writer.add("0", {"png": picture(), "txt": b"a red square"})
+        writer.add("0", {"png": image(), "txt": b"a red square"})
     Manifest(kind="images", shards=writer.finished).save(folder)
     refused(tmp_path, r"^shard .*00000\.tar has \d+ bytes, not \d+ as manifest\.json says: rebuild it")
 
@@ -255,9 +255,9 @@ def test_stage_before_its_turn_says_what_is_missing(
     cfg: Any = compose(script, schema, ["experiment=smoke", f"run_dir={tmp_path}", "runtime=cpu", *overrides])
     runs = {
         "train_unet": lambda: UNetStage(cfg, runtime),
-        "precompute_latents": lambda: latents.run(cfg, runtime, to_plain(cfg)),
-        "sample": lambda: sampling.run(cfg, runtime),
-        "evaluate": lambda: evaluate.run(cfg, runtime),
+        "precompute_latents": lambda: latents.run_precompute(cfg, runtime, to_plain(cfg)),
+        "sample": lambda: sampling.sample(cfg, runtime),
+        "evaluate": lambda: evaluate.evaluate_run(cfg, runtime),
     }
     with pytest.raises(UserError, match=message):
         runs[script]()

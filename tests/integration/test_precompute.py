@@ -29,8 +29,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with ShardWriter(folder / "shards" / side, SAMPLES) as writer:
             for i in range(shards * SAMPLES):
                 pixels = np.random.default_rng(i).integers(256, size=(32, 40, 3), dtype=np.uint8)
-                picture = encode_image(Image.fromarray(pixels), ImageFormat.png, 95)
-                writer.add(f"{side}{i:05d}", {"png": picture, "txt": f"noise {i % 7}".encode()})
+                image = encode_image(Image.fromarray(pixels), ImageFormat.png, 95)
+                writer.add(f"{side}{i:05d}", {"png": image, "txt": f"noise {i % 7}".encode()})
         Manifest(kind="images", shards=writer.finished).save(folder / "shards" / side)
     Autoencoder(compose("train_autoencoder", AutoencoderRun, ["experiment=smoke"]).model).save_pretrained(
         folder / "autoencoder"

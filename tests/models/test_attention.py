@@ -44,7 +44,7 @@ def test_control_computes_every_layer() -> None:
 
 
 def test_control_replaces_attention() -> None:
-    """Words that share the attention evenly, but for one that gets none: that one cannot change the picture."""
+    """Words that share the attention evenly, but for one that gets none: that one cannot change the image."""
     network, (sample, timesteps, context) = network_and_inputs()
     other = context.clone()
     other[:, 2] = 9.0

@@ -81,12 +81,12 @@ def test_samples_follow_the_moments_and_stay_finite() -> None:
     torch.testing.assert_close(sample_moments(torch.tensor([[[[3.0]], [[-1e6]]]]), noise), torch.full_like(noise, 3.0))
 
 
-def test_last_layer_is_the_last_to_touch_the_picture() -> None:
+def test_last_layer_is_the_last_to_touch_the_image() -> None:
     network = Autoencoder(F4)
     with torch.no_grad():
         network.last_layer.zero_()
-        picture = network.decode(torch.randn(1, 4, 2, 2))
-    torch.testing.assert_close(picture, network.decoder.conv_out.bias[:, None, None].expand_as(picture))
+        image = network.decode(torch.randn(1, 4, 2, 2))
+    torch.testing.assert_close(image, network.decoder.conv_out.bias[:, None, None].expand_as(image))
 
 
 def test_folder_round_trip_keeps_config_and_weights(tmp_path: Path) -> None:

@@ -64,13 +64,13 @@ def test_text_states_are_what_open_clip_pools(clip: Clip) -> None:
 
 
 def test_images_are_prepared_as_open_clip_does(clip: Clip) -> None:
-    """Same embedding as through open_clip's own transform of the picture, resize included."""
+    """Same embedding as through open_clip's own transform of the image, resize included."""
     from PIL import Image
 
     pixels = torch.randint(0, 256, (8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    picture = Image.fromarray(pixels.numpy()).resize((32, 32))
-    prepared = open_clip.image_transform(32, is_train=False)(picture)
-    raw = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
+    image = Image.fromarray(pixels.numpy()).resize((32, 32))
+    prepared = open_clip.image_transform(32, is_train=False)(image)
+    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
     images = raw[None].float() / 127.5 - 1
     with torch.no_grad():
         expected = clip.network.encode_image(prepared[None], normalize=True)
@@ -242,7 +242,7 @@ torch.manual_seed(0)
 clip = Clip(ClipConfig(embed_dim=24, image_size=32, vision_layers=1, vision_width=64, patch_size=16, text_layers=1,
                        text_width=32, text_heads=2, context_length=12)).double()
 images = torch.rand(6, 3, 32, 32, dtype=torch.float64) * 2 - 1
-tokens = clip.tokenize([f"picture {i} of a planet" for i in range(6)])
+tokens = clip.tokenize([f"image {i} of a planet" for i in range(6)])
 
 whole = contrastive_loss(*clip(images, tokens))
 expected = torch.autograd.grad(whole, list(clip.parameters()))

@@ -1,4 +1,4 @@
-"""Low-resolution pictures: bicubic against Pillow, the chain of damages against closed forms, and what it promises."""
+"""Low-resolution images: bicubic against Pillow, the chain of damages against closed forms, and what it promises."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from models.degradation import BSR, BSR_LIGHT, Strength, _filtered, bicubic, degrade, shrink
+from models.degradation import BSR, BSR_LIGHT, Strength, _filtered, bicubic, degrade, shrink_tensor
 from models.losses import psnr
 
 CLEAN = Strength(blurs=1, blur=0.25, noise=(0, 0), quality=(95, 95))
 
 
-def pictures(count: int, height: int = 64, width: int = 64) -> Tensor:
+def random_images(count: int, height: int = 64, width: int = 64) -> Tensor:
     """Flat shapes with hard edges."""
     coarse = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return F.interpolate(coarse, (height, width), mode="bicubic").mul(3).round().div(3).clamp(-0.9, 0.9)
@@ -30,16 +30,16 @@ def resized_by_pillow(images: Tensor, width: int, height: int) -> Tensor:
 
 
 def test_bicubic_equals_pillow_in_both_directions() -> None:
-    images = pictures(2, 64, 96)
-    low = shrink(images, 4)
+    images = random_images(2, 64, 96)
+    low = shrink_tensor(images, 4)
     torch.testing.assert_close(low, resized_by_pillow(images, 24, 16), rtol=0, atol=1e-5)
     torch.testing.assert_close(bicubic(low, 4), resized_by_pillow(low, 96, 64), rtol=0, atol=1e-5)
 
 
-def test_bicubic_stays_within_what_a_picture_holds() -> None:
+def test_bicubic_stays_within_what_a_image_holds() -> None:
     checkered = (torch.arange(16)[:, None] + torch.arange(16)).remainder(2).mul(2.0).sub(1).expand(1, 3, 16, 16)
     assert bicubic(checkered, 4).abs().max() == 1
-    assert shrink(bicubic(checkered, 4), 4).abs().max() <= 1
+    assert shrink_tensor(bicubic(checkered, 4), 4).abs().max() <= 1
 
 
 @pytest.mark.parametrize("strength", [BSR, BSR_LIGHT])
@@ -49,13 +49,13 @@ def test_bicubic_stays_within_what_a_picture_holds() -> None:
 def test_every_order_ends_at_the_exact_size_within_the_range(
     strength: Strength, factor: int, height: int, width: int
 ) -> None:
-    low = degrade(pictures(16, height, width), factor, strength, generators(16))
+    low = degrade(random_images(16, height, width), factor, strength, generators(16))
     assert low.shape == (16, 3, height // factor, width // factor)
     assert low.abs().max() <= 1
 
 
-def test_chance_is_the_generators_alone_and_each_picture_has_its_own() -> None:
-    images = pictures(3)
+def test_chance_is_the_generators_alone_and_each_image_has_its_own() -> None:
+    images = random_images(3)
     together = degrade(images, 4, BSR, generators(3))
     alone = [
         degrade(image, 4, BSR, [generator]) for image, generator in zip(images.split(1), generators(3), strict=True)
@@ -68,11 +68,11 @@ def test_chance_is_the_generators_alone_and_each_picture_has_its_own() -> None:
 
 def test_one_generator_short_is_refused() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        degrade(pictures(2), 4, BSR, generators(1))
+        degrade(random_images(2), 4, BSR, generators(1))
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4])
-def test_no_order_moves_the_picture(factor: int) -> None:
+def test_no_order_moves_the_image(factor: int) -> None:
     """The middle of a disc stays where it is; decimation without a shifted kernel would move it by (f-1)/2."""
     side = 24 * factor
     line = torch.arange(side) + 0.5 - side / 2
@@ -110,9 +110,13 @@ def test_noise_is_as_strong_as_asked_for_and_grey_or_coloured() -> None:
 
 
 def test_the_chains_lose_what_their_strength_says() -> None:
-    images = pictures(32)
-    ways = (shrink(images, 4), degrade(images, 4, BSR_LIGHT, generators(32)), degrade(images, 4, BSR, generators(32)))
+    images = random_images(32)
+    ways = (
+        shrink_tensor(images, 4),
+        degrade(images, 4, BSR_LIGHT, generators(32)),
+        degrade(images, 4, BSR, generators(32)),
+    )
     clean, light, full = (psnr(bicubic(low, 4), images).mean() for low in ways)
     assert clean > light + 1
     assert light > full + 1
-    assert full > 10  # dB: still the same picture
+    assert full > 10  # dB: still the same image

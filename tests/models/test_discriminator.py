@@ -19,7 +19,7 @@ from models.discriminator import (
 
 @pytest.mark.parametrize(("layers", "pixels"), [(1, 16), (2, 34), (3, 70), (4, 142)])
 def test_receptive_field_is_the_patch_of_the_paper(layers: int, pixels: int) -> None:
-    """By the support of a verdict's gradient; the norms look at whole pictures and are taken out."""
+    """By the support of a verdict's gradient; the norms look at whole images and are taken out."""
     network = PatchDiscriminator(DiscriminatorConfig(channels=4, layers=layers)).double()
     for index, layer in enumerate(network.layers):
         if isinstance(layer, nn.GroupNorm):
@@ -84,13 +84,13 @@ def test_non_saturating_losses_are_cross_entropies() -> None:
 
 
 def test_r1_is_half_the_squared_slope_of_real_verdicts() -> None:
-    """On verdicts that are linear in the pictures, so that the slope is known; the pictures not judged do not count."""
+    """On verdicts that are linear in the images, so that the slope is known; the images not judged do not count."""
     weight = torch.randn(3, 8, 8)
-    pictures = torch.randn(4, 3, 8, 8, requires_grad=True)
-    verdicts = (pictures * weight).sum(dim=(1, 2, 3)).view(4, 1, 1, 1)
-    torch.testing.assert_close(r1_penalty(verdicts[:2], pictures), 0.5 * weight.square().sum())
+    images = torch.randn(4, 3, 8, 8, requires_grad=True)
+    verdicts = (images * weight).sum(dim=(1, 2, 3)).view(4, 1, 1, 1)
+    torch.testing.assert_close(r1_penalty(verdicts[:2], images), 0.5 * weight.square().sum())
     network = PatchDiscriminator(DiscriminatorConfig(channels=8, layers=1))
-    r1_penalty(network(pictures), pictures).backward()
+    r1_penalty(network(images), images).backward()
     assert all(parameter.grad is not None for name, parameter in network.named_parameters() if name != "layers.5.bias")
 
 

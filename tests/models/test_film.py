@@ -1,4 +1,4 @@
-"""What a film shows: the guesses of even steps, decoded as the picture is, and the picture at the end."""
+"""What a film shows: the guesses of even steps, decoded as the image is, and the image at the end."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ class Doubled:
 
 
 def filmed(frames: int, steps: int, rows: list[int]) -> tuple[Film, Tensor]:
-    """Film of a batch of four whose guess at a step is 10 · row + step, and whose pictures are -row."""
+    """Film of a batch of four whose guess at a step is 10 · row + step, and whose images are -row."""
     film, batch = Film(frames, steps, rows), torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 2, 2)
     for step in range(steps):
         film(step, torch.zeros(4, 3, 2, 2), 10 * batch + step)
     return film, film.frames(Doubled(), -batch)  # type: ignore[arg-type]
 
 
-def test_frames_are_even_from_the_first_step_to_the_picture() -> None:
+def test_frames_are_even_from_the_first_step_to_the_image() -> None:
     film, frames = filmed(4, 10, [3, 1])
     assert film.labels == ["step 1", "step 4", "step 7", "step 10"]
     assert frames.shape == (2, 4, 3, 2, 2)

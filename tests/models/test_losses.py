@@ -24,7 +24,7 @@ from models.losses import (
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Tensor, Tensor]:
-    """Smooth pictures and a disturbed copy."""
+    """Smooth images and a disturbed copy."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(3, 3, 8, 8, generator=generator) * 2 - 1
     references = F.interpolate(coarse, (48, 64), mode="bicubic").clamp(-1, 1)
@@ -39,7 +39,7 @@ def test_psnr_equals_scikit_image_per_image(pair: tuple[Tensor, Tensor]) -> None
     torch.testing.assert_close(psnr(*pair).double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-4)
 
 
-def test_psnr_ignores_what_a_saved_picture_cannot_hold() -> None:
+def test_psnr_ignores_what_a_saved_image_cannot_hold() -> None:
     white = torch.ones(1, 3, 4, 4)
     assert torch.isfinite(psnr(white, white)).all()
     assert torch.equal(psnr(1.5 * white, white), psnr(white, white))
@@ -119,38 +119,38 @@ def test_efficientnet_distance_orders_what_people_see() -> None:
 
 def test_efficientnet_distance_leads_back_to_the_reference(pair: tuple[Tensor, Tensor]) -> None:
     distance = EfficientNetDistance()
-    pictures, references = pair[0].clone().requires_grad_(), pair[1]
-    value = distance(pictures, references)
+    images, references = pair[0].clone().requires_grad_(), pair[1]
+    value = distance(images, references)
     assert value.shape == (3,)
-    (gradient,) = torch.autograd.grad(value.sum(), pictures)
+    (gradient,) = torch.autograd.grad(value.sum(), images)
     with torch.no_grad():
-        after = distance(pictures - 0.5 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1), references)
+        after = distance(images - 0.5 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1), references)
     assert (after < value).all()
     assert perceptual_distance(Perceptual.none) is None
 
 
 @pytest.fixture(scope="module")
 def holes() -> Tensor:
-    """A box in each picture of `pair`."""
+    """A box in each image of `pair`."""
     masks = torch.zeros(3, 48, 64, dtype=torch.bool)
     masks[0, 8:24, 8:24] = masks[1, 16:48, 0:48] = masks[2, 0:8, 40:64] = True
     return masks
 
 
 def test_psnr_inside_is_that_of_the_box_cut_out(pair: tuple[Tensor, Tensor], holes: Tensor) -> None:
-    pictures, references = pair
+    images, references = pair
     boxes = [(slice(8, 24), slice(8, 24)), (slice(16, 48), slice(0, 48)), (slice(0, 8), slice(40, 64))]
-    expected = [psnr(pictures[i : i + 1, :, *box], references[i : i + 1, :, *box]) for i, box in enumerate(boxes)]
-    torch.testing.assert_close(psnr_inside(pictures, references, holes), torch.cat(expected))
+    expected = [psnr(images[i : i + 1, :, *box], references[i : i + 1, :, *box]) for i, box in enumerate(boxes)]
+    torch.testing.assert_close(psnr_inside(images, references, holes), torch.cat(expected))
 
 
 def test_distance_inside_sees_the_hole_alone(pair: tuple[Tensor, Tensor], holes: Tensor) -> None:
-    pictures, references = pair
+    images, references = pair
     distance = EfficientNetDistance()
-    outside_alone = torch.where(holes[:, None], references, pictures)
+    outside_alone = torch.where(holes[:, None], references, images)
     assert distance_inside(distance, outside_alone, references, holes).abs().max() < 1e-6
-    inside_alone = torch.where(holes[:, None], pictures, references)
-    both = distance_inside(distance, pictures, references, holes)
+    inside_alone = torch.where(holes[:, None], images, references)
+    both = distance_inside(distance, images, references, holes)
     torch.testing.assert_close(distance_inside(distance, inside_alone, references, holes), both)
     everywhere = torch.ones_like(holes)
     torch.testing.assert_close(distance_inside(distance, *pair, everywhere), distance(*pair))

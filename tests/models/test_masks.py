@@ -29,7 +29,7 @@ def masks(count: int, height: int, width: int, bounds: Strokes) -> Tensor:
     return torch.stack([random_mask(height, width, np.random.default_rng(index), bounds) for index in range(count)])
 
 
-def pictures(count: int, height: int = 48, width: int = 64) -> Tensor:
+def random_images(count: int, height: int = 48, width: int = 64) -> Tensor:
     coarse = torch.rand(count, 3, 6, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return F.interpolate(coarse, (height, width), mode="bicubic").clamp(-1, 1)
 
@@ -83,7 +83,7 @@ def test_some_thick_masks_are_boxes() -> None:
 
 
 def test_paste_back_keeps_the_very_pixels_outside() -> None:
-    originals, painted, hole = pictures(4), torch.randn(4, 3, 48, 64), masks(4, 48, 64, THICK)
+    originals, painted, hole = random_images(4), torch.randn(4, 3, 48, 64), masks(4, 48, 64, THICK)
     pasted = paste_back(painted, originals, hole)
     outside = ~hole[:, None].expand_as(pasted)
     assert torch.equal(pasted[outside], originals[outside])
@@ -95,7 +95,7 @@ def test_paste_back_keeps_the_very_pixels_outside() -> None:
 def test_a_fill_keeps_what_is_known_and_never_looks_into_the_hole(
     fill: Callable[[Tensor, Tensor], Tensor], bounds: Strokes
 ) -> None:
-    images, hole = pictures(4), masks(4, 48, 64, bounds)
+    images, hole = random_images(4), masks(4, 48, 64, bounds)
     filled = fill(images.masked_fill(hole[:, None], float("nan")), hole)
     assert torch.isfinite(filled).all()
     assert torch.equal(paste_back(filled, images, hole), filled)
@@ -104,8 +104,8 @@ def test_a_fill_keeps_what_is_known_and_never_looks_into_the_hole(
     torch.testing.assert_close(alone, filled, rtol=0, atol=1e-6)
 
 
-def test_mean_colour_is_the_mean_of_each_pictures_known_pixels() -> None:
-    images, hole = pictures(3), masks(3, 48, 64, MEDIUM)
+def test_mean_colour_is_the_mean_of_each_images_known_pixels() -> None:
+    images, hole = random_images(3), masks(3, 48, 64, MEDIUM)
     for filled, image, mask in zip(mean_colour(images, hole), images, hole, strict=True):
         expected = image[:, ~mask].mean(dim=1, keepdim=True)
         torch.testing.assert_close(filled[:, mask], expected.expand(-1, int(mask.sum())))
@@ -132,7 +132,7 @@ def test_nearest_patch_continues_a_pattern() -> None:
 
 
 def test_nearest_patch_shrinks_its_patches_where_none_is_known() -> None:
-    images, hole = pictures(1), torch.ones(1, 48, 64, dtype=torch.bool)
+    images, hole = random_images(1), torch.ones(1, 48, 64, dtype=torch.bool)
     hole[:, ::6], hole[:, :, ::6] = False, False  # squares of 5 pixels in a grid of known lines
     filled = nearest_patch(images, hole, patch=7)
     assert torch.equal(paste_back(filled, images, hole), filled)

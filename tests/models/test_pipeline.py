@@ -1,4 +1,4 @@
-"""Sampling: a picture belongs to (prompt, seed, index) and to nothing else."""
+"""Sampling: an image belongs to (prompt, seed, index) and to nothing else."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ import torch
 
 from conf.errors import UserError
 from conf.schema import STOCHASTIC, Prediction, Sampler, SamplingConfig, Spacing
-from models.pipeline import DiffusionPipeline, picture_noise
+from models.pipeline import DiffusionPipeline, image_noise
 from tiny_pipeline import WIDTH, tiny_pipeline
 
 LENGTH = 6
@@ -42,17 +42,17 @@ PIPELINE = build()
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("sampler", list(Sampler))
-def test_picture_does_not_depend_on_its_batch(sampler: Sampler, guidance_scale: float) -> None:
+def test_image_does_not_depend_on_its_batch(sampler: Sampler, guidance_scale: float) -> None:
     sampling = SamplingConfig(sampler=sampler, steps=4, guidance_scale=guidance_scale)
     prompts, seeds, indices = ["a red planet", "a hill", "a red planet", "a monster"], [5, 5, 5, 6], [0, 0, 1, 0]
     together = PIPELINE(prompts, seeds, sampling, indices=indices)
     for position in (3, 0, 2):
         alone = PIPELINE([prompts[position]], [seeds[position]], sampling, indices=[indices[position]])
         torch.testing.assert_close(alone[0], together[position], rtol=0, atol=1e-4)
-    assert (together[0] - together[2]).abs().max() > 0.01  # another index, another picture
+    assert (together[0] - together[2]).abs().max() > 0.01  # another index, another image
 
 
-def test_pictures_are_in_range_and_of_the_right_size() -> None:
+def test_images_are_in_range_and_of_the_right_size() -> None:
     images = PIPELINE(["a", "b"], [0, 0], SamplingConfig(steps=2))
     assert images.shape == (2, 3, 16, 16)
     assert images.dtype == torch.float32
@@ -60,7 +60,7 @@ def test_pictures_are_in_range_and_of_the_right_size() -> None:
 
 
 @pytest.mark.parametrize("prediction", list(Prediction))
-def test_prompt_and_guidance_change_the_picture(prediction: Prediction) -> None:
+def test_prompt_and_guidance_change_the_image(prediction: Prediction) -> None:
     pipeline = build(prediction)
     plain, guided, other = (
         pipeline([prompt], [0], SamplingConfig(steps=3, guidance_scale=scale))
@@ -88,7 +88,7 @@ def drawn(prompt: str = "a red planet", **options: object) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_every_option_changes_the_picture(options: dict[str, object]) -> None:
+def test_every_option_changes_the_image(options: dict[str, object]) -> None:
     plain = drawn(sampler=options.get("sampler", Sampler.dpmpp_2m))
     assert (drawn(**options) - plain).abs().max() > 1e-4
 
@@ -105,19 +105,19 @@ def test_prompts_are_plain_text_unless_their_syntax_is_asked_for() -> None:
     assert torch.equal(drawn("a red planet", prompt_syntax=True), drawn("a red planet"))
 
 
-def test_prompts_of_one_picture_do_not_disturb_the_others() -> None:
+def test_prompts_of_one_image_do_not_disturb_the_others() -> None:
     sampling = SamplingConfig(steps=3, prompt_syntax=True)
     prompts = ["a hill", "a red planet AND a hill :0.5", "a moon"]
     together = PIPELINE(prompts, [0, 0, 0], sampling)
-    for prompt, picture in zip(prompts, together, strict=True):
-        torch.testing.assert_close(PIPELINE([prompt], [0], sampling)[0], picture, rtol=0, atol=1e-4)
+    for prompt, image in zip(prompts, together, strict=True):
+        torch.testing.assert_close(PIPELINE([prompt], [0], sampling)[0], image, rtol=0, atol=1e-4)
     with pytest.raises(UserError, match=r"^negative_prompt=a AND b: takes no AND"):
         drawn(negative_prompt="a AND b", prompt_syntax=True)
 
 
 @pytest.mark.parametrize("sampler", sorted(STOCHASTIC - {Sampler.ddim}, key=lambda sampler: sampler.value))
-def test_noise_of_the_steps_belongs_to_the_picture(sampler: Sampler) -> None:
-    """With the noise of other steps it would be another picture; each step's is drawn once."""
+def test_noise_of_the_steps_belongs_to_the_image(sampler: Sampler) -> None:
+    """With the noise of other steps it would be another image; each step's is drawn once."""
     draws: list[int] = []
     model = build()
     original = model._noise
@@ -134,21 +134,21 @@ def test_latents_are_denormalised_per_channel_before_decoding() -> None:
         torch.testing.assert_close(PIPELINE.decode(latents), expected)
 
 
-def test_noise_of_a_picture_is_fixed_for_all_time() -> None:
-    noise = picture_noise("a red planet", 7, 0, (4, 16, 16))
+def test_noise_of_a_image_is_fixed_for_all_time() -> None:
+    noise = image_noise("a red planet", 7, 0, (4, 16, 16))
     assert noise.mean() == pytest.approx(0, abs=0.1) and noise.std() == pytest.approx(1, abs=0.1)
     assert noise.ravel()[:3].tolist() == pytest.approx([0.5508155, 1.1311103, -0.8541543])
     others = [
-        picture_noise("a red planet", 7, 1, (2,)),
-        picture_noise("a red planet", 8, 0, (2,)),
-        picture_noise("a", 7, 0, (2,)),
-        picture_noise("a red planet", 7, 0, (2,), draw=1),
-        picture_noise("a red planet", 7, 0, (2,), draw=2),
+        image_noise("a red planet", 7, 1, (2,)),
+        image_noise("a red planet", 8, 0, (2,)),
+        image_noise("a", 7, 0, (2,)),
+        image_noise("a red planet", 7, 0, (2,), draw=1),
+        image_noise("a red planet", 7, 0, (2,), draw=2),
     ]
     assert all(abs(other[0] - noise.ravel()[0]) > 1e-6 for other in others)
 
 
-def test_large_pictures_can_be_decoded_in_tiles() -> None:
+def test_large_images_can_be_decoded_in_tiles() -> None:
     model = build()
     latents = torch.randn(2, 4, 16, 8)  # 32 x 16 pixels
     whole, seen = model.decode(latents), []

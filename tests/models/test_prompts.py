@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from conf.errors import UserError
 from conf.schema.networks import ClipConfig
 from models.clip import Clip
-from models.prompts import Prompt, parse, plain, text_states, token_weights
+from models.prompts import ParsedPrompt, parse, plain, text_states, token_weights
 from models.text import HuggingFaceText, TextTower
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_prompts_are_joined_by_and_with_weights() -> None:
     prompts = parse("a (red:2) cat AND a dog :0.7 AND SAND: -1")
     assert [(prompt.text, prompt.weight) for prompt in prompts] == [("a red cat", 1.0), ("a dog", 0.7), ("SAND", -1.0)]
     assert prompts[0].pieces[1] == ("red", 2.0)
-    assert plain("a (cat) AND (a dog") == [Prompt((("a (cat) AND (a dog", 1.0),))]
+    assert plain("a (cat) AND (a dog") == [ParsedPrompt((("a (cat) AND (a dog", 1.0),))]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Large pictures in tiles: exact where a network sees no further than the overlap, and without seams elsewhere."""
+"""Large images in tiles: exact where a network sees no further than the overlap, and without seams elsewhere."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_what_each_pixel_makes_alone_is_put_together_exactly(size: tuple[int, in
     torch.testing.assert_close(decoded, F.interpolate(encoded, scale_factor=8.0))
 
 
-def test_no_tile_is_larger_than_asked_for_and_pictures_come_alone() -> None:
+def test_no_tile_is_larger_than_asked_for_and_images_come_alone() -> None:
     seen = []
 
     def network(x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def test_no_tile_is_larger_than_asked_for_and_pictures_come_alone() -> None:
     assert len(seen) == 3 * 3 * 2
 
 
-def test_small_pictures_pass_whole() -> None:
+def test_small_images_pass_whole() -> None:
     network = Autoencoder(CONFIG).eval()
     z = torch.randn(2, 4, 6, 8)
     with torch.no_grad():

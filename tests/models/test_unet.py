@@ -100,7 +100,7 @@ def perturbed(network: nn.Module) -> nn.Module:
 
 
 def inputs(cfg: UNetConfig, height: int = 40, width: int = 24) -> dict[str, Tensor]:
-    """Arguments of the network, on a picture that is no square."""
+    """Arguments of the network, on an image that is no square."""
     made = {"sample": torch.randn(2, cfg.in_channels, height, width, requires_grad=True)}
     made["timesteps"] = torch.tensor([0.5, 998.0])
     if cfg.cross_attention_dim is not None:

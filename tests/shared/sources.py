@@ -13,7 +13,7 @@ def config(source: Source, **options: Any) -> BuildRun:
     return BuildRun(run_dir="unused", output_dir="unused", source=source, **options)
 
 
-def picture(path: Path, size: tuple[int, int] = (8, 8)) -> None:
+def image(path: Path, size: tuple[int, int] = (8, 8)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, "red").save(path, path.suffix[1:].replace("JPG", "jpeg").replace("jpg", "jpeg"))
 

@@ -9,7 +9,7 @@ import torch
 from conf.schema import ConditionsConfig, Prediction, ProcessConfig
 from conf.schema.networks import AutoencoderConfig, UNetConfig
 from models.autoencoder import Autoencoder
-from models.conditions import Conditions, Surroundings
+from models.conditions import ConditionContext, Conditions
 from models.denoiser import Denoiser
 from models.diffusion.process import Process
 from models.pipeline import DiffusionPipeline
@@ -29,7 +29,7 @@ def tiny_pipeline(
     std: tuple[float, ...] = (1, 1, 1, 1),
     **unet: Any,
 ) -> DiffusionPipeline:
-    """Pictures of 16 x 16 pixels from latents of 8 x 8, always of the same weights.
+    """Images of 16 x 16 pixels from latents of 8 x 8, always of the same weights.
 
     Args:
         tower: for text states of WIDTH channels.
@@ -57,7 +57,7 @@ def tiny_pipeline(
         )
     )
     means, deviations = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
-    around = Surroundings.of(network.cfg, downscale=2, latent_mean=means, latent_std=deviations)
+    around = ConditionContext.of(network.cfg, downscale=2, latent_mean=means, latent_std=deviations)
     denoiser = Denoiser(network.eval(), Conditions(ConditionsConfig(), around))
     process = Process(ProcessConfig(prediction=prediction))
     return DiffusionPipeline(denoiser, autoencoder.eval(), tower, process, means, deviations)

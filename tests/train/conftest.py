@@ -57,10 +57,10 @@ def runtime() -> Runtime:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """60 scenes of 32 pixels in three shards and a held-out one."""
-    from data.building.build import build
+    from data.building.build import build_shards
 
     project = Project(tmp_path_factory.mktemp("project"))
-    build(project.config("build", "samples=60", "shard_samples=20", "heldout_fraction=0.2", "workers=1"))
+    build_shards(project.config("build", "samples=60", "shard_samples=20", "heldout_fraction=0.2", "workers=1"))
     return project
 
 
@@ -74,7 +74,7 @@ def towers(scenes: Project) -> Project:
     runtime = start(RuntimeConfig(device=Device.cpu))
     for stage in (AutoencoderStage, ClipStage):
         cfg = scenes.config(stage.name, *TRAININGS[stage.name], *EVERY_STEP)
-        loop.run(stage(cfg, runtime), cfg, runtime)
+        loop.fit(stage(cfg, runtime), cfg, runtime)
     return scenes
 
 
@@ -84,7 +84,7 @@ def latents(towers: Project) -> Project:
     from train.latents import precompute as latents
 
     cfg = towers.config("latents")
-    latents.run(cfg, start(RuntimeConfig(device=Device.cpu)), to_plain(cfg))
+    latents.run_precompute(cfg, start(RuntimeConfig(device=Device.cpu)), to_plain(cfg))
     return towers
 
 
@@ -96,21 +96,21 @@ def project(latents: Project) -> Project:
 
     runtime = start(RuntimeConfig(device=Device.cpu))
     cfg = latents.config("unet", *TRAININGS["unet"], *EVERY_STEP)
-    loop.run(UNetStage(cfg, runtime), cfg, runtime)
+    loop.fit(UNetStage(cfg, runtime), cfg, runtime)
     return latents
 
 
 @pytest.fixture(scope="session")
 def framed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options that precompute pictures of three shapes, 32 x 32, 40 x 24 and 24 x 40 pixels in their buckets."""
+    """Options that precompute images of three shapes, 32 x 32, 40 x 24 and 24 x 40 pixels in their buckets."""
     folder = tmp_path_factory.mktemp("framed")
     sizes = [(64, 64), (96, 64), (60, 90)]
     for side, count in (("train", 45), ("heldout", 6)):
         with ShardWriter(folder / side, 20) as writer:
             for i in range(count):
                 pixels = np.random.default_rng(i).integers(256, size=(4, 4, 3), dtype=np.uint8)
-                picture = Image.fromarray(pixels).resize(sizes[i % 3], Image.Resampling.BICUBIC)
-                png = encode_image(picture, ImageFormat.png, 0)
+                image = Image.fromarray(pixels).resize(sizes[i % 3], Image.Resampling.BICUBIC)
+                png = encode_image(image, ImageFormat.png, 0)
                 writer.add(f"{i:05d}", {"png": png, "txt": f"noise number {i}".encode()})
         Manifest(kind="images", shards=writer.finished).save(folder / side)
     return [f"shards={folder}", "buckets.max_aspect=2", "buckets.step=8", "min_psnr=1", "batch_size=4"]

@@ -7,7 +7,7 @@ from posixpath import commonpath
 from typing import Any
 
 from train.board.panels import EVALUATIONS, SECTIONS, Panel, bounds
-from train.board.run_folder import RunFolder, Stage
+from train.board.run_folder import RunFolder, StageFolder
 from train.engine.metric_log import X_AXIS
 
 POINTS = 600  # of a curve, at most; longer ones become means
@@ -31,7 +31,7 @@ def sections(run: RunFolder) -> dict[str, list[dict[str, Any]]]:
 
 def charts(run: RunFolder, panel: Panel) -> list[dict[str, Any]]:
     """A chart for each training, with what its evaluations logged."""
-    groups: dict[str, list[Stage]] = {}
+    groups: dict[str, list[StageFolder]] = {}
     for name in panel.stages:
         if name in run.stages:
             groups.setdefault(EVALUATIONS.get(name, name), []).append(run.stages[name])
@@ -46,14 +46,14 @@ def charts(run: RunFolder, panel: Panel) -> list[dict[str, Any]]:
     return found
 
 
-def lines_of(panel: Panel, metric: str, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+def lines_of(panel: Panel, metric: str, stages: Sequence[StageFolder]) -> list[dict[str, Any]]:
     """The curve of a metric in each stage that has it, with the band around it."""
     curves = {stage.name: (stage.rows, curve(stage.rows, metric)) for stage in stages}
     known = {name: found for name, found in curves.items() if any(value is not None for _, value in found[1])}
     lines = []
     for name, (rows, points) in known.items():
         where = f" · {TITLES[name]}" if len(known) > 1 else ""
-        line: dict[str, Any] = {"name": short(metric, panel) + where, "points": thinned(points)}
+        line: dict[str, Any] = {"name": short_name(metric, panel) + where, "points": thinned(points)}
         if metric in panel.bounded:
             line["band"] = band(rows, metric)
         lines.append(line)
@@ -96,7 +96,7 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def short(metric: str, panel: Panel) -> str:
+def short_name(metric: str, panel: Panel) -> str:
     """What tells a metric from the others of its panel: its name without the folders that all of them share."""
     shared = commonpath([name.rpartition("/")[0] for name in panel.metrics]).split("/")
     return "/".join(metric.split("/")[len(shared) :])

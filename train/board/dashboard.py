@@ -7,7 +7,7 @@ from conf.errors import UserError
 from conf.plain_json import dumps, read_object
 from conf.schema import DashboardRun, WandbMode
 from data.shards.shard import atomic_write
-from train.board.panels import PICTURES, SECTIONS, Panel, bounds, logged_names
+from train.board.panels import IMAGES, SECTIONS, Panel, bounds, logged_names
 from train.board.run_folder import RunFolder
 from train.engine.metric_log import X_AXIS, say, wandb_mode
 
@@ -20,25 +20,25 @@ OPEN = ("Quality", "Loss", "Throughput")  # sections that are unfolded at first
 SMOOTHING = 0.6  # of the curves of a training
 
 
-def run(cfg: DashboardRun) -> Path:
+def write_dashboard(cfg: DashboardRun) -> Path:
     """Write the specification; with `save`, create the workspace or bring the one of an earlier call up to date.
 
     Raises:
         UserError: no run in the folder; nobody is logged in, or the server refuses.
     """
     path = Path(cfg.output_dir) / DASHBOARD
-    workspace = build(cfg, RunFolder.open(cfg.run_dir))
+    workspace = build_workspace(cfg, RunFolder.open(cfg.run_dir))
     before = read_object(path)  # says which workspace an earlier call has made
     workspace._internal_name, workspace._internal_id = before.get("name", ""), before.get("id", "")
-    write(path, workspace)
+    write_specification(path, workspace)
     panels = sum(len(section.panels) for section in workspace.sections)
     say("dashboard", f"{panels} panels: {path}")
     if cfg.save:
-        save(cfg, workspace, path)
+        save_workspace(cfg, workspace, path)
     return path
 
 
-def build(cfg: DashboardRun, run: RunFolder) -> "workspaces.Workspace":
+def build_workspace(cfg: DashboardRun, run: RunFolder) -> "workspaces.Workspace":
     """The workspace that shows the runs of one run folder."""
     from wandb_workspaces import workspaces
     from wandb_workspaces.reports.v2 import interface as reports
@@ -53,9 +53,9 @@ def build(cfg: DashboardRun, run: RunFolder) -> "workspaces.Workspace":
     ]
     browsers: list[Any] = [
         reports.MediaBrowser(title=shown.title, media_keys=[f"samples/{shown.name}"], gallery_axis="step")
-        for shown in PICTURES
+        for shown in IMAGES
     ]
-    sections.insert(1, workspaces.Section(name="Pictures", panels=browsers, is_open=True))
+    sections.insert(1, workspaces.Section(name="Images", panels=browsers, is_open=True))
     return workspaces.Workspace(
         entity=cfg.wandb.entity or "",
         project=cfg.wandb.project,
@@ -90,7 +90,7 @@ def run_ids(run: RunFolder, panel: Panel) -> list[str]:
     return sorted({file.read_text().strip() for file in files if file.is_file()})
 
 
-def save(cfg: DashboardRun, workspace: "workspaces.Workspace", path: Path) -> None:
+def save_workspace(cfg: DashboardRun, workspace: "workspaces.Workspace", path: Path) -> None:
     """Put the workspace on the server and remember which one it is."""
     if wandb_mode(cfg.wandb.mode) is not WandbMode.online:
         raise UserError(f"save=true: not logged in to W&B, so only {path} was written: run `wandb login` first")
@@ -103,11 +103,11 @@ def save(cfg: DashboardRun, workspace: "workspaces.Workspace", path: Path) -> No
     except Exception as error:  # whatever the server or the way to it may raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"save=true: W&B: {reason}; {path} was written") from error
-    write(path, workspace)
+    write_specification(path, workspace)
     say("dashboard", url)
 
 
-def write(path: Path, workspace: "workspaces.Workspace") -> None:
+def write_specification(path: Path, workspace: "workspaces.Workspace") -> None:
     """The specification as the server would get it."""
     specification: dict[str, Any] = workspace._spec
     atomic_write(path, dumps(specification, indent=1).encode())

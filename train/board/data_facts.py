@@ -1,4 +1,4 @@
-"""The data set of a run on its page: sizes, distributions, a few pictures, and what was left out."""
+"""The data set of a run on its page: sizes, distributions, a few images, and what was left out."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from data.image_dataset import ImageDataset
 from data.shards.manifest import MANIFEST, Manifest, folder_of
 from train.board.facts import flat
 from train.board.images import data_uri
-from train.board.preview import SIDE, reason_of, rejects_of, shown, spread, survey_images
+from train.board.preview import SIDE, readable_images, reason_of, rejects_of, spread_indices, survey_images
 from train.board.run_folder import RunFolder
 
-SHOWN = 12  # pictures with their captions
+SHOWN = 12  # images with their captions
 BINS = 40
 
 
@@ -36,10 +36,10 @@ class DataFacts:
     sets: list[tuple[str, Manifest]]  # train, heldout, and likewise of the latents
     distributions: list[Distribution]
     measured: int  # samples behind them
-    pictures: list[tuple[str, str]]  # (data URI, caption)
+    images: list[tuple[str, str]]  # (data URI, caption)
     left_out: list[tuple[str, str]]  # (reason, samples)
     provenance: list[tuple[str, str]]
-    problem: str = ""  # why there are no pictures although there are shards
+    problem: str = ""  # why there are no images although there are shards
 
 
 def look(cfg: ReportRun, run: RunFolder) -> DataFacts | None:
@@ -50,19 +50,17 @@ def look(cfg: ReportRun, run: RunFolder) -> DataFacts | None:
     sets = [(name, Manifest.load(folder)) for name, folder in folders.items() if (folder / MANIFEST).is_file()]
     try:
         dataset = ImageDataset(shards / "train", ImageConfig(resolution=SIDE), cfg.seed, labels=True)
-        pixels, captions = shown(dataset, SHOWN)
+        pixels, captions = readable_images(dataset, SHOWN)
     except UserError as error:
         problem = str(error) if Path(folder_of(shards / "train")).is_dir() else ""
         return DataFacts(sets, [], 0, [], [], [], problem) if sets or problem else None
-    survey = survey_images(dataset, spread(dataset.samples, cfg.samples))
+    survey = survey_images(dataset, spread_indices(dataset.samples, cfg.samples))
     left_out = Counter(reason_of(reject) for reject in rejects_of(shards / "train")) + survey.broken
     return DataFacts(
         sets=sets,
         distributions=[distribution(name, values) for name, values in survey.numbers.items()],
         measured=min(cfg.samples, dataset.samples),
-        pictures=[
-            (data_uri(Image.fromarray(picture)), caption) for picture, caption in zip(pixels, captions, strict=True)
-        ],
+        images=[(data_uri(Image.fromarray(image)), caption) for image, caption in zip(pixels, captions, strict=True)],
         left_out=[(reason, f"{samples:,}") for reason, samples in left_out.most_common()],
         provenance=flat(dataset.manifest.provenance),
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from train.board.curves import TITLES
 from train.board.panels import EVALUATIONS, bounds
-from train.board.run_folder import ORDER, RunFolder, Stage
+from train.board.run_folder import ORDER, RunFolder, StageFolder
 from train.engine.metric_log import X_AXIS
 from train.engine.progress import duration
 
@@ -62,7 +62,7 @@ def cards(run: RunFolder) -> list[Card]:
     return found
 
 
-def _note(stage: Stage, metric: str, form: str) -> str:
+def _note(stage: StageFolder, metric: str, form: str) -> str:
     low, high = (stage.latest(name) for name in bounds(metric))
     if low is None or high is None:
         return ""
@@ -104,7 +104,7 @@ def _devices(run: RunFolder) -> str:
     return ", ".join(sorted(kinds))
 
 
-def state(stage: Stage) -> str:
+def state(stage: StageFolder) -> str:
     """Where a stage is, in words."""
     if stage.done:
         return "done"
@@ -140,7 +140,7 @@ def _stage_row(run: RunFolder, name: str) -> dict[str, str]:
     return row | {name: str(hardware.get(name, "")) for name in HARDWARE}
 
 
-def _seconds(stage: Stage) -> float:
+def _seconds(stage: StageFolder) -> float:
     """Between the first and the last row, where no pipeline kept the time."""
     return float(stage.rows[-1]["time"] - stage.rows[0]["time"]) if len(stage.rows) > 1 else 0.0
 

@@ -1,4 +1,4 @@
-"""Pictures of a run inside its page: data URIs that keep within a budget of bytes."""
+"""Images of a run inside its page: data URIs that keep within a budget of bytes."""
 
 import base64
 import io
@@ -9,26 +9,26 @@ from pathlib import Path
 from PIL import Image
 
 from data.images import ImageError, open_image
-from train.board.panels import PICTURES
+from train.board.panels import IMAGES
 from train.board.run_folder import RunFolder
 from train.engine.metric_log import captions_in
 
-WIDEST = 1600  # pixels of an embedded picture
+WIDEST = 1600  # pixels of an embedded image
 NARROWEST = 160
 MOST_PIXELS = 2**28  # of a file that is embedded
 QUALITY = 82  # of WebP
 SHRINK = 0.8  # of the sides, until the budget holds
-TITLES = {pictures.name: pictures.title for pictures in PICTURES}
+TITLES = {images.name: images.title for images in IMAGES}
 SINGLE = {  # of no training's moment: (section, title) → where they may be
     ("samples", "Prompts of train/sample.py"): ("samples/grid.png",),
-    ("strips", "Film strip of train/sample.py"): ("samples/film*.png",),
+    ("strips", "FilmFrames strip of train/sample.py"): ("samples/film*.png",),
     ("pareto", "Quality against cost"): ("pareto*.png", "*/pareto*.png", "sweep/*/pareto/*.png"),
 }
 
 
 @dataclass(slots=True)
 class Frame:
-    """One picture of a film."""
+    """One image of a film."""
 
     path: Path
     samples_seen: int | None = None
@@ -39,25 +39,25 @@ class Frame:
 
 
 @dataclass(slots=True)
-class Film:
-    """Pictures of one name over the training."""
+class FilmFrames:
+    """Images of one name over the training."""
 
     title: str
     where: str  # below the run folder
     frames: list[Frame]
 
 
-def galleries(run: RunFolder, most: int, budget: int) -> dict[str, list[Film]]:
+def galleries(run: RunFolder, most: int, budget: int) -> dict[str, list[FilmFrames]]:
     """Section → its films, each of at most `most` frames, all together of at most `budget` bytes of text."""
-    found: dict[str, list[Film]] = {"samples": [], "strips": [], "reconstructions": [], "pareto": []}
+    found: dict[str, list[FilmFrames]] = {"samples": [], "strips": [], "reconstructions": [], "pareto": []}
     for stage in run.stages.values():
-        for name, pictures in stage.pictures.items():
+        for name, images in stage.images.items():
             section = "strips" if name.startswith("film") else name if name in found else "samples"
-            frames = [Frame(path, seen) for seen, path in spread(pictures, most)]
-            found[section].append(Film(TITLES.get(name, name), f"{stage.name}/samples/{name}", frames))
+            frames = [Frame(path, seen) for seen, path in spread_images(images, most)]
+            found[section].append(FilmFrames(TITLES.get(name, name), f"{stage.name}/samples/{name}", frames))
     for (section, title), patterns in SINGLE.items():
         for path in sorted({path for pattern in patterns for path in run.path.glob(pattern)}):
-            found[section].append(Film(title, str(path.relative_to(run.path)), [Frame(path)]))
+            found[section].append(FilmFrames(title, str(path.relative_to(run.path)), [Frame(path)]))
     embed([frame for films in found.values() for film in films for frame in film.frames], budget)
     for films in found.values():
         for film in films:
@@ -65,43 +65,43 @@ def galleries(run: RunFolder, most: int, budget: int) -> dict[str, list[Film]]:
     return {section: [film for film in films if film.frames] for section, films in found.items()}
 
 
-def spread(pictures: Sequence[tuple[int, Path]], most: int) -> list[tuple[int, Path]]:
+def spread_images(images: Sequence[tuple[int, Path]], most: int) -> list[tuple[int, Path]]:
     """At most `most` of them, evenly, the last one and, from two on, the first one included."""
-    if len(pictures) <= most:
-        return list(pictures)
-    last = len(pictures) - 1
-    return [pictures[last - round(i * last / max(1, most - 1))] for i in reversed(range(most))]
+    if len(images) <= most:
+        return list(images)
+    last = len(images) - 1
+    return [images[last - round(i * last / max(1, most - 1))] for i in reversed(range(most))]
 
 
 def embed(frames: Sequence[Frame], budget: int) -> None:
     """Fill in the data URIs; all together take at most `budget` bytes, unless they are at their smallest."""
     left = float(budget)
     for number, frame in enumerate(frames):
-        share = left / (len(frames) - number)  # what small pictures leave is for those after them
+        share = left / (len(frames) - number)  # what small images leave is for those after them
         try:
             content = frame.path.read_bytes()
-            picture = open_image(content, MOST_PIXELS)
+            image = open_image(content, MOST_PIXELS)
         except (OSError, ImageError):
-            continue  # still being written, no picture, or one that no page should hold
-        frame.source, frame.width, frame.height = fitted(picture, share)
+            continue  # still being written, no image, or one that no page should hold
+        frame.source, frame.width, frame.height = fitted(image, share)
         frame.captions = captions_in(content)
         left -= len(frame.source)
 
 
-def fitted(picture: Image.Image, budget: float) -> tuple[str, int, int]:
-    """A picture as a data URI of at most `budget` bytes, with its width and height."""
-    width = min(WIDEST, picture.width)
+def fitted(image: Image.Image, budget: float) -> tuple[str, int, int]:
+    """An image as a data URI of at most `budget` bytes, with its width and height."""
+    width = min(WIDEST, image.width)
     while True:
-        height = max(1, round(picture.height * width / picture.width))
-        smaller = picture if width == picture.width else picture.resize((width, height), Image.Resampling.LANCZOS)
+        height = max(1, round(image.height * width / image.width))
+        smaller = image if width == image.width else image.resize((width, height), Image.Resampling.LANCZOS)
         source = data_uri(smaller)
         if len(source) <= budget or width * SHRINK < NARROWEST:
             return source, width, height
         width = round(width * SHRINK)
 
 
-def data_uri(picture: Image.Image) -> str:
+def data_uri(image: Image.Image) -> str:
     """WebP as text."""
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=QUALITY)
+    image.save(buffer, "WEBP", quality=QUALITY)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

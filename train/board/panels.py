@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 TRAININGS = ("autoencoder", "clip", "unet")
 EVALUATIONS = {"evaluation": "unet", "autoencoder_evaluation": "autoencoder"}  # of which training; one W&B run with it
-JUDGED = ("unet", "evaluation")  # who logs metrics of the pictures that a U-Net draws
+JUDGED = ("unet", "evaluation")  # who logs metrics of the images that a U-Net draws
 LABELS = ("class", "box", "empty_box", "pixel", "segment")  # what the judges of labels score
 GIVEN_BACK = ("autoencoder", "autoencoder_evaluation")  # likewise of those that an autoencoder gives back
 
@@ -25,21 +25,21 @@ class Panel:
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """Pictures of one name over the training, `STAGE/samples/<name>-<samples_seen>.png` and `samples/<name>` in W&B."""
+class Images:
+    """Images of one name over the training, `STAGE/samples/<name>-<samples_seen>.png` and `samples/<name>` in W&B."""
 
     title: str
     name: str
 
 
-def both(*names: str) -> tuple[str, ...]:
+def in_both(*names: str) -> tuple[str, ...]:
     """Metrics of the evaluation and of the small one in the training."""
     return tuple(f"{prefix}{name}" for prefix in ("eval/", "eval/loop/") for name in names)
 
 
 def distance(title: str, name: str, stages: tuple[str, ...] = JUDGED) -> Panel:
     """A Fréchet distance with its interval: of the evaluation, of the small one in the training, and what is bias."""
-    measured = both(name) if stages is JUDGED else (f"eval/{name}",)
+    measured = in_both(name) if stages is JUDGED else (f"eval/{name}",)
     return Panel(title, (*measured, f"eval/{name}_floor"), stages, bounded=measured)
 
 
@@ -49,14 +49,14 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         distance("Fréchet distance, EfficientNet", "fd_efficientnet"),
         distance("Fréchet distance, CLIP", "fd_clip"),
         distance("Fréchet distance, the run's own CLIP", "fd_clip_own"),
-        Panel("Kernel distance, Inception (KID)", both("kid"), JUDGED),
-        Panel("Kernel distance, EfficientNet", both("kd_efficientnet"), JUDGED),
+        Panel("Kernel distance, Inception (KID)", in_both("kid"), JUDGED),
+        Panel("Kernel distance, EfficientNet", in_both("kd_efficientnet"), JUDGED),
         Panel("Kernel distance, CLIP", ("eval/kd_clip", "eval/kd_clip_own"), JUDGED),
-        Panel("Inception Score", both("inception_score"), JUDGED),
-        Panel("Precision and recall, Inception", both("precision", "recall"), JUDGED, "share"),
+        Panel("Inception Score", in_both("inception_score"), JUDGED),
+        Panel("Precision and recall, Inception", in_both("precision", "recall"), JUDGED, "share"),
         Panel(
             "Precision and recall, EfficientNet",
-            both("precision_efficientnet", "recall_efficientnet"),
+            in_both("precision_efficientnet", "recall_efficientnet"),
             JUDGED,
             "share",
         ),
@@ -69,7 +69,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("Label following", tuple(f"eval/label_following/{name}" for name in LABELS), JUDGED, "share"),
         Panel(
-            "Accuracy of the probe on real pictures",
+            "Accuracy of the probe on real images",
             tuple(f"probe/accuracy/{name}" for name in ("kind", "background", "color", *LABELS)),
             JUDGED,
             "share",
@@ -92,7 +92,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Share of the peak (MFU)", ("perf/mfu",), unit="share"),
         Panel("Arithmetic per device", ("perf/tflops_per_device",), unit="TFLOP/s"),
         Panel("Time of a step", ("perf/step_ms_p50", "perf/step_ms_p95", "perf/step_ms_p100"), unit="ms"),
-        Panel("Throughput of evaluations", ("perf/pictures_per_s",), tuple(EVALUATIONS), "pictures/s"),
+        Panel("Throughput of evaluations", ("perf/pictures_per_s",), tuple(EVALUATIONS), "images/s"),
     ),
     "System": (
         Panel("Memory of the fullest process", ("perf/memory_gib",), unit="GiB"),
@@ -134,11 +134,11 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     ),
 }
 
-PICTURES = (
-    Pictures("Held-out captions", "prompts"),
-    Pictures("Evaluation", "evaluation"),
-    Pictures("Film strips", "film"),
-    Pictures("Reconstructions", "reconstructions"),
+IMAGES = (
+    Images("Held-out captions", "prompts"),
+    Images("Evaluation", "evaluation"),
+    Images("Film strips", "film"),
+    Images("Reconstructions", "reconstructions"),
 )
 
 

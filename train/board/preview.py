@@ -1,4 +1,4 @@
-"""What a data set looks like: pictures with their captions, distributions, and what was left out."""
+"""What a data set looks like: images with their captions, distributions, and what was left out."""
 
 import base64
 import html
@@ -34,8 +34,8 @@ from train.engine.metric_log import say
 from train.engine.runtime import Runtime
 
 REJECTS = "rejects.jsonl"
-SIDE = 128  # pixels of a picture on the sheet
-COLUMNS = 8  # of the image that holds the pictures of a page
+SIDE = 128  # pixels of an image on the sheet
+COLUMNS = 8  # of the image that holds the images of a page
 BARS = 10  # classes in the chart, the commonest
 ROWS = 100  # of the table of classes
 VALUES = 64  # of a latent that go into the histogram of its channel
@@ -73,7 +73,7 @@ class Survey:
             self.add(boxes=len(names), box_area=[box.area for box in labels.boxes])
 
 
-def run(cfg: PreviewRun, runtime: Runtime) -> None:
+def write_preview(cfg: PreviewRun, runtime: Runtime) -> None:
     """Write `preview.html`, `contact_sheet.png` and `statistics.png`.
 
     Raises:
@@ -85,53 +85,53 @@ def run(cfg: PreviewRun, runtime: Runtime) -> None:
     dataset: ImageDataset | LatentDataset
     if kind == "latents":
         dataset = LatentDataset(folder, cfg.seed)
-        pictures, captions = decoded(cfg, dataset, runtime)
-        survey = survey_latents(dataset, spread(dataset.samples, cfg.samples))
+        images, captions = decoded_images(cfg, dataset, runtime)
+        survey = survey_latents(dataset, spread_indices(dataset.samples, cfg.samples))
     else:
         dataset = ImageDataset(folder, ImageConfig(resolution=SIDE), cfg.seed, labels=True)
-        pictures, captions = shown(dataset, cfg.pictures)
-        survey = survey_images(dataset, spread(dataset.samples, cfg.samples))
-    sheet = captioned(pictures, captions)
+        images, captions = readable_images(dataset, cfg.images)
+        survey = survey_images(dataset, spread_indices(dataset.samples, cfg.samples))
+    sheet = captioned(images, captions)
     with charted(name for counts in survey.classes.values() for name in counts):
-        figure = charts(survey)
+        figure = histograms(survey)
     output.mkdir(parents=True, exist_ok=True)
-    for name, picture in (("contact_sheet.png", sheet), ("statistics.png", figure)):
+    for name, image in (("contact_sheet.png", sheet), ("statistics.png", figure)):
         with atomic_path(output / name) as path:
-            picture.save(path, "PNG")
+            image.save(path, "PNG")
     page = to_page(
-        str(folder), dataset.manifest, survey, rejects_of(folder), [gallery(pictures, captions), plain(figure)]
+        str(folder), dataset.manifest, survey, rejects_of(folder), [gallery(images, captions), plain(figure)]
     )
     atomic_write(output / "preview.html", page.encode())
     say("preview", f"{dataset.samples:,} samples: {output / 'preview.html'}")
 
 
-def spread(samples: int, count: int) -> list[int]:
+def spread_indices(samples: int, count: int) -> list[int]:
     """At most `count` indices, evenly over all samples."""
     count = min(count, samples)
     return [samples * i // count for i in range(count)]
 
 
-def shown(dataset: ImageDataset, count: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures [N, H, W, 3] of the sheet, boxes drawn on them, and captions; what cannot be read is left out."""
+def readable_images(dataset: ImageDataset, count: int) -> tuple[np.ndarray, list[str]]:
+    """Images [N, H, W, 3] of the sheet, boxes drawn on them, and captions; what cannot be read is left out."""
     items, problem = list[dict[str, Any]](), ""
-    for index in spread(dataset.samples, count):
+    for index in spread_indices(dataset.samples, count):
         try:
             items.append(dataset.at(index))
         except UserError as error:
             problem = problem or str(error)  # the survey counts it
     if not items:
         raise UserError(f"data: none of {count} samples can be read; the first: {problem}")
-    pictures = to_uint8(torch.stack([item["image"] for item in items]))
-    drawn = [boxed(picture, item["labels"].boxes) for picture, item in zip(pictures, items, strict=True)]
+    images = to_uint8(torch.stack([item["image"] for item in items]))
+    drawn = [boxed(image, item["labels"].boxes) for image, item in zip(images, items, strict=True)]
     return np.stack(drawn), [item["caption"] for item in items]
 
 
 @torch.no_grad()
-def decoded(cfg: PreviewRun, dataset: LatentDataset, runtime: Runtime) -> tuple[np.ndarray, list[str]]:
+def decoded_images(cfg: PreviewRun, dataset: LatentDataset, runtime: Runtime) -> tuple[np.ndarray, list[str]]:
     """The means of latents as the autoencoder decodes them, with their captions."""
     autoencoder = Autoencoder.from_pretrained(cfg.autoencoder).eval().to(runtime.device)
     images, captions = list[Tensor](), list[str]()
-    for batch in dataset.batches_at(spread(dataset.samples, cfg.pictures), 16):
+    for batch in dataset.batches_at(spread_indices(dataset.samples, cfg.images), 16):
         means = batch["moments"].chunk(2, dim=1)[0].to(runtime.device).float()  # [B, C, h, w]
         images += autoencoder.decode(means).cpu()
         captions += batch["caption"]
@@ -139,7 +139,7 @@ def decoded(cfg: PreviewRun, dataset: LatentDataset, runtime: Runtime) -> tuple[
 
 
 def survey_images(dataset: ImageDataset, indices: Sequence[int]) -> Survey:
-    """Sizes, aspects, captions, classes and boxes; only the headers of the pictures are read."""
+    """Sizes, aspects, captions, classes and boxes; only the headers of the images are read."""
     survey, known = Survey(), dataset.vocabulary.as_dict()
     for counted, group in (("samples", "classes"), ("boxes", "box_classes")):
         if group in known:  # a class without a sample is shown, too
@@ -178,7 +178,7 @@ def survey_latents(dataset: LatentDataset, indices: Sequence[int]) -> Survey:
     return survey
 
 
-def charts(survey: Survey) -> Image.Image:
+def histograms(survey: Survey) -> Image.Image:
     """One histogram per measurement, and the commonest classes."""
     columns = 3
     rows = max(1, -(-(len(survey.numbers) + len(survey.classes)) // columns))  # none: all that was looked at is broken
@@ -215,7 +215,7 @@ def reason_of(reject: dict[str, Any]) -> str:
 
 
 def to_page(title: str, manifest: Manifest, survey: Survey, rejects: list[dict[str, Any]], shown: Sequence[str]) -> str:
-    """One page with everything in it; `shown`: the pictures and the charts, as HTML."""
+    """One page with everything in it; `shown`: the images and the charts, as HTML."""
     totals = [["samples", f"{manifest.samples:,}"], ["shards", f"{len(manifest.shards):,}"]]
     totals += [["size", f"{manifest.bytes / 1e6:,.1f} MB"], ["rejected", f"{len(rejects):,}"]]
     columns = [(name, np.quantile(values, [0, 0.05, 0.5, 0.95, 1])) for name, values in survey.numbers.items()]
@@ -245,15 +245,15 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return f"<table>{''.join('<tr>' + ''.join(row) for row in cells)}</table>"
 
 
-def gallery(pictures: np.ndarray, captions: Sequence[str]) -> str:
-    """Pictures, uint8 [N, H, W, 3], with their captions as text, in the fonts of whoever looks at the page.
+def gallery(images: np.ndarray, captions: Sequence[str]) -> str:
+    """Images, uint8 [N, H, W, 3], with their captions as text, in the fonts of whoever looks at the page.
 
     They are the parts of one that the page holds once.
     """
-    count, height, width = pictures.shape[:3]
+    count, height, width = images.shape[:3]
     rows, scale = -(-count // COLUMNS), max(1, READABLE // width)
     cells = np.zeros((rows * COLUMNS, height, width, 3), np.uint8)
-    cells[:count] = pictures
+    cells[:count] = images
     sheet = cells.reshape(rows, COLUMNS, height, width, 3).swapaxes(1, 2).reshape(rows * height, COLUMNS * width, 3)
     one = f"width:{width * scale}px;height:{height * scale}px"
     shown = f"background:url({_address(Image.fromarray(sheet))}) 0 0/{COLUMNS * 100}% auto"
@@ -266,12 +266,12 @@ def gallery(pictures: np.ndarray, captions: Sequence[str]) -> str:
     return f'{style}<div class="gallery">{"".join(figures)}</div>'
 
 
-def plain(picture: Image.Image) -> str:
-    """A picture as it is."""
-    return f'<img src="{_address(picture)}">'
+def plain(image: Image.Image) -> str:
+    """An image as it is."""
+    return f'<img src="{_address(image)}">'
 
 
-def _address(picture: Image.Image) -> str:
+def _address(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -26,7 +26,7 @@ MISSING = (  # (what, whether it is there, what brings it)
 )
 
 
-def run(cfg: ReportRun) -> Path:
+def write_report(cfg: ReportRun) -> Path:
     """Write the page and say where it is.
 
     Raises:
@@ -34,13 +34,13 @@ def run(cfg: ReportRun) -> Path:
     """
     folder = RunFolder.open(cfg.run_dir)
     path = Path(cfg.output_dir) / REPORT
-    page = render(cfg, folder)
+    page = render_report(cfg, folder)
     atomic_write(path, page.encode())
     say("report", f"{len(page.encode()) / 1e6:.1f} MB: {path}")
     return path
 
 
-def render(cfg: ReportRun, run: RunFolder) -> str:
+def render_report(cfg: ReportRun, run: RunFolder) -> str:
     """The page as text. Whatever stands in captions, configurations and names is escaped."""
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -51,11 +51,11 @@ def render(cfg: ReportRun, run: RunFolder) -> str:
         made=time.strftime("%Y-%m-%d %H:%M"),
         css=Markup((PAGE / "report.css").read_text(encoding="utf-8")),
         script=Markup((PAGE / "report.js").read_text(encoding="utf-8")),
-        **contents(cfg, run),
+        **report_contents(cfg, run),
     )
 
 
-def contents(cfg: ReportRun, run: RunFolder) -> dict[str, Any]:
+def report_contents(cfg: ReportRun, run: RunFolder) -> dict[str, Any]:
     """What the template shows."""
     charts = curves.sections(run)
     return {
@@ -64,7 +64,7 @@ def contents(cfg: ReportRun, run: RunFolder) -> dict[str, Any]:
         "evaluations": facts.last_evaluations(run),
         "quality": [chart for chart in charts.pop("Quality", []) if curves.moves(chart)],
         "curves": charts,
-        "pictures": galleries(run, cfg.frames, round(cfg.pictures_mb * 1e6)),
+        "images": galleries(run, cfg.frames, round(cfg.images_mb * 1e6)),
         "data": look(cfg, run),
         "shards": cfg.shards,
         "protocols": {name: facts.flat(protocol) for name, protocol in run.protocols.items()},

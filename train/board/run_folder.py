@@ -19,11 +19,11 @@ from train.engine.state import DONE
 PROOFS = (DONE, "metrics.json", f"train/{MANIFEST}")  # of a training, an evaluation, latents
 PROTOCOL = "protocol.json"
 ORDER = ("autoencoder", "clip", "latents", "unet", *EVALUATIONS)  # stages that keep a journal
-PICTURE = re.compile(r"(?P<name>.+)-(?P<samples_seen>\d{12})\.png")
+IMAGE = re.compile(r"(?P<name>.+)-(?P<samples_seen>\d{12})\.png")
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageFolder:
     """The folder of one stage."""
 
     name: str
@@ -70,11 +70,11 @@ class Stage:
         return max((row[X_AXIS] for row in self.rows), default=0)
 
     @cached_property
-    def pictures(self) -> dict[str, list[tuple[int, Path]]]:
+    def images(self) -> dict[str, list[tuple[int, Path]]]:
         """Name → (samples seen, file), in the order of the training."""
         found: dict[str, list[tuple[int, Path]]] = {}
         for path in sorted((self.folder / "samples").glob("*.png")):
-            match = PICTURE.fullmatch(path.name)
+            match = IMAGE.fullmatch(path.name)
             if match:
                 found.setdefault(match["name"], []).append((int(match["samples_seen"]), path))
         return found
@@ -107,9 +107,9 @@ class RunFolder:
         return run
 
     @cached_property
-    def stages(self) -> dict[str, Stage]:
+    def stages(self) -> dict[str, StageFolder]:
         """Those that have begun, in the order in which they are trained."""
-        found = [Stage(name, self.path / name) for name in ORDER]
+        found = [StageFolder(name, self.path / name) for name in ORDER]
         return {stage.name: stage for stage in found if (stage.folder / METRICS).is_file()}
 
     @cached_property
@@ -119,6 +119,6 @@ class RunFolder:
 
     @cached_property
     def protocols(self) -> dict[str, dict[str, Any]]:
-        """Stage → everything that two labs must share to get the same numbers."""
+        """StageFolder → everything that two labs must share to get the same numbers."""
         paths = {path.parent.name: path for path in sorted(self.path.glob(f"*/{PROTOCOL}"))}
         return {name: read_object(path) for name, path in paths.items()}

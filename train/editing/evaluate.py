@@ -18,20 +18,20 @@ from conf.schema import Edit, EvaluateEditsRun, ImageConfig, Perceptual
 from data.building.sources.demo import attributes_of
 from data.image_dataset import ImageDataset
 from data.shards.shard import atomic_path, atomic_write
-from models.editing.editing import Edited, edit_pictures
+from models.editing.editing import Edited, edit_images
 from models.losses import distance_inside, perceptual_distance
 from models.pipeline import DiffusionPipeline
 from train.editing.demo_edits import SORTS, DemoEdit, demo_edits, weighable
 from train.engine.figures import to_png
 from train.engine.image_grid import captioned, to_uint8
-from train.engine.metric_log import Journal, say
+from train.engine.metric_log import MetricLog, say
 from train.engine.precision import autocast
 from train.engine.progress import Progress
 from train.engine.runtime import Runtime
 from train.evaluation.judges.judge import accuracy, cached_judge
 from train.evaluation.judges.probe import SceneProbe
 from train.sampling.requests import require_prompts_alone, say_cut
-from train.sampling.run import finite, load_model, require_finite
+from train.sampling.run import finite_images, load_model, require_finite
 
 SHOWN = 4  # edits of each sort in edits.png
 WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0)
@@ -48,13 +48,13 @@ Row = dict[str, Any]  # what was measured of one edit, in plain values
 
 
 class Measures(NamedTuple):
-    """What pictures are judged with."""
+    """What images are judged with."""
 
     probe: SceneProbe
-    distance: torch.nn.Module  # pictures and references [B, 3, H, W] to [B]
+    distance: torch.nn.Module  # images and references [B, 3, H, W] to [B]
 
 
-def run(cfg: EvaluateEditsRun, runtime: Runtime) -> dict[str, float]:
+def evaluate_edits(cfg: EvaluateEditsRun, runtime: Runtime) -> dict[str, float]:
     """Draw, judge, and write `metrics.json`, `edits.jsonl`, `edits.png` and `weights.png`; processes share the work.
 
     Raises:
@@ -84,7 +84,7 @@ def run(cfg: EvaluateEditsRun, runtime: Runtime) -> dict[str, float]:
     if not runtime.is_main:
         return runtime.gather_objects({})[0]
     metrics = edits_metrics(rows) | weights_metrics(curves) | accuracy(probe, heldout, runtime.device)
-    write(cfg, metrics, rows, curves)
+    write_evaluation(cfg, metrics, rows, curves)
     return runtime.gather_objects(metrics)[0]
 
 
@@ -105,34 +105,34 @@ def measured(
 ) -> Iterator[Row]:
     """Rows of edits and of fresh samples of the edited prompts, with the source's noise and with another."""
     seeds, before = [cfg.seed] * len(edits), [edit.edit.prompt for edit in edits]
-    made = edit_pictures(model, [edit.edit for edit in edits], seeds, cfg, indices=numbers)
+    made = edit_images(model, [edit.edit for edit in edits], seeds, cfg, indices=numbers)
     after = [edit.edit.edited for edit in edits]
     same = model(after, seeds, cfg, indices=numbers, noise_of=before)
     own = model(after, seeds, cfg, indices=numbers)
     for edit, one, alike, other in zip(edits, made, same, own, strict=True):
-        sound = finite(torch.stack([one.source.image, one.result.image, alike, other]))
+        sound = finite_images(torch.stack([one.source.image, one.result.image, alike, other]))
         require_finite(cfg, [] if all(sound) else [edit.edit.edited])
-        yield row_of(measures, edit, one, alike, other)
+        yield measure_edit(measures, edit, one, alike, other)
 
 
 @torch.no_grad()
-def row_of(measures: Measures, edit: DemoEdit, made: Edited, same: Tensor, own: Tensor) -> Row:
+def measure_edit(measures: Measures, edit: DemoEdit, made: Edited, same: Tensor, own: Tensor) -> Row:
     """What is measured of one edit."""
     source, result = made.source.image, made.result.image
-    pictures = {"source": source, "edit": result, "same": same, "own": own}
-    stacked = torch.stack([*pictures.values()])
+    images = {"source": source, "edit": result, "same": same, "own": own}
+    stacked = torch.stack([*images.values()])
     odds = measures.probe.log_probability(stacked, edit.attribute, edit.value).exp()
     best = measures.probe.most_probable(stacked, edit.attribute)
     away = measures.distance(stacked[1:], source.expand(3, -1, -1, -1))
     row: Row = {"sort": edit.sort, "prompt": edit.edit.prompt, "edit": edit.edit.edited, "attribute": edit.attribute}
-    for name, value, found in zip(pictures, odds.tolist(), best, strict=True):
+    for name, value, found in zip(images, odds.tolist(), best, strict=True):
         row |= {f"right/{name}": found == edit.value, f"probability/{name}": value}
     row |= dict(zip(("distance/edit", "distance/same", "distance/own"), away.tolist(), strict=True))
     if made.region is not None and not made.region.all():
         outside = (~made.region).expand(2, -1, -1)
         found = distance_inside(measures.distance, stacked[1:3], source.expand(2, -1, -1, -1), outside)
         row |= dict(zip(("outside/edit", "outside/same"), found.tolist(), strict=True))
-    row["pictures"] = to_uint8(torch.stack([source, result, same]))
+    row["images"] = to_uint8(torch.stack([source, result, same]))
     return row
 
 
@@ -146,9 +146,9 @@ def reweighted(
     """Of prompts, a word and the attribute that it names: the probability of the attribute by the word's weight."""
     for number, (prompt, attribute, word) in zip(numbers, words, strict=True):
         edits, count = [Edit(prompt=prompt, weights={word: weight}) for weight in WEIGHTS], len(WEIGHTS)
-        made = edit_pictures(model, edits, [cfg.seed] * count, cfg, indices=[number] * count)
+        made = edit_images(model, edits, [cfg.seed] * count, cfg, indices=[number] * count)
         images = torch.stack([one.result.image for one in made])
-        require_finite(cfg, [] if all(finite(images)) else [prompt])
+        require_finite(cfg, [] if all(finite_images(images)) else [prompt])
         odds = probe.log_probability(images, attribute, word).exp()
         yield {"prompt": prompt, "attribute": attribute, "word": word, "probabilities": odds.tolist()}
 
@@ -192,13 +192,13 @@ def weights_metrics(curves: Sequence[Row]) -> dict[str, float]:
     return {f"eval/edits/weights/{name}": float(value.mean()) for name, value in found.items()}
 
 
-def write(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: list[Row], curves: list[Row]) -> None:
+def write_evaluation(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: list[Row], curves: list[Row]) -> None:
     """Files, console and W&B."""
     folder = Path(cfg.output_dir)
     shown = [row for sort in SORTS for row in [row for row in rows if row["sort"] == sort][:SHOWN]]
     titles = [title for row in shown for title in (row["prompt"], row["edit"], f"{row['edit']}, drawn anew")]
-    sheet = captioned(np.concatenate([row["pictures"] for row in shown]), titles, 3 * SHOWN)
-    plain = [{name: value for name, value in row.items() if name != "pictures"} for row in rows]
+    sheet = captioned(np.concatenate([row["images"] for row in shown]), titles, 3 * SHOWN)
+    plain = [{name: value for name, value in row.items() if name != "images"} for row in rows]
     with atomic_path(folder / "edits.png") as path:
         sheet.save(path, "PNG")
     if curves:
@@ -206,7 +206,7 @@ def write(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: list[Row], cur
     for name, lines in (("edits.jsonl", plain), ("weights.jsonl", curves)):
         atomic_write(folder / name, "".join(dumps(line) + "\n" for line in lines).encode())
     atomic_write(folder / "metrics.json", dumps(metrics, indent=1).encode())
-    journal = Journal(folder, cfg.wandb, "edits", {"run_dir": cfg.run_dir, "edits": to_plain(cfg)}, is_main=True)
+    journal = MetricLog(folder, cfg.wandb, "edits", {"run_dir": cfg.run_dir, "edits": to_plain(cfg)}, is_main=True)
     journal.log(0, metrics)
     journal.image("edits", sheet, 0, "before, after, drawn anew with the same noise")
     journal.finish()

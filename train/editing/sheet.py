@@ -1,4 +1,4 @@
-"""Pictures before and after an edit, side by side, and what their words look at."""
+"""Images before and after an edit, side by side, and what their words look at."""
 
 import numpy as np
 import torch
@@ -6,14 +6,14 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
-from models.editing.editing import Edited, Picture
+from models.editing.editing import DrawnImage, Edited
 from train.engine.image_grid import captioned, to_uint8
 
 HEAT = colormaps["inferno"]
 
 
 def heated(image: Tensor, heat: Tensor) -> np.ndarray:
-    """A grey picture [3, H, W] under the colours of a map [H, W], from its least to its largest value; uint8."""
+    """A grey image [3, H, W] under the colours of a map [H, W], from its least to its largest value; uint8."""
     grey = to_uint8(image.mean(0).expand(1, 3, -1, -1))[0] / 255  # [H, W, 3]
     shown = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
     colors = HEAT(shown.cpu().numpy())[..., :3]  # [H, W, 3]
@@ -21,11 +21,11 @@ def heated(image: Tensor, heat: Tensor) -> np.ndarray:
 
 
 def sheet(made: Edited, before: str, after: str) -> Image.Image:
-    """Two rows: the picture before and its words, the picture after and its words.
+    """Two rows: the image before and its words, the image after and its words.
 
-    At their ends a given picture as the network draws it again, and where the picture may change.
+    At their ends a given image as the network draws it again, and where the image may change.
     """
-    rows = [row_of(made.source, before), row_of(made.result, after)]
+    rows = [sheet_row(made.source, before), sheet_row(made.result, after)]
     if made.found is not None:
         rows[0].append((to_uint8(made.found[None])[0], "drawn again"))
     if made.region is not None:
@@ -37,7 +37,7 @@ def sheet(made: Edited, before: str, after: str) -> Image.Image:
     return captioned(np.stack([image for image, _ in cells]), [caption for _, caption in cells], width)
 
 
-def row_of(picture: Picture, prompt: str) -> list[tuple[np.ndarray, str]]:
-    """A picture and what each word looks at, with captions."""
-    maps = [(heated(picture.image, heat), f"{word} {heat.mean():.3f}") for word, heat in picture.maps.items()]
-    return [(to_uint8(picture.image[None])[0], prompt), *maps]
+def sheet_row(image: DrawnImage, prompt: str) -> list[tuple[np.ndarray, str]]:
+    """An image and what each word looks at, with captions."""
+    maps = [(heated(image.image, heat), f"{word} {heat.mean():.3f}") for word, heat in image.maps.items()]
+    return [(to_uint8(image.image[None])[0], prompt), *maps]

@@ -23,7 +23,7 @@ from typing import Self, TypeVar
 from conf.errors import UserError
 from conf.schema import LoopConfig
 from models.formats.tensor_stream import write_bytes
-from train.engine.contents import Contents, HostMemory, joined
+from train.engine.contents import Contents, HostMemory, join_contents
 from train.engine.files import MARKER, TEMPORARY, damage_of, filled
 from train.engine.metric_log import METRICS
 from train.engine.posthoc import forget_copies, keep_copies
@@ -98,7 +98,7 @@ class Checkpoints:
         self.wait()
         scores = self._together(lambda: scores_of(self.output_dir / METRICS, self.cfg) if self.runtime.is_main else {})
         parts = [trainable.contents() for trainable in trainables.values()]
-        contents = joined(parts, {STATE: asdict(state)})
+        contents = join_contents(parts, {STATE: asdict(state)})
         target = self.root / f"{state.samples_seen:012d}"
         if self.cfg.async_checkpoints and not wait:
             copy = self._together(lambda: contents.held(self.memory, self.runtime))

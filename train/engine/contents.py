@@ -61,7 +61,7 @@ class Contents:
         return Contents(streams, self.documents)
 
 
-def joined(parts: Sequence[Contents], documents: Mapping[str, Any]) -> Contents:
+def join_contents(parts: Sequence[Contents], documents: Mapping[str, Any]) -> Contents:
     """One checkpoint of several trainables and of what is no trainable's."""
     streams = {name: stream for part in parts for name, stream in part.streams.items()}
     return Contents(streams, {name: d for part in parts for name, d in part.documents.items()} | dict(documents))

@@ -1,4 +1,4 @@
-"""Tensors to pictures that people look at: bytes, grids with captions, and film strips."""
+"""Tensors to images that people look at: bytes, grids with captions, and film strips."""
 
 import re
 from bisect import bisect_right
@@ -48,20 +48,20 @@ def on_squares(images: Sequence[Tensor]) -> Tensor:
     return canvas
 
 
-def beside(columns: Sequence[Tensor]) -> Tensor:
-    """Pictures [B, 3, H, W] side by side; smaller and larger ones get the size of the last column's."""
+def side_by_side(columns: Sequence[Tensor]) -> Tensor:
+    """Images [B, 3, H, W] side by side; smaller and larger ones get the size of the last column's."""
     size = columns[-1].shape[2:]
     return torch.cat([F.interpolate(column.float().cpu(), size) for column in columns], dim=3)
 
 
 def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None, scale: int = 1) -> Image.Image:
-    """Pictures side by side on white, each with its wrapped caption below.
+    """Images side by side on white, each with its wrapped caption below.
 
     Args:
         images: uint8 [B, H, W, 3].
-        columns: pictures per row.
-        captions: one per picture, or None.
-        scale: enlargement of each picture; captions need about 128 pixels of width to read well.
+        columns: images per row.
+        captions: one per image, or None.
+        scale: enlargement of each image; captions need about 128 pixels of width to read well.
     """
     count, height, width = len(images), images.shape[1] * scale, images.shape[2] * scale
     columns = max(1, min(columns, count))
@@ -86,14 +86,14 @@ def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None
 
 
 def captioned(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
-    """The grid that people look at: pictures [B, H, W, 3] enlarged until their captions can be read."""
+    """The grid that people look at: images [B, H, W, 3] enlarged until their captions can be read."""
     sheet = grid(images, columns, captions, scale=max(1, READABLE // images.shape[2]))
     sheet.info[CAPTIONS] = list(captions)
     return sheet
 
 
 def boxed(image: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
-    """A picture uint8 [H, W, 3] with its boxes drawn on it, each with the name of its class."""
+    """An image uint8 [H, W, 3] with its boxes drawn on it, each with the name of its class."""
     canvas = Image.fromarray(image)
     height, width = image.shape[:2]
     draw, font = ImageDraw.Draw(canvas), Lettering(max(9, width // 14))
@@ -112,11 +112,11 @@ def boxed(image: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
 
 
 def film_strips(frames: np.ndarray, captions: Sequence[str], labels: Sequence[str]) -> Image.Image:
-    """One row per picture: its caption, and below it the frames with their labels.
+    """One row per image: its caption, and below it the frames with their labels.
 
     Args:
         frames: uint8 [B, F, H, W, 3].
-        captions: one per picture.
+        captions: one per image.
         labels: one per frame.
     """
     width, count = frames.shape[3], frames.shape[1]

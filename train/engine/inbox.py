@@ -22,7 +22,7 @@ class Message:
 
     samples_seen: int
     metrics: dict[str, float | None]
-    name: str  # of the picture, and of the sender
+    name: str  # of the image, and of the sender
     image: str | None  # path
 
 

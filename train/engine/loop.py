@@ -10,15 +10,24 @@ from data.loader import batches
 from train.engine.checkpoint import Checkpoints
 from train.engine.files import staged
 from train.engine.meter import Meter
-from train.engine.metric_log import Journal, say
+from train.engine.metric_log import MetricLog, say
 from train.engine.runtime import Runtime
 from train.engine.signals import StopFlag, stop_on_signal
-from train.engine.state import Outcome, Stage, State, architecture_of, digest, read_done, require_same_run, write_done
+from train.engine.state import (
+    Outcome,
+    Stage,
+    State,
+    architecture_of,
+    config_digest,
+    read_done,
+    require_same_run,
+    write_done,
+)
 from train.engine.step import Cfg, Diverged, Stepper, gauges, own_seconds, require_learned
 from train.engine.watchdog import Watchdog
 
 
-def run(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
+def fit(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
     """Train a stage to `loop.samples`, from its newest checkpoint if there is one.
 
     Raises:
@@ -27,7 +36,7 @@ def run(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
     """
     output_dir, config = Path(cfg.output_dir), to_plain(cfg)
     architecture = architecture_of(config, stage.trainables)
-    fresh = State(architecture=architecture, data=stage.dataset.digest, config=digest(config))
+    fresh = State(architecture=architecture, data=stage.dataset.digest, config=config_digest(config))
     record = config | {"hardware": runtime.hardware()}  # which may be another one at the next start
     done = read_done(output_dir, cfg.loop.samples)
     if done is not None:
@@ -39,7 +48,7 @@ def run(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
     with Checkpoints(output_dir, runtime, cfg.loop) as checkpoints, stop_on_signal() as stop, watchdog:
         while True:
             state = checkpoints.resume(stage.trainables, fresh)
-            journal = Journal(output_dir, cfg.wandb, stage.name, record, runtime.is_main, state.samples_seen)
+            journal = MetricLog(output_dir, cfg.wandb, stage.name, record, runtime.is_main, state.samples_seen)
             try:
                 return _Training(stage, cfg, runtime, checkpoints, state, journal, stop, watchdog).run()
             except Diverged as error:
@@ -60,7 +69,7 @@ class _Training:
     runtime: Runtime
     checkpoints: Checkpoints
     state: State  # where to begin; follows the run
-    journal: Journal
+    journal: MetricLog
     stop: StopFlag
     watchdog: Watchdog
     clock: float = 0.0  # when the state's times were brought up to date

@@ -49,7 +49,7 @@ def say(stage: str, text: str) -> None:
     Console(highlight=False).print(line, soft_wrap=True)
 
 
-class Journal:
+class MetricLog:
     """Writes on the main process and does nothing on the others.
 
     Args:
@@ -101,11 +101,11 @@ class Journal:
         """Record metrics by their full names (`train/loss`)."""
         if not self.is_main or not metrics:
             return
-        row = {X_AXIS: samples_seen, "time": round(time.time(), 3), **finite(metrics)}
+        row = {X_AXIS: samples_seen, "time": round(time.time(), 3), **finite_metrics(metrics)}
         self.file.write(dumps(row) + "\n")
         self.file.flush()
         self.latest = [*(r for r in self.latest if r[X_AXIS] == samples_seen), row]
-        say(self.prefix, describe(samples_seen, metrics))
+        say(self.prefix, metrics_line(samples_seen, metrics))
         if self.wandb is not None:
             self.wandb.log(samples_seen, metrics)
             self.wandb.forward(self.inbox)
@@ -154,7 +154,7 @@ def captions_in(content: bytes) -> list[str]:
     return [str(caption) for caption in found] if isinstance(found, list) else []
 
 
-def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Metrics as JSON can hold them: None for what is not finite."""
     return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
 
@@ -189,7 +189,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def describe(samples_seen: int, metrics: Mapping[str, float]) -> str:
+def metrics_line(samples_seen: int, metrics: Mapping[str, float]) -> str:
     """One console line; of the timings only speed and time left, of the rest what is no detail."""
     told = {n: v for n, v in metrics.items() if not n.startswith(DETAILS) and not n.endswith(SPREAD)}
     shown = {n.removeprefix("train/"): f"{v:.4g}" for n, v in told.items()}
@@ -302,7 +302,7 @@ class WandbCopy:
         self._attempt(send)
 
     def image(self, name: str, path: Path, samples_seen: int, caption: str) -> None:
-        """Add a picture to the row of `samples_seen`."""
+        """Add an image to the row of `samples_seen`."""
 
         def send() -> None:
             import wandb

@@ -22,7 +22,7 @@ def uniform(seed: int, positions: Sequence[int], purpose: str) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class SampleRng:
     """The random tensors of one batch."""
 
     seed: int

@@ -14,7 +14,7 @@ from conf.errors import UserError
 from conf.plain_json import dumps, loads
 from data.loader import Dataset
 from data.shards.shard import atomic_write
-from train.engine.metric_log import Journal, finite
+from train.engine.metric_log import MetricLog, finite_metrics
 from train.engine.trainable import Trainable
 
 ARCHITECTURE = ("model", "discriminator", "process")  # sections of a configuration that the weights are bound to
@@ -41,8 +41,8 @@ class Stage(Protocol):
     def finish_step(self, samples_seen: int) -> dict[str, float]:
         """Optimiser steps; `samples_seen` includes this step. Returns `train/lr`, `train/grad_norm`."""
 
-    def evaluate(self, samples_seen: int, journal: Journal) -> dict[str, float]:
-        """Metrics `eval/…` over all processes, which the loop logs; pictures go to the journal."""
+    def evaluate(self, samples_seen: int, journal: MetricLog) -> dict[str, float]:
+        """Metrics `eval/…` over all processes, which the loop logs; images go to the journal."""
 
     def export(self, folder: Path) -> None:
         """Final weights in diffusers' format; the main process writes."""
@@ -93,7 +93,7 @@ def _flat(node: Any, prefix: str) -> dict[str, Any]:
     return {name: value for key in node for name, value in _flat(node[key], f"{prefix}.{key}").items()}
 
 
-def digest(content: Any) -> str:
+def config_digest(content: Any) -> str:
     """sha256 of the canonical JSON of `content`."""
     return hashlib.sha256(dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -118,7 +118,7 @@ def require_same_run(saved: Mapping[str, Any], now: State, output_dir: Path) -> 
 
 def write_done(output_dir: Path, state: State, metrics: Mapping[str, float]) -> None:
     """Mark a stage as finished: DONE says at how many samples, with which last metrics, after how many seconds."""
-    done = {"samples_seen": state.samples_seen, "seconds": round(state.seconds, 1), "metrics": finite(metrics)}
+    done = {"samples_seen": state.samples_seen, "seconds": round(state.seconds, 1), "metrics": finite_metrics(metrics)}
     belongs = {"architecture": state.architecture, "data": state.data}
     atomic_write(output_dir / DONE, dumps(done | belongs, indent=1).encode())
 

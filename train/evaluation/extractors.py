@@ -1,4 +1,4 @@
-"""Frozen networks that turn pictures into features: Inception-V3, EfficientNet-Lite0, CLIP.
+"""Frozen networks that turn images into features: Inception-V3, EfficientNet-Lite0, CLIP.
 
 A Fréchet distance is called FID on Inception's features alone; on others it bears their name.
 """
@@ -23,14 +23,14 @@ class Extractor:
     """A network, and what must be known to compare its numbers."""
 
     name: str  # inception, efficientnet, clip: of its column of features
-    size: int  # features per picture
+    size: int  # features per image
     weights_sha256: str
-    resize: str  # what happens to a picture before it enters the network
+    resize: str  # what happens to an image before it enters the network
     network: Callable[[Tensor], dict[str, Tensor]]  # uint8 [B, 3, H, W] to columns, [B, size] under its name
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Columns of images [B, 3, H, W] in [-1, 1], rounded to 8 bits first as a saved picture is; on the CPU."""
+        """Columns of images [B, 3, H, W] in [-1, 1], rounded to 8 bits first as a saved image is; on the CPU."""
         pixels = (images.float() + 1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
         return {name: column.float().cpu() for name, column in self.network(pixels).items()}
 

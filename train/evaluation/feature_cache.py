@@ -1,8 +1,8 @@
-"""What is measured of pictures, in files of a fixed number of pictures, until the metrics are made of it.
+"""What is measured of images, in files of a fixed number of images, until the metrics are made of it.
 
-    folder/000000000064.safetensors    columns [B, ...] of pictures 64 to 64 + B
+    folder/000000000064.safetensors    columns [B, ...] of images 64 to 64 + B
 
-No process ever holds more than one chunk of pictures, any number of processes share the chunks, and whoever starts
+No process ever holds more than one chunk of images, any number of processes share the chunks, and whoever starts
 again leaves out those that are there. A chunk is the same on any number of processes, and so are the metrics.
 """
 
@@ -22,17 +22,17 @@ from data.shards.shard import atomic_path
 from train.engine.progress import Progress
 from train.engine.runtime import Runtime
 
-Measure = Callable[[range], dict[str, Tensor]]  # numbers of pictures to columns [B, ...] on the CPU
+Measure = Callable[[range], dict[str, Tensor]]  # numbers of images to columns [B, ...] on the CPU
 
 
-class Chunks:
-    """Measurements of pictures 0 to `total`, in the subfolder of `root` that belongs to `facts`.
+class FeatureCache:
+    """Measurements of images 0 to `total`, in the subfolder of `root` that belongs to `facts`.
 
     Args:
         root: may hold measurements of other facts; they are left alone.
         facts: all that the numbers depend on, in plain values.
-        total: pictures.
-        size: pictures per chunk.
+        total: images.
+        size: images per chunk.
     """
 
     def __init__(self, root: Path, facts: dict[str, Any], total: int, size: int) -> None:
@@ -41,13 +41,13 @@ class Chunks:
         self.ranges = [range(start, min(start + size, total)) for start in range(0, total, size)]
 
     def fill(self, measure: Measure, runtime: Runtime, command: str) -> int:
-        """Measure what is not there yet, each process its share of the chunks; returns the pictures measured by all.
+        """Measure what is not there yet, each process its share of the chunks; returns the images measured by all.
 
         Collective. The main process tells now and then, as `command`, how far it is.
         """
         todo: list[range] = runtime.gather_objects(self.missing() if runtime.is_main else None)[0]
         total, done = sum(map(len, todo)), 0
-        with Progress(command, total, "pictures", shown=runtime.is_main) as progress:
+        with Progress(command, total, "images", shown=runtime.is_main) as progress:
             for numbers in todo[runtime.rank :: runtime.world]:
                 self.write(numbers, measure(numbers))
                 done += len(numbers)
@@ -56,7 +56,7 @@ class Chunks:
         return total
 
     def missing(self) -> list[range]:
-        """Numbers of the pictures of each chunk that is not there."""
+        """Numbers of the images of each chunk that is not there."""
         return [numbers for numbers in self.ranges if not self._path(numbers).is_file()]
 
     def write(self, numbers: range, columns: dict[str, Tensor]) -> None:
@@ -76,7 +76,7 @@ class Chunks:
                 yield [chunk[name] for name in names]
 
     def whole(self, name: str, most: int | None = None) -> Tensor:
-        """A column of all pictures, or of `most` of them at even distances."""
+        """A column of all images, or of `most` of them at even distances."""
         total = self.ranges[-1].stop
         most = total if most is None else min(most, total)
         wanted = torch.arange(most) * (total - 1) // max(1, most - 1)  # in integers, so that none comes twice

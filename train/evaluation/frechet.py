@@ -47,7 +47,7 @@ class FeatureStatistics:
         """
         x = features.detach().to("cpu", torch.float64)
         if not torch.isfinite(x).all():
-            raise UserError("features of a picture are not finite: the pictures contain NaN or infinity")
+            raise UserError("features of an image are not finite: the images contain NaN or infinity")
         if not len(x):
             return
         total, mean = self.count + len(x), x.mean(dim=0)
@@ -61,12 +61,10 @@ class FeatureStatistics:
         """Unbiased covariance [D, D].
 
         Raises:
-            UserError: fewer than two pictures.
+            UserError: fewer than two images.
         """
         if self.count < 2:
-            raise UserError(
-                f"a Fréchet distance needs at least 2 pictures on each side, not {self.count}: raise samples"
-            )
+            raise UserError(f"a Fréchet distance needs at least 2 images on each side, not {self.count}: raise samples")
         return self.scatter / (self.count - 1)
 
 
@@ -94,7 +92,7 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """Fréchet distance of the two Gaussians; 0 or more.
 
     With S = A A^T the trace of (S1 S2)^(1/2) is the sum of the singular values of A1^T A2. That needs no root of a
-    product that is not symmetric, and stays exact where a covariance is singular: with fewer pictures than features.
+    product that is not symmetric, and stays exact where a covariance is singular: with fewer images than features.
     """
     roots = [covariance_root(one.covariance) for one in (first, second)]  # A  [D, rank]
     overlap = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()  # tr (S1 S2)^(1/2)
@@ -103,7 +101,7 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 
 
 def sample_size_floor(reference: Gaussian, reference_count: int, count: int, seed: int = 0) -> float:
-    """About the distance that `count` perfect pictures would have from this reference: the bias of small samples.
+    """About the distance that `count` perfect images would have from this reference: the bias of small samples.
 
     Two sets of `count` and `reference_count` vectors are drawn from the reference's own Gaussian and compared.
     """

@@ -11,7 +11,7 @@ from train.engine.metric_log import say
 from train.engine.runtime import Runtime
 from train.evaluation.extractors import efficientnet, inception
 from train.evaluation.run import chunks_of, metrics_of, references_of
-from train.evaluation.targets import Drawn
+from train.evaluation.targets import GeneratedImages
 from train.sampling.run import sampling_facts
 
 REPLICATES = 50
@@ -19,13 +19,13 @@ GROUP = "eval/loop/"
 
 
 def evaluate_in_loop(cfg: UNetRun, runtime: Runtime, model: DiffusionPipeline, samples_seen: int) -> dict[str, float]:
-    """Distances of pictures of held-out captions, drawn with `cfg.sampling`; all processes draw their share.
+    """Distances of images of held-out captions, drawn with `cfg.sampling`; all processes draw their share.
 
-    Their names say that they are of this evaluation: with another number of pictures they would be other numbers. There
-    are none when a picture is not finite: that is told, and the training goes on.
+    Their names say that they are of this evaluation: with another number of images they would be other numbers. There
+    are none when an image is not finite: that is told, and the training goes on.
     """
     small = as_command(cfg, model)
-    subject = Drawn(small, runtime, model, {"samples_seen": samples_seen}, refuses_broken=False)
+    subject = GeneratedImages(small, runtime, model, {"samples_seen": samples_seen}, refuses_broken=False)
     references = references_of(small, subject, runtime)
     chunks = chunks_of(small, subject)
     if runtime.is_main:
@@ -36,7 +36,7 @@ def evaluate_in_loop(cfg: UNetRun, runtime: Runtime, model: DiffusionPipeline, s
         if broken := int((~chunks.whole("sound")).sum()):
             say(
                 "unet",
-                f"{broken} of {subject.total} pictures are NaN or infinite: no {GROUP}… at {samples_seen:,} samples",
+                f"{broken} of {subject.total} images are NaN or infinite: no {GROUP}… at {samples_seen:,} samples",
             )
         else:
             metrics = metrics_of(subject, chunks, references, REPLICATES)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from conf.errors import UserError
 from train.engine.metric_log import say
 from train.evaluation.extractors import LOGITS, Extractor
-from train.evaluation.feature_cache import Chunks
+from train.evaluation.feature_cache import FeatureCache
 from train.evaluation.frechet import covariance_root, frechet_distance, sample_size_floor, statistics_of
 from train.evaluation.reference import Reference
 
@@ -52,7 +52,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     Salimans et al. 2016 (arXiv:1606.03498), section 4: exp of the mean over x of KL(p(y|x) || p(y)).
 
     Raises:
-        UserError: fewer pictures than splits, or a logit that is not finite.
+        UserError: fewer images than splits, or a logit that is not finite.
     """
     count = _checked(f"an Inception Score of {splits} splits", splits, logits)
     order = torch.from_numpy(np.random.RandomState(FIDELITY_SEED).permutation(count))
@@ -104,7 +104,7 @@ def nearest_share(generated: Tensor, reference: Tensor, others: Tensor) -> float
     Raises:
         UserError: an empty set, or a vector that is not finite.
     """
-    _checked("the nearest picture", 1, generated, reference, others)
+    _checked("the nearest image", 1, generated, reference, others)
     to_reference, to_others = (
         torch.cat([_squared_distances(x, manifold).amin(dim=1) for x in generated.split(BLOCK)])  # [N]
         for manifold in (reference, others)
@@ -127,7 +127,7 @@ def _rounding(x: Tensor, y: Tensor) -> Tensor:
 
 
 def clip_score(image_embeddings: Tensor, text_embeddings: Tensor) -> float:
-    """Mean of max(cos, 0) over pairs of embeddings [N, D] of pictures and their prompts: from 0 to 1.
+    """Mean of max(cos, 0) over pairs of embeddings [N, D] of images and their prompts: from 0 to 1.
 
     Hessel et al. 2021 (arXiv:2104.08718), eq. 1 with w = 1, the scale of MLPerf's target 0.15; the paper has w = 2.5
     and torchmetrics 100.
@@ -211,50 +211,50 @@ def _checked(metric: str, fewest: int, *sets: Tensor) -> int:
     """The smaller number of vectors; raises UserError if it is below `fewest`, or if a vector is not finite."""
     count = min(map(len, sets))
     if count < fewest:
-        raise UserError(f"{metric} needs at least {fewest} pictures on each side, not {count}: raise samples")
+        raise UserError(f"{metric} needs at least {fewest} images on each side, not {count}: raise samples")
     if not all(torch.isfinite(features).all() for features in sets):
-        raise UserError("features of a picture are not finite: the pictures contain NaN or infinity")
+        raise UserError("features of an image are not finite: the images contain NaN or infinity")
     return count
 
 
 # -------------------- of generated images against real ones -----------------------------------------------------------
 
-KERNEL_FEATURES = 50_000  # pictures of each set, at even distances, that the kernel distance draws its subsets from
+KERNEL_FEATURES = 50_000  # images of each set, at even distances, that the kernel distance draws its subsets from
 MANIFOLD_FEATURES = 10_000  # likewise that span the manifolds of precision and recall
 NEIGHBOURS = 3
 
 
-def distances(extractor: Extractor, pictures: Chunks, reference: Reference, replicates: int) -> dict[str, float]:
-    """The Fréchet distance with its interval and floor; where features of real pictures are there, the other metrics.
+def distances(extractor: Extractor, images: FeatureCache, reference: Reference, replicates: int) -> dict[str, float]:
+    """The Fréchet distance with its interval and floor; where features of real images are there, the other metrics.
 
-    `NAME_low` and `NAME_high` enclose 95 % of what other pictures of the same model would give (`replicates` of the
-    bootstrap, 0: none), `NAME_floor` is the part of the value that the number of pictures alone explains.
+    `NAME_low` and `NAME_high` enclose 95 % of what other images of the same model would give (`replicates` of the
+    bootstrap, 0: none), `NAME_floor` is the part of the value that the number of images alone explains.
     """
     name = extractor.metric
-    statistics = statistics_of((features for (features,) in pictures.columns(extractor.name)), extractor.size)
+    statistics = statistics_of((features for (features,) in images.columns(extractor.name)), extractor.size)
     result = {name: frechet_distance(statistics, reference)}
     if replicates > 0:
-        features = pictures.whole(extractor.name)
+        features = images.whole(extractor.name)
         low, high = frechet_interval(features, reference.mean, covariance_root(reference.covariance), replicates)
         result |= {f"{name}_low": low, f"{name}_high": high}
     if reference.count is not None:
         result[f"{name}_floor"] = sample_size_floor(reference, reference.count, statistics.count)
         warn_of_bias(extractor, result, min(statistics.count, reference.count))
-    return result | from_features(extractor, pictures, reference)
+    return result | from_features(extractor, images, reference)
 
 
-def from_features(extractor: Extractor, pictures: Chunks, reference: Reference) -> dict[str, float]:
-    """Inception Score, kernel distance, precision and recall, and whose pictures are the nearest."""
+def from_features(extractor: Extractor, images: FeatureCache, reference: Reference) -> dict[str, float]:
+    """Inception Score, kernel distance, precision and recall, and whose images are the nearest."""
     result: dict[str, float] = {}
-    logits = [column for (column,) in pictures.columns(LOGITS)] if extractor.metric == "fid" else []
+    logits = [column for (column,) in images.columns(LOGITS)] if extractor.metric == "fid" else []
     if logits:
         result["inception_score"], result["inception_score_std"] = inception_score(torch.cat(logits))
     if reference.features is None:
         return result
     kernel = "kid" if extractor.metric == "fid" else extractor.named("kd")
-    mine, theirs = (part.whole(extractor.name, KERNEL_FEATURES) for part in (pictures, reference.features))
+    mine, theirs = (part.whole(extractor.name, KERNEL_FEATURES) for part in (images, reference.features))
     result[kernel], result[f"{kernel}_std"] = kernel_distance(mine, theirs)
-    mine, theirs = (part.whole(extractor.name, MANIFOLD_FEATURES) for part in (pictures, reference.features))
+    mine, theirs = (part.whole(extractor.name, MANIFOLD_FEATURES) for part in (images, reference.features))
     precision, recall = precision_recall(mine, theirs, NEIGHBOURS)
     result |= {extractor.named("precision"): precision, extractor.named("recall"): recall}
     if reference.others is not None and reference.others.features is not None:
@@ -264,11 +264,11 @@ def from_features(extractor: Extractor, pictures: Chunks, reference: Reference) 
 
 
 def warn_of_bias(extractor: Extractor, result: dict[str, float], fewest: int) -> None:
-    """Say how much of a distance is bias, where fewer pictures than features make it large."""
+    """Say how much of a distance is bias, where fewer images than features make it large."""
     name = extractor.metric
     if fewest < extractor.size:
         say(
             "evaluation",
-            f"{name}={result[name]:.1f} rests on {fewest} pictures for {extractor.size} features: perfect pictures "
+            f"{name}={result[name]:.1f} rests on {fewest} images for {extractor.size} features: perfect images "
             f"would score about {result[f'{name}_floor']:.1f}; compare it only with equal sample sizes",
         )

@@ -1,4 +1,4 @@
-"""Pictures against the originals that conditions were made of: how close the drawn ones come, and trivial ones."""
+"""Images against the originals that conditions were made of: how close the drawn ones come, and trivial ones."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -11,18 +11,18 @@ from conf.schema import Perceptual
 from models.conditions import Conditions
 from models.losses import distance_inside, perceptual_distance, psnr, psnr_inside, ssim
 from train.evaluation.extractors import Extractor
-from train.evaluation.feature_cache import Chunks
+from train.evaluation.feature_cache import FeatureCache
 from train.evaluation.frechet import frechet_distance, statistics_of
 from train.evaluation.reference import Reference
 from train.sampling.run import Drawing
 
-Measure = Callable[[Tensor, Tensor], Tensor]  # pictures and originals [B, 3, H, W] to numbers [B]
+Measure = Callable[[Tensor, Tensor], Tensor]  # images and originals [B, 3, H, W] to numbers [B]
 
 
-class Comparison:
+class PairedMetrics:
     """PSNR, SSIM and a perceptual distance; inside the hole alone, without SSIM, where a condition leaves one.
 
-    There is something to compare only where a condition has rivals: trivial pictures that a network must beat.
+    There is something to compare only where a condition has rivals: trivial images that a network must beat.
 
     Args:
         conditions: of the network that draws.
@@ -42,28 +42,28 @@ class Comparison:
 
     @torch.no_grad()
     def columns(self, drawing: Drawing, extractors: Sequence[Extractor]) -> dict[str, Tensor]:
-        """Of B drawn pictures and of those of all rivals, [B]; of the latter features, too."""
+        """Of B drawn images and of those of all rivals, [B]; of the latter features, too."""
         if not self.rivals:
             return {}
         originals = drawing.originals.to(drawing.images)
         columns: dict[str, Tensor] = {}
         measures = self._measures(drawing, originals)
-        for rival, images in self._pictures(drawing):
+        for rival, images in self._images(drawing):
             columns |= {f"{rival}compared/{n}": measure(images, originals).cpu() for n, measure in measures.items()}
             if rival:
                 features = (extractor(images) for extractor in extractors)
                 columns |= {f"{rival}{name}": column for found in features for name, column in found.items()}
         return columns
 
-    def metrics(self, measured: Chunks) -> dict[str, float]:
-        """Means over the pictures: `eval/psnr` … and `eval/RIVAL/psnr` …; `…/hole/psnr` … inside the hole."""
+    def metrics(self, measured: FeatureCache) -> dict[str, float]:
+        """Means over the images: `eval/psnr` … and `eval/RIVAL/psnr` …; `…/hole/psnr` … inside the hole."""
         found = {}
         for name in measured.names("compared/"):
             rival, measure = name.split("compared/")
             found[f"eval/{rival}{measure}"] = measured.whole(name).mean().item()
         return found
 
-    def _pictures(self, drawing: Drawing) -> Iterator[tuple[str, Tensor]]:
+    def _images(self, drawing: Drawing) -> Iterator[tuple[str, Tensor]]:
         yield "", drawing.images
         for rival, images in self.conditions.baselines(drawing.originals, drawing.inputs).items():
             yield f"{rival}/", images.to(drawing.images)
@@ -81,9 +81,9 @@ class Comparison:
 
 
 def rival_distances(
-    rivals: Sequence[str], extractor: Extractor, measured: Chunks, reference: Reference
+    rivals: Sequence[str], extractor: Extractor, measured: FeatureCache, reference: Reference
 ) -> dict[str, float]:
-    """The Fréchet distance of each rival's pictures, for comparison with that of the drawn ones."""
+    """The Fréchet distance of each rival's images, for comparison with that of the drawn ones."""
     found = {}
     for rival in rivals:
         batches = (features for (features,) in measured.columns(f"{rival}/{extractor.name}"))

@@ -1,9 +1,9 @@
-"""Real pictures as an extractor sees them: what a distance compares with, measured once and kept.
+"""Real images as an extractor sees them: what a distance compares with, measured once and kept.
 
-    statistics_dir/<extractor>/<digest of the facts>/    features of each picture (`Chunks`) and statistics.safetensors
+    statistics_dir/<extractor>/<digest of the facts>/    features of each image (`FeatureCache`), statistics.safetensors
 
-The facts are the pictures' manifest, their preprocessing and the extractor; other facts mean another folder, so what is
-kept can never be of other pictures. `statistics.safetensors` carries them along when it is copied to another machine.
+The facts are the images' manifest, their preprocessing and the extractor; other facts mean another folder, so what is
+kept can never be of other images. `statistics.safetensors` carries them along when it is copied to another machine.
 """
 
 import hashlib
@@ -26,24 +26,24 @@ from data.image_dataset import ImageDataset
 from data.shards.shard import atomic_path
 from train.engine.runtime import Runtime
 from train.evaluation.extractors import INCEPTION, Extractor
-from train.evaluation.feature_cache import Chunks
+from train.evaluation.feature_cache import FeatureCache
 from train.evaluation.frechet import statistics_of
 
-SIZE = 64  # pictures per chunk
+SIZE = 64  # images per chunk
 STATISTICS = "statistics.safetensors"
 FILES = (".npz", ".safetensors")  # of statistics, each of one extractor
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Statistics of a set of pictures, and their features where those are there."""
+    """Statistics of a set of images, and their features where those are there."""
 
     mean: Tensor  # [D] float64
     covariance: Tensor  # [D, D] float64
-    count: int | None  # pictures; None: the file does not say
+    count: int | None  # images; None: the file does not say
     digest: str  # of the data set's manifest, or of the file
-    features: Chunks | None = None  # None: of a file
-    others: "Reference | None" = None  # further pictures, which those of a model should be less like
+    features: FeatureCache | None = None  # None: of a file
+    others: "Reference | None" = None  # further images, which those of a model should be less like
 
 
 def reference_of(
@@ -55,16 +55,16 @@ def reference_of(
         source: the folder; or a `statistics.safetensors`; or an .npz with `mu` and `sigma` of Inception's features.
 
     Raises:
-        UserError: too few pictures, or a file that is damaged or of another extractor or preprocessing.
+        UserError: too few images, or a file that is damaged or of another extractor or preprocessing.
     """
     if source.endswith(".npz"):
         return from_npz(source, extractor)
     if source.endswith(".safetensors"):
-        return from_file(Path(source), extractor, facts_of("", images, extractor))
+        return from_file(Path(source), extractor, reference_facts("", images, extractor))
     dataset = ImageDataset(source, images, seed=0)
     require_enough(f"reference={source} holds {dataset.samples}", dataset.samples, None)
-    facts = facts_of(dataset.digest, images, extractor)
-    chunks = Chunks(statistics_dir / extractor.name, facts, dataset.samples, SIZE)
+    facts = reference_facts(dataset.digest, images, extractor)
+    chunks = FeatureCache(statistics_dir / extractor.name, facts, dataset.samples, SIZE)
     path = chunks.folder / STATISTICS
 
     def measure(numbers: range) -> dict[str, Tensor]:
@@ -81,13 +81,13 @@ def reference_of(
     return Reference(found.mean, found.covariance, found.count, dataset.digest, chunks)
 
 
-def facts_of(digest: str, images: ImageConfig, extractor: Extractor) -> dict[str, Any]:
-    """All that the features of real pictures depend on."""
+def reference_facts(digest: str, images: ImageConfig, extractor: Extractor) -> dict[str, Any]:
+    """All that the features of real images depend on."""
     return {"pictures": digest, "resolution": images.resolution, "crop": "center", "extractor": extractor.facts()}
 
 
 def from_file(path: Path, extractor: Extractor, facts: dict[str, Any]) -> Reference:
-    """Statistics that this module kept; refused where they are of other facts, of which no pictures means any."""
+    """Statistics that this module kept; refused where they are of other facts, of which no images means any."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -111,7 +111,7 @@ def from_file(path: Path, extractor: Extractor, facts: dict[str, Any]) -> Refere
 
 
 def from_npz(source: str, extractor: Extractor) -> Reference:
-    """`mu` and `sigma` of Inception's features as most FID programs keep them; of which pictures, only the user knows.
+    """`mu` and `sigma` of Inception's features as most FID programs keep them; of which images, only the user knows.
 
     Raises:
         UserError: not such a file, or the extractor is another one.

@@ -1,4 +1,4 @@
-"""The evaluation command: measure pictures chunk by chunk, make metrics of it, and write them with their protocol."""
+"""The evaluation command: measure images chunk by chunk, make metrics of it, and write them with their protocol."""
 
 import sys
 import time
@@ -18,39 +18,39 @@ from conf.schema import EvaluateRun, EvaluationSubject, WandbConfig, WandbMode
 from data.shards.shard import atomic_path, atomic_write
 from train.engine.image_grid import captioned
 from train.engine.inbox import Message, put
-from train.engine.metric_log import METRICS, X_AXIS, Journal, finite, read_config, read_metrics, say
+from train.engine.metric_log import METRICS, X_AXIS, MetricLog, finite_metrics, read_config, read_metrics, say
 from train.engine.runtime import Runtime
 from train.engine.state import DONE, read_done
-from train.evaluation.feature_cache import Chunks
+from train.evaluation.feature_cache import FeatureCache
 from train.evaluation.metrics import KERNEL_FEATURES, MANIFOLD_FEATURES, NEIGHBOURS, distances
 from train.evaluation.paired_metrics import rival_distances
 from train.evaluation.reference import FILES, Reference, reference_of
-from train.evaluation.targets import SHOWN, Drawn, Reconstructed, Subject
+from train.evaluation.targets import SHOWN, GeneratedImages, Reconstructions, Target
 from train.latents.provenance import UNetInfo, weights_digest
 from train.sampling.run import load_model, lora_facts
 
 PROBE_FLOOR = 0.97  # a probe that reads real images worse than this proves nothing
 
 
-def run(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
+def evaluate_run(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
     """Evaluate a finished training; metrics, protocol and grid go to `output_dir` and to the training's W&B run.
 
     Raises:
-        UserError: networks that do not belong together, too few pictures, broken ones, or missing weights.
+        UserError: networks that do not belong together, too few images, broken ones, or missing weights.
 
     """
     if cfg.subject is EvaluationSubject.autoencoder:
         seen = samples_seen(cfg.autoencoder, "autoencoder")
-        return evaluate(cfg, Reconstructed(cfg, runtime), runtime, Path(cfg.autoencoder).parent, seen)
+        return evaluate(cfg, Reconstructions(cfg, runtime), runtime, Path(cfg.autoencoder).parent, seen)
     seen = samples_seen(cfg.unet, "unet")
     facts = {"weights": UNetInfo.load(cfg.unet).weights, "weights_sha256": weights_digest(cfg.unet)}
-    subject = Drawn(cfg, runtime, load_model(cfg, runtime.device), facts | lora_facts(cfg))
+    subject = GeneratedImages(cfg, runtime, load_model(cfg, runtime.device), facts | lora_facts(cfg))
     if runtime.is_main:
         subject.say_cut()
     return evaluate(cfg, subject, runtime, Path(cfg.unet).parent, seen)
 
 
-def evaluate(cfg: EvaluateRun, subject: Subject, runtime: Runtime, trained: Path, seen: int) -> dict[str, float]:
+def evaluate(cfg: EvaluateRun, subject: Target, runtime: Runtime, trained: Path, seen: int) -> dict[str, float]:
     """Metrics of a subject that had seen so many samples, written to files and to the W&B run of `trained`."""
     started = time.monotonic()
     references = references_of(cfg, subject, runtime)
@@ -65,12 +65,12 @@ def evaluate(cfg: EvaluateRun, subject: Subject, runtime: Runtime, trained: Path
         if drawn:  # else an earlier start has measured all of them
             metrics["perf/pictures_per_s"] = drawn / drawn_s
         record = {"protocol": protocol(cfg, subject, references), "hardware": hardware}
-        report(cfg, trained, seen, metrics, grid_of(subject, chunks), record)
+        write_evaluation(cfg, trained, seen, metrics, grid_of(subject, chunks), record)
         chunks.remove()
     return runtime.gather_objects(metrics)[0]
 
 
-def references_of(cfg: EvaluateRun, subject: Subject, runtime: Runtime) -> dict[str, Reference]:
+def references_of(cfg: EvaluateRun, subject: Target, runtime: Runtime) -> dict[str, Reference]:
     """What each extractor compares with, of a file only the first one; collective."""
     compared = subject.extractors[:1] if cfg.reference.endswith(FILES) else subject.extractors
     measured = partial(reference_of, images=cfg.images, statistics_dir=Path(cfg.statistics_dir), runtime=runtime)
@@ -78,15 +78,17 @@ def references_of(cfg: EvaluateRun, subject: Subject, runtime: Runtime) -> dict[
     return {e.name: replace(measured(cfg.reference, e), others=others.get(e.name)) for e in compared}
 
 
-def chunks_of(cfg: EvaluateRun, subject: Subject) -> Chunks:
+def chunks_of(cfg: EvaluateRun, subject: Target) -> FeatureCache:
     """Where the measurements are kept; those of other extractors have other columns."""
     looked_for = {e.name: e.facts() for e in subject.extractors}
     judged = {"prompt_following": cfg.prompt_following, "judges": [name.value for name in cfg.judges]}
     facts = subject.facts | {"tile": cfg.tile, "columns": looked_for | judged}
-    return Chunks(Path(cfg.output_dir) / "measured", facts, subject.total, cfg.batch_size)
+    return FeatureCache(Path(cfg.output_dir) / "measured", facts, subject.total, cfg.batch_size)
 
 
-def metrics_of(subject: Subject, chunks: Chunks, references: dict[str, Reference], replicates: int) -> dict[str, float]:
+def metrics_of(
+    subject: Target, chunks: FeatureCache, references: dict[str, Reference], replicates: int
+) -> dict[str, float]:
     """All that the measurements say, by full names."""
     found = subject.metrics(chunks)
     for extractor in subject.extractors:
@@ -97,13 +99,13 @@ def metrics_of(subject: Subject, chunks: Chunks, references: dict[str, Reference
     return found
 
 
-def grid_of(subject: Subject, chunks: Chunks) -> Image.Image:
-    """The first pictures with their captions."""
-    images = np.concatenate([column.numpy() for (column,) in chunks.columns("picture")])[:SHOWN]
+def grid_of(subject: Target, chunks: FeatureCache) -> Image.Image:
+    """The first images with their captions."""
+    images = np.concatenate([column.numpy() for (column,) in chunks.columns("image")])[:SHOWN]
     return captioned(images, subject.captions(range(len(images))))
 
 
-def protocol(cfg: EvaluateRun, subject: Subject, references: dict[str, Reference]) -> dict[str, Any]:
+def protocol(cfg: EvaluateRun, subject: Target, references: dict[str, Reference]) -> dict[str, Any]:
     """Everything that two labs must share to get the same numbers."""
     any_reference = next(iter(references.values()))
     return {
@@ -128,7 +130,7 @@ def write_files(folder: Path, metrics: dict[str, float], grid: Image.Image, fact
     atomic_write(folder / "metrics.json", dumps(metrics, indent=1).encode())
 
 
-def report(
+def write_evaluation(
     cfg: EvaluateRun, trained: Path, seen: int, metrics: dict[str, float], grid: Image.Image, record: dict[str, Any]
 ) -> None:
     """Files, console and W&B: the run of the training, at the samples that it had seen."""
@@ -144,13 +146,13 @@ def report(
         wandb = replace(wandb, mode=WandbMode.disabled)
     record = {"run_dir": cfg.run_dir, "evaluation": to_plain(cfg), **record}
     job_type = trained.name if joins else "evaluation"
-    journal = Journal(folder, wandb, job_type, record, is_main=True, samples_seen=sys.maxsize, prefix="evaluation")
+    journal = MetricLog(folder, wandb, job_type, record, is_main=True, samples_seen=sys.maxsize, prefix="evaluation")
     exit_code = 1
     try:
         journal.log(seen, metrics)
-        picture = journal.image("evaluation", grid, seen, "held-out captions")
+        image = journal.image("evaluation", grid, seen, "held-out captions")
         if live:  # it passes them on
-            put(trained, Message(seen, finite(metrics), "evaluation", str(picture.absolute())))
+            put(trained, Message(seen, finite_metrics(metrics), "evaluation", str(image.absolute())))
         exit_code = 0
     finally:
         journal.finish(exit_code)

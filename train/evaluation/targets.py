@@ -1,4 +1,4 @@
-"""What can be evaluated: a U-Net by the pictures that it draws, an autoencoder by those that it gives back."""
+"""What can be evaluated: a U-Net by the images that it draws, an autoencoder by those that it gives back."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,47 +16,47 @@ from models.clip import DESCRIPTION_NAME, Clip
 from models.losses import perceptual_distance, psnr, ssim
 from models.pipeline import DiffusionPipeline
 from models.text import Cuts
-from train.engine.image_grid import beside, to_uint8
+from train.engine.image_grid import side_by_side, to_uint8
 from train.engine.metric_log import say
 from train.engine.precision import autocast
 from train.engine.runtime import Runtime
 from train.evaluation.extractors import Extractor, efficientnet, inception
-from train.evaluation.feature_cache import Chunks
+from train.evaluation.feature_cache import FeatureCache
 from train.evaluation.judges import wanted_judges
 from train.evaluation.judges.judge import Judge, accuracy, cached_judge
 from train.evaluation.metrics import clip_score
-from train.evaluation.paired_metrics import Comparison
+from train.evaluation.paired_metrics import PairedMetrics
 from train.evaluation.reference import FILES
 from train.latents.provenance import weights_digest
 from train.sampling.requests import samples_of, say_cut
-from train.sampling.run import draw, finite, require_finite, sampling_facts
+from train.sampling.run import draw_images, finite_images, require_finite, sampling_facts
 
-SHOWN = 64  # pictures in the grid
+SHOWN = 64  # images in the grid
 
 
-class Subject(Protocol):
+class Target(Protocol):
     """What `evaluate` asks of either."""
 
-    total: int  # pictures
+    total: int  # images
     prefix: str  # of its distances' names: "" or "r", of reconstructions
-    facts: dict[str, Any]  # what the pictures depend on, in plain values
+    facts: dict[str, Any]  # what the images depend on, in plain values
     extractors: list[Extractor]
-    rivals: tuple[str, ...]  # trivial pictures that are looked at, too
+    rivals: tuple[str, ...]  # trivial images that are looked at, too
 
     def measure(self, numbers: range) -> dict[str, Tensor]:
-        """Columns [B, ...] of these pictures, features and others; `picture`, uint8, of the first ones."""
+        """Columns [B, ...] of these images, features and others; `image`, uint8, of the first ones."""
 
-    def metrics(self, measured: Chunks) -> dict[str, float]:
+    def metrics(self, measured: FeatureCache) -> dict[str, float]:
         """Made of its other columns, by their full names."""
 
     def captions(self, numbers: range) -> list[str]:
-        """What stands below these pictures in the grid."""
+        """What stands below these images in the grid."""
 
 
-class Drawn:
-    """Pictures of captions; each has noise of its own, and a caption is used again when all have been.
+class GeneratedImages:
+    """Images of captions; each has noise of its own, and a caption is used again when all have been.
 
-    Pictures that are not finite are refused, or, where not, told in the column `sound`.
+    Images that are not finite are refused, or, where not, told in the column `sound`.
     """
 
     prefix = ""
@@ -74,7 +74,7 @@ class Drawn:
         side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale
         if side != cfg.images.resolution:
             raise UserError(
-                f"images.resolution={cfg.images.resolution}: this U-Net draws {side} pixels, as the real pictures must "
+                f"images.resolution={cfg.images.resolution}: this U-Net draws {side} pixels, as the real images must "
                 f"have; set images.resolution={side}"
             )
         labelled = model.denoiser.conditions.need_labels or bool(cfg.judges)
@@ -88,7 +88,7 @@ class Drawn:
             kind.require(self.prompts.at(0))
             cache = Path(cfg.statistics_dir)
             self.judges.append(cached_judge(kind, f"{cfg.shards}/train", cfg.images, cfg.seed, cache, runtime))
-        self.comparison = Comparison(model.denoiser.conditions, cfg.perceptual, runtime.device)
+        self.comparison = PairedMetrics(model.denoiser.conditions, cfg.perceptual, runtime.device)
         self.rivals = self.comparison.rivals
         self.facts = {
             "captions": self.prompts.digest,
@@ -110,12 +110,12 @@ class Drawn:
     def measure(self, numbers: range) -> dict[str, Tensor]:
         """Draw and look."""
         items = self.items(numbers)
-        drawing = draw(self.model, self.cfg, items, numbers)
+        drawing = draw_images(self.model, self.cfg, items, numbers)
         images = drawing.images
         if self.refuses_broken:
-            broken = [item["caption"] for item, sound in zip(items, finite(images), strict=True) if not sound]
+            broken = [item["caption"] for item, sound in zip(items, finite_images(images), strict=True) if not sound]
             require_finite(self.cfg, broken)
-        columns = looked_at(images, self.extractors) | {"sound": torch.tensor(finite(images))}
+        columns = looked_at(images, self.extractors) | {"sound": torch.tensor(finite_images(images))}
         columns |= self.comparison.columns(drawing, self.extractors)
         if self.clip is not None:
             tokens = self.clip.tokenize([item["caption"] for item in items]).to(images.device)
@@ -124,10 +124,10 @@ class Drawn:
         for judge in self.judges:
             columns |= {f"right/{name}": column for name, column in judge.correct(images, items).items()}
         asked = self.model.denoiser.conditions.show(drawing.originals, drawing.inputs)
-        return columns | shown(numbers, beside([*asked, images, drawing.originals]) if asked else images)
+        return columns | grid_column(numbers, side_by_side([*asked, images, drawing.originals]) if asked else images)
 
-    def metrics(self, measured: Chunks) -> dict[str, float]:
-        """CLIP score, how close pictures come to originals, and what the judges find in them and in real ones."""
+    def metrics(self, measured: FeatureCache) -> dict[str, float]:
+        """CLIP score, how close images come to originals, and what the judges find in them and in real ones."""
         result = self.comparison.metrics(measured)
         if self.clip is not None:
             name = self.extractors[-1].name  # clip or clip_own
@@ -146,12 +146,12 @@ class Drawn:
         return conditions.titles([item["caption"] for item in items], inputs)
 
     def items(self, numbers: range) -> list[dict[str, Any]]:
-        """The sample of the data set whose caption each picture has."""
+        """The sample of the data set whose caption each image has."""
         return [self.prompts.at(number % self.prompts.samples) for number in numbers]
 
 
-class Reconstructed:
-    """Real pictures after encoding, to the mean of the posterior, and decoding."""
+class Reconstructions:
+    """Real images after encoding, to the mean of the posterior, and decoding."""
 
     prefix = "r"
     rivals: tuple[str, ...] = ()
@@ -182,17 +182,17 @@ class Reconstructed:
         with autocast(self.runtime.device, self.cfg.runtime.precision):
             latents = self.autoencoder.encode(originals).chunk(2, dim=1)[0]
             images = self.autoencoder.decode(latents).float().clamp(-1, 1)
-        if broken := finite(images).count(False):
+        if broken := finite_images(images).count(False):
             raise UserError(
-                f"{broken} of {len(images)} pictures that the autoencoder gives back contain NaN or infinity: set "
+                f"{broken} of {len(images)} images that the autoencoder gives back contain NaN or infinity: set "
                 f"runtime.precision=fp32; if that does not help, autoencoder={self.cfg.autoencoder} is broken"
             )
         columns = looked_at(images, self.extractors)
         columns |= {f"compared/{name}": measure(images, originals).cpu() for name, measure in self.measures.items()}
-        return columns | shown(numbers, images)
+        return columns | grid_column(numbers, images)
 
-    def metrics(self, measured: Chunks) -> dict[str, float]:
-        """PSNR, SSIM and the perceptual distance, means over the pictures."""
+    def metrics(self, measured: FeatureCache) -> dict[str, float]:
+        """PSNR, SSIM and the perceptual distance, means over the images."""
         return {f"eval/{name}": measured.whole(f"compared/{name}").mean().item() for name in self.measures}
 
     def captions(self, numbers: range) -> list[str]:
@@ -233,6 +233,6 @@ def looked_at(images: Tensor, extractors: list[Extractor]) -> dict[str, Tensor]:
     return {name: column for extractor in extractors for name, column in extractor(images).items()}
 
 
-def shown(numbers: range, images: Tensor) -> dict[str, Tensor]:
-    """The column of pictures for the grid, of the first chunks alone."""
-    return {"picture": torch.from_numpy(to_uint8(images))} if numbers.start < SHOWN else {}
+def grid_column(numbers: range, images: Tensor) -> dict[str, Tensor]:
+    """The column of images for the grid, of the first chunks alone."""
+    return {"image": torch.from_numpy(to_uint8(images))} if numbers.start < SHOWN else {}

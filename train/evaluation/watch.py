@@ -24,8 +24,8 @@ from train.engine.metric_log import CONFIG, METRICS, X_AXIS, read_config, read_m
 from train.engine.runtime import Runtime
 from train.engine.state import DONE
 from train.engine.trainable import WEIGHTS
-from train.evaluation.run import evaluate, run, samples_seen
-from train.evaluation.targets import Drawn
+from train.evaluation.run import evaluate, evaluate_run, samples_seen
+from train.evaluation.targets import GeneratedImages
 from train.latents.provenance import check_latents
 from train.sampling.run import put_together
 
@@ -55,7 +55,7 @@ def watch(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
         if subject is not None:
             metrics[seen] = evaluate(cfg, subject, runtime, trained, seen)
     last = samples_seen(cfg.unet, "unet")  # the last checkpoint is what was exported
-    return metrics[last] if last in metrics else run(cfg, runtime)
+    return metrics[last] if last in metrics else evaluate_run(cfg, runtime)
 
 
 def finished(trained: Path, runtime: Runtime) -> bool:
@@ -70,7 +70,7 @@ def newest(trained: Path, output_dir: Path, passed: set[int]) -> int | None:
     return max(found - evaluated, default=None)
 
 
-def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) -> Drawn | None:
+def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) -> GeneratedImages | None:
     """The U-Net as the checkpoint has it, by its average where it keeps one; None if it is gone."""
     options = OmegaConf.masked_copy(read_config(trained), [option.name for option in fields(UNetRun)])
     try:
@@ -96,4 +96,4 @@ def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) 
     if runtime.any(gone):
         return None
     model = put_together(network, autoencoder, info, cfg, runtime.device)
-    return Drawn(cfg, runtime, model, {"weights": info.weights, "weights_sha256": digest})
+    return GeneratedImages(cfg, runtime, model, {"weights": info.weights, "weights_sha256": digest})

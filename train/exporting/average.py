@@ -19,7 +19,7 @@ from train.latents.provenance import INFO, UNetInfo
 NETWORK = "unet"  # name of the trainable
 
 
-def run(cfg: AverageRun) -> None:
+def export_average(cfg: AverageRun) -> None:
     """Write `output_dir`, whole; another average that stood there is replaced.
 
     Raises UserError for a folder with something else in it, averages that are not there, and those of adapters.

@@ -47,7 +47,7 @@ PIPELINES: dict[frozenset[str], tuple[str, dict[str, Any]]] = {  # of diffusers,
 }
 
 
-def run(cfg: ExportRun) -> None:
+def export_model(cfg: ExportRun) -> None:
     """Write the folder or the file; what stood there before stays until all is written."""
     info = info_of_trained(cfg.unet, cfg.autoencoder, cfg.clip)
     name, parts = pipeline_of(cfg, info)
@@ -91,7 +91,7 @@ def require_expressible(cfg: ExportRun, denoiser: Denoiser, name: str) -> None:
         raise UserError(f"unet={cfg.unet}: {name} knows no noise levels (conditions.low_resolution.noise_levels)")
     if low is not None and (model.in_channels // 2 != model.out_channels or low.scale != 1):
         raise UserError(
-            f"unet={cfg.unet}: {name} takes latents of 3 channels, as large as the small picture; train on an "
+            f"unet={cfg.unet}: {name} takes latents of 3 channels, as large as the small image; train on an "
             "autoencoder with latent_channels=3 whose downscale factor is conditions.low_resolution.factor"
         )
 

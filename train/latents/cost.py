@@ -8,13 +8,13 @@ from pathlib import Path
 
 from conf.schema import PrecomputeRun
 from train.engine.metric_log import say
-from train.latents.encoder import Encoder
-from train.latents.shard import LatentWriters, Split, decoded, part_of
+from train.latents.encoder import LatentEncoder
+from train.latents.shard import LatentSplit, LatentWriters, decoded_batches, part_of
 
 PROCESSES = (1, 8, 64)
 
 
-def plan(cfg: PrecomputeRun, encoder: Encoder, splits: list[Split]) -> None:
+def print_plan(cfg: PrecomputeRun, encoder: LatentEncoder, splits: list[LatentSplit]) -> None:
     """Say samples, storage and time of what is not encoded yet."""
     missing = [
         (split, index)
@@ -36,12 +36,12 @@ def plan(cfg: PrecomputeRun, encoder: Encoder, splits: list[Split]) -> None:
         say("latents", f"{took} on {processes} process{'es' if processes > 1 else ''} like this one")
 
 
-def cost_per_sample(cfg: PrecomputeRun, encoder: Encoder, split: Split) -> tuple[float, float]:
+def cost_per_sample(cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit) -> tuple[float, float]:
     """Bytes on disk and seconds of one process, without the first batch: that one warms up."""
     indices = range(min(split.images.samples, 2 * cfg.batch_size))
     samples, seconds = list[int](), list[float]()
     with tempfile.TemporaryDirectory() as folder, LatentWriters(cfg, Path(folder), 0, len(indices)) as write:
-        for batch in decoded(split.images, indices, cfg, []):
+        for batch in decoded_batches(split.images, indices, cfg, []):
             began = time.perf_counter()
             encoded = encoder(batch)
             for row in range(len(batch["key"])):

@@ -13,7 +13,7 @@ from conf.errors import UserError
 from conf.schema import Precision
 from data.labels import Labels
 from data.order import rng
-from models.autoencoder import Autoencoder, finite, split_moments
+from models.autoencoder import Autoencoder, finite_or_fp32, split_moments
 from models.conditions import Conditions, Samples
 from models.text import Cuts, TextTower, image_embeddings
 from models.tiles import encode_in_tiles
@@ -36,14 +36,14 @@ class Encoded:
 
 
 @dataclass(slots=True)
-class Encoder:
+class LatentEncoder:
     """Frozen autoencoder and, where a condition asks it, CLIP in one precision.
 
     Args:
         conditions: whose arrays are made.
         text_states: whether the states of captions are made, too, and not only their tokens.
         limit: most images or captions per forward pass; halved for good whenever they do not fit into memory.
-        tile: side in pixels of the squares that larger pictures are encoded in; 0: whole.
+        tile: side in pixels of the squares that larger images are encoded in; 0: whole.
     """
 
     autoencoder: Autoencoder
@@ -131,7 +131,7 @@ class Encoder:
         network = self.autoencoder
         encode = partial(encode_in_tiles, network.encode, side=self.tile, downscale=network.cfg.downscale)
         with autocast(self.device, self.precision):
-            return finite(encode, images.to(self.device)).cpu()
+            return finite_or_fp32(encode, images.to(self.device)).cpu()
 
     @torch.no_grad()
     def _states(self, tokens: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Encode every image and caption once: image shards to latent shards (moments, tokens, text states).
 
-Each image shard becomes one latent shard of the same number, or one for each shape that its pictures have. Any number
+Each image shard becomes one latent shard of the same number, or one for each shape that its images have. Any number
 of processes take part, started together or not, on one machine or many: each claims a shard, writes it whole, and puts
 its statistics beside it in `.parts/`. What a killed process had claimed is encoded by another one, or by the next
 start. The manifest comes last.
@@ -28,26 +28,26 @@ from models.autoencoder import Autoencoder
 from models.conditions import PREPARING, Conditions
 from models.text import Cuts, load_text_tower
 from models.tiles import check_tile
-from train.engine.metric_log import Journal, say
+from train.engine.metric_log import MetricLog, say
 from train.engine.runtime import Runtime
 from train.latents.check import decode_back
-from train.latents.cost import plan
-from train.latents.encoder import Encoder
+from train.latents.cost import print_plan
+from train.latents.encoder import LatentEncoder
 from train.latents.provenance import NULL_TEXT, OLDER, asks_clip, image_facts, weights_digest
-from train.latents.shard import PARTS, Split, encode_shard, part_of
+from train.latents.shard import PARTS, LatentSplit, encode_shard, part_of
 
 SPLITS = ("train", "heldout")
 REJECTS = "rejects.jsonl"
 
 
-def open_splits(cfg: PrecomputeRun, encoder: Encoder) -> list[Split]:
+def open_splits(cfg: PrecomputeRun, encoder: LatentEncoder) -> list[LatentSplit]:
     """Both sides; nothing is written yet.
 
     Raises:
         UserError: no images, or the folder holds latents of another provenance.
 
     """
-    facts, splits = provenance(cfg, encoder), []
+    facts, splits = latents_provenance(cfg, encoder), []
     for name in SPLITS:
         images = ImageDataset(
             f"{cfg.shards}/{name}", cfg.images, cfg.seed, StreamConfig(window=1), encoder.conditions.need_labels
@@ -56,11 +56,11 @@ def open_splits(cfg: PrecomputeRun, encoder: Encoder) -> list[Split]:
         encoder.conditions.check_names(labels)
         folder = Path(cfg.output_dir) / name
         wanted = facts | {"source": images.manifest.digest(), "labels": labels}
-        splits.append(Split(name, images, folder, wanted, existing_manifest(folder, wanted)))
+        splits.append(LatentSplit(name, images, folder, wanted, existing_manifest(folder, wanted)))
     return splits
 
 
-def provenance(cfg: PrecomputeRun, encoder: Encoder) -> dict[str, Any]:
+def latents_provenance(cfg: PrecomputeRun, encoder: LatentEncoder) -> dict[str, Any]:
     """All that decides what a latent record holds."""
     downscale = encoder.autoencoder.cfg.downscale
     shapes = bucket_shapes(cfg.images.resolution, cfg.buckets.max_aspect, cfg.buckets.step)
@@ -101,7 +101,7 @@ def existing_manifest(folder: Path, wanted: dict[str, Any]) -> Manifest | None:
 
 
 def precompute(
-    cfg: PrecomputeRun, encoder: Encoder, splits: list[Split], runtime: Runtime, journal: Journal
+    cfg: PrecomputeRun, encoder: LatentEncoder, splits: list[LatentSplit], runtime: Runtime, journal: MetricLog
 ) -> dict[str, float]:
     """Encode all splits together with whoever else does; returns the metrics of the cache.
 
@@ -117,7 +117,7 @@ def precompute(
                 samples += encoded
                 done = len(list((split.folder / PARTS).glob("*.json")))
                 journal.log(samples, {"latents/shards_done": float(done), "latents/shards": float(split.shards)})
-            split.finished = finish(cfg, encoder, split)
+            split.finished = finish_manifest(cfg, encoder, split)
         metrics[f"latents/{split.name}_samples"] = float(split.finished.samples)
         metrics[f"latents/{split.name}_rejected"] = float(split.finished.stats["rejected"])
         metrics[f"latents/{split.name}_psnr"] = split.finished.stats["psnr"]
@@ -127,7 +127,7 @@ def precompute(
     return metrics
 
 
-def encode_split(cfg: PrecomputeRun, encoder: Encoder, split: Split, runtime: Runtime) -> Iterator[int]:
+def encode_split(cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit, runtime: Runtime) -> Iterator[int]:
     """Encode shards until none is missing; yields the samples of each that this process encoded."""
     worker, workers = place(runtime)
     claims = Claims(split.folder / PARTS / "claims", cfg.lease_s)
@@ -145,12 +145,12 @@ def place(runtime: Runtime) -> tuple[int, int]:
     return min(task, tasks - 1) * runtime.world + runtime.rank, tasks * runtime.world
 
 
-def is_finished(split: Split) -> bool:
+def is_finished(split: LatentSplit) -> bool:
     """Whether the manifest is there: the parts are removed after it was written."""
     return (split.folder / MANIFEST).is_file()
 
 
-def finish(cfg: PrecomputeRun, encoder: Encoder, split: Split) -> Manifest:
+def finish_manifest(cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit) -> Manifest:
     """The manifest, made by the one of the processes that comes first."""
     for _ in Claims(split.folder / PARTS / "merge", cfg.lease_s).work(1, lambda _: is_finished(split)):
         merge(cfg, encoder, split)
@@ -160,7 +160,7 @@ def finish(cfg: PrecomputeRun, encoder: Encoder, split: Split) -> Manifest:
     return Manifest.load(split.folder)
 
 
-def merge(cfg: PrecomputeRun, encoder: Encoder, split: Split) -> None:
+def merge(cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit) -> None:
     """Join the shards' records into the manifest, after a sample of them was decoded back."""
     folder = split.folder
     parts = [part for index in range(split.shards) if (part := part_of(split, index)) is not None]
@@ -190,7 +190,7 @@ def cuts_of(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"captions_cut": sum(counts), "captions_cut_example": next(filter(None, lost))} if any(counts) else {}
 
 
-def say_cut(split: Split) -> None:
+def say_cut(split: LatentSplit) -> None:
     """Say what of the captions no latent record holds."""
     assert split.finished is not None
     stats, length = split.finished.stats, split.provenance["context_length"]
@@ -199,7 +199,7 @@ def say_cut(split: Split) -> None:
         say("latents", f"{split.name}: {cuts.line('captions')}")
 
 
-def write_null_text(folder: Path, encoder: Encoder) -> None:
+def write_null_text(folder: Path, encoder: LatentEncoder) -> None:
     """Text states of the empty caption, which training puts in place of dropped ones."""
     text = encoder.states(encoder.text_tower.tokenize([""]))[0].contiguous()  # [L, D]
     if not text.isfinite().all():
@@ -208,9 +208,9 @@ def write_null_text(folder: Path, encoder: Encoder) -> None:
         save_file({"text": text}, path)
 
 
-def run(cfg: PrecomputeRun, runtime: Runtime, config: dict[str, Any]) -> None:
+def run_precompute(cfg: PrecomputeRun, runtime: Runtime, config: dict[str, Any]) -> None:
     """The command: encode, and say where the cache is and how well it decodes."""
-    encoder = Encoder(
+    encoder = LatentEncoder(
         Autoencoder.from_pretrained(cfg.autoencoder).eval().to(runtime.device),
         load_text_tower(cfg.clip).eval().to(runtime.device) if asks_clip(cfg.conditions) else None,
         Conditions(cfg.conditions, PREPARING),
@@ -223,9 +223,9 @@ def run(cfg: PrecomputeRun, runtime: Runtime, config: dict[str, Any]) -> None:
     )
     splits = open_splits(cfg, encoder)
     if cfg.plan:
-        plan(cfg, encoder, splits)
+        print_plan(cfg, encoder, splits)
         return
-    journal = Journal(cfg.output_dir, cfg.wandb, "latents", config, place(runtime)[0] == 0)
+    journal = MetricLog(cfg.output_dir, cfg.wandb, "latents", config, place(runtime)[0] == 0)
     exit_code = 1
     try:
         metrics = precompute(cfg, encoder, splits, runtime, journal)

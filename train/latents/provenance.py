@@ -19,9 +19,9 @@ from conf.plain_json import dumps, loads, loads_finite
 from conf.schema import ConditionsConfig, ImageConfig, ProcessConfig, UNetRun
 from conf.schema.networks import UNetConfig
 from data.shards.manifest import Manifest
-from data.shards.remote import joined, read
+from data.shards.remote import joined, read_remote
 from data.shards.shard import atomic_write
-from models.conditions import PREPARING, Conditions, Surroundings
+from models.conditions import PREPARING, ConditionContext, Conditions
 from models.diffusion.process import SCHEDULER, differences, meaning, read_scheduler
 from models.formats.lora import Adapters
 from models.formats.weights import WEIGHTS_NAME, metadata_of
@@ -134,7 +134,7 @@ class UNetInfo:
 
     def build_conditions(self, model: UNetConfig, downscale: int, null_text: Tensor | None = None) -> Conditions:
         """The conditions of a U-Net, untrained; `null_text` [L, D] is for its training."""
-        around = Surroundings.of(
+        around = ConditionContext.of(
             model,
             downscale=downscale,
             latent_mean=torch.tensor(self.latent_mean),
@@ -147,7 +147,7 @@ class UNetInfo:
     def null_text(self, latents: str) -> Tensor:
         """Text states [L, D] of the empty caption, from the cache."""
         try:
-            return load(read(joined(latents, NULL_TEXT)))["text"].float()
+            return load(read_remote(joined(latents, NULL_TEXT)))["text"].float()
         except FileNotFoundError:
             raise UserError(f"no {NULL_TEXT} in '{latents}': run data/precompute_latents.py again") from None
 
@@ -217,8 +217,8 @@ def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:
     for name, (wanted, cached) in found.items():
         if wanted != cached:
             raise UserError(
-                f"latents={cfg.latents} does not fit this run: {name} is {short(wanted)}, the cache was made with "
-                f"{short(cached)}; run data/precompute_latents.py into another folder or change the option"
+                f"latents={cfg.latents} does not fit this run: {name} is {shortened(wanted)}, the cache was made with "
+                f"{shortened(cached)}; run data/precompute_latents.py into another folder or change the option"
             )
     check_conditions(cfg, facts.get("conditions", OLDER["conditions"]))
     check_shapes(cfg, facts)
@@ -287,7 +287,7 @@ def check_shapes(cfg: UNetRun, facts: dict[str, Any]) -> None:
     for width, height in facts.get("shapes", square):
         if width % pixels or height % pixels:
             raise UserError(
-                f"latents={cfg.latents}: pictures of {width} x {height} pixels do not fit model.block_out_channels, "
+                f"latents={cfg.latents}: images of {width} x {height} pixels do not fit model.block_out_channels, "
                 f"which halves sides that are multiples of {pixels}: precompute them with buckets.step={pixels}"
             )
 
@@ -300,6 +300,6 @@ def require_same(option: str, wanted: Mapping[str, Any], found: Mapping[str, Any
             raise UserError(f"{option}: its {name} is {before}, model.{name} is {after}; make them equal")
 
 
-def short(value: Any) -> str:
+def shortened(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 12 else text[:12] + "..."

@@ -19,14 +19,14 @@ from data.buckets import bucket_shapes, suffix_of
 from data.image_dataset import Batch, ImageDataset, collate
 from data.latent_record import ChannelStats, LatentWriter
 from data.shards.manifest import Manifest, ShardInfo
-from train.latents.encoder import Encoded, Encoder
+from train.latents.encoder import Encoded, LatentEncoder
 
 PARTS = ".parts"
 AHEAD = 2  # batches that are decoded before the encoder asks for them
 
 
 @dataclass(slots=True)
-class Split:
+class LatentSplit:
     """One side of the data set: its images, where its latents go, and their provenance."""
 
     name: str
@@ -46,7 +46,7 @@ class Split:
         return range(ends[index], ends[index + 1])
 
 
-def part_of(split: Split, index: int) -> dict[str, Any] | None:
+def part_of(split: LatentSplit, index: int) -> dict[str, Any] | None:
     """What was recorded of a shard that is complete and of this provenance."""
     try:
         part: dict[str, Any] = json.loads((split.folder / PARTS / f"{index:05d}.json").read_text())
@@ -65,7 +65,7 @@ class LatentWriters:
         self.writers: dict[str, LatentWriter] = {}
 
     def __call__(self, encoded: Encoded, row: int, batch: Batch) -> None:
-        """Append sample `row` of a batch, with what micro-conditioning needs: the picture's size and the cuts."""
+        """Append sample `row` of a batch, with what micro-conditioning needs: the image's size and the cuts."""
         cuts, (width, height) = batch["cuts"][row], batch["size"][row]
         found = {"width": width, "height": height, "cuts": [asdict(cut) for cut in cuts]}
         text = None if encoded.text is None else encoded.text[row]
@@ -102,7 +102,7 @@ class LatentWriters:
         self.stack.__exit__(kind, error, trace)
 
 
-def encode_shard(cfg: PrecomputeRun, encoder: Encoder, split: Split, index: int) -> dict[str, Any]:
+def encode_shard(cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit, index: int) -> dict[str, Any]:
     """Encode one shard; decoding, encoding and writing overlap. Returns what the manifest will need of it."""
     samples, stats = split.samples_of(index), ChannelStats(split.provenance["latent_channels"])
     rejects: list[dict[str, str]] = []
@@ -118,7 +118,7 @@ def encode_shard(cfg: PrecomputeRun, encoder: Encoder, split: Split, index: int)
 
     with LatentWriters(cfg, split.folder, index, len(samples)) as writers, ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
-        for batch in decoded(split.images, samples, cfg, rejects):
+        for batch in decoded_batches(split.images, samples, cfg, rejects):
             encoded = encoder(batch)
             if written is not None:
                 written.result()
@@ -135,7 +135,7 @@ def encode_shard(cfg: PrecomputeRun, encoder: Encoder, split: Split, index: int)
     }
 
 
-def decoded(
+def decoded_batches(
     images: ImageDataset, samples: Sequence[int], cfg: PrecomputeRun, rejects: list[dict[str, str]]
 ) -> Iterator[Batch]:
     """Batches of samples of one shape each, decoded by threads ahead of time; broken ones go to `rejects`."""

@@ -18,7 +18,7 @@ from train.planning.estimate import RESERVE, Cost, Option
 PLAN = "plan.json"
 
 
-def report(cfg: PlanRun, cost: Cost, console: Console | None = None) -> None:
+def print_cost(cfg: PlanRun, cost: Cost, console: Console | None = None) -> None:
     """Print the plan and write it to `output_dir`."""
     console = console or Console(highlight=False)
     path = Path(cfg.output_dir) / PLAN

@@ -75,7 +75,7 @@ def estimate(cfg: PlanRun) -> Cost:
         micro_batch=micro,
         accumulation=accumulation,
         budget=budget,
-        options=options(cfg, elements, budget),
+        options=sharding_options(cfg, elements, budget),
         mfu=utilisation(cfg),
         compute_s=compute_seconds(cfg),
         exchange_s=exchange_seconds(cfg, elements),
@@ -119,7 +119,7 @@ def training_flops(cfg: PlanRun) -> float:
     return forward * (4 if cfg.runtime.gradient_checkpointing else 3)
 
 
-def options(cfg: PlanRun, elements: int, budget: int) -> list[Option]:
+def sharding_options(cfg: PlanRun, elements: int, budget: int) -> list[Option]:
     """Memory at every stage, without and with offload."""
     micro, accumulation = cfg.batch.split(cfg.gpus)
     measured, doubled = activations(cfg, micro), activations(cfg, 2 * micro)

@@ -8,7 +8,7 @@ from conf.errors import UserError
 from conf.schema import ConditionsConfig
 from conf.schema.networks import UNetConfig
 from models.autoencoder import Autoencoder
-from models.conditions import Conditions, Surroundings
+from models.conditions import ConditionContext, Conditions
 from models.denoiser import Denoiser
 from models.diffusion.process import SCHEDULER, Process, read_scheduler
 from models.formats.weights import CONFIG_NAME, read_json
@@ -43,7 +43,7 @@ def load_exported(folder: str, device: torch.device, tile: int = 0) -> Diffusion
     mean, std = torch.zeros(channels), torch.full((channels,), 1 / scale)
 
     def conditions(model: UNetConfig) -> Conditions:
-        around = Surroundings.of(model, downscale=autoencoder.cfg.downscale, latent_mean=mean, latent_std=std)
+        around = ConditionContext.of(model, downscale=autoencoder.cfg.downscale, latent_mean=mean, latent_std=std)
         return Conditions(ConditionsConfig(), around)
 
     denoiser = Denoiser.from_pretrained(path / "unet", conditions)

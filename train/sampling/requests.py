@@ -20,21 +20,21 @@ from models.conditions import Conditions, Samples
 from models.pipeline import DiffusionPipeline
 from models.prompts import parse, plain
 from train.engine.metric_log import say
-from train.sampling.user_images import GivenPicture, caption_beside, read_given
+from train.sampling.user_images import UserImage, caption_beside, read_given
 
 # -------------------- prompts -----------------------------------------------------------------------------------------
 
 
 class Prompt(NamedTuple):
-    """What one or several pictures are drawn of."""
+    """What one or several images are drawn of."""
 
     text: str
     sample: int | None = None  # of the data set that it is the caption of
-    file: str | None = None  # picture that it belongs to
+    file: str | None = None  # image that it belongs to
 
 
 class Job(NamedTuple):
-    """One picture."""
+    """One image."""
 
     prompt: str
     number: int  # among all that are drawn of that prompt
@@ -43,7 +43,7 @@ class Job(NamedTuple):
 
 
 def read_prompts(cfg: SampleRun) -> list[Prompt]:
-    """Prompts of the command line, of the file, of the pictures and of the data set, in that order.
+    """Prompts of the command line, of the file, of the images and of the data set, in that order.
 
     Raises:
         UserError: a source without a prompt, or a prompt with broken syntax.
@@ -109,7 +109,7 @@ def say_cut(
 
 
 def jobs_of(prompts: Sequence[Prompt], images_per_prompt: int) -> list[Job]:
-    """All pictures; a prompt that comes again goes on counting, so that no picture is drawn twice."""
+    """All images; a prompt that comes again goes on counting, so that no image is drawn twice."""
     drawn: Counter[str] = Counter()
     jobs = []
     for text, sample, file in prompts:
@@ -124,19 +124,19 @@ Item = dict[str, Any]  # as of `data.image_dataset.ImageDataset`: caption; image
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Requests:
     """What `train/sample.py` draws: prompts, and the data set of those that are captions of its samples."""
 
     prompts: list[Prompt]
     data: ImageDataset | None  # where the network is told more than captions
-    given: dict[str, GivenPicture] = field(default_factory=dict)  # by file
+    given: dict[str, UserImage] = field(default_factory=dict)  # by file
     in_words: dict[str, Item] = field(default_factory=dict)  # labels that prompts name, by prompt
 
     @classmethod
     def of(cls, cfg: SampleRun, model: DiffusionPipeline, prompts: list[Prompt]) -> Self:
         """Refuses prompts that lack what the network must be told."""
         conditions = model.denoiser.conditions
-        if not (conditions.need_labels or conditions.need_pictures):
+        if not (conditions.need_labels or conditions.need_images):
             if cfg.inputs:
                 raise UserError(f"inputs={cfg.inputs[0]}: this network is told only text; set prompts instead")
             return cls(with_words(prompts, cfg.prompts_from) if conditions.takes_text else prompts, None)
@@ -159,7 +159,7 @@ class Asked:
         return None if self.data is None else self.data.digest
 
     def batches(self, jobs: Sequence[Job], indices: Sequence[int], most: int) -> list[list[int]]:
-        """Of these jobs those that can be drawn together: in their order, with given pictures of one kind and size."""
+        """Of these jobs those that can be drawn together: in their order, with given images of one kind and size."""
         alike = [list(group) for _, group in groupby(indices, lambda index: self._kind(jobs[index]))]
         return [group[start : start + most] for group in alike for start in range(0, len(group), most)]
 
@@ -170,7 +170,7 @@ class Asked:
         return "mask" in item, item["image"].shape
 
     def item(self, job: Job) -> Item:
-        """All that is known of a picture to be drawn."""
+        """All that is known of an image to be drawn."""
         if job.file is not None:
             return {"caption": job.prompt, **self.given[job.file].item}
         if self.data is None or job.sample is None:
@@ -198,16 +198,16 @@ def require_prompts_alone(conditions: Conditions, who: str) -> None:
         UserError: naming the condition.
     """
     for name, part in conditions.kinds.items():
-        if part.needs_picture or part.names:
+        if part.needs_image or part.names:
             raise UserError(f"this network was trained with conditions.{name}: {who} knows prompts alone")
 
 
 def samples_of(items: Sequence[Item], numbers: Sequence[int], seed: int, side: int) -> Samples:
-    """Of the pictures with these numbers, which decide what is random about their masks and degradations.
+    """Of the images with these numbers, which decide what is random about their masks and degradations.
 
     Args:
-        items: alike: all pictures of one size, all of files or none.
-        side: in pixels of a picture where an item has none.
+        items: alike: all images of one size, all of files or none.
+        side: in pixels of an image where an item has none.
     """
     images = torch.stack([item["image"] if "image" in item else torch.zeros(3, side, side) for item in items])
     height, width = images.shape[2:]
@@ -230,8 +230,8 @@ def require_told(conditions: Conditions, item: Item, file: str | None) -> None:
     """
     remedy = "set prompts_from=FOLDER of image shards or inputs=[FILE]"
     for name, part in conditions.kinds.items():
-        if part.needs_picture and "image" not in item:
-            raise UserError(f"this network was trained with conditions.{name}, which is made of a picture: {remedy}")
+        if part.needs_image and "image" not in item:
+            raise UserError(f"this network was trained with conditions.{name}, which is made of an image: {remedy}")
         if file is not None and part.needs_mask and "mask" not in item:
             mask = Path(file).with_suffix(".mask.png")
             raise UserError(f"inputs={file}: this network paints where a mask is white: put {mask} beside it")

@@ -1,4 +1,4 @@
-"""Pictures from a trained model: prompts in, PNGs, a captioned grid and a film strip out."""
+"""Images from a trained model: prompts in, PNGs, a captioned grid and a film strip out."""
 
 import time
 from collections.abc import Sequence
@@ -25,21 +25,21 @@ from models.formats.lora import FILE_NAME as ADAPTERS
 from models.formats.lora import adapter_file, load_adapters
 from models.pipeline import DiffusionPipeline
 from models.text import load_text_tower
-from train.engine.image_grid import beside, to_uint8
+from train.engine.image_grid import side_by_side, to_uint8
 from train.engine.metric_log import say
 from train.engine.precision import autocast
 from train.engine.progress import Progress
 from train.engine.runtime import Runtime
 from train.latents.provenance import UNetInfo, files_digest, info_of_trained, weights_digest
-from train.sampling.requests import Asked, Item, jobs_of, read_prompts, samples_of, say_cut
-from train.sampling.sample_folder import FILMED, Album
+from train.sampling.requests import Item, Requests, jobs_of, read_prompts, samples_of, say_cut
+from train.sampling.sample_folder import FILMED, SampleFolder
 
-WRITERS = 4  # threads: a PNG takes as long as some pictures on a GPU
+WRITERS = 4  # threads: a PNG takes as long as some images on a GPU
 NAMED = 3  # prompts in an error
 
 
 class Drawing(NamedTuple):
-    """Pictures of B items and what they were made of."""
+    """Images of B items and what they were made of."""
 
     images: Tensor  # [B, 3, H, W] in [-1, 1]
     originals: Tensor  # [B, 3, H, W], grey where there are none
@@ -71,7 +71,7 @@ def refuse_merged(unet: str, lora: str) -> None:
 
 
 def lora_facts(cfg: ModelRun) -> dict[str, Any]:
-    """The adapters that pictures depend on, in plain values; nothing where there are none."""
+    """The adapters that images depend on, in plain values; nothing where there are none."""
     if cfg.lora is None:
         return {}
     return {"lora_sha256": files_digest([adapter_file(cfg.lora)]), "lora_scale": cfg.lora_scale}
@@ -93,14 +93,14 @@ def put_together(
     return DiffusionPipeline(denoiser, autoencoder, tower, Process(info.process_config()), mean, std, cfg.tile)
 
 
-def draw(
+def draw_images(
     model: DiffusionPipeline,
     cfg: ModelRun,
     items: Sequence[Item],
     numbers: Sequence[int],
     film: Film | None = None,
 ) -> Drawing:
-    """The pictures of some items, with their numbers among those of the same caption, all in one batch."""
+    """The images of some items, with their numbers among those of the same caption, all in one batch."""
     conditions, captions = model.denoiser.conditions, [item["caption"] for item in items]
     side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale
     samples = samples_of(items, numbers, cfg.seed, side)
@@ -111,32 +111,32 @@ def draw(
     return Drawing(images, samples.images, inputs, conditions.titles(captions, inputs))
 
 
-def finite(images: Tensor) -> list[bool]:
-    """Which pictures [B, 3, H, W] have no NaN and no infinity."""
+def finite_images(images: Tensor) -> list[bool]:
+    """Which images [B, 3, H, W] have no NaN and no infinity."""
     return images.flatten(1).isfinite().all(dim=1).tolist()
 
 
 def require_finite(cfg: ModelRun, broken: Sequence[str]) -> None:
-    """Name the prompts whose pictures were not finite, if there are any."""
+    """Name the prompts whose images were not finite, if there are any."""
     if broken:
         named = ", ".join(f"'{prompt}'" for prompt in broken[:NAMED]) + (" …" if len(broken) > NAMED else "")
         raise UserError(
-            f"pictures of {named} are NaN or infinite, {len(broken)} in all: set runtime.precision=fp32 or a lower "
+            f"images of {named} are NaN or infinite, {len(broken)} in all: set runtime.precision=fp32 or a lower "
             f"guidance_scale; if that does not help, unet={cfg.unet} is broken"
         )
 
 
-def run(cfg: SampleRun, runtime: Runtime) -> None:
-    """Write the pictures, `grid.png` and `film.png`; processes share the pictures.
+def sample(cfg: SampleRun, runtime: Runtime) -> None:
+    """Write the images, `grid.png` and `film.png`; processes share the images.
 
     One that is there already, with the same parameters, is not drawn again.
 
     Raises:
-        UserError: no prompts, networks that do not belong together, or pictures that are not finite.
+        UserError: no prompts, networks that do not belong together, or images that are not finite.
     """
     prompts = read_prompts(cfg)
     model = load_model(cfg, runtime.device)
-    asked = Asked.of(cfg, model, prompts)
+    asked = Requests.of(cfg, model, prompts)
     if runtime.is_main:
         say_cut("sample", model, [prompt.text for prompt in asked.prompts], cfg)
     album = album_of(cfg, asked)
@@ -145,23 +145,23 @@ def run(cfg: SampleRun, runtime: Runtime) -> None:
     lacking = sorted(chain.from_iterable(runtime.gather_objects(lacking)))
     began = time.monotonic()
     broken = fill(album, model, cfg, asked, lacking, runtime)
-    broken = sorted(chain.from_iterable(runtime.gather_objects(broken)))  # waits for the pictures of all processes
+    broken = sorted(chain.from_iterable(runtime.gather_objects(broken)))  # waits for the images of all processes
     seconds = time.monotonic() - began
     require_finite(cfg, [jobs[index].prompt for index in broken])
     if runtime.is_main:
         sheets = " and ".join(map(str, album.write_sheets()))
-        say("sample", f"{told(len(jobs), len(lacking), seconds)}: {sheets}")
+        say("sample", f"{sampling_summary(len(jobs), len(lacking), seconds)}: {sheets}")
 
 
-def told(wanted: int, drawn: int, seconds: float) -> str:
+def sampling_summary(wanted: int, drawn: int, seconds: float) -> str:
     """The end of the command in words."""
     if not drawn:
-        return f"all {wanted:,} pictures were there already"
+        return f"all {wanted:,} images were there already"
     there = f"; {wanted - drawn:,} were there already" if drawn < wanted else ""
-    return f"{drawn:,} pictures in {seconds:.1f} s, {drawn / seconds:.3g} pictures/s{there}"
+    return f"{drawn:,} images in {seconds:.1f} s, {drawn / seconds:.3g} images/s{there}"
 
 
-def album_of(cfg: SampleRun, asked: Asked) -> Album:
+def album_of(cfg: SampleRun, asked: Requests) -> SampleFolder:
     """The files that are asked for."""
     shared = {"seed": cfg.seed, **sampling_facts(cfg), "tile": cfg.tile, "precision": cfg.runtime.precision.value}
     shared |= {"unet": weights_digest(cfg.unet), **lora_facts(cfg)}
@@ -169,40 +169,45 @@ def album_of(cfg: SampleRun, asked: Asked) -> Album:
     if cfg.film_frames:
         labels = Film(cfg.film_frames, cfg.steps, []).labels
         filmed = range(0, len(jobs), cfg.images_per_prompt)[:FILMED]
-    files = {path: picture.digest for path, picture in asked.given.items()}
-    return Album(Path(cfg.output_dir), jobs, shared, filmed, labels, asked.digest, files)
+    files = {path: image.digest for path, image in asked.given.items()}
+    return SampleFolder(Path(cfg.output_dir), jobs, shared, filmed, labels, asked.digest, files)
 
 
 def sampling_facts(cfg: SamplingConfig) -> dict[str, Any]:
-    """The options between noise and picture, in plain values."""
+    """The options between noise and image, in plain values."""
     plain = to_plain(cfg)
     return {option.name: plain[option.name] for option in fields(SamplingConfig)}
 
 
 def fill(
-    album: Album, model: DiffusionPipeline, cfg: SampleRun, asked: Asked, lacking: Sequence[int], runtime: Runtime
+    album: SampleFolder,
+    model: DiffusionPipeline,
+    cfg: SampleRun,
+    asked: Requests,
+    lacking: Sequence[int],
+    runtime: Runtime,
 ) -> list[int]:
     """Draw this process's share of what is lacking; a batch is written while the next one is drawn.
 
-    Returns the pictures that were not finite, which are left out.
+    Returns the images that were not finite, which are left out.
 
     Raises:
-        UserError: the first batch has no other picture.
+        UserError: the first batch has no other image.
     """
     mine, broken = lacking[runtime.rank :: runtime.world], []
-    progress = Progress("sample", len(lacking), "pictures", shown=runtime.is_main)
+    progress = Progress("sample", len(lacking), "images", shown=runtime.is_main)
     with progress, ThreadPoolExecutor(WRITERS) as writers:
         written: list[Future[None]] = []
         drawn = 0
         for part in asked.batches(album.jobs, mine, cfg.batch_size):
             drawing, frames = draw_filmed(album, model, cfg, asked, part)
-            kept = [row for row, sound in enumerate(finite(drawing.images)) if sound]
+            kept = [row for row, sound in enumerate(finite_images(drawing.images)) if sound]
             broken += [index for row, index in enumerate(part) if row not in kept]
             if drawn == 0 and not kept:
                 require_finite(cfg, [album.jobs[index].prompt for index in broken])
             pixels, shown = to_uint8(drawing.images), model.denoiser.conditions.show(drawing.originals, drawing.inputs)
-            sheet = to_uint8(beside([*shown, drawing.images])[..., : -drawing.images.shape[3]]) if shown else None
-            finish(written)
+            sheet = to_uint8(side_by_side([*shown, drawing.images])[..., : -drawing.images.shape[3]]) if shown else None
+            finish_writing(written)
             written = [
                 writers.submit(
                     album.add,
@@ -216,27 +221,27 @@ def fill(
             ]
             drawn += len(part)
             progress.update(len(lacking) * drawn // len(mine))  # as if all processes were as fast
-        finish(written)
+        finish_writing(written)
     return broken
 
 
 def draw_filmed(
-    album: Album, model: DiffusionPipeline, cfg: SampleRun, asked: Asked, part: Sequence[int]
+    album: SampleFolder, model: DiffusionPipeline, cfg: SampleRun, asked: Requests, part: Sequence[int]
 ) -> tuple[Drawing, dict[int, np.ndarray]]:
-    """The pictures of some jobs, and by row the frames, uint8 [F, H, W, 3], of those that are filmed."""
+    """The images of some jobs, and by row the frames, uint8 [F, H, W, 3], of those that are filmed."""
     jobs = [album.jobs[index] for index in part]
     items, numbers = [asked.item(job) for job in jobs], [job.number for job in jobs]
     rows = [row for row, index in enumerate(part) if index in album.filmed]
     if not rows:
-        return draw(model, cfg, items, numbers), {}
+        return draw_images(model, cfg, items, numbers), {}
     film = Film(cfg.film_frames, cfg.steps, rows)
-    drawing = draw(model, cfg, items, numbers, film)
+    drawing = draw_images(model, cfg, items, numbers, film)
     with autocast(model.device, cfg.runtime.precision):
         frames = film.frames(model, drawing.images)  # [R, F, 3, H, W]
     return drawing, {row: to_uint8(strip) for row, strip in zip(rows, frames, strict=True)}
 
 
-def finish(written: Sequence[Future[None]]) -> None:
+def finish_writing(written: Sequence[Future[None]]) -> None:
     """Wait for files; raises what went wrong with them."""
     for file in written:
         file.result()

@@ -1,4 +1,4 @@
-"""The files of `train/sample.py`: each picture with its parameters inside, and the sheets that show many at once."""
+"""The files of `train/sample.py`: each image with its parameters inside, and the sheets that show many at once."""
 
 import json
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from train.engine.image_grid import captioned, film_strips
 from train.engine.metric_log import png_of
 from train.sampling.requests import Job
 
-GRID_PICTURES = 64
+GRID_IMAGES = 64
 FILMED = 16  # prompts in film.png
-LARGEST = 512  # pixels; pictures of twice that and more are shown smaller
+LARGEST = 512  # pixels; images of twice that and more are shown smaller
 TITLE = "Title"  # the text chunk of a PNG with what is asked for, in words
 PARAMETERS = "parameters"  # the text chunk of a PNG that holds them, as JSON
 
 
 @dataclass(frozen=True, slots=True)
-class Album:
-    """One folder of pictures.
+class SampleFolder:
+    """One folder of images.
 
         00000.png …         one per job
-        asked/00000.png …   what it was asked for, where that is a picture
+        asked/00000.png …   what it was asked for, where that is an image
         grid.png            the first of them, with their prompts
-        strips/00000.png …  the frames of a filmed picture side by side
+        strips/00000.png …  the frames of a filmed image side by side
         film.png            all strips, with their prompts
 
     Nothing but the jobs is kept in memory.
@@ -37,14 +37,14 @@ class Album:
 
     folder: Path
     jobs: list[Job]
-    shared: dict[str, Any]  # parameters of all pictures
-    filmed: range  # jobs, the first picture of some prompts
+    shared: dict[str, Any]  # parameters of all images
+    filmed: range  # jobs, the first image of some prompts
     labels: list[str]  # of the frames
-    data: str | None = None  # digest of the data set that pictures depend on
-    files: dict[str, str] = field(default_factory=dict)  # digests of given pictures, by file
+    data: str | None = None  # digest of the data set that images depend on
+    files: dict[str, str] = field(default_factory=dict)  # digests of given images, by file
 
     def parameters(self, index: int) -> dict[str, Any]:
-        """All that makes this picture again."""
+        """All that makes this image again."""
         job = self.jobs[index]
         known = {"prompt": job.prompt, "number": job.number, **self.shared}
         if job.file is not None:
@@ -55,17 +55,17 @@ class Album:
         """Likewise of its strip."""
         return {**self.parameters(index), "frames": self.labels}
 
-    def picture(self, index: int) -> Path:
-        """File of a picture."""
+    def image(self, index: int) -> Path:
+        """File of an image."""
         return self.folder / f"{index:05d}.png"
 
     def strip(self, index: int) -> Path:
-        """File of a filmed picture's frames."""
+        """File of a filmed image's frames."""
         return self.folder / "strips" / f"{index:05d}.png"
 
     def holds(self, index: int) -> bool:
-        """Whether a picture, and its strip if it is filmed, are there with the parameters that they should have."""
-        if read_parameters(self.picture(index)) != self.parameters(index):
+        """Whether an image, and its strip if it is filmed, are there with the parameters that they should have."""
+        if read_parameters(self.image(index)) != self.parameters(index):
             return False
         return index not in self.filmed or read_parameters(self.strip(index)) == self.strip_parameters(index)
 
@@ -76,16 +76,16 @@ class Album:
     def add(
         self, index: int, image: np.ndarray, title: str, frames: np.ndarray | None, asked: np.ndarray | None
     ) -> None:
-        """Write a picture, uint8 [H, W, 3], after the frames [F, H, W, 3] of a filmed one and what was asked for."""
+        """Write an image, uint8 [H, W, 3], after the frames [F, H, W, 3] of a filmed one and what was asked for."""
         if frames is not None:
             write_png(self.strip(index), np.concatenate(list(frames), axis=1), title, self.strip_parameters(index))
         if asked is not None:
             write_png(self.asked(index), asked, title, self.parameters(index))
-        write_png(self.picture(index), image, title, self.parameters(index))
+        write_png(self.image(index), image, title, self.parameters(index))
 
     def write_sheets(self) -> list[Path]:
-        """The grid of the first pictures and the film, read back from their files; returns where they are."""
-        shown = range(min(GRID_PICTURES, len(self.jobs)))
+        """The grid of the first images and the film, read back from their files; returns where they are."""
+        shown = range(min(GRID_IMAGES, len(self.jobs)))
         images = together([self._shown(index) for index in shown])
         sheets = {"grid.png": captioned(images, [self._title(index) for index in shown])}
         if self.filmed:
@@ -97,15 +97,15 @@ class Album:
         return [self.folder / name for name in sheets]
 
     def _shown(self, index: int) -> np.ndarray:
-        """A picture beside what was asked for."""
-        picture, asked = read_png(self.picture(index)), self.asked(index)
-        return shrunk(np.concatenate([read_png(asked), picture], axis=1) if asked.is_file() else picture)
+        """An image beside what was asked for."""
+        image, asked = read_png(self.image(index)), self.asked(index)
+        return shrunk(np.concatenate([read_png(asked), image], axis=1) if asked.is_file() else image)
 
     def _title(self, index: int) -> str:
-        return read_text(self.picture(index), TITLE) or ""
+        return read_text(self.image(index), TITLE) or ""
 
     def _frames(self, index: int) -> np.ndarray:
-        """Of a filmed picture, [F, H, W, 3], not larger than a sheet needs."""
+        """Of a filmed image, [F, H, W, 3], not larger than a sheet needs."""
         return np.stack([shrunk(frame) for frame in np.split(read_png(self.strip(index)), len(self.labels), axis=1)])
 
 
@@ -142,15 +142,15 @@ def read_png(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def together(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures [..., H, W, 3] as one array, as high and wide as the largest; the others get white below and beside."""
-    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (-3, -2))
-    sheets = np.full((len(pictures), *pictures[0].shape[:-3], height, width, 3), 255, dtype=np.uint8)
-    for sheet, picture in zip(sheets, pictures, strict=True):
-        sheet[..., : picture.shape[-3], : picture.shape[-2], :] = picture
+def together(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images [..., H, W, 3] as one array, as high and wide as the largest; the others get white below and beside."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (-3, -2))
+    sheets = np.full((len(images), *images[0].shape[:-3], height, width, 3), 255, dtype=np.uint8)
+    for sheet, image in zip(sheets, images, strict=True):
+        sheet[..., : image.shape[-3], : image.shape[-2], :] = image
     return sheets
 
 
 def shrunk(image: np.ndarray) -> np.ndarray:
-    """A picture on a sheet: less than twice LARGEST pixels high, so that a sheet of large ones fits into memory."""
+    """An image on a sheet: less than twice LARGEST pixels high, so that a sheet of large ones fits into memory."""
     return np.asarray(Image.fromarray(image).reduce(max(1, image.shape[0] // LARGEST)))

@@ -1,6 +1,6 @@
-"""A user's own pictures: a file, and what lies beside it under the names that it would have in a shard.
+"""A user's own images: a file, and what lies beside it under the names that it would have in a shard.
 
-photo.png        or .jpg, .webp …; super-resolution takes it as the small picture
+photo.png        or .jpg, .webp …; super-resolution takes it as the small image
 photo.txt        its caption
 photo.json       its labels, as `data.labels` reads them
 photo.seg.png    the class of each pixel
@@ -24,15 +24,15 @@ from data.samples import caption_in, fields_in
 
 
 @dataclass(frozen=True, slots=True)
-class GivenPicture:
+class UserImage:
     """One of them, read."""
 
     item: dict[str, Any]  # as of `data.image_dataset.ImageDataset`, and "mask", bool [H, W], where there is one
     digest: str  # sha256 of all its files but the caption
 
 
-def read_given(path: str, option: str = "inputs") -> GivenPicture:
-    """A picture of any size with its labels and mask; `option` is what errors call it.
+def read_given(path: str, option: str = "inputs") -> UserImage:
+    """An image of any size with its labels and mask; `option` is what errors call it.
 
     Raises:
         UserError: naming the file, and what is wrong with it or with one beside it.
@@ -51,11 +51,11 @@ def read_given(path: str, option: str = "inputs") -> GivenPicture:
     for name, beside in contents.items():
         digest.update(f"{name} {-1 if beside is None else len(beside)} ".encode() + (beside or b""))
     item = {"key": path, "image": to_tensor(np.asarray(image)), "labels": labels, "as_given": True, **masks}
-    return GivenPicture(item, digest.hexdigest())
+    return UserImage(item, digest.hexdigest())
 
 
 def caption_beside(path: str) -> str:
-    """Of a picture's file; empty where there is none."""
+    """Of an image's file; empty where there is none."""
     beside = Path(path).with_suffix(".txt")
     content = _content(beside)
     try:
@@ -71,7 +71,7 @@ def read_mask(content: bytes, size: tuple[int, int]) -> Tensor:
     except Unfit as error:
         raise UserError(f"its mask {error}") from error
     except ImageError as error:
-        raise UserError("its mask is not a readable picture") from error
+        raise UserError("its mask is not a readable image") from error
 
 
 def _content(path: Path) -> bytes | None:

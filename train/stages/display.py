@@ -130,7 +130,7 @@ def line(row: Row) -> str:
     return f"{row.name:<12}{row.state:<9}{'  '.join(known)}".rstrip()
 
 
-def report(console: Console, paths: Mapping[str, Path], summary: Mapping[str, float]) -> None:
+def print_summary(console: Console, paths: Mapping[str, Path], summary: Mapping[str, float]) -> None:
     """The end of a run: metrics, times, and where things are."""
     width = max(map(len, summary), default=0) + 2
     console.print("\nmetrics", style="bold")

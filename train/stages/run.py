@@ -1,7 +1,7 @@
 """The chain of stages: runs what is not done, skips the rest, and says at the end what came out.
 
     run_dir/.lock               held by the pipeline that works here
-    run_dir/.stages/STAGE.json  what a stage was made from, what it left, its metrics and seconds; see `Record`
+    run_dir/.stages/STAGE.json  what a stage was made from, what it left, its metrics and seconds; see `StageRecord`
     run_dir/logs/STAGE.log      its output
     run_dir/summary.json        all metrics and seconds, flat; beside it grid.png
 
@@ -23,14 +23,14 @@ from conf.plain_json import dumps, loads
 from conf.schema import PipelineRun
 from data.shards.shard import atomic_write
 from train.stages.child import POLL_S, Child, alone_in, collected_signals
-from train.stages.display import Display, Row, report
-from train.stages.tasks import STAGES, StageCommand, Task, origin, plan
+from train.stages.display import Display, Row, print_summary
+from train.stages.tasks import STAGES, StageCommand, Task, origin, plan_tasks
 
 SAVE_EVERY_S = 10.0  # a SIGKILL of the pipeline loses no more of a stage's time
 
 
 @dataclass(slots=True)
-class Record:
+class StageRecord:
     """What the pipeline keeps of a stage."""
 
     inputs: str = ""  # digest of its options and of what it read, when it was last finished
@@ -56,7 +56,9 @@ class Record:
         atomic_write(path, dumps(asdict(self), indent=1).encode())
 
 
-def run(cfg: PipelineRun, overrides: Mapping[str, Sequence[str]], stages: Sequence[StageCommand] = STAGES) -> int:
+def run_stages(
+    cfg: PipelineRun, overrides: Mapping[str, Sequence[str]], stages: Sequence[StageCommand] = STAGES
+) -> int:
     """Bring all chosen stages to their ends; returns the exit status: 0, or 128 + the signal that asked for a stop.
 
     Args:
@@ -68,7 +70,7 @@ def run(cfg: PipelineRun, overrides: Mapping[str, Sequence[str]], stages: Sequen
         UserError: an impossible option, another pipeline in the folder, or a stage that failed.
 
     """
-    tasks, run_dir = plan(cfg, overrides, stages), Path(cfg.run_dir)
+    tasks, run_dir = plan_tasks(cfg, overrides, stages), Path(cfg.run_dir)
     rows = [Row(task.stage.name, task.samples) for task in tasks]
     console = Console(highlight=False)
     with collected_signals() as received, alone_in(run_dir, received) as lock:
@@ -97,7 +99,7 @@ class _Chain:
     def finish(self, task: Task, row: Row) -> None:
         """Run a stage to its end unless it is there already; returns early after a signal."""
         path = record_path(self.run_dir, task.stage)
-        record, inputs = Record.load(path), task.inputs()
+        record, inputs = StageRecord.load(path), task.inputs()
         if not task.output_dir.exists():
             record.seconds = 0.0  # of work that somebody deleted
         row.elapsed_s = record.seconds
@@ -123,7 +125,7 @@ class _Chain:
             why = child.reason() if status else "somebody stopped it before its end; start the same line again"
             raise UserError(f"stage {task.stage.name}: {why} (log: {log})")
 
-    def _follow(self, child: Child, task: Task, row: Row, record: Record) -> int:
+    def _follow(self, child: Child, task: Task, row: Row, record: StageRecord) -> int:
         """Wait for the child's end, which is its exit status; meanwhile show, count, and pass signals on."""
         before, began, since = record.seconds, time.monotonic(), time.time()
         status, saved = None, began
@@ -157,7 +159,7 @@ def conclude(run_dir: Path, tasks: Sequence[Task], stages: Sequence[StageCommand
     metrics: dict[str, float] = {}
     seconds: dict[str, float] = {}
     for stage in stages:
-        record = Record.load(record_path(run_dir, stage))
+        record = StageRecord.load(record_path(run_dir, stage))
         if record.holds():
             metrics |= record.metrics
             seconds[f"seconds/{stage.name}"] = round(record.seconds, 1)
@@ -169,4 +171,4 @@ def conclude(run_dir: Path, tasks: Sequence[Task], stages: Sequence[StageCommand
     if grid is not None:
         paths["grid"] = run_dir / "grid.png"
         atomic_write(paths["grid"], grid.read_bytes())
-    report(console, paths, summary)
+    print_summary(console, paths, summary)

@@ -111,7 +111,7 @@ class Task:
             return ""
         if self.stage.proof == "DONE" and not read_object(path).get("samples_seen", 0) >= self.samples:
             return ""  # a longer training is asked for now
-        return digest(path)
+        return file_digest(path)
 
     def outdated(self) -> bool:
         """Whether a finished build is of other files than are there now."""
@@ -131,7 +131,7 @@ class Task:
         return {name: value for name, value in recorded.items() if value is not None}
 
 
-def digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """sha256 of a small file, in hex."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -143,7 +143,7 @@ def origin(value: str) -> str:
     """
     path = Path(value)
     proofs = [path, path / "train/manifest.json", path / "manifest.json", path.parent / "DONE"]
-    return next((digest(proof) for proof in proofs if proof.is_file()), "")
+    return next((file_digest(proof) for proof in proofs if proof.is_file()), "")
 
 
 def separate(
@@ -195,7 +195,7 @@ def _hint(key: str, pipeline: list[str], known: Mapping[str, list[str]]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else "`python train/STAGE.py --help` lists those of a stage"
 
 
-def plan(
+def plan_tasks(
     cfg: PipelineRun, overrides: Mapping[str, Sequence[str]], stages: Sequence[StageCommand] = STAGES
 ) -> list[Task]:
     """The chosen stages in their order, each with checked options; raises UserError naming the stage."""

@@ -20,7 +20,7 @@ from train.sweeps.results import AGREEMENT, SECONDS, Member, Sweep, read_sweep
 STAGE = "pareto"
 
 
-def run(folder: Path, sweep: str, cfg: WandbConfig, run_dir: str) -> None:
+def write_pareto(folder: Path, sweep: str, cfg: WandbConfig, run_dir: str) -> None:
     """Tables and plots of all members in a sweep's folder that can be compared with those of this start."""
     found = read_sweep(folder, sweep)
     for name, reason in found.left_out.items():
@@ -33,17 +33,17 @@ def run(folder: Path, sweep: str, cfg: WandbConfig, run_dir: str) -> None:
     atomic_write(out / "table.md", f"{text}\n".encode())
     atomic_write(out / "members.csv", as_csv(rows(found)).encode())
     atomic_write(out / "pareto.json", dumps(as_json(found), indent=1).encode())
-    pictures = {}
+    images = {}
     for name, figure in (("pareto", pareto_figure(found)), ("steps", steps_figure(found))):
         if figure is not None:
-            pictures[name] = out / f"{name}.png"
-            atomic_write(pictures[name], to_png(figure, DPI))
-    log(found, folder, cfg, run_dir, pictures)
-    say(STAGE, ", ".join(map(str, [out / "table.md", *pictures.values()])))
+            images[name] = out / f"{name}.png"
+            atomic_write(images[name], to_png(figure, DPI))
+    log(found, folder, cfg, run_dir, images)
+    say(STAGE, ", ".join(map(str, [out / "table.md", *images.values()])))
 
 
-def log(sweep: Sweep, folder: Path, cfg: WandbConfig, run_dir: str, pictures: Mapping[str, Path]) -> None:
-    """A W&B run of its own, beside the members: the table, a chart for each plot of it, the pictures."""
+def log(sweep: Sweep, folder: Path, cfg: WandbConfig, run_dir: str, images: Mapping[str, Path]) -> None:
+    """A W&B run of its own, beside the members: the table, a chart for each plot of it, the images."""
     mode = wandb_mode(cfg.mode)
     if mode is WandbMode.disabled:
         return
@@ -53,7 +53,7 @@ def log(sweep: Sweep, folder: Path, cfg: WandbConfig, run_dir: str, pictures: Ma
     distance = sweep.distance or ""
     charts = {f"{STAGE}/{title(distance)} against {title(x)}": (x, distance) for x in sweep.rivals}
     copy.table(f"{STAGE}/members", rows(sweep), charts, at)
-    for name, path in pictures.items():
+    for name, path in images.items():
         copy.image(f"samples/{name}", path, at, "")
     copy.finish(0)
 

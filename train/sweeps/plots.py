@@ -22,7 +22,7 @@ TITLES = {
     "eval/clip_score": "CLIP score",
     "eval/clip_score_own": "CLIP score of the run's own CLIP",
     "eval/prompt_following": "prompt following",
-    SECONDS: "seconds per picture",
+    SECONDS: "seconds per image",
 }
 FRONT = "0.35"  # grey
 LOG_RANGE = 4.0  # the axis of values that lie further apart is logarithmic
@@ -115,13 +115,13 @@ def scatter(axes: Axes, sweep: Sweep, metric: str, looks: Looks) -> None:
         if member not in front:
             look = {"s": looks.area(member), **looks.of(member)}
             axes.scatter(*at[member.name], edgecolors="white", linewidths=0.4, alpha=0.6, zorder=3, **look)
-            beside(axes, at[member.name], looks.radius(member), looks.text(member), fontsize=6, color="0.4")
+            annotate(axes, at[member.name], looks.radius(member), looks.text(member), fontsize=6, color="0.4")
     marks = []
     for number, member in enumerate(front):
         look = {"s": looks.area(member), **looks.of(member)}
         marks.append(axes.scatter(*at[member.name], edgecolors="black", linewidths=0.9, zorder=4, **look))
         away = looks.radius(member) * (1 if rising else -1)  # where a front leaves room
-        beside(axes, at[member.name], away, letter(number), drop=8, fontsize=8, weight="bold", zorder=6)
+        annotate(axes, at[member.name], away, letter(number), drop=8, fontsize=8, weight="bold", zorder=6)
     names = [f"{letter(i)}  {', '.join(str(m.option(name)) for name in sweep.varied)}" for i, m in enumerate(front)]
     axes.legend(marks, names, fontsize=7, title=f"front: {', '.join(sweep.varied)}", title_fontsize=7)
     name_axes(axes, metric, distance)
@@ -133,7 +133,7 @@ def letter(place: int) -> str:
     return chr(ord("A") + place) if place < 26 else str(place)
 
 
-def beside(axes: Axes, at: tuple[float, float], away: float, text: str, drop: float = 0, **words: Any) -> None:
+def annotate(axes: Axes, at: tuple[float, float], away: float, text: str, drop: float = 0, **words: Any) -> None:
     """Words `away` points to the right of a place, or to the left of it if negative, and `drop` points below."""
     side = "left" if away > 0 else "right"
     axes.annotate(text, at, (away, -drop), textcoords="offset points", ha=side, va="center", **words)

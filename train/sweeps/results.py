@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Sampler
-from conf.sweep import RECORD, read, records
+from conf.sweep import RECORD, read_record, records
 
-SECONDS = "seconds_per_picture"
+SECONDS = "seconds_per_image"
 AGREEMENT = "eval/prompt_following"  # the mean of what the probe reads
 AGREEMENTS = ("eval/clip_score", "eval/clip_score_own", AGREEMENT)  # with the prompts; the best known first
 BOUNDS = ("_low", "_high", "_floor")  # what stands beside a distance
 PROTOCOL = ("samples", "reference", "reference_samples", "extractors", "resolution")  # what distances must share
-NO_SAMPLING = ("experiment", "run_dir", "output_dir", "runtime", "wandb")  # options that change no picture
+NO_SAMPLING = ("experiment", "run_dir", "output_dir", "runtime", "wandb")  # options that change no image
 FIRST = ("sampler", "steps", "guidance_scale")  # in tables and plots
 WORDS = {"null": None, "none": None, "true": True, "false": False}
 SAMPLERS = [sampler.value for sampler in Sampler]
@@ -53,7 +53,7 @@ class Sweep:
 
     @property
     def agreement(self) -> str | None:
-        """The CLIP score, or what else says whether a picture shows its prompt."""
+        """The CLIP score, or what else says whether an image shows its prompt."""
         return self.most_common(AGREEMENTS)
 
     @property
@@ -112,7 +112,7 @@ def read_sweep(folder: Path, sweep: str) -> Sweep:
     newest = [member for member in sound if member.sweep == sweep] or sound
     left_out = {member.name: member.error for member in members if member.error is not None}
     for member in sound:
-        differing = [differences(member, other) for other in newest]
+        differing = [protocol_differences(member, other) for other in newest]
         if all(differing):
             left_out[member.name] = f"of an earlier start, with other {', '.join(differing[0])}"
     kept = [member for member in sound if member.name not in left_out]
@@ -124,22 +124,22 @@ def read_sweep(folder: Path, sweep: str) -> Sweep:
 
 def read_member(path: Path) -> Member:
     """A member by its member.json, beside which stand its metrics and its protocol."""
-    record = read(path) or {"error": f"{RECORD} cannot be read", "overrides": [], "sweep": ""}
-    metrics = read(path.with_name("metrics.json"))
+    record = read_record(path) or {"error": f"{RECORD} cannot be read", "overrides": [], "sweep": ""}
+    metrics = read_record(path.with_name("metrics.json"))
     given = (override.lstrip("+").partition("=") for override in record["overrides"])  # ~NAME has no value
     options = {name: text for name, sign, text in given if sign}
     return Member(
         name=record.get("name", path.parent.name),
         sweep=record["sweep"],
         options={name: parsed(text) for name, text in options.items() if name.split(".")[0] not in NO_SAMPLING},
-        protocol=read(path.with_name("protocol.json")) or {},
+        protocol=read_record(path.with_name("protocol.json")) or {},
         metrics=with_derived(metrics or {}),
         error=record["error"] or (None if metrics else "no metrics.json in its folder"),
     )
 
 
 def with_derived(metrics: dict[str, Any]) -> dict[str, float]:
-    """The finite metrics, with the mean of the prompt following and the seconds that a picture takes."""
+    """The finite metrics, with the mean of the prompt following and the seconds that an image takes."""
     finite = {name: float(v) for name, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
     following = [value for name, value in finite.items() if name.startswith(f"{AGREEMENT}/")]
     if following:
@@ -149,7 +149,7 @@ def with_derived(metrics: dict[str, Any]) -> dict[str, float]:
     return finite
 
 
-def differences(member: Member, other: Member) -> list[str]:
+def protocol_differences(member: Member, other: Member) -> list[str]:
     """Parts of the protocol that make their distances differ by themselves."""
     return [name for name in PROTOCOL if member.protocol.get(name) != other.protocol.get(name)]
 

@@ -27,18 +27,18 @@ from models.flops import counted_flops
 from models.formats.single_file import is_single_file, load_autoencoder_file
 from models.losses import perceptual_distance, psnr, ssim
 from train.engine.image_grid import grid, to_uint8
-from train.engine.metric_log import Journal
+from train.engine.metric_log import MetricLog
 from train.engine.runtime import Runtime
 from train.engine.sample_rng import normal
 from train.engine.trainable import Trainable
 from train.latents.provenance import require_same
 
-PREVIEW = 8  # held-out images in the picture of reconstructions
+PREVIEW = 8  # held-out images in the image of reconstructions
 LECAM_HALF_LIFE = 10_000  # samples after which a verdict counts half in the running means
 HELDOUT = 256  # held-out images behind the metrics, at most
 
 
-def begin_from(source: str, cfg: AutoencoderConfig) -> Autoencoder:
+def pretrained_autoencoder(source: str, cfg: AutoencoderConfig) -> Autoencoder:
     """Another training's autoencoder: a folder in diffusers' format or a checkpoint in one file."""
     if is_single_file(source):
         return load_autoencoder_file(source, cfg)
@@ -59,11 +59,11 @@ class AutoencoderStage:
         torch.manual_seed(cfg.seed)  # initial weights
         self.autoencoder = Autoencoder(cfg.model)
         if cfg.init_from is not None:
-            self.autoencoder = begin_from(cfg.init_from, cfg.model)
+            self.autoencoder = pretrained_autoencoder(cfg.init_from, cfg.model)
         side, total = cfg.images.resolution, cfg.loop.samples
-        picture = torch.empty(1, cfg.model.in_channels, side, side, device="meta")
-        latent = torch.empty(1, *self.latent_shape(picture), device="meta")
-        self.flops_per_sample = 3.0 * counted_flops(self.autoencoder, picture, latent)  # of the autoencoder alone
+        image = torch.empty(1, cfg.model.in_channels, side, side, device="meta")
+        latent = torch.empty(1, *self.latent_shape(image), device="meta")
+        self.flops_per_sample = 3.0 * counted_flops(self.autoencoder, image, latent)  # of the autoencoder alone
         self.generator = Trainable(runtime, self.autoencoder, cfg.optim, cfg.batch, total, name="generator")
         self.trainables = {"generator": self.generator}
         self.adversarial = cfg.loss.adversarial_weight > 0
@@ -110,8 +110,8 @@ class AutoencoderStage:
     def judge(self, images: Tensor, reconstruction: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Metrics and loss of the discriminator on one micro-batch of both kinds."""
         cfg = self.cfg.loss
-        pictures = torch.cat([images, reconstruction]).requires_grad_(cfg.r1_weight > 0)
-        real, fake = self.critic(pictures).chunk(2)  # [B, 1, h, w] each
+        judged = torch.cat([images, reconstruction]).requires_grad_(cfg.r1_weight > 0)
+        real, fake = self.critic(judged).chunk(2)  # [B, 1, h, w] each
         loss = discriminator_loss(real, fake, cfg.adversarial)
         metrics = {
             "train/gan_discriminator": loss.detach(),
@@ -119,7 +119,7 @@ class AutoencoderStage:
             "train/logits_fake": fake.detach().mean(),
         }
         if cfg.r1_weight > 0:
-            penalty = r1_penalty(real, pictures)
+            penalty = r1_penalty(real, judged)
             metrics["train/r1"] = penalty.detach()
             loss = loss + cfg.r1_weight * penalty
         if cfg.lecam_weight > 0:
@@ -173,7 +173,7 @@ class AutoencoderStage:
         return metrics
 
     @torch.no_grad()
-    def evaluate(self, samples_seen: int, journal: Journal) -> dict[str, float]:
+    def evaluate(self, samples_seen: int, journal: MetricLog) -> dict[str, float]:
         """PSNR, SSIM and perceptual distance of held-out reconstructions (from the mean of the posterior)."""
         network, device = self.autoencoder.eval(), self.runtime.device
         count = min(HELDOUT, self.heldout.samples)
@@ -181,7 +181,7 @@ class AutoencoderStage:
         if self.perceptual is not None:
             measures[f"eval/{self.cfg.loss.perceptual.value}"] = self.perceptual
         used = torch.zeros(self.cfg.model.num_vq_embeddings or 0, device=device)  # vectors of the codebook that occur
-        sums = dict.fromkeys(measures, 0.0)  # a rank without pictures joins the sum with the same names
+        sums = dict.fromkeys(measures, 0.0)  # a rank without judged joins the sum with the same names
         for index in range(self.runtime.rank, count, self.runtime.world):
             image = self.heldout.at(index)["image"][None].to(device)  # [1, 3, H, W]
             latents = network.encode(image).chunk(2, dim=1)[0]

@@ -13,7 +13,7 @@ from data.streams import image_stream
 from models.clip import Clip, contrastive_loss, top1_accuracy
 from models.flops import counted_flops
 from models.text import Cuts
-from train.engine.metric_log import Journal, say
+from train.engine.metric_log import MetricLog, say
 from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
 
@@ -65,7 +65,7 @@ class ClipStage:
         return {"train/grad_norm": self.towers.step(samples_seen), "train/lr": self.towers.lr}
 
     @torch.no_grad()
-    def evaluate(self, samples_seen: int, journal: Journal) -> dict[str, float]:
+    def evaluate(self, samples_seen: int, journal: MetricLog) -> dict[str, float]:
         """Retrieval among held-out pairs: a hit is a partner with the same caption (captions may repeat)."""
         count = min(HELDOUT, self.heldout.samples)
         items = [self.heldout.at(i) for i in range(self.runtime.rank, count, self.runtime.world)]

@@ -26,22 +26,22 @@ from models.formats.unet import architecture
 from models.pipeline import DiffusionPipeline
 from models.text import load_text_tower
 from models.unet import UNet
-from train.engine.image_grid import beside, captioned, film_strips, to_uint8
-from train.engine.metric_log import Journal, say
+from train.engine.image_grid import captioned, film_strips, side_by_side, to_uint8
+from train.engine.metric_log import MetricLog, say
 from train.engine.runtime import Runtime
-from train.engine.sample_rng import Draws
+from train.engine.sample_rng import SampleRng
 from train.engine.trainable import Trainable
 from train.latents.provenance import asks_clip, check_latents, require_same, trained_otherwise
 
 VALIDATION = 256  # held-out latents behind the validation loss, at most
 CHUNK = 32  # of them at once
-FILMED = 2  # of the pictures drawn at an evaluation
+FILMED = 2  # of the images drawn at an evaluation
 FILM_FRAMES = 8
 
 Measure = Callable[[DiffusionPipeline, int], dict[str, float]]  # of the model at so many samples seen
 
 
-def begin_from(source: str, network: Denoiser) -> None:
+def load_pretrained(source: str, network: Denoiser) -> None:
     """Weights of another training's U-Net: a folder in diffusers' format or a whole checkpoint in one file.
 
     Where it takes fewer channels than this one, those that are new begin at zero; parameters of conditions are taken
@@ -88,7 +88,7 @@ class UNetStage:
         self.network = self.build()
         if cfg.init_from is not None:
             self.tell_differences(cfg.init_from)
-            begin_from(cfg.init_from, self.network)
+            load_pretrained(cfg.init_from, self.network)
         if cfg.lora.rank > 0:
             add_adapters(self.network.unet, cfg.lora)
         self.network.unet.checkpoint_gradients(cfg.runtime.gradient_checkpointing)
@@ -134,7 +134,7 @@ class UNetStage:
 
     def noisy(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised latents [B, C, h, w], noise of that shape and timesteps [B]; all drawn per sample."""
-        draws = Draws(seed, batch["position"], self.runtime.device)
+        draws = SampleRng(seed, batch["position"], self.runtime.device)
         moments = batch["moments"].to(self.runtime.device).float()  # [B, 2C, h, w]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         z = sample_moments(moments, draws.normal("posterior", shape))
@@ -159,7 +159,7 @@ class UNetStage:
         """Forward and backward pass of one micro-batch."""
         seed = self.cfg.seed
         x0, noise, timesteps = self.noisy(batch, seed)
-        draws = Draws(seed, batch["position"], self.runtime.device)
+        draws = SampleRng(seed, batch["position"], self.runtime.device)
         inputs = self.network.conditions.vary(self.inputs(batch), draws)
         prediction = self.unet(self.process.add_noise(x0, noise, timesteps), timesteps, inputs)
         losses = self.process.loss(prediction, x0, noise, timesteps)  # [B]
@@ -175,7 +175,7 @@ class UNetStage:
         return {"train/grad_norm": self.unet.step(samples_seen), "train/lr": self.unet.lr}
 
     @torch.no_grad()
-    def evaluate(self, samples_seen: int, journal: Journal) -> dict[str, float]:
+    def evaluate(self, samples_seen: int, journal: MetricLog) -> dict[str, float]:
         """Validation loss of the averaged weights at fixed timesteps and noise; a grid of held-out captions."""
         network = self.build()
         network.load_state_dict(merged(self.unet.weights(ema=self.averages), self.cfg.lora))
@@ -200,16 +200,16 @@ class UNetStage:
         return metrics | ({} if self.measure is None else self.measure(model, samples_seen))
 
     def pipeline(self, network: Denoiser) -> DiffusionPipeline:
-        """A frozen U-Net with the other networks that pictures need."""
+        """A frozen U-Net with the other networks that images need."""
         autoencoder, tower = self.frozen(Autoencoder.from_pretrained(self.cfg.autoencoder)), self.text_tower
         if tower is None and asks_clip(self.cfg.conditions):
             tower = self.frozen(load_text_tower(self.cfg.clip))
         return DiffusionPipeline(network, autoencoder, tower, self.process, self.mean.flatten(), self.std.flatten())
 
-    def draw(self, model: DiffusionPipeline, samples_seen: int, journal: Journal) -> None:
-        """Pictures of held-out samples' conditions, each with the same noise at every evaluation, and a film of two.
+    def draw(self, model: DiffusionPipeline, samples_seen: int, journal: MetricLog) -> None:
+        """Images of held-out samples' conditions, each with the same noise at every evaluation, and a film of two.
 
-        Beside a picture stand its condition, where that is one, and the original.
+        Beside an image stand its condition, where that is one, and the original.
         """
         cfg, conditions = self.cfg, model.denoiser.conditions
         alike = [i for i in range(self.heldout.samples) if self.heldout.bucket(i) == self.heldout.bucket(0)]
@@ -221,11 +221,11 @@ class UNetStage:
         originals = model.decode((split_moments(moments)[0] - self.mean) / self.std)
         images = conditions.finish(images, originals, inputs)
         titles, shown = conditions.titles(captions, inputs), conditions.show(originals, inputs)
-        sheet = beside([*shown, images, originals]) if shown else images
+        sheet = side_by_side([*shown, images, originals]) if shown else images
         journal.image("prompts", captioned(to_uint8(sheet), titles), samples_seen, "held-out samples")
         frames = np.stack([to_uint8(strip) for strip in film.frames(model, images)])
         strips = film_strips(frames, titles[:FILMED], film.labels)
-        journal.image("film", strips, samples_seen, "guesses of the picture during sampling")
+        journal.image("film", strips, samples_seen, "guesses of the image during sampling")
 
     def export(self, folder: Path) -> None:
         """Averaged weights in diffusers' format, and beside them what sampling needs to know."""

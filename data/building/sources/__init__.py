@@ -15,11 +15,11 @@ from data.labels import Vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture with its caption, not yet normalised."""
+    """One image with its caption, not yet normalised."""
 
     image: Image.Image | bytes  # drawn RGB, or the contents of a file
     caption: str
-    meta: dict[str, Any] = field(default_factory=dict)  # JSON values kept beside the picture
+    meta: dict[str, Any] = field(default_factory=dict)  # JSON values kept beside the image
     segments: np.ndarray | bytes | None = None  # uint8 [H, W], or the contents of a file
     split_by: str = ""  # decides whether it is held out, where the caption is that of many others
 

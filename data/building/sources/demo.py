@@ -14,7 +14,7 @@ from PIL import Image
 
 from conf.schema import BuildRun
 from data.building.sources import Sample
-from data.building.sources.rendering import SEGMENTS, RenderedSource, drawing, parts_map, picture
+from data.building.sources.rendering import SEGMENTS, RenderedSource, drawing, image, parts_map
 from data.labels import Vocabulary
 from data.order import rng
 
@@ -97,7 +97,7 @@ def drawn_scene(seed: int, index: int, resolution: int) -> Sample:
     svg = drawn.svg()
     label = {"class": drawn.kind, "class_id": KINDS.index(drawn.kind)}
     return Sample(
-        image=picture(svg, resolution),
+        image=image(svg, resolution),
         caption=drawn.caption,
         meta=drawn.attributes | label,
         segments=parts_map(drawn.kind, svg, resolution),
@@ -132,9 +132,9 @@ def describe(attributes: Mapping[str, str]) -> str:
     return CAPTIONS[attributes["kind"]].format_map(words).strip()
 
 
-def render(drawn: Scene, resolution: int) -> Image.Image:
-    """RGB picture of a scene, `resolution` pixels square."""
-    return picture(drawn.svg(), resolution)
+def render_scene(drawn: Scene, resolution: int) -> Image.Image:
+    """RGB image of a scene, `resolution` pixels square."""
+    return image(drawn.svg(), resolution)
 
 
 def _monster(random: np.random.Generator, color: str) -> tuple[dict[str, str], dict[str, Any]]:

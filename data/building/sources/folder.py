@@ -1,4 +1,4 @@
-"""Pictures of the user's own: a folder with captions beside the images, or tables of both.
+"""Images of the user's own: a folder with captions beside the images, or tables of both.
 
 What is wrong with one file never stops a build: it is a reject with a reason.
 """
@@ -27,15 +27,15 @@ _NO_CAPTION = 'no caption: neither a .txt nor a .json with "caption" lies beside
 
 
 class Entry(NamedTuple):
-    """One picture that was found or that a table names; paths are relative to the source's folder."""
+    """One image that was found or that a table names; paths are relative to the source's folder."""
 
     path: str
     caption: str | None  # from a table
-    caption_path: str | None = None  # beside the picture
+    caption_path: str | None = None  # beside the image
     problem: str | None = None  # found while listing
     meta: dict[str, Any] | None = None  # the further columns of a table
-    meta_path: str | None = None  # a .json beside the picture
-    map_path: str | None = None  # a .seg.png beside the picture
+    meta_path: str | None = None  # a .json beside the image
+    map_path: str | None = None  # a .seg.png beside the image
     row: str = ""  # of a table, which names it in a list of rejects
 
 
@@ -90,7 +90,7 @@ class FolderSource:
         return len(self.entries)
 
     def name(self, index: int) -> str:
-        """Path of picture `index`, relative to the source's folder; before it the row of a table."""
+        """Path of image `index`, relative to the source's folder; before it the row of a table."""
         entry = self.entries[index]
         return f"{entry.row}: {entry.path}" if entry.row else entry.path
 
@@ -103,7 +103,7 @@ class FolderSource:
         return numbered(map(self.name, range(len(self))))
 
     def sample(self, index: int) -> Sample:
-        """Contents and caption of picture `index`; raises Rejected."""
+        """Contents and caption of image `index`; raises Rejected."""
         entry = self.entries[index]
         if entry.problem:
             raise Rejected(entry.problem)
@@ -125,7 +125,7 @@ class FolderSource:
         return Sample(content, caption, meta, segments, split_by)
 
     def _label(self, entry: Entry) -> dict[str, Any]:
-        """The class that the picture's folder stands for, where folders are classes."""
+        """The class that the image's folder stands for, where folders are classes."""
         if self.classes is None:
             return {}
         name = _folder_name(entry.path)
@@ -155,7 +155,7 @@ class FolderSource:
         return self.written
 
     def describe(self) -> dict[str, Any]:
-        """Provenance; `other_files` counts what was not taken for a picture, by suffix."""
+        """Provenance; `other_files` counts what was not taken for an image, by suffix."""
         return {"name": str(self.root.resolve()), "other_files": self.other_files}
 
     def _read(self, path: str, limit: int) -> bytes:
@@ -170,17 +170,17 @@ def by_suffix(counts: Mapping[str, int]) -> str:
 
 
 def _folder_name(path: str) -> str:
-    """Name of the folder that a picture lies in; "" for the source's own."""
+    """Name of the folder that an image lies in; "" for the source's own."""
     return os.path.basename(os.path.dirname(path))
 
 
 def _captionless(entry: Entry) -> str | None:
-    """Its problem, unless that is the lack of a caption: the class says what the picture shows."""
+    """Its problem, unless that is the lack of a caption: the class says what the image shows."""
     return None if entry.problem == _NO_CAPTION else entry.problem
 
 
 def _list_folder(root: Path) -> tuple[list[Entry], dict[str, int]]:
-    """Pictures below `root` in the order of their paths, and how many other files there are by suffix."""
+    """Images below `root` in the order of their paths, and how many other files there are by suffix."""
     entries, others = [], Counter[str]()
     for folder, names, problem in _walk(root):
         prefix = "" if folder == "." else f"{folder}/"
@@ -235,7 +235,7 @@ def _tables_below(root: Path) -> list[Path]:
 def _table_entry(root: Path, table: Path, row: dict[Any, Any], columns: Columns) -> Entry:
     """A row as an entry; a path may not leave the table's folder.
 
-    img2dataset's own tables name pictures by "key", which lie in a folder named as the table, and have a "status".
+    img2dataset's own tables name images by "key", which lie in a folder named as the table, and have a "status".
     """
     named = row[columns.image]
     shown = (named if isinstance(named, str) and named else repr(named))[:SHOWN]

@@ -37,7 +37,7 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Canvas:
     """A canvas, its objects from back to front."""
 
     background: str
@@ -59,25 +59,25 @@ def layout_source(cfg: BuildRun) -> RenderedSource:
 def drawn_canvas(seed: int, index: int, resolution: int) -> Sample:
     """Canvas `index` with its labels; each box names the colour of its object, too."""
     drawn = layout(seed, index)
-    image, labels = render(drawn, resolution)
+    image, labels = render_canvas(drawn, resolution)
     meta = {"background": drawn.background, **to_json(labels)}
     for entry, placed in zip(meta["boxes"], drawn.objects, strict=True):
         entry["color"] = placed.scene.attributes["color"]
     return Sample(image, drawn.caption, meta, labels.segments)
 
 
-def layout(seed: int, index: int) -> Layout:
+def layout(seed: int, index: int) -> Canvas:
     """Canvas `index` of the set `seed`: objects, places and background drawn from the two alone."""
     random = rng(seed, index, "layout")
     count = int(random.integers(1, len(SIDES) + 1))
     background = str(random.choice(list(BACKGROUNDS)))
     scenes = [draw_scene(random, str(random.choice(OBJECTS))) for _ in range(count)]
     squares = _squares(random, count)
-    return Layout(background, tuple(Placed(scene, *square) for scene, square in zip(scenes, squares, strict=True)))
+    return Canvas(background, tuple(Placed(scene, *square) for scene, square in zip(scenes, squares, strict=True)))
 
 
-def render(drawn: Layout, resolution: int) -> tuple[Image.Image, Labels]:
-    """RGB picture of a canvas, `resolution` pixels square, and its boxes and map.
+def render_canvas(drawn: Canvas, resolution: int) -> tuple[Image.Image, Labels]:
+    """RGB image of a canvas, `resolution` pixels square, and its boxes and map.
 
     An object's box is that of the whole object, also where one in front of it hides a part.
     """

@@ -1,4 +1,4 @@
-"""DiceBear's drawings to pixels: whole pictures, figures without what is behind them, and maps of their parts.
+"""DiceBear's drawings to pixels: whole images, figures without what is behind them, and maps of their parts.
 
 A drawing is an SVG with one `<use>` per part; what each part covers is known exactly, by drawing it alone.
 """
@@ -42,14 +42,14 @@ _RECT = re.compile(r"<rect [^>]*/>")
 
 @dataclass(frozen=True, slots=True)
 class RenderedSource:
-    """`cfg.samples` pictures that are drawn for a data set.
+    """`cfg.samples` images that are drawn for a data set.
 
     Raises:
         UserError: the packages that draw are missing.
     """
 
     cfg: BuildRun
-    noun: str  # what a list of rejects calls a picture
+    noun: str  # what a list of rejects calls an image
     draw: Callable[[int, int, int], Sample]  # a pure function of seed, index and resolution in pixels
     names: Vocabulary
     title: str  # of the set, in its provenance
@@ -70,7 +70,7 @@ class RenderedSource:
         return numbered(f"{self.noun} {index}" for index in range(len(self)))
 
     def sample(self, index: int) -> Sample:
-        """Picture `index`, drawn."""
+        """Image `index`, drawn."""
         return self.draw(self.cfg.seed, index, self.cfg.resolution)
 
     def vocabulary(self) -> Vocabulary:
@@ -78,7 +78,7 @@ class RenderedSource:
         return self.names
 
     def identity(self) -> dict[str, Any]:
-        """The options that the pictures depend on."""
+        """The options that the images depend on."""
         return {"samples": self.cfg.samples, "seed": self.cfg.seed}
 
     def times(self) -> str:
@@ -87,7 +87,7 @@ class RenderedSource:
 
     def describe(self) -> dict[str, Any]:
         """Provenance: styles, their licence, the packages that drew them."""
-        return provenance(self.title, self.kinds)
+        return styles_provenance(self.title, self.kinds)
 
 
 def require_packages(source: str) -> None:
@@ -101,7 +101,7 @@ def require_packages(source: str) -> None:
         ) from error
 
 
-def provenance(name: str, kinds: tuple[str, ...]) -> dict[str, Any]:
+def styles_provenance(name: str, kinds: tuple[str, ...]) -> dict[str, Any]:
     """Styles, their licence, the packages that draw them."""
     packages = ("dicebear-core", "dicebear-styles", "resvg-py")
     return {
@@ -119,13 +119,13 @@ def drawing(kind: str, options: dict[str, Any]) -> str:
     return Avatar(_style(STYLES[kind]), options).to_string()
 
 
-def picture(svg: str, side: int) -> Image.Image:
-    """RGB picture of a drawing, `side` pixels square."""
+def image(svg: str, side: int) -> Image.Image:
+    """RGB image of a drawing, `side` pixels square."""
     return _rendered(svg, side).convert("RGB")
 
 
 def figure(svg: str, side: int) -> Image.Image:
-    """RGBA picture of what a drawing shows, without background and stars."""
+    """RGBA image of what a drawing shows, without background and stars."""
     return _rendered(_only(svg, lambda part: part != "star"), side).convert("RGBA")
 
 

@@ -10,7 +10,7 @@ import itertools
 from conf.schema import BuildRun
 from data.building.sources import Sample
 from data.building.sources.demo import BACKGROUNDS, COLORS, LAYOUTS, MOODS, part
-from data.building.sources.rendering import SEGMENTS, RenderedSource, drawing, parts_map, picture
+from data.building.sources.rendering import SEGMENTS, RenderedSource, drawing, image, parts_map
 from data.labels import Vocabulary
 from data.order import rng
 
@@ -21,7 +21,7 @@ VIEWS = list(itertools.product(MOODS, BACKGROUNDS))  # 21
 
 
 def subject_source(cfg: BuildRun) -> RenderedSource:
-    """Pictures of the creature; `cfg.samples` above 21 show the same moods and backgrounds again."""
+    """Images of the creature; `cfg.samples` above 21 show the same moods and backgrounds again."""
     return RenderedSource(
         cfg, "view", drawn_view, Vocabulary.of({"segments": SEGMENTS}), "DiceBear subject", ("monster",)
     )
@@ -44,4 +44,4 @@ def drawn_view(seed: int, index: int, resolution: int) -> Sample:
     svg = drawing("monster", options)
     caption = f"a {mood} {WORD} monster on a {background} background"
     meta = {"kind": "monster", "mood": mood, "background": background}
-    return Sample(picture(svg, resolution), caption, meta, parts_map("monster", svg, resolution))
+    return Sample(image(svg, resolution), caption, meta, parts_map("monster", svg, resolution))

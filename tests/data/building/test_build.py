@@ -19,7 +19,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from conf.errors import UserError
 from conf.schema import BuildRun, ImageFormat, MixedSource, Source
 from data.building import records, split
-from data.building.build import REJECTS, STAGING, Built, Split, build
+from data.building.build import REJECTS, STAGING, Built, Split, build_shards
 from data.building.journal import BuildJournal
 from data.building.records import Record
 from data.captions import caption_rank
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def photos(folder: Path, count: int = 12) -> None:
-    """Pictures of odd sizes, every fourth with alpha."""
+    """Images of odd sizes, every fourth with alpha."""
     random = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for i in range(count):
@@ -63,7 +63,7 @@ def samples(output: Path) -> dict[str, list[dict[str, Any]]]:
 
 def test_plain_webdataset_reads_what_was_built(tmp_path: Path) -> None:
     photos(tmp_path / "photos")
-    built = build(config(tmp_path, shard_samples=5, resolution=16, format=ImageFormat.webp))
+    built = build_shards(config(tmp_path, shard_samples=5, resolution=16, format=ImageFormat.webp))
     sides = samples(tmp_path / "shards")
     assert (len(sides["train"]), len(sides["heldout"])) == (built.train.samples, built.heldout.samples)
     assert built.train.samples + built.heldout.samples == 12 and built.rejected == 0
@@ -80,7 +80,7 @@ def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeyp
     photos(tmp_path / "photos", 20)
     (tmp_path / "photos" / "004.png").write_bytes(b"broken")
     for workers in (1, 2):
-        build(config(tmp_path, workers=workers, shard_samples=4, output_dir=str(tmp_path / f"by{workers}")))
+        build_shards(config(tmp_path, workers=workers, shard_samples=4, output_dir=str(tmp_path / f"by{workers}")))
     assert contents(tmp_path / "by1") == contents(tmp_path / "by2")
 
 
@@ -90,11 +90,11 @@ def test_rejects_are_listed_with_their_reasons(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "photos" / "002.txt").unlink()
     (tmp_path / "photos" / "003.txt").write_text(" \n")
     Image.new("1", (5000, 5000)).save(tmp_path / "photos" / "005.png")
-    built = build(config(tmp_path, max_pixels=1_000_000))
+    built = build_shards(config(tmp_path, max_pixels=1_000_000))
     rejects = [json.loads(line) for line in (tmp_path / "shards" / REJECTS).read_text().splitlines()]
     assert built.rejected == 4 and built.train.samples + built.heldout.samples == 8
     assert [(r["key"], r["path"]) for r in rejects] == [(f"{i:09d}", f"{i:03d}.png") for i in (1, 2, 3, 5)]
-    reasons = ("not a readable picture", "no caption", "empty caption", "5000 x 5000 pixels are more than")
+    reasons = ("not a readable image", "no caption", "empty caption", "5000 x 5000 pixels are more than")
     assert all(r["reason"].startswith(reason) for r, reason in zip(rejects, reasons, strict=True))
     assert "4 rejected" in capsys.readouterr().out
 
@@ -103,12 +103,12 @@ def test_a_source_without_a_usable_sample_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "x.png").write_bytes(b"broken")
     with pytest.raises(UserError, match="none of 1 samples can be used, most often because: no caption"):
-        build(config(tmp_path))
+        build_shards(config(tmp_path))
     assert sorted(contents(tmp_path / "shards")) == [REJECTS]
 
 
 def test_held_out_captions_are_never_trained_on(tmp_path: Path) -> None:
-    build(config(tmp_path, source=Source.demo, samples=60, resolution=16, heldout_fraction=0.3))
+    build_shards(config(tmp_path, source=Source.demo, samples=60, resolution=16, heldout_fraction=0.3))
     captions = {side: {s["txt"].decode() for s in found} for side, found in samples(tmp_path / "shards").items()}
     assert all(caption_rank(c) < 0.3 for c in captions["heldout"]) and len(captions["heldout"]) > 8
     assert all(caption_rank(c) >= 0.3 for c in captions["train"])
@@ -131,9 +131,9 @@ def test_no_side_of_a_small_set_stays_empty(tmp_path: Path, fraction: float, cap
 
 def test_the_same_build_again_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos(tmp_path / "photos")
-    first = build(config(tmp_path))
+    first = build_shards(config(tmp_path))
     before = contents(tmp_path / "shards")
-    again = build(config(tmp_path, workers=2))
+    again = build_shards(config(tmp_path, workers=2))
     assert not first.skipped and again.skipped and again.train.digest() == first.train.digest()
     assert contents(tmp_path / "shards") == before
     assert "already built" in capsys.readouterr().out
@@ -144,19 +144,19 @@ def test_the_same_build_again_is_skipped(tmp_path: Path, capsys: pytest.CaptureF
 )
 def test_other_options_are_refused_and_named(tmp_path: Path, change: dict[str, Any]) -> None:
     photos(tmp_path / "photos")
-    build(config(tmp_path))
+    build_shards(config(tmp_path))
     before = contents(tmp_path / "shards")
     with pytest.raises(UserError, match=f"output_dir=.*{next(iter(change))} differs.*another output_dir or delete"):
-        build(config(tmp_path, **change))
+        build_shards(config(tmp_path, **change))
     assert contents(tmp_path / "shards") == before
 
 
 def test_changed_photos_are_noticed(tmp_path: Path) -> None:
     photos(tmp_path / "photos")
-    build(config(tmp_path))
+    build_shards(config(tmp_path))
     (tmp_path / "photos" / "000.txt").write_text("a caption of another length")
     with pytest.raises(UserError, match="the files at path have changed"):
-        build(config(tmp_path))
+        build_shards(config(tmp_path))
 
 
 def rewrite(path: Path, content: bytes) -> None:
@@ -173,15 +173,15 @@ def test_an_edit_that_keeps_the_size_is_noticed(tmp_path: Path, name: str) -> No
     (tmp_path / "photos" / "000.json").write_text('{"class_id": 1}')
     with Image.open(tmp_path / "photos" / "000.png") as image:
         Image.new("L", image.size, 3).save(tmp_path / "photos" / "000.seg.png")
-    build(config(tmp_path))
+    build_shards(config(tmp_path))
     before = contents(tmp_path / "shards")
-    assert build(config(tmp_path)).skipped
+    assert build_shards(config(tmp_path)).skipped
     rewrite(tmp_path / "photos" / name, (tmp_path / "photos" / name).read_bytes()[::-1])
     with pytest.raises(UserError, match=r"files at path were written again since then.*or delete this one"):
-        build(config(tmp_path))
+        build_shards(config(tmp_path))
     assert contents(tmp_path / "shards") == before
     shutil.rmtree(tmp_path / "shards")
-    assert not build(config(tmp_path)).skipped
+    assert not build_shards(config(tmp_path)).skipped
 
 
 def test_an_edited_class_in_a_table_is_noticed(tmp_path: Path) -> None:
@@ -189,40 +189,40 @@ def test_an_edited_class_in_a_table_is_noticed(tmp_path: Path) -> None:
     table = tmp_path / "photos" / "t.csv"
     table.write_text("path,caption,class_id\n000.png,a,1\n001.png,b,0\n")
     cfg = config(tmp_path, path=str(table))
-    build(cfg)
+    build_shards(cfg)
     rewrite(table, table.read_bytes().replace(b"a,1", b"a,2"))
     with pytest.raises(UserError, match="written again"):
-        build(cfg)
+        build_shards(cfg)
 
 
 def test_edited_shards_and_members_of_a_mix_are_noticed(tmp_path: Path) -> None:
     photos(tmp_path / "photos", 4)
-    build(config(tmp_path))
+    build_shards(config(tmp_path))
     tar = tmp_path / "shards" / "train" / "00000.tar"
     one = {"source": Source.shards, "path": str(tar), "output_dir": str(tmp_path / "again")}
     members = [MixedSource(source=Source.shards, path=str(tar))]
     mixed = {"source": Source.mix, "path": None, "sources": members, "output_dir": str(tmp_path / "mix")}
     for options in (one, mixed):
-        build(config(tmp_path, **options))
+        build_shards(config(tmp_path, **options))
     rewrite(tar, tar.read_bytes().replace(b"noise number", b"sound number"))
     for options in (one, mixed):
         with pytest.raises(UserError, match="files at path were written again"):
-            build(config(tmp_path, **options))
+            build_shards(config(tmp_path, **options))
 
 
 def test_a_copy_with_its_times_is_the_same_source(tmp_path: Path) -> None:
     photos(tmp_path / "photos", 3)
-    build(config(tmp_path))
+    build_shards(config(tmp_path))
     shutil.copytree(tmp_path / "photos", tmp_path / "copy")  # as `cp -a` does
-    assert build(config(tmp_path, path=str(tmp_path / "copy"))).skipped
+    assert build_shards(config(tmp_path, path=str(tmp_path / "copy"))).skipped
     os.utime(tmp_path / "copy" / "000.txt", (1, 1))
     again = config(tmp_path, path=str(tmp_path / "copy"), output_dir=str(tmp_path / "again"))
-    build(again)  # times are no part of a data set
+    build_shards(again)  # times are no part of a data set
     manifest = "train/manifest.json"
     one, other = ((tmp_path / name / manifest).read_text() for name in ("shards", "again"))
     assert one.replace(str(tmp_path / "photos"), str(tmp_path / "copy")) == other
     (tmp_path / "shards" / "times").unlink()  # as a build of before has none
-    assert build(config(tmp_path)).skipped
+    assert build_shards(config(tmp_path)).skipped
 
 
 def test_a_build_that_was_killed_starts_again_when_its_source_was_edited(
@@ -231,9 +231,9 @@ def test_a_build_that_was_killed_starts_again_when_its_source_was_edited(
     photos(tmp_path / "photos", 12)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(BuildJournal, "publish", interrupted)
-        build(config(tmp_path, shard_samples=3))
+        build_shards(config(tmp_path, shard_samples=3))
     rewrite(tmp_path / "photos" / "000.txt", b"sound number 0")
-    build(config(tmp_path, shard_samples=3))
+    build_shards(config(tmp_path, shard_samples=3))
     assert "had other options or files: it starts again" in capsys.readouterr().out
     captions = {s["txt"].decode() for side in samples(tmp_path / "shards").values() for s in side}
     assert "sound number 0" in captions and "noise number 0" not in captions
@@ -261,7 +261,7 @@ def test_images_of_one_caption_are_held_out_one_by_one(
     tmp_path: Path, captions: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     named(captions, tmp_path / "photos")
-    built = build(config(tmp_path, heldout_fraction=0.05, shard_samples=2))
+    built = build_shards(config(tmp_path, heldout_fraction=0.05, shard_samples=2))
     if caption_rank(captions[-1]) == caption_rank(captions[0]):
         assert 0 < built.heldout.samples <= max(2, 0.1 * len(captions))
         assert built.train.provenance["split_by"] == "key"
@@ -276,7 +276,7 @@ def test_images_of_one_caption_stay_on_their_sides_after_a_kill(
 ) -> None:
     named([HIGH] * 40, tmp_path / "photos")
     options = {"heldout_fraction": 0.2, "shard_samples": 2}
-    build(config(tmp_path, output_dir=str(tmp_path / "whole"), **options))
+    build_shards(config(tmp_path, output_dir=str(tmp_path / "whole"), **options))
     finish, shards = ShardWriter._finish_shard, list[str]()
 
     def killed(writer: ShardWriter) -> None:
@@ -287,8 +287,8 @@ def test_images_of_one_caption_stay_on_their_sides_after_a_kill(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(ShardWriter, "_finish_shard", killed)
-        build(config(tmp_path, **options))
-    build(config(tmp_path, **options))
+        build_shards(config(tmp_path, **options))
+    build_shards(config(tmp_path, **options))
     assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
 
 
@@ -298,7 +298,7 @@ def test_many_large_images_of_few_captions_have_a_held_out_side(
     monkeypatch.setattr(split, "PENDING_BYTES", 10_000)
     named([HIGH, f"{HIGH}!"] * 100, tmp_path / "photos")
     assert caption_rank(f"{HIGH}!") > 0.05
-    built = build(config(tmp_path, heldout_fraction=0.05))
+    built = build_shards(config(tmp_path, heldout_fraction=0.05))
     assert 2 < built.heldout.samples < 20
 
 
@@ -307,7 +307,7 @@ def test_an_empty_held_out_side_is_said(
     tmp_path: Path, count: int, fraction: float, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     named([HIGH] * count, tmp_path / "photos")
-    assert build(config(tmp_path, heldout_fraction=fraction)).heldout.samples == 0
+    assert build_shards(config(tmp_path, heldout_fraction=fraction)).heldout.samples == 0
     found = capsys.readouterr().out
     assert said in found and ("no sample is held out" in found) == bool(said)
 
@@ -316,7 +316,7 @@ def test_no_sample_left_for_training_is_one_line(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(split, "PENDING_BYTES", 0)
     named(["a red fox", "a green fox"], tmp_path / "photos")
     with pytest.raises(UserError, match=r"heldout_fraction=0\.999999: no sample is left for training; lower it"):
-        build(config(tmp_path, heldout_fraction=0.999999))
+        build_shards(config(tmp_path, heldout_fraction=0.999999))
 
 
 def test_files_of_others_are_never_deleted(tmp_path: Path) -> None:
@@ -325,13 +325,13 @@ def test_files_of_others_are_never_deleted(tmp_path: Path) -> None:
     precious.parent.mkdir(parents=True)
     precious.write_bytes(b"downloaded for a week")
     with pytest.raises(UserError, match="not a finished build; choose another output_dir"):
-        build(config(tmp_path))
+        build_shards(config(tmp_path))
     assert precious.read_bytes() == b"downloaded for a week"
 
 
 def test_an_unknown_background_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="background=octarine"):
-        build(config(tmp_path, background="octarine"))
+        build_shards(config(tmp_path, background="octarine"))
 
 
 def test_a_failing_write_shows_nobody_a_part_and_the_next_start_goes_on(
@@ -339,7 +339,7 @@ def test_a_failing_write_shows_nobody_a_part_and_the_next_start_goes_on(
 ) -> None:
     photos(tmp_path / "photos", 30)
     whole = config(tmp_path, shard_samples=4, output_dir=str(tmp_path / "whole"))
-    build(whole)
+    build_shards(whole)
     publish, shards = ShardWriter._finish_shard, list[str]()
 
     def full(writer: ShardWriter) -> None:
@@ -351,9 +351,9 @@ def test_a_failing_write_shows_nobody_a_part_and_the_next_start_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(ShardWriter, "_finish_shard", full)
         with pytest.raises(OSError, match="No space left"):
-            build(config(tmp_path, shard_samples=4))
+            build_shards(config(tmp_path, shard_samples=4))
     assert [path.name for path in (tmp_path / "shards").iterdir()] == [STAGING]
-    build(config(tmp_path, shard_samples=4))
+    build_shards(config(tmp_path, shard_samples=4))
     assert "going on with the build" in capsys.readouterr().out
     assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
 
@@ -380,7 +380,7 @@ def test_a_killed_build_of_other_options_starts_again_and_leaves_no_process(tmp_
     process.wait()
     wait_for(lambda: not alive(process.pid))
     assert not (output / "train").exists()
-    built: Built = build(config(tmp_path, source=Source.demo, samples=10, resolution=16))
+    built: Built = build_shards(config(tmp_path, source=Source.demo, samples=10, resolution=16))
     assert not built.skipped and built.train.samples + built.heldout.samples == 10
     assert sorted(path.name for path in output.iterdir()) == ["ATTRIBUTION", "heldout", REJECTS, "report.json", "train"]
     with tarfile.open(output / "train" / "00000.tar") as tar:

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from conf.errors import UserError
 from conf.schema import BuildRun, FilterConfig, Source
-from data.building.build import REJECTS, build
+from data.building.build import REJECTS, build_shards
 from data.building.filters import Dropped, NearDuplicates, check_size, check_texts, perceptual_hash
 from data.shards.shard import ShardReader
 
@@ -94,7 +94,7 @@ def scene(seed: int, size: int = 96) -> Image.Image:
     return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def test_the_hash_stays_when_a_picture_is_scaled_or_blurred() -> None:
+def test_the_hash_stays_when_a_image_is_scaled_or_blurred() -> None:
     hashes = [perceptual_hash(scene(seed)) for seed in range(30)]
     for seed, value in enumerate(hashes):
         for copy in (scene(seed).resize((60, 60)), scene(seed).filter(ImageFilter.GaussianBlur(1))):
@@ -110,7 +110,7 @@ def test_scores_that_are_not_finite_drop_their_sample_and_leave_valid_json(tmp_p
         fields = f'{{"caption": "scene {number}", "score": {score}, "similarity": NaN}}'
         (photos / f"{number}.json").write_text(fields)
     output = tmp_path / "shards"
-    build(
+    build_shards(
         BuildRun(
             run_dir=".",
             output_dir=str(output),
@@ -132,16 +132,16 @@ def test_a_build_reports_what_each_filter_dropped(tmp_path: Path, capsys: pytest
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(30):
-        picture = scene(10 if i == 25 else i)  # a copy
+        image = scene(10 if i == 25 else i)  # a copy
         if i in (3, 4):
-            picture = picture.resize((20, 90))
-        picture.save(photos / f"{i:02d}.png")
+            image = image.resize((20, 90))
+        image.save(photos / f"{i:02d}.png")
         (photos / f"{i:02d}.json").write_text(json.dumps({"caption": "word " * (i + 1), "score": i / 30}))
     filters = FilterConfig(
         min_side=32, max_caption=130, min_score={"score": 0.1}, max_score={"score": 2.0}, near_duplicates=4
     )
     output = tmp_path / "shards"
-    build(BuildRun(run_dir=".", output_dir=str(output), source=Source.folder, path=str(photos), filters=filters))
+    build_shards(BuildRun(run_dir=".", output_dir=str(output), source=Source.folder, path=str(photos), filters=filters))
     report = json.loads((output / "report.json").read_text())
     assert report["dropped"] == {"max_caption": 4, "min_score.score": 3, "min_side": 2, "near_duplicates": 1}
     assert report["seen"] == 30 and sum(report["kept"].values()) == 20 and report["broken"] == {}

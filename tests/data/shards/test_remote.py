@@ -22,7 +22,7 @@ from data.loader import batches
 from data.shards import cache as shard_cache
 from data.shards import remote
 from data.shards.manifest import Manifest
-from data.shards.remote import RemoteError, fetch, listed, read
+from data.shards.remote import RemoteError, fetch, listed, read_remote
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARDS, SHARD = 8, 5
@@ -148,9 +148,9 @@ def test_a_server_that_fails_once_is_asked_again(http: Any, tmp_path: Path) -> N
     http.faults["file"] = "500 once"
     fetch(f"{http.url}/file", tmp_path / "target", 5.0)
     assert (tmp_path / "target").read_bytes() == b"content" and http.requests["file"] == 2
-    assert read(f"{http.url}/file") == b"content"
+    assert read_remote(f"{http.url}/file") == b"content"
     with pytest.raises(FileNotFoundError):
-        read(f"{http.url}/nothing")
+        read_remote(f"{http.url}/nothing")
 
 
 def test_a_cache_disk_that_fills_gives_back_what_it_holds_and_then_says_which_option(
@@ -241,4 +241,4 @@ def test_the_stream_from_s3_is_that_of_the_disk(s3: Callable[[str], Any], tmp_pa
 def test_a_protocol_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(UserError, match=r"http:// cannot be read .*: pip install 'latentline\[remote\]'"):
-        read("http://127.0.0.1:9/nothing")
+        read_remote("http://127.0.0.1:9/nothing")

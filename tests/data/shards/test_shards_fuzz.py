@@ -15,7 +15,7 @@ from PIL import Image
 
 from conf.errors import UserError
 from conf.schema import BuildRun, ImageConfig, Source, StreamConfig
-from data.building.build import build
+from data.building.build import build_shards
 from data.image_dataset import ImageDataset, captions_of
 
 BATCHES, SHARDS_OF_A_BATCH = 30, 12
@@ -41,8 +41,8 @@ CAPTIONS = (
 
 def image(rng: random.Random) -> bytes:
     buffer = io.BytesIO()
-    picture = Image.new("RGB", (rng.randint(1, 6), rng.randint(1, 6)), (rng.randrange(256), rng.randrange(256), 0))
-    picture.save(buffer, rng.choice(("PNG", "JPEG", "WEBP")))
+    image = Image.new("RGB", (rng.randint(1, 6), rng.randint(1, 6)), (rng.randrange(256), rng.randrange(256), 0))
+    image.save(buffer, rng.choice(("PNG", "JPEG", "WEBP")))
     content = buffer.getvalue()
     return rng.choice([content] * 12 + [content[: len(content) // 2], b"", rng.randbytes(40)])
 
@@ -130,7 +130,7 @@ def plain(key: str) -> str:
 @pytest.mark.parametrize("seed", range(BATCHES))
 def test_a_build_accounts_for_every_file_of_any_shard(tmp_path: Path, seed: int) -> None:
     cfg, output = shards(tmp_path / "in", seed), tmp_path / "out"
-    built = build(cfg)
+    built = build_shards(cfg)
     rejects = [json.loads(line) for line in (output / "rejects.jsonl").read_text().splitlines()]
     assert all(one_line(reject["reason"]) for reject in rejects)
     report = json.loads((output / "report.json").read_text())
@@ -150,7 +150,7 @@ def test_a_build_accounts_for_every_file_of_any_shard(tmp_path: Path, seed: int)
 
 @pytest.mark.parametrize("seed", range(BATCHES))
 def test_a_training_reads_what_a_build_would_make_of_any_shard(tmp_path: Path, seed: int) -> None:
-    build(shards(tmp_path / "in", seed))
+    build_shards(shards(tmp_path / "in", seed))
     built = ImageDataset(tmp_path / "out" / "train", RESOLUTION, 0)
     items = list(map(built.at, range(built.samples)))
     made = [(item["meta"]["key"][:5], item["meta"]["source_key"], item["caption"]) for item in items]

@@ -21,7 +21,7 @@ from conf.schema.conditions import (
 )
 from conf.schema.networks import UNetConfig
 from data.labels import Box, Labels
-from models.conditions import Conditions, Inputs, Samples, Surroundings
+from models.conditions import ConditionContext, Conditions, Inputs, Samples
 from models.conditions.labels import UNLABELLED
 from models.denoiser import Denoiser, widened
 from models.unet import UNet
@@ -83,7 +83,7 @@ def conditions(**sections: Any) -> Conditions:
     torch.manual_seed(0)
     cfg = ConditionsConfig(**{"caption": None, **sections})
     mean, std = torch.tensor([1.0, 0.0, -1.0]), torch.tensor([2.0, 1.0, 0.5])
-    around = Surroundings.of(
+    around = ConditionContext.of(
         MODEL,
         downscale=DOWNSCALE,
         latent_mean=mean,
@@ -189,7 +189,7 @@ def test_titles_say_what_is_asked_for() -> None:
 def test_conditions_show_what_they_ask_for() -> None:
     told = conditions(**TOKEN, **BOXES, **SEGMENTS)
     shown = told.show(samples().images, arrays(told))
-    assert [picture.shape for picture in shown] == [(3, 3, SIDE, SIDE)] * 2
+    assert [image.shape for image in shown] == [(3, 3, SIDE, SIDE)] * 2
     frames = shown[0][0]  # of boxes, on white
     assert (frames[:, 0, 0] != 1).any() and (frames[:, 3, 2] == 1).all()
 

@@ -1,4 +1,4 @@
-"""Small pictures and holes: what the network sees of them, noise on them, and what is done to a drawn picture."""
+"""Small images and holes: what the network sees of them, noise on them, and what is done to a drawn image."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,8 +14,8 @@ from conf.errors import UserError
 from conf.schema import ConditionsConfig, Degradation
 from conf.schema.conditions import LowResolutionConfig, MaskedConfig
 from data.labels import Labels
-from models.conditions import Conditions, Samples, Surroundings
-from models.degradation import bicubic, shrink
+from models.conditions import ConditionContext, Conditions, Samples
+from models.degradation import bicubic, shrink_tensor
 
 SIDE, DOWNSCALE = 32, 4
 MEAN, STD = torch.tensor([0.5, -0.25, 0.0]), torch.tensor([2.0, 0.5, 1.0])
@@ -44,7 +44,7 @@ class Draws:
         return torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
 
 
-def pictures(side: int = SIDE) -> Tensor:
+def images(side: int = SIDE) -> Tensor:
     coarse = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
     return F.interpolate(coarse, (side, side), mode="bicubic").clamp(-1, 1)
 
@@ -56,7 +56,7 @@ def samples(images: Tensor, masks: Tensor | None = None, as_given: bool = False)
 
 def conditions(**sections: Any) -> Conditions:
     torch.manual_seed(0)
-    around = Surroundings(None, 8, DOWNSCALE, MEAN, STD)
+    around = ConditionContext(None, 8, DOWNSCALE, MEAN, STD)
     return Conditions(ConditionsConfig(caption=None, **sections), around)
 
 
@@ -64,31 +64,31 @@ def low_resolution(**options: Any) -> Conditions:
     return conditions(low_resolution=LowResolutionConfig(**options))
 
 
-def test_small_picture_stands_beside_the_latent() -> None:
+def test_small_image_stands_beside_the_latent() -> None:
     told = low_resolution()
-    inputs = told.prepare(samples(pictures()), Frozen())
+    inputs = told.prepare(samples(images()), Frozen())
     channels = told(inputs).channels
     assert told.channels == 3 and channels is not None and channels.shape == (3, 3, SIDE // 4, SIDE // 4)
-    torch.testing.assert_close(channels, shrink(pictures(), 4), atol=1 / 255, rtol=0)
-    assert torch.equal(told.baselines(pictures(), inputs)["bicubic"], bicubic(channels, 4))
+    torch.testing.assert_close(channels, shrink_tensor(images(), 4), atol=1 / 255, rtol=0)
+    assert torch.equal(told.baselines(images(), inputs)["bicubic"], bicubic(channels, 4))
     nothing = low_resolution(drop=0.5)
     assert nothing(nothing.null(inputs)).channels.abs().max() < 0.01  # grey
-    other = low_resolution(factor=8)(low_resolution(factor=8).prepare(samples(pictures()), Frozen()))
+    other = low_resolution(factor=8)(low_resolution(factor=8).prepare(samples(images()), Frozen()))
     assert other.channels.shape == channels.shape  # enlarged to the latent's size
 
 
-def test_given_picture_is_the_small_one() -> None:
+def test_given_image_is_the_small_one() -> None:
     told = low_resolution(degradation=Degradation.bsr)
-    given = pictures(8)
+    given = images(8)
     torch.testing.assert_close(
         told(told.prepare(samples(given, as_given=True), Frozen())).channels, given, atol=1 / 255, rtol=0
     )
 
 
-def test_noise_on_the_small_picture_keeps_its_variance_and_its_level_is_told() -> None:
+def test_noise_on_the_small_image_keeps_its_variance_and_its_level_is_told() -> None:
     """Ho et al. 2022, section 4.2: the signal's and the noise's squared weights add up to one."""
     told = low_resolution(noise_levels=400, sampling_level=120)
-    inputs = told.prepare(samples(pictures()), Frozen())
+    inputs = told.prepare(samples(images()), Frozen())
     varied = told.vary(inputs, Draws(0.5))
     low, noise = inputs["low"].float() / 127.5 - 1, Draws(0.5).normal("", (3, 8, 8))
     angle = torch.tensor(0.5 * 400 / 1000 * torch.pi / 2)
@@ -100,15 +100,15 @@ def test_noise_on_the_small_picture_keeps_its_variance_and_its_level_is_told() -
     assert low_resolution()(inputs).vector is None
 
 
-def test_back_projected_picture_becomes_the_given_one_when_made_small() -> None:
+def test_back_projected_image_becomes_the_given_one_when_made_small() -> None:
     told = low_resolution(back_projection=True)
-    inputs, drawn = told.prepare(samples(pictures()), Frozen()), (pictures() + 0.1).clamp(-1, 1)
+    inputs, drawn = told.prepare(samples(images()), Frozen()), (images() + 0.1).clamp(-1, 1)
     low = inputs["low"].float() / 127.5 - 1
-    finished = told.finish(drawn, pictures(), inputs)
-    before, after = ((shrink(images, 4) - low).abs().mean() for images in (drawn, finished))
+    finished = told.finish(drawn, images(), inputs)
+    before, after = ((shrink_tensor(images, 4) - low).abs().mean() for images in (drawn, finished))
     assert after < 0.1 * before
-    assert (finished - pictures()).abs().mean() < 0.1 * (drawn - pictures()).abs().mean()
-    assert torch.equal(low_resolution().finish(drawn, pictures(), inputs), drawn)
+    assert (finished - images()).abs().mean() < 0.1 * (drawn - images()).abs().mean()
+    assert torch.equal(low_resolution().finish(drawn, images(), inputs), drawn)
     with pytest.raises(
         UserError, match=r"^conditions\.low_resolution\.back_projection: .* set degradation=bicubic or "
     ):
@@ -120,7 +120,7 @@ def test_hole_is_told_as_diffusers_tells_it() -> None:
     from diffusers import StableDiffusionInpaintPipeline
 
     told = conditions(masked=MaskedConfig())
-    inputs = told.prepare(samples(pictures()), Frozen())
+    inputs = told.prepare(samples(images()), Frozen())
     mask = inputs["mask"][:, None].float()
     theirs = SimpleNamespace(
         vae_scale_factor=DOWNSCALE,
@@ -129,7 +129,7 @@ def test_hole_is_told_as_diffusers_tells_it() -> None:
         ),
     )
     small, masked = StableDiffusionInpaintPipeline.prepare_mask_latents(
-        theirs, mask, pictures() * (mask < 0.5), 3, SIDE, SIDE, torch.float32, torch.device("cpu"), None, False
+        theirs, mask, images() * (mask < 0.5), 3, SIDE, SIDE, torch.float32, torch.device("cpu"), None, False
     )
     channels = told(inputs).channels
     assert told.channels == 4 and channels is not None
@@ -138,33 +138,33 @@ def test_hole_is_told_as_diffusers_tells_it() -> None:
 
 def test_masks_belong_to_samples_or_are_given() -> None:
     told = conditions(masked=MaskedConfig())
-    first, again = (told.prepare(samples(pictures()), Frozen())["mask"] for _ in range(2))
+    first, again = (told.prepare(samples(images()), Frozen())["mask"] for _ in range(2))
     assert torch.equal(first, again) and not torch.equal(first[0], first[1])
     given = torch.zeros(3, SIDE, SIDE, dtype=torch.bool)
     given[:, 4:12, 8:20] = True
-    assert torch.equal(told.prepare(samples(pictures(), given), Frozen())["mask"], given)
+    assert torch.equal(told.prepare(samples(images(), given), Frozen())["mask"], given)
 
 
-def test_nothing_told_of_a_picture_is_a_hole_everywhere() -> None:
+def test_nothing_told_of_a_image_is_a_hole_everywhere() -> None:
     told = conditions(masked=MaskedConfig(drop=0.5))
-    nothing = told(told.null(told.prepare(samples(pictures()), Frozen()))).channels
+    nothing = told(told.null(told.prepare(samples(images()), Frozen()))).channels
     assert nothing is not None and (nothing[:, 0] == 1).all() and nothing[:, 1:].abs().max() < 1e-3
 
 
 def test_known_pixels_stay_and_the_hole_is_painted() -> None:
     told = conditions(masked=MaskedConfig())
-    inputs = told.prepare(samples(pictures()), Frozen())
+    inputs = told.prepare(samples(images()), Frozen())
     hole = inputs["mask"][:, None].expand(-1, 3, -1, -1)
-    finished = told.finish(torch.full_like(pictures(), 0.9), pictures(), inputs)
-    assert torch.equal(finished[~hole], pictures()[~hole]) and (finished[hole] == 0.9).all()
+    finished = told.finish(torch.full_like(images(), 0.9), images(), inputs)
+    assert torch.equal(finished[~hole], images()[~hole]) and (finished[hole] == 0.9).all()
     assert told.region(inputs) is inputs["mask"]
-    (shown,) = told.show(pictures(), inputs)
+    (shown,) = told.show(images(), inputs)
     assert (shown[hole] == 0).all()
 
 
 @pytest.mark.parametrize("sections", [{"masked": MaskedConfig()}, {"low_resolution": LowResolutionConfig()}])
 def test_rivals_are_named_before_they_are_made(sections: Any) -> None:
     told = conditions(**sections)
-    made = told.baselines(pictures(), told.prepare(samples(pictures()), Frozen()))
+    made = told.baselines(images(), told.prepare(samples(images()), Frozen()))
     assert tuple(made) == told.rivals
-    assert all(images.shape == pictures().shape for images in made.values())
+    assert all(images.shape == images().shape for images in made.values())

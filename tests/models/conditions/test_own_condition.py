@@ -49,11 +49,9 @@ def test_example_of_the_docs_works(tmp_path: Path) -> None:
         shutil.copytree(ROOT / folder, tmp_path / folder)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "conditions.md").read_text(), re.DOTALL)
     condition, kind, section, option = blocks
-    pictures, schema = tmp_path / "models/conditions/pictures.py", tmp_path / "conf/schema/conditions.py"
-    after(pictures, "KINDS: Mapping[str, Callable[[Any, Surroundings], Condition]] = {\n", kind)
-    pictures.write_text(
-        pictures.read_text().replace("\n\nclass LowResolution", f"\n\n{condition}\n\nclass LowResolution")
-    )
+    images, schema = tmp_path / "models/conditions/images.py", tmp_path / "conf/schema/conditions.py"
+    after(images, "KINDS: Mapping[str, Callable[[Any, Surroundings], Condition]] = {\n", kind)
+    images.write_text(images.read_text().replace("\n\nclass LowResolution", f"\n\n{condition}\n\nclass LowResolution"))
     after(schema, "    segments: SegmentsConfig | None = None\n", option)
     schema.write_text(
         schema.read_text().replace(

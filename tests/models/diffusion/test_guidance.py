@@ -83,8 +83,8 @@ def test_guidance_is_limited_to_its_interval() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_prompts_of_one_picture_are_composed_with_their_weights(scale: float) -> None:
-    """Liu et al. 2022, for a picture of one prompt and one of two."""
+def test_prompts_of_one_image_are_composed_with_their_weights(scale: float) -> None:
+    """Liu et al. 2022, for an image of one prompt and one of two."""
     network = Recorder()
     joined = Joined(torch.tensor([0, 1, 1]), torch.tensor([1.0, 1.0, -0.5]))
     empty = Conditioning(EMPTY[:2])

@@ -221,7 +221,7 @@ def test_zero_terminal_snr_ends_in_noise_alone() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("prediction", [Prediction.v, Prediction.x0])
-def test_exported_scheduler_has_our_noise_levels_and_draws_our_pictures(
+def test_exported_scheduler_has_our_noise_levels_and_draws_our_images(
     prediction: Prediction, options: dict[str, object]
 ) -> None:
     process = process_of(prediction, **options)

@@ -124,12 +124,12 @@ def test_maps_and_network_equal_the_equations_of_the_paper(case: str) -> None:
         elif case == "self":
             maps[-1] = maps[-2]
         unit = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)  # values that show the maps themselves
-        torch.testing.assert_close((controlled.to_text if is_cross else controlled.to_picture)(q, k, unit), maps)
+        torch.testing.assert_close((controlled.to_text if is_cross else controlled.to_image)(q, k, unit), maps)
         layers.append(name)
         return maps @ v
 
     def ours(q: Tensor, k: Tensor, v: Tensor, name: str, is_cross: bool) -> Tensor:
-        return (controlled.to_text if is_cross else controlled.to_picture)(q, k, v)
+        return (controlled.to_text if is_cross else controlled.to_image)(q, k, v)
 
     with torch.no_grad():
         expected, result = NETWORK(*INPUTS, by_the_paper), NETWORK(*INPUTS, ours)

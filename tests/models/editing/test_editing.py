@@ -6,7 +6,7 @@ import torch
 from conf.errors import UserError
 from conf.schema import Edit, EditMode, Prediction, Sampler, SamplingConfig
 from models.editing.alignment import words_of
-from models.editing.editing import Edited, Editor, Rows, edit_pictures, factors, token_control, watch_pictures
+from models.editing.editing import Edited, Editor, Rows, edit_images, factors, token_control, watch_images
 from tiny_pipeline import LENGTH, SyllableText, worded_pipeline
 
 RED, BLUE, LONG = "a red monster on a hill", "a blue monster on a hill", "a sad red monster on a hill"
@@ -17,7 +17,7 @@ MODEL = worded_pipeline()
 
 def made(*edits: Edit, watch: bool = False, **options: object) -> list[Edited]:
     sampling = SamplingConfig(**{"steps": 3, **options})  # type: ignore[arg-type]
-    return edit_pictures(MODEL, edits, [0] * len(edits), sampling, watch=watch)
+    return edit_images(MODEL, edits, [0] * len(edits), sampling, watch=watch)
 
 
 def plain(prompts: list[str], noise_of: str = RED, **options: object) -> torch.Tensor:
@@ -48,7 +48,7 @@ def test_edit_that_takes_nothing_is_the_sample_of_its_own_prompt(sampler: Sample
 
 
 @pytest.mark.parametrize("sampler", list(Sampler))
-def test_picture_stays_the_source_outside_the_region(sampler: Sampler) -> None:
+def test_image_stays_the_source_outside_the_region(sampler: Sampler) -> None:
     """To the last bit; of attention to words, of disagreement, and of both."""
     both = {"blend": ["monster"], "blend_change": True}
     edits = [Edit(prompt=RED, edit=BLUE, **only) for only in ({"blend": ["monster"]}, {"blend_change": True}, both)]  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def test_edits_in_one_batch_are_those_of_separate_runs(guidance_scale: float) ->
 @pytest.mark.parametrize("prediction", list(Prediction))
 def test_every_process_can_be_edited(prediction: Prediction) -> None:
     sampling = SamplingConfig(steps=2, guidance_interval=[0.5, 1e6])  # the last call has no rows of guidance
-    (edited,) = edit_pictures(
+    (edited,) = edit_images(
         worded_pipeline(prediction), [Edit(prompt=RED, edit=BLUE, until={"blue": 0.5})], [0], sampling
     )
     assert edited.result.image.isfinite().all()
@@ -119,11 +119,11 @@ def test_heat_maps_are_the_mean_attention_of_words() -> None:
         for word in ("red", "monster", "a#2"):
             expected = maps[:, words.find(word if "#" in word else f"{word}#1")].sum(1).unflatten(0, (side, side))
             torch.testing.assert_close(spy.maps.of(0, word, (side, side), name), expected)
-    (picture,) = watch_pictures(MODEL, [RED], [0], sampling)
-    assert torch.equal(picture.image, image[0])
-    assert list(picture.maps) == ["a#1", "red", "monster", "on", "a#2", "hill"]
-    assert all(heat.shape == (16, 16) and (heat >= 0).all() for heat in picture.maps.values())
-    assert torch.stack(list(picture.maps.values())).sum(0).max() <= 1 + 1e-5
+    (drawn,) = watch_images(MODEL, [RED], [0], sampling)
+    assert torch.equal(drawn.image, image[0])
+    assert list(drawn.maps) == ["a#1", "red", "monster", "on", "a#2", "hill"]
+    assert all(heat.shape == (16, 16) and (heat >= 0).all() for heat in drawn.maps.values())
+    assert torch.stack(list(drawn.maps.values())).sum(0).max() <= 1 + 1e-5
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,6 @@ def test_network_without_words_is_refused() -> None:
     model = worded_pipeline()
     model.text_tower = None
     with pytest.raises(UserError, match=r"^this network was trained without conditions\.caption"):
-        edit_pictures(model, [Edit(prompt=RED)], [0])
+        edit_images(model, [Edit(prompt=RED)], [0])
     with pytest.raises(UserError, match=r"an edit takes no AND"):
         made(Edit(prompt="a AND b"), prompt_syntax=True)

@@ -1,4 +1,4 @@
-"""Inversion: steps that are walked back lead to the picture again, and guidance is kept from changing it."""
+"""Inversion: steps that are walked back lead to the image again, and guidance is kept from changing it."""
 
 from itertools import pairwise
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from conf.errors import UserError
 from conf.schema import Edit, InversionMethod, Prediction, Sampler, SamplingConfig
 from models.diffusion.process import Process
-from models.editing.editing import edit_pictures
+from models.editing.editing import edit_images
 from models.editing.inversion import FIT_RATE, FIT_STEPS, invert, step, walk_back
 from models.pipeline import DiffusionPipeline
 from models.prompts import plain
@@ -33,7 +33,7 @@ def walked(model: DiffusionPipeline, sampling: SamplingConfig, path: list[torch.
 
 @torch.no_grad()
 @pytest.mark.parametrize("prediction", [Prediction.flow, Prediction.v])
-def test_steps_from_where_walking_back_gets_to_lead_to_the_picture(prediction: Prediction) -> None:
+def test_steps_from_where_walking_back_gets_to_lead_to_the_image(prediction: Prediction) -> None:
     model = worded_pipeline(prediction)
     unguided = SamplingConfig(sampler=Sampler.ddim, steps=20, guidance_scale=1.0)
     x0, sigmas = model.encode(GIVEN), model.process.sigmas(20)
@@ -58,7 +58,7 @@ def test_one_correction_is_exact_for_normal_latents() -> None:
 
 
 @torch.no_grad()
-def test_guidance_changes_the_picture_least_with_the_methods_that_undo_it() -> None:
+def test_guidance_changes_the_image_least_with_the_methods_that_undo_it() -> None:
     found = {}
     for method in InversionMethod:
         start = invert(MODEL, GIVEN, [RED, BLUE], DDIM, method)
@@ -106,16 +106,16 @@ def test_null_text_is_fitted_as_published() -> None:
 
 
 @pytest.mark.parametrize("inversion", list(InversionMethod))
-def test_given_picture_is_edited_in_any_batch(inversion: InversionMethod) -> None:
+def test_given_image_is_edited_in_any_batch(inversion: InversionMethod) -> None:
     edits = [
         Edit(prompt=RED, edit=BLUE, blend_change=True),
         Edit(prompt=RED, edit="a green monster on a hill"),
         Edit(prompt=BLUE, weights={"blue": 2.0}),
     ]
     given = GIVEN[[0, 0, 1]]
-    together = edit_pictures(MODEL, edits, [0, 0, 0], DDIM, given=given, inversion=inversion)
+    together = edit_images(MODEL, edits, [0, 0, 0], DDIM, given=given, inversion=inversion)
     for edit, image, one in zip(edits, given, together, strict=True):
-        (alone,) = edit_pictures(MODEL, [edit], [0], DDIM, given=image[None], inversion=inversion)
+        (alone,) = edit_images(MODEL, [edit], [0], DDIM, given=image[None], inversion=inversion)
         assert torch.equal(one.source.image, image)
         assert one.found is not None and alone.found is not None
         torch.testing.assert_close(alone.found, one.found, rtol=0, atol=2e-3)
@@ -127,11 +127,11 @@ def test_given_picture_is_edited_in_any_batch(inversion: InversionMethod) -> Non
     assert torch.equal(together[0].result.image[:, ~region], GIVEN[0][:, ~region])
 
 
-def test_edit_without_a_change_is_the_picture_drawn_again() -> None:
-    (made,) = edit_pictures(MODEL, [Edit(prompt=RED)], [0], DDIM, given=GIVEN[:1])
+def test_edit_without_a_change_is_the_image_drawn_again() -> None:
+    (made,) = edit_images(MODEL, [Edit(prompt=RED)], [0], DDIM, given=GIVEN[:1])
     assert made.found is not None
     torch.testing.assert_close(made.result.image, made.found, rtol=0, atol=1e-4)
-    (unguided,) = edit_pictures(
+    (unguided,) = edit_images(
         MODEL, [Edit(prompt=RED)], [0], SamplingConfig(sampler=Sampler.ddim, guidance_scale=1.0), given=GIVEN[:1]
     )
     assert unguided.found is not None

@@ -124,8 +124,8 @@ def test_networks_of_a_whole_checkpoint(tmp_path: Path, suffix: str) -> None:
     loaded = load_unet_file(path, SMALL)
     assert all(torch.equal(value, unet.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert all(parameter.requires_grad for parameter in loaded.parameters())
-    pictures = load_autoencoder_file(path, TINY)
-    assert all(torch.equal(value, autoencoder.state_dict()[name]) for name, value in pictures.state_dict().items())
+    images = load_autoencoder_file(path, TINY)
+    assert all(torch.equal(value, autoencoder.state_dict()[name]) for name, value in images.state_dict().items())
 
 
 def test_autoencoder_has_a_checkpoint_of_its_own(tmp_path: Path) -> None:

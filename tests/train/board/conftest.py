@@ -43,7 +43,7 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def picture(seed: int, width: int = 96, height: int = 64) -> Image.Image:
+def image(seed: int, width: int = 96, height: int = 64) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(256, size=(4, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -75,7 +75,7 @@ def training(folder: Path, name: str, extra: dict[str, float]) -> None:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Autoencoder, U-Net (not finished), evaluation, data, pictures."""
+    """Autoencoder, U-Net (not finished), evaluation, data, images."""
     folder = tmp_path_factory.mktemp("board") / "run"
     training(folder, "autoencoder", {"eval/psnr": 20.0})
     training(folder, "unet", {f"train/loss_by_timestep/{quarter}": float(quarter) for quarter in (1, 2, 3, 4)})
@@ -88,15 +88,15 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         json.dumps({"samples": 50_000, "extractors": {"fid": {"sha256": "f" * 64}}, "negative_prompt": EVIL})
     )
     for number, seen in enumerate(MOMENTS):
-        save(picture(number), folder / f"unet/samples/prompts-{seen:012d}.png")
-        save(picture(number, 300), folder / f"unet/samples/film-{seen:012d}.png")
-        save(picture(number), folder / f"autoencoder/samples/reconstructions-{seen:012d}.png")
+        save(image(number), folder / f"unet/samples/prompts-{seen:012d}.png")
+        save(image(number, 300), folder / f"unet/samples/film-{seen:012d}.png")
+        save(image(number), folder / f"autoencoder/samples/reconstructions-{seen:012d}.png")
     (folder / "unet/samples/prompts-000000000600.png").write_bytes(b"half a pict")
-    save(picture(7), folder / "sweep/evaluate/pareto/pareto.png")
+    save(image(7), folder / "sweep/evaluate/pareto/pareto.png")
     for side, count in (("train", 30), ("heldout", 4)):
         with ShardWriter(folder / "shards" / side, 100) as writer:
             for i in range(count):
-                png = encode_image(picture(i), ImageFormat.png, 0)
+                png = encode_image(image(i), ImageFormat.png, 0)
                 writer.add(f"{i:05d}", {"png": png, "txt": f"{EVIL} {'x' * i}".encode()})
         Manifest(kind="images", shards=writer.finished, provenance={"source": EVIL}).save(folder / "shards" / side)
     (folder / "shards/rejects.jsonl").write_text(json.dumps({"key": "9", "reason": EVIL}) + "\n")

@@ -12,7 +12,7 @@ from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import DashboardRun, Perceptual
 from train.board import dashboard
-from train.board.panels import EVALUATIONS, PICTURES, SECTIONS, TRAININGS, Panel, logged_names
+from train.board.panels import EVALUATIONS, IMAGES, SECTIONS, TRAININGS, Panel, logged_names
 from train.board.run_folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")  # wandb-workspaces, on import
@@ -53,7 +53,7 @@ def panels() -> Iterator[Panel]:
 
 
 def test_every_panel_shows_what_a_run_logged(project: Any) -> None:
-    """Each stage of a panel, or it is a metric of some option, or of drawn pictures, which evaluations log."""
+    """Each stage of a panel, or it is a metric of some option, or of drawn images, which evaluations log."""
     logged = {stage: {name for row in project.rows(stage) for name in row} for stage in (*TRAININGS, "latents")}
     for panel in panels():
         trainings = set(panel.stages) - EVALUATIONS.keys()
@@ -63,24 +63,24 @@ def test_every_panel_shows_what_a_run_logged(project: Any) -> None:
                 assert not any(name in logged[stage] for stage in trainings), f"{name} is logged always"
             elif not (of_evaluations and name.startswith(("eval/", "probe/", "perf/"))):
                 assert all(name in logged[stage] for stage in trainings), f"{panel.title}: nobody logs {name}"
-    drawn = {name for stage in TRAININGS for name in RunFolder.open(project.folder).stages[stage].pictures}
-    assert drawn <= {pictures.name for pictures in PICTURES}
+    drawn = {name for stage in TRAININGS for name in RunFolder.open(project.folder).stages[stage].images}
+    assert drawn <= {images.name for images in IMAGES}
 
 
 def test_the_specification_is_a_file_with_all_panels_and_needs_no_network(run_dir: Path, tmp_path: Path) -> None:
     (run_dir / "unet/wandb_run_id").write_text("abc123")
-    path = dashboard.run(config(run_dir, f"output_dir={tmp_path}", "wandb.project=here", "wandb.entity=us"))
+    path = dashboard.write_dashboard(config(run_dir, f"output_dir={tmp_path}", "wandb.project=here", "wandb.entity=us"))
     view = json.loads(path.read_text())
     assert (view["entity"], view["project"], view["displayName"]) == ("us", "here", "Latentline run")
     content = view["spec"]["section"]
     sections = {section["name"]: section["panels"] for section in content["panelBankConfig"]["sections"]}
-    assert list(sections) == ["Quality", "Pictures", *list(SECTIONS)[1:]]
+    assert list(sections) == ["Quality", "Images", *list(SECTIONS)[1:]]
     plots = {panel["config"]["chartTitle"]: panel["config"] for name in SECTIONS for panel in sections[name]}
     assert len(plots) == len(list(panels()))
     assert all(plot["xAxis"] == "samples_seen" for plot in plots.values())
     assert plots["FID"]["metrics"][:2] == ["eval/fid", "eval/loop/fid"]
     assert plots["FID"]["overrideMarks"]["abc123:eval/fid_low"] == "dashed"
-    assert [panel["config"]["mediaKeys"] for panel in sections["Pictures"]] == [[f"samples/{p.name}"] for p in PICTURES]
+    assert [panel["config"]["mediaKeys"] for panel in sections["Images"]] == [[f"samples/{p.name}"] for p in IMAGES]
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,14 @@ def test_only_the_runs_of_the_folder_are_shown(
     (folder / "metrics.jsonl").touch()
     (folder / "config.yaml").write_text(json.dumps({"wandb": {"group": recorded}}))
     overrides = [] if given is None else [f'wandb.group="{given}"']
-    view = json.loads(dashboard.run(config(tmp_path / "run", *overrides)).read_text())
+    view = json.loads(dashboard.write_dashboard(config(tmp_path / "run", *overrides)).read_text())
     (runs,) = view["spec"]["section"]["runSets"]
     assert [rule["value"] for rule in runs["filters"]["filters"]] == [group]
 
 
 def test_without_login_nothing_is_sent_and_one_line_says_why(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"save=true: not logged in.*wandb login"):
-        dashboard.run(config(run_dir, f"output_dir={tmp_path}", "save=true"))
+        dashboard.write_dashboard(config(run_dir, f"output_dir={tmp_path}", "save=true"))
     assert (tmp_path / "dashboard.json").is_file()
 
 
@@ -124,7 +124,7 @@ def test_the_workspace_is_made_once_and_then_brought_up_to_date(
     monkeypatch.setattr("wandb.Api", lambda: None)
     monkeypatch.setattr("wandb.termlog", lambda text: None)
     for _ in range(2):
-        dashboard.run(config(run_dir, f"output_dir={tmp_path}", "save=true", "wandb.entity=us"))
+        dashboard.write_dashboard(config(run_dir, f"output_dir={tmp_path}", "save=true", "wandb.entity=us"))
     assert sent[0][1] == "" and sent[1] == (sent[0][0], "view-7")
     assert "https://wandb.example/us/latentline?nw=" in capsys.readouterr().out
 
@@ -138,7 +138,7 @@ def test_a_server_that_refuses_costs_one_line(run_dir: Path, tmp_path: Path, mon
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(interface.internal, "upsert_view2", server)
     with pytest.raises(UserError, match=r"permission denied; .*dashboard\.json was written") as refusal:
-        dashboard.run(config(run_dir, f"output_dir={tmp_path}", "save=true", "wandb.entity=us"))
+        dashboard.write_dashboard(config(run_dir, f"output_dir={tmp_path}", "save=true", "wandb.entity=us"))
     assert "\n" not in str(refusal.value) and "0" * 40 not in str(refusal.value)
 
 

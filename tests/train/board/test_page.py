@@ -41,14 +41,14 @@ class Opened:
             self.trouble.append(f"request: {url}")
 
     def shown(self, film: str) -> Any:
-        """The one picture of a film that can be seen."""
+        """The one image of a film that can be seen."""
         (image,) = [image for image in self.page.locator(f"[data-film='{film}'] img").all() if image.is_visible()]
         return image
 
 
 @pytest.fixture(scope="module")
 def path(run_dir: Path) -> Path:
-    return report.run(compose("report", ReportRun, [f"run_dir={run_dir}"]))
+    return report.write_report(compose("report", ReportRun, [f"run_dir={run_dir}"]))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_smoothing_moves_the_curves_and_keeps_what_was_measured(opened: Opened) 
 def test_the_slider_moves_through_the_training(opened: Opened) -> None:
     film = opened.page.locator("[data-film='unet/samples/prompts']")
     last = opened.shown("unet/samples/prompts")
-    assert last.get_attribute("data-seen") == "500"  # the broken picture after it is left out
+    assert last.get_attribute("data-seen") == "500"  # the broken image after it is left out
     before = last.screenshot()
     film.locator("input").fill("1")
     first = opened.shown("unet/samples/prompts")

@@ -24,13 +24,13 @@ from conf.schema import (
     SamplingConfig,
 )
 from conf.schema.conditions import MaskedConfig
-from models.conditions import Conditions, Surroundings
+from models.conditions import ConditionContext, Conditions
 from models.pipeline import DiffusionPipeline
 from tiny_pipeline import WIDTH, tiny_pipeline
 from train.board.playground import server
 from train.board.playground.request import AS_GIVEN, request_of
-from train.board.playground.sheet import data_url, message, sheet
-from train.board.playground.studio import Drawn, Studio
+from train.board.playground.sheet import data_url, message, render_sheet
+from train.board.playground.studio import Drawing, Studio
 from train.board.playground.upload import pixels_of
 from train.engine.image_grid import to_uint8
 from train.engine.runtime import Runtime
@@ -40,7 +40,7 @@ RED, BLUE, PLAIN = "a red dog, a red hat", "a blue dog, a red hat", "a cat"
 SET = {  # what a visitor who touched nothing but the prompt has set
     **{name: getattr(Edit(prompt=""), name) for name in AS_GIVEN},
     **{"prompt": RED, "seed": 0, "sampler": "dpmpp_2m", "steps": 4, "guidance_scale": 3.0},
-    **{"edit": "", "mode": "auto", "blend": "", "picture": "", "inversion": "negative_prompt"},
+    **{"edit": "", "mode": "auto", "blend": "", "image": "", "inversion": "negative_prompt"},
 }
 GIVEN = np.random.default_rng(0).integers(256, size=(24, 40, 3), dtype=np.uint8)  # wider than what is drawn
 EVIL = "<b>dog</b>"
@@ -74,7 +74,7 @@ def untrained(told: ConditionsConfig | None = None) -> DiffusionPipeline:
         up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
     )
     if told is not None:
-        around = Surroundings.of(
+        around = ConditionContext.of(
             model.denoiser.unet.cfg, downscale=2, latent_mean=torch.zeros(4), latent_std=torch.ones(4)
         )
         model.denoiser.conditions = Conditions(told, around)
@@ -86,11 +86,11 @@ STUDIO = Studio(MODEL, Precision.fp32, film_frames=3)
 CFG = compose("playground", PlaygroundRun, ["run_dir=nowhere", "steps=4", "port=0", "eta=0.5", "sampler=ddim"])
 
 
-def drawn(weights: dict[str, float] | None = None, **given: Any) -> Drawn:
+def drawn(weights: dict[str, float] | None = None, **given: Any) -> Drawing:
     return STUDIO.draw(request_of(CFG, SET | given, weights or {}))
 
 
-def test_picture_is_that_of_the_pipeline_with_a_map_of_each_word_and_a_film() -> None:
+def test_image_is_that_of_the_pipeline_with_a_map_of_each_word_and_a_film() -> None:
     made = drawn(seed=3, sampler="ddim")
     sampling = SamplingConfig(sampler=Sampler.ddim, steps=4, eta=0.5)
     expected = MODEL([RED], [3], sampling)
@@ -119,19 +119,19 @@ def test_weights_alone_are_an_edit_and_those_of_1_are_none() -> None:
     assert all(made) and not np.array_equal(made[0].image, made[1].image)  # type: ignore[union-attr]
 
 
-def test_given_picture_is_cut_and_edited_with_ddim_where_the_sampler_adds_noise() -> None:
+def test_given_image_is_cut_and_edited_with_ddim_where_the_sampler_adds_noise() -> None:
     cut = np.asarray(Image.fromarray(GIVEN).resize((16, 16), Image.Resampling.LANCZOS, box=(8, 0, 32, 24)))
-    made = drawn(picture=data_url(GIVEN), edit=BLUE, sampler="euler_ancestral", inversion="ddim")
+    made = drawn(image=data_url(GIVEN), edit=BLUE, sampler="euler_ancestral", inversion="ddim")
     assert np.array_equal(made.before.image, cut) and np.array_equal(pixels_of(data_url(cut), 16, 16), cut)
     assert made.after is not None and not np.array_equal(made.after.image, cut)
     assert made.request.sampling.sampler is Sampler.ddim and made.request.instead_of is Sampler.euler_ancestral
     again = made.before.film[-1].astype(float)
     assert made.psnr == pytest.approx(20 * np.log10(255) - 10 * np.log10(np.square(again - cut).mean()), abs=0.5)
-    page = sheet(made)
-    assert f"PSNR of {made.psnr:.1f} dB" in page and "euler_ancestral does not find a given picture again" in page
-    kept = drawn(picture=data_url(GIVEN), edit=BLUE)
+    page = render_sheet(made)
+    assert f"PSNR of {made.psnr:.1f} dB" in page and "euler_ancestral does not find a given image again" in page
+    kept = drawn(image=data_url(GIVEN), edit=BLUE)
     assert kept.request.sampling.sampler is Sampler.dpmpp_2m and kept.request.instead_of is None
-    assert drawn(picture=data_url(GIVEN), inversion="null_text").request.instead_of is Sampler.dpmpp_2m
+    assert drawn(image=data_url(GIVEN), inversion="null_text").request.instead_of is Sampler.dpmpp_2m
 
 
 def test_every_step_is_told() -> None:
@@ -153,10 +153,10 @@ def test_words_that_can_be_weighed_are_told_apart() -> None:
         ({"seed": 1.5}, "seed 1.5: write a whole number from 0 to"),
         ({"seed": -3}, "seed -3: write a whole number"),
         ({"seed": 1e23}, r"seed 1e\+23: write a whole number"),
-        ({"picture": "data:image/png;base64,aGVsbG8="}, "your picture: not a readable picture"),
-        ({"picture": "data:image/png;base64,a"}, "your picture: broken on its way"),
-        ({"picture": data_url(GIVEN)[:422]}, "your picture: broken picture"),
-        ({"picture": "too large"}, "your picture has more than 20 MB"),
+        ({"image": "data:image/png;base64,aGVsbG8="}, "your image: not a readable image"),
+        ({"image": "data:image/png;base64,a"}, "your image: broken on its way"),
+        ({"image": data_url(GIVEN)[:422]}, "your image: broken image"),
+        ({"image": "too large"}, "your image has more than 20 MB"),
         ({"prompt": "long " * 80}, "do not hold 'long long"),
         ({"prompt": "one two three four five six seven eight nine ten eleven"}, "do not hold 'eleven'"),
         ({"edit": BLUE, "blend": "giraffe"}, "'giraffe' is not in the prompt"),
@@ -183,7 +183,7 @@ def test_network_that_needs_something_else_than_a_prompt_is_refused(told: Condit
 
 
 def test_texts_of_visitors_stay_texts() -> None:
-    for page in (sheet(drawn(prompt=EVIL, edit=f"{EVIL} x")), message(EVIL)):
+    for page in (render_sheet(drawn(prompt=EVIL, edit=f"{EVIL} x")), message(EVIL)):
         assert EVIL not in page and "&lt;b&gt;dog&lt;/b&gt;" in page
 
 
@@ -200,7 +200,7 @@ def test_taken_port_and_unknown_host_are_said_in_one_line() -> None:
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'latentline\[playground\]'"):
-        server.run(CFG, runtime)
+        server.serve(CFG, runtime)
 
 
 @pytest.fixture
@@ -236,9 +236,9 @@ class Visitor:
     def type(self, box: str, text: str) -> None:
         self.page.locator(f"#{box} textarea, #{box} input").first.fill(text)
 
-    def picture(self, number: int, prompt: str) -> str:
-        """The address of a picture, as soon as it is one of this prompt."""
-        image = self.page.locator(".picture").nth(number).locator(".drawn")
+    def image(self, number: int, prompt: str) -> str:
+        """The address of an image, as soon as it is one of this prompt."""
+        image = self.page.locator(".image").nth(number).locator(".drawn")
         image.and_(self.page.get_by_alt_text(prompt, exact=True)).wait_for()
         return str(image.get_attribute("src"))
 
@@ -266,36 +266,36 @@ def test_visitors_draw_edit_and_weigh_at_once(visitors: list[Visitor]) -> None:
         visitor.type("prompt", prompt)
         visitor.page.locator("#generate").click()
     for visitor, prompt in ((one, RED), (two, PLAIN)):
-        assert visitor.picture(0, prompt) == data_url(drawn(prompt=prompt, sampler="ddim").before.image)
+        assert visitor.image(0, prompt) == data_url(drawn(prompt=prompt, sampler="ddim").before.image)
 
     one.type("edit", BLUE)
     one.page.locator("#change").click()
     edited = drawn(edit=BLUE, sampler="ddim").after
-    assert edited is not None and one.picture(1, BLUE) == data_url(edited.image)
+    assert edited is not None and one.image(1, BLUE) == data_url(edited.image)
     assert one.page.locator(".film").count() == 2
-    word = one.page.locator(".picture").nth(1).locator("label", has_text="blue")
+    word = one.page.locator(".image").nth(1).locator("label", has_text="blue")
     heat = word.locator(".map")
     assert heat.evaluate("map => getComputedStyle(map).opacity") == "0"
     word.hover()
     one.wait_until_shown(heat)
-    assert heat.bounding_box() == one.page.locator(".picture").nth(1).locator(".drawn").bounding_box()
+    assert heat.bounding_box() == one.page.locator(".image").nth(1).locator(".drawn").bounding_box()
 
     word.click()
-    before = one.picture(1, BLUE)
+    before = one.image(1, BLUE)
     slider = one.page.get_by_label("number input for blue")
     slider.fill("-1")
     slider.blur()
     one.page.wait_for_function("before => document.querySelectorAll('.drawn')[1].src != before", arg=before)
     weighed = drawn({"blue": -1.0}, edit=BLUE, sampler="ddim").after
-    assert weighed is not None and one.picture(1, BLUE) == data_url(weighed.image)
-    assert one.page.locator(".looks :checked + span").all_inner_texts() == ["picture", "picture"]  # no map of before
+    assert weighed is not None and one.image(1, BLUE) == data_url(weighed.image)
+    assert one.page.locator(".looks :checked + span").all_inner_texts() == ["image", "image"]  # no map of before
 
     two.type("edit", "a dog")
     two.type("blend", "giraffe")
     two.page.locator("#change").click()
     two.page.get_by_role("alert").wait_for()
     assert two.page.get_by_role("alert").inner_text().startswith("'giraffe' is not in the prompt 'a dog'")
-    assert two.picture(0, PLAIN)  # stays
+    assert two.image(0, PLAIN)  # stays
     assert one.trouble == two.trouble == []
 
 
@@ -307,12 +307,12 @@ def test_page_fits_a_phone_and_a_tap_shows_what_a_word_looks_at(browser: Any, ur
     page.get_by_label("number input for dog").wait_for()
     assert visitor.overflow() == 0
     page.locator("#generate").tap()
-    visitor.picture(0, RED)
+    visitor.image(0, RED)
     page.wait_for_function("Math.abs(document.getElementById('shown').getBoundingClientRect().top) < 50")
-    word = page.locator(".picture label", has_text="dog")
+    word = page.locator(".image label", has_text="dog")
     word.tap()
     visitor.wait_until_shown(word.locator(".map"))
-    other = page.locator(".picture label", has_text="hat")
+    other = page.locator(".image label", has_text="hat")
     other.tap()
     visitor.wait_until_shown(other.locator(".map"))
     page.wait_for_function("map => getComputedStyle(map).opacity == 0", arg=word.locator(".map").element_handle())
@@ -323,13 +323,13 @@ def test_page_fits_a_phone_and_a_tap_shows_what_a_word_looks_at(browser: Any, ur
 
 
 @pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated")  # of gradio, with pandas 3
-def test_visitor_edits_a_picture_of_his_own(browser: Any, url: str) -> None:
+def test_visitor_edits_a_image_of_his_own(browser: Any, url: str) -> None:
     visitor = Visitor(browser, url)
-    page, choose = visitor.page, visitor.page.get_by_label("Your picture", exact=True)
-    page.get_by_text("Edit your own picture").click()
+    page, choose = visitor.page, visitor.page.get_by_label("Your image", exact=True)
+    page.get_by_text("Edit your own image").click()
     choose.set_input_files({"name": "text.png", "mimeType": "image/png", "buffer": b"hello"})
     page.get_by_role("alert").wait_for()
-    assert page.get_by_role("alert").inner_text() == "your picture: not a readable picture"
+    assert page.get_by_role("alert").inner_text() == "your image: not a readable image"
     content = base64.b64decode(data_url(GIVEN).partition(",")[2])
     choose.set_input_files({"name": "mine.png", "mimeType": "image/png", "buffer": content})
     page.locator(".preview").wait_for()
@@ -337,14 +337,14 @@ def test_visitor_edits_a_picture_of_his_own(browser: Any, url: str) -> None:
     visitor.type("prompt", RED)
     visitor.type("edit", BLUE)
     page.locator("#change").click()
-    expected = drawn(picture=data_url(GIVEN), edit=BLUE, sampler="ddim")
+    expected = drawn(image=data_url(GIVEN), edit=BLUE, sampler="ddim")
     assert expected.after is not None
-    assert visitor.picture(0, RED) == data_url(expected.before.image) == page.locator(".preview").get_attribute("src")
-    assert visitor.picture(1, BLUE) == data_url(expected.after.image)
+    assert visitor.image(0, RED) == data_url(expected.before.image) == page.locator(".preview").get_attribute("src")
+    assert visitor.image(1, BLUE) == data_url(expected.after.image)
     assert f"PSNR of {expected.psnr:.1f} dB" in page.locator(".sheet").inner_text()
     page.locator("#away").click()
     page.locator(".preview").wait_for(state="detached")
     page.locator("#change").click()
     page.wait_for_function("mine => document.querySelector('.drawn').src != mine", arg=data_url(expected.before.image))
-    assert visitor.picture(0, RED) == data_url(drawn(sampler="ddim").before.image) and visitor.trouble == []
+    assert visitor.image(0, RED) == data_url(drawn(sampler="ddim").before.image) and visitor.trouble == []
     visitor.context.close()

@@ -12,7 +12,7 @@ from PIL import Image
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import BuildRun, CacheDtype, ImageConfig, PreviewRun, Source
-from data.building.build import build
+from data.building.build import build_shards
 from data.image_dataset import ImageDataset
 from data.latent_dataset import LatentDataset
 from data.latent_record import LatentWriter
@@ -26,13 +26,13 @@ from train.engine.runtime import Runtime
 def preview_of(project: Any, runtime: Runtime, data: Path, output: Path, *overrides: str) -> str:
     """The page that the command writes."""
     options = [f"run_dir={project.folder}", f"data={data}", f"output_dir={output}", "runtime=cpu", *overrides]
-    preview.run(compose("preview", PreviewRun, options), runtime)
+    preview.write_preview(compose("preview", PreviewRun, options), runtime)
     return (output / "preview.html").read_text()
 
 
 def test_images_are_shown_and_measured(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
     data = scenes.folder / "shards" / "train"
-    page = preview_of(scenes, runtime, data, tmp_path, "pictures=10")
+    page = preview_of(scenes, runtime, data, tmp_path, "images=10")
     manifest = Manifest.load(data)
     assert f"<td>samples<td>{manifest.samples}" in page and page.count("data:image/png;base64,") == 2
     assert "<td>width<td>32<td>32<td>32<td>32<td>32" in page and "<td>aspect<td>1<td>1" in page
@@ -45,24 +45,24 @@ def test_images_are_shown_and_measured(scenes: Any, runtime: Runtime, tmp_path: 
 def test_class_names_are_drawn_as_they_are() -> None:
     names = ["under $5", "over $5", "x^2 $\\frac{$", "<b>&amp;", f"{'a' * 30}b", f"{'a' * 30}c"]
     survey = preview.Survey(classes={"samples": Counter({name: 3 for name in names}), "boxes": Counter()})
-    assert preview.charts(survey).width > 900
+    assert preview.histograms(survey).width > 900
 
 
 def test_classes_are_counted_and_boxes_drawn(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
-    page = preview_of(scenes, runtime, scenes.folder / "shards" / "train", tmp_path / "scenes", "pictures=10")
+    page = preview_of(scenes, runtime, scenes.folder / "shards" / "train", tmp_path / "scenes", "images=10")
     readers = map(ShardReader, sorted((scenes.folder / "shards" / "train").glob("*.tar")))
     classes = Counter(json.loads(bytes(reader[i]["json"]))["class"] for reader in readers for i in range(len(reader)))
     assert all(f"<tr><td>{name}<td>{count}<td>" in page for name, count in classes.items()) and len(classes) == 4
 
     options = {"output_dir": str(tmp_path / "shards"), "samples": 12, "resolution": 64, "workers": 1}
-    build(BuildRun(run_dir=".", source=Source.layout, **options))
+    build_shards(BuildRun(run_dir=".", source=Source.layout, **options))
     data = tmp_path / "shards" / "train"
-    page = preview_of(scenes, runtime, data, tmp_path / "layout", "pictures=12")
+    page = preview_of(scenes, runtime, data, tmp_path / "layout", "images=12")
     dataset = ImageDataset(data, ImageConfig(resolution=128), 0, labels=True)
     assert "<h2>Classes of boxes</h2>" in page and "<td>box area<td>" in page
-    for picture, index in zip(preview.shown(dataset, 100)[0], range(dataset.samples), strict=True):
+    for image, index in zip(preview.readable_images(dataset, 100)[0], range(dataset.samples), strict=True):
         item = dataset.at(index)
-        changed = (picture != to_uint8(item["image"][None])[0]).any(axis=-1)
+        changed = (image != to_uint8(item["image"][None])[0]).any(axis=-1)
         for left, top, right, bottom in (np.multiply(box.corners, 128).astype(int) for box in item["labels"].boxes):
             assert changed[bottom - 1, left:right].mean() > 0.9 and changed[top:bottom, right - 1].mean() > 0.9
 
@@ -90,7 +90,7 @@ def test_caption_lengths_are_those_of_all_samples(scenes: Any) -> None:
 
 def test_latents_are_decoded_and_measured_per_channel(latents: Any, runtime: Runtime, tmp_path: Path) -> None:
     data = latents.folder / "latents" / "train"
-    page = preview_of(latents, runtime, data, tmp_path, "pictures=8")
+    page = preview_of(latents, runtime, data, tmp_path, "images=8")
     assert all(f"<td>channel {channel}<td>" in page for channel in range(4)) and "<td>tokens<td>" in page
     dataset = LatentDataset(data, 0)
     numbers = preview.survey_latents(dataset, range(dataset.samples)).numbers
@@ -98,10 +98,10 @@ def test_latents_are_decoded_and_measured_per_channel(latents: Any, runtime: Run
         assert np.mean(numbers[f"channel {channel}"]) == pytest.approx(
             dataset.manifest.stats["mean"][channel], abs=2e-3
         )
-    shown = preview.decoded(compose("preview", PreviewRun, [f"run_dir={latents.folder}"]), dataset, runtime)[0]
+    shown = preview.decoded_images(compose("preview", PreviewRun, [f"run_dir={latents.folder}"]), dataset, runtime)[0]
     images = ImageDataset(latents.folder / "shards" / "train", latents.config("latents").images, 0)
     original = (images.at(0)["image"].permute(1, 2, 0).numpy() + 1) * 127.5
-    assert np.abs(shown[0] - original).mean() < 60  # 14 dB: a picture of the same scene
+    assert np.abs(shown[0] - original).mean() < 60  # 14 dB: an image of the same scene
 
 
 def test_latents_without_captions_are_measured(tmp_path: Path) -> None:
@@ -114,10 +114,10 @@ def test_latents_without_captions_are_measured(tmp_path: Path) -> None:
 
 
 def test_charts_of_nothing_are_drawn() -> None:
-    assert preview.charts(preview.Survey()).width > 0
+    assert preview.histograms(preview.Survey()).width > 0
 
 
-def test_rejects_and_broken_pictures_are_counted_by_reason(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
+def test_rejects_and_broken_images_are_counted_by_reason(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
     data = tmp_path / "shards" / "train"
     reader = ShardReader(scenes.folder / "shards" / "train" / "00000.tar")
     with ShardWriter(data, 100) as writer:

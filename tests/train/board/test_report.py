@@ -1,4 +1,4 @@
-"""What stands on the page, whatever a run has so far: its numbers, its pictures within their budget, its gaps."""
+"""What stands on the page, whatever a run has so far: its numbers, its images within their budget, its gaps."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from train.engine.metric_log import captions_in, png_of
 
 
 def render(folder: Path, *overrides: str) -> str:
-    return report.render(compose("report", ReportRun, [f"run_dir={folder}", *overrides]), RunFolder.open(folder))
+    return report.render_report(compose("report", ReportRun, [f"run_dir={folder}", *overrides]), RunFolder.open(folder))
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -35,16 +35,16 @@ def test_a_run_that_has_only_begun_gives_a_page_that_says_what_is_missing(tmp_pa
     (tmp_path / "autoencoder/metrics.jsonl").write_text('{"samples_seen": 10, "time": 5, "train/loss": null}\n{"samp')
     page = render(tmp_path)
     assert "a CLIP (<code>train/train_clip.py</code>)" in page and "an evaluation" in page
-    assert "No pictures yet" in page and "set <code>shards=FOLDER</code>" in page
+    assert "No images yet" in page and "set <code>shards=FOLDER</code>" in page
     assert "an autoencoder" not in page
 
 
 def scene_shards(folder: Path, caption: str, meta: str) -> None:
     for side in ("train", "heldout"):
         with ShardWriter(folder / "shards" / side, 10) as writer:
-            picture = io.BytesIO()
-            Image.new("RGB", (40, 32)).save(picture, "PNG")
-            writer.add("0", {"png": picture.getvalue(), "txt": caption.encode(), "json": meta.encode()})
+            image = io.BytesIO()
+            Image.new("RGB", (40, 32)).save(image, "PNG")
+            writer.add("0", {"png": image.getvalue(), "txt": caption.encode(), "json": meta.encode()})
 
 
 def test_a_run_of_shards_alone_gives_a_page(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_run_of_shards_alone_gives_a_page(tmp_path: Path) -> None:
     assert "under $5" in page and "No stage has begun yet" in page and "Distributions of 1 samples" in page
 
 
-def test_pictures_that_cannot_be_read_are_told_on_the_page(tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_told_on_the_page(tmp_path: Path) -> None:
     scene_shards(tmp_path, "x", "[" * 100_000)
     page = render(tmp_path)
     assert "none of 12 samples can be read" in page and "nested too deeply" in page
@@ -72,7 +72,7 @@ def test_no_file_of_a_young_run_needs_to_be_whole(tmp_path: Path, config: str, r
     assert "Not there yet" in render(tmp_path)
 
 
-def test_pictures_keep_within_their_budget_and_the_frames_within_their_number(tmp_path: Path) -> None:
+def test_images_keep_within_their_budget_and_the_frames_within_their_number(tmp_path: Path) -> None:
     folder = tmp_path / "unet"
     (folder / "samples").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text('{"samples_seen": 10, "time": 5}\n')
@@ -108,7 +108,7 @@ def test_a_long_curve_is_thinned_to_means_and_keeps_its_gaps() -> None:
 
 def test_curves_are_named_by_what_tells_them_apart() -> None:
     def names(*metrics: str) -> list[str]:
-        return [curves.short(metric, Panel("", metrics)) for metric in metrics]
+        return [curves.short_name(metric, Panel("", metrics)) for metric in metrics]
 
     assert names("train/loss") == ["loss"]
     assert names("eval/fid", "eval/loop/fid") == ["fid", "loop/fid"]

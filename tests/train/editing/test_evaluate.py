@@ -11,10 +11,10 @@ from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import EvaluateEditsRun, Perceptual
 from data.building.sources.demo import PARTS, attributes_of, scene
-from models.editing.editing import Edited, Picture
+from models.editing.editing import DrawnImage, Edited
 from models.losses import perceptual_distance
 from train.editing.demo_edits import SORTS, demo_edits, weighable
-from train.editing.evaluate import Measures, edits_metrics, row_of, run, weights_metrics
+from train.editing.evaluate import Measures, edits_metrics, evaluate_edits, measure_edit, weights_metrics
 from train.engine.runtime import Runtime
 from train.sampling.sample_folder import read_png
 
@@ -54,7 +54,7 @@ def test_words_that_are_weighted_stand_once_in_their_prompt() -> None:
 
 
 class FakeProbe:
-    """Sees how bright a picture is."""
+    """Sees how bright an image is."""
 
     def log_probability(self, images: torch.Tensor, name: str, value: Any) -> torch.Tensor:
         return ((images.mean((1, 2, 3)) + 1) / 2).log()
@@ -75,12 +75,12 @@ def test_row_tells_right_from_wrong_and_the_outside_from_the_inside() -> None:
     fresh = torch.rand(3, 64, 64, generator=noise) * 2 - 1
     (edit, *_) = demo_edits(SCENES, 1, 0)
     edit = type(edit)(edit.sort, edit.edit, "color", "pink")
-    made = Edited(Picture(source, {}), Picture(result, {}), region)
-    row = row_of(Measures(probe, distance), edit, made, fresh, source)
+    made = Edited(DrawnImage(source, {}), DrawnImage(result, {}), region)
+    row = measure_edit(Measures(probe, distance), edit, made, fresh, source)
     assert (row["right/source"], row["right/edit"], row["right/own"]) == (False, bool(result.mean() > 0), False)
     assert row["distance/own"] == pytest.approx(0, abs=1e-5) and row["distance/edit"] > 0
     assert row["outside/edit"] == pytest.approx(0, abs=1e-5) and row["outside/same"] > 0.01
-    assert row["pictures"].shape == (3, 64, 64, 3)
+    assert row["images"].shape == (3, 64, 64, 3)
     metrics = edits_metrics([row])
     assert metrics["eval/edits/color/distance_ratio"] == pytest.approx(row["distance/edit"] / row["distance/same"])
     assert not any("/kind/" in name for name in metrics)  # nothing of what was not there
@@ -110,14 +110,14 @@ def test_weights_that_let_a_probability_fall_do_not_count_as_rising() -> None:
     assert found == {f"eval/edits/weights/{name}": pytest.approx(value) for name, value in expected.items()}
 
 
-def test_command_measures_and_leaves_pictures(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+def test_command_measures_and_leaves_images(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     options = [f"run={project.folder}", "runtime=cpu", "wandb.mode=disabled", "steps=2", f"output_dir={tmp_path}"]
     found = []
     for batch in (3, 10):
         cfg = compose(
             "evaluate_edits", EvaluateEditsRun, [*options, "edits_per_sort=2", "reweighted=3", f"batch_size={batch}"]
         )
-        found.append(run(cfg, runtime))
+        found.append(evaluate_edits(cfg, runtime))
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         assert found[1][name] == pytest.approx(value, abs=0.02), name

@@ -12,7 +12,7 @@ from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import EditMode, EditRun
 from train.editing.edits_file import read_edits
-from train.editing.run import run
+from train.editing.run import draw_edits
 from train.engine.runtime import Runtime
 from train.sampling.sample_folder import read_parameters, read_png
 
@@ -70,7 +70,7 @@ def test_line_that_is_no_edit_is_named(tmp_path: Path, line: str, message: str) 
         ("steps=3", r'^set prompt="\.\.\." and edit="\.\.\.", or edits_file=FILE'),
         ("weights=red", r"^weights=red: write weights=\"WORD:NUMBER"),
         ("self_until=1.5", r"^self_until=1.5: must be in \[0, 1\]"),
-        ("inversion=null_text", "^inversion=null_text: is for a given picture; set image=FILE"),
+        ("inversion=null_text", "^inversion=null_text: is for a given image; set image=FILE"),
     ],
 )
 def test_impossible_options_end_before_torch_is_imported(override: str, message: str) -> None:
@@ -86,7 +86,9 @@ def test_edits_are_drawn_recorded_and_the_same_in_any_batch(project: Any, runtim
     file = written(tmp_path, *map(json.dumps, lines))
     options = [f"run={project.folder}", "runtime=cpu", "wandb.mode=disabled", "steps=2", "images_per_edit=2", file]
     for batch in (3, 1):
-        run(compose("edit", EditRun, [*options, f"batch_size={batch}", f"output_dir={tmp_path / str(batch)}"]), runtime)
+        draw_edits(
+            compose("edit", EditRun, [*options, f"batch_size={batch}", f"output_dir={tmp_path / str(batch)}"]), runtime
+        )
     folder, other = tmp_path / "3", tmp_path / "1"
     records = [json.loads(line) for line in (folder / "edits.jsonl").read_text().splitlines()]
     assert [(record["edit"], record["number"]) for record in records] == [
@@ -108,20 +110,22 @@ def test_edits_that_are_there_are_not_drawn_again(project: Any, runtime: Runtime
     options = [f"run={project.folder}", "runtime=cpu", "wandb.mode=disabled", "steps=2", f"output_dir={tmp_path / 'o'}"]
     lines = [{"prompt": "a red planet", "edit": f"a {color} planet", "blend": ["planet"]} for color in ("blue", "pink")]
     cfg = compose("edit", EditRun, [*options, written(tmp_path, *map(json.dumps, lines))])
-    run(cfg, runtime)
+    draw_edits(cfg, runtime)
     files = sorted((tmp_path / "o").glob("0*.png"))
     assert len(files) == 6
     content = [file.read_bytes() for file in files]
-    files[4].unlink()  # the second edit's picture before
+    files[4].unlink()  # the second edit's image before
     times = [file.stat().st_mtime_ns for file in files[:3]]
-    run(cfg, runtime)
+    draw_edits(cfg, runtime)
     assert [file.read_bytes() for file in files] == content
     assert [file.stat().st_mtime_ns for file in files[:3]] == times
-    run(compose("edit", EditRun, [*options, "self_until=0.9", f"edits_file={tmp_path / 'edits.jsonl'}"]), runtime)
+    draw_edits(
+        compose("edit", EditRun, [*options, "self_until=0.9", f"edits_file={tmp_path / 'edits.jsonl'}"]), runtime
+    )
     assert files[0].read_bytes() != content[0]  # its options are other ones
 
 
-def test_given_pictures_are_edited_by_file(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+def test_given_images_are_edited_by_file(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for name, side in (("photo.png", 32), ("large.png", 48)):
         Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(tmp_path / name)
@@ -129,11 +133,11 @@ def test_given_pictures_are_edited_by_file(project: Any, runtime: Runtime, tmp_p
     line = {"prompt": "a red planet", "edit": "a blue planet"}
     lines = [{**line, "image": str(tmp_path / "photo.png"), "blend_change": True}, line]
     file = written(tmp_path, *map(json.dumps, lines))
-    run(compose("edit", EditRun, [*options, "images_per_edit=2", file, f"output_dir={tmp_path / 'o'}"]), runtime)
+    draw_edits(compose("edit", EditRun, [*options, "images_per_edit=2", file, f"output_dir={tmp_path / 'o'}"]), runtime)
     given, *drawn = [json.loads(line) for line in (tmp_path / "o" / "edits.jsonl").read_text().splitlines()]
     assert len(drawn) == 2 and not any("reconstruction_psnr" in record for record in drawn)
     assert given["inversion"] == "negative_prompt" and given["reconstruction_psnr"] > 5
     assert (read_png(tmp_path / "o" / "00000-before.png") == read_png(tmp_path / "photo.png")).all()
     for name, message in (("large.png", "has 48 x 48 pixels, .* 32 x 32 are drawn"), ("none.png", "no such file")):
         with pytest.raises(UserError, match=rf"^image=.*{name}: {message}"):
-            run(compose("edit", EditRun, [*options, "prompt=a", f"image={tmp_path / name}"]), runtime)
+            draw_edits(compose("edit", EditRun, [*options, "prompt=a", f"image={tmp_path / name}"]), runtime)

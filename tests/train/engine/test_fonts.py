@@ -90,9 +90,9 @@ def test_a_font_of_the_system_draws_what_ours_lack(
 
 
 def test_what_no_font_has_is_told_once_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    pictures = np.zeros((3, 16, 16, 3), np.uint8)
+    images = np.zeros((3, 16, 16, 3), np.uint8)
     for _ in range(2):
-        captioned(pictures, [f"{KOREAN} cat", f"{AMHARIC} {CYRILLIC}", "\U0001f642"])
+        captioned(images, [f"{KOREAN} cat", f"{AMHARIC} {CYRILLIC}", "\U0001f642"])
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 1
     assert "no font here has Ethiopic, Hangul, some symbols: images show boxes instead" in told[0]
@@ -103,7 +103,7 @@ def test_names_of_boxes_in_any_script_fit_their_frame() -> None:
 
     image = np.zeros((128, 128, 3), np.uint8)
     named = [boxed(image, [Box((0.1, 0.5, 0.9, 0.9), 0, name)]) for name in ("кошка", f"{KOREAN} x", "")]
-    assert all(picture.shape == image.shape and (picture.min(axis=2) > 150).any() for picture in named)
+    assert all(one.shape == image.shape and (one.min(axis=2) > 150).any() for one in named)
 
 
 def test_chinese_lines_end_anywhere_and_others_between_words() -> None:

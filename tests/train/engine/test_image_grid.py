@@ -1,4 +1,4 @@
-"""Pictures for people: exact bytes, and grids whose captions stay below their picture."""
+"""Images for people: exact bytes, and grids whose captions stay below their image."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ def test_range_maps_to_all_bytes_and_clamps() -> None:
     assert np.array_equal(to_uint8(levels / 127.5 - 1)[0, :, :, 0], np.arange(256).reshape(16, 16))
 
 
-def test_grid_places_every_picture_unchanged_on_white() -> None:
+def test_grid_places_every_image_unchanged_on_white() -> None:
     images = np.random.default_rng(0).integers(0, 255, (5, 24, 24, 3), dtype=np.uint8)
     sheet = np.asarray(grid(images, columns=3))
     margin = (sheet.shape[1] - 3 * 24) // 4

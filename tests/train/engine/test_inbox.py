@@ -9,13 +9,13 @@ from PIL import Image
 
 from conf.schema import WandbConfig, WandbMode
 from train.engine.inbox import Inbox, Message, put
-from train.engine.metric_log import Journal
+from train.engine.metric_log import MetricLog
 
 OFFLINE = WandbConfig(mode=WandbMode.offline)
 
 
-def journal(folder: Path, samples_seen: int = 0) -> Journal:
-    return Journal(folder, OFFLINE, "unet", {"run_dir": "runs/x"}, True, samples_seen)
+def journal(folder: Path, samples_seen: int = 0) -> MetricLog:
+    return MetricLog(folder, OFFLINE, "unet", {"run_dir": "runs/x"}, True, samples_seen)
 
 
 def message(tmp_path: Path, seen: int, value: float | None) -> Message:
@@ -23,7 +23,7 @@ def message(tmp_path: Path, seen: int, value: float | None) -> Message:
     return Message(seen, {"eval/fid": value, "eval/kid": None}, "evaluation", str(tmp_path / "grid.png"))
 
 
-def test_metrics_and_picture_stand_in_the_trainings_run(tmp_path: Path, wandb_history: Any) -> None:
+def test_metrics_and_image_stand_in_the_trainings_run(tmp_path: Path, wandb_history: Any) -> None:
     folder = tmp_path / "unet"
     first = journal(folder)
     first.log(10, {"train/loss": 0.5})

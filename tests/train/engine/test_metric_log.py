@@ -13,7 +13,7 @@ from PIL import Image
 from conf.errors import UserError
 from conf.schema import WandbConfig, WandbMode
 from train.engine import metric_log as journal_module
-from train.engine.metric_log import METRICS, Journal, read_config, read_metrics, wandb_mode
+from train.engine.metric_log import METRICS, MetricLog, read_config, read_metrics, wandb_mode
 
 OFF = WandbConfig(mode=WandbMode.disabled)
 OFFLINE = WandbConfig(mode=WandbMode.offline)
@@ -23,10 +23,10 @@ class Opener:
     """Opens journals of one stage; those that a test leaves open (as a kill would) are closed after it."""
 
     def __init__(self) -> None:
-        self.journals: list[Journal] = []
+        self.journals: list[MetricLog] = []
 
-    def __call__(self, folder: Path, cfg: WandbConfig = OFF, samples_seen: int = 0, is_main: bool = True) -> Journal:
-        self.journals.append(Journal(folder, cfg, "unet", {"run_dir": "runs/x", "seed": 3}, is_main, samples_seen))
+    def __call__(self, folder: Path, cfg: WandbConfig = OFF, samples_seen: int = 0, is_main: bool = True) -> MetricLog:
+        self.journals.append(MetricLog(folder, cfg, "unet", {"run_dir": "runs/x", "seed": 3}, is_main, samples_seen))
         return self.journals[-1]
 
 

@@ -26,10 +26,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def run(clock: Clock, *, terminal: bool, shown: bool = True) -> str:
-    """What 100 batches of 20 pictures, one a second, leave in a log or on a terminal."""
+    """What 100 batches of 20 images, one a second, leave in a log or on a terminal."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, color_system=None, width=100)
-    with Progress("sample", 2000, "pictures", console, shown=shown) as counter:
+    with Progress("sample", 2000, "images", console, shown=shown) as counter:
         for batch in range(1, 101):
             clock.now += 1
             counter.update(20 * batch)
@@ -39,12 +39,12 @@ def run(clock: Clock, *, terminal: bool, shown: bool = True) -> str:
 def test_log_gets_a_line_now_and_then(clock: Clock) -> None:
     lines = run(clock, terminal=False).splitlines()
     assert len(lines) == 9
-    assert lines[0] == "sample      220/2,000 pictures  20 pictures/s  1:29 left"
+    assert lines[0] == "sample      220/2,000 images  20 images/s  1:29 left"
 
 
 def test_terminal_shows_every_step_in_one_line(clock: Clock) -> None:
     out = run(clock, terminal=True)
-    assert "0/2,000 pictures" in out and "1,980/2,000 pictures  20 pictures/s  0:01 left" in out
+    assert "0/2,000 images" in out and "1,980/2,000 images  20 images/s  0:01 left" in out
     assert "\n\n" not in out.replace("\r", "") and out.count("\x1b[2K") >= 99  # rewritten in its place
 
 
@@ -59,7 +59,7 @@ def test_durations() -> None:
 
 def test_log_repeats_no_line_while_nothing_moves(clock: Clock) -> None:
     out = io.StringIO()
-    with Progress("sample", 2000, "pictures", Console(file=out, width=100)) as counter:
+    with Progress("sample", 2000, "images", Console(file=out, width=100)) as counter:
         for _ in range(100):
             clock.now += 1
             counter.update(20)

@@ -13,15 +13,15 @@ from train.evaluation.frechet import FeatureStatistics, frechet_distance, statis
 
 
 def test_fd_efficientnet_orders_damage() -> None:
-    """More noise is further away; pictures count as they would be saved, in 8 bits."""
+    """More noise is further away; images count as they would be saved, in 8 bits."""
     extractor = efficientnet()
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(24, 3, 4, 4, generator=generator) * 1.6 - 0.8
     images = torch.nn.functional.interpolate(coarse, 32, mode="bilinear")
     noise = torch.randn(images.shape, generator=generator)
 
-    def statistics(pictures: torch.Tensor) -> FeatureStatistics:
-        return statistics_of([extractor(pictures)["efficientnet"]], extractor.size)
+    def statistics(images: torch.Tensor) -> FeatureStatistics:
+        return statistics_of([extractor(images)["efficientnet"]], extractor.size)
 
     reference = statistics(images)
     saved = statistics(images + 1e-4)

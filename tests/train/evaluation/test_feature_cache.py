@@ -9,7 +9,7 @@ from torch import Tensor
 
 from train.engine.runtime import Runtime
 from train.evaluation.extractors import Extractor
-from train.evaluation.feature_cache import Chunks
+from train.evaluation.feature_cache import FeatureCache
 from train.evaluation.reference import Reference
 from train.evaluation.run import metrics_of
 
@@ -17,7 +17,7 @@ TOTAL, SIZE, FEATURES = 100, 7, 12
 
 
 def features_of(numbers: range) -> dict[str, Tensor]:
-    """A pure function of each picture's number."""
+    """A pure function of each image's number."""
     rows = [torch.randn(FEATURES, generator=torch.Generator().manual_seed(number)) for number in numbers]
     return {"toy": torch.stack(rows)}
 
@@ -40,7 +40,7 @@ def ranks(runtime: Runtime, world: int) -> list[Runtime]:
 
 
 class Toys:
-    """A subject whose pictures are their features."""
+    """A subject whose images are their features."""
 
     total, prefix, rivals = TOTAL, "", ()
     facts: dict[str, Any] = {}  # noqa: RUF012
@@ -48,20 +48,20 @@ class Toys:
         Extractor(name="toy", size=FEATURES, weights_sha256="", resize="", network=lambda x: {"toy": x})
     ]
 
-    def metrics(self, measured: Chunks) -> dict[str, float]:
+    def metrics(self, measured: FeatureCache) -> dict[str, float]:
         return {}
 
 
 def metrics(root: Path, runtime: Runtime, world: int, reference: Reference) -> dict[str, float]:
-    chunks = Chunks(root, {}, TOTAL, SIZE)
+    chunks = FeatureCache(root, {}, TOTAL, SIZE)
     for rank in ranks(runtime, world):
         chunks.fill(features_of, rank, "test")
     return metrics_of(Toys(), chunks, {"toy": reference}, replicates=5)  # type: ignore[arg-type]
 
 
 def test_three_processes_give_the_numbers_of_one(runtime: Runtime, tmp_path: Path) -> None:
-    """100 pictures are not divisible by three processes, nor by the chunk."""
-    real = Chunks(tmp_path / "real", {}, 90, SIZE)
+    """100 images are not divisible by three processes, nor by the chunk."""
+    real = FeatureCache(tmp_path / "real", {}, 90, SIZE)
     real.fill(lambda numbers: features_of(range(numbers.start + 1000, numbers.stop + 1000)), runtime, "test")
     vectors = real.whole("toy").double()
     reference = Reference(vectors.mean(dim=0), vectors.T.cov(), 90, "digest", real)
@@ -72,9 +72,9 @@ def test_three_processes_give_the_numbers_of_one(runtime: Runtime, tmp_path: Pat
     assert one["eval/fd_toy_low"] < one["eval/fd_toy"] < one["eval/fd_toy_high"]
 
 
-def test_each_picture_is_measured_once_by_one_process(runtime: Runtime, tmp_path: Path) -> None:
+def test_each_image_is_measured_once_by_one_process(runtime: Runtime, tmp_path: Path) -> None:
     measured: list[list[int]] = []
-    chunks = Chunks(tmp_path, {}, TOTAL, SIZE)
+    chunks = FeatureCache(tmp_path, {}, TOTAL, SIZE)
     for rank in ranks(runtime, 3):
         mine: list[int] = []
         chunks.fill(lambda numbers, mine=mine: mine.extend(numbers) or features_of(numbers), rank, "test")  # type: ignore[misc]
@@ -91,17 +91,17 @@ def test_next_start_measures_only_what_is_missing(runtime: Runtime, tmp_path: Pa
         return features_of(numbers)
 
     with pytest.raises(KeyboardInterrupt):
-        Chunks(tmp_path, {"steps": 4}, TOTAL, SIZE).fill(until_killed, runtime, "test")
-    again = Chunks(tmp_path, {"steps": 4}, TOTAL, SIZE)
+        FeatureCache(tmp_path, {"steps": 4}, TOTAL, SIZE).fill(until_killed, runtime, "test")
+    again = FeatureCache(tmp_path, {"steps": 4}, TOTAL, SIZE)
     assert again.fill(features_of, runtime, "test") == TOTAL - 5 * SIZE
     assert torch.equal(again.whole("toy"), features_of(range(TOTAL))["toy"])
-    assert Chunks(tmp_path, {"steps": 5}, TOTAL, SIZE).missing() == again.ranges  # those are other pictures
+    assert FeatureCache(tmp_path, {"steps": 5}, TOTAL, SIZE).missing() == again.ranges  # those are other images
     again.remove()
     assert not tmp_path.exists()
 
 
-def test_part_of_a_column_is_spread_over_all_pictures(runtime: Runtime, tmp_path: Path) -> None:
-    chunks = Chunks(tmp_path, {}, TOTAL, SIZE)
+def test_part_of_a_column_is_spread_over_all_images(runtime: Runtime, tmp_path: Path) -> None:
+    chunks = FeatureCache(tmp_path, {}, TOTAL, SIZE)
     chunks.fill(lambda numbers: {"number": torch.tensor(numbers)}, runtime, "test")
     assert chunks.whole("number", 4).tolist() == [0, 33, 66, 99]
     assert chunks.whole("number", 1000).tolist() == list(range(TOTAL))
@@ -109,8 +109,8 @@ def test_part_of_a_column_is_spread_over_all_pictures(runtime: Runtime, tmp_path
 
 def test_column_of_the_first_chunks_alone(runtime: Runtime, tmp_path: Path) -> None:
     def measure(numbers: range) -> dict[str, Tensor]:
-        return features_of(numbers) | ({"picture": torch.tensor(numbers)} if numbers.start < 10 else {})
+        return features_of(numbers) | ({"image": torch.tensor(numbers)} if numbers.start < 10 else {})
 
-    chunks = Chunks(tmp_path, {}, TOTAL, SIZE)
+    chunks = FeatureCache(tmp_path, {}, TOTAL, SIZE)
     chunks.fill(measure, runtime, "test")
-    assert [column.tolist() for (column,) in chunks.columns("picture")] == [list(range(7)), list(range(7, 14))]
+    assert [column.tolist() for (column,) in chunks.columns("image")] == [list(range(7)), list(range(7, 14))]

@@ -48,7 +48,7 @@ def test_equals_torch_fidelity_on_the_same_features() -> None:
 
 
 def test_singular_covariances_stay_exact() -> None:
-    """With fewer pictures than features a set still has distance 0 from itself, and a shift costs its square."""
+    """With fewer images than features a set still has distance 0 from itself, and a shift costs its square."""
     features = correlated(20, 60, 4, offset=100.0)
     itself = whole(features)
     assert frechet_distance(itself, whole(features.flip(0))) < 1e-7 * float(itself.covariance.trace())
@@ -65,12 +65,12 @@ def test_batches_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(total.covariance, features.T.cov(), rtol=1e-9, atol=1e-7)
 
 
-def test_non_finite_features_and_single_pictures_are_refused() -> None:
+def test_non_finite_features_and_single_images_are_refused() -> None:
     statistics = FeatureStatistics(3)
     with pytest.raises(UserError, match="not finite"):
         statistics.update(torch.tensor([[1.0, float("nan"), 0.0]]))
     statistics.update(torch.ones(1, 3))
-    with pytest.raises(UserError, match="at least 2 pictures"):
+    with pytest.raises(UserError, match="at least 2 images"):
         frechet_distance(statistics, statistics)
 
 

@@ -50,7 +50,7 @@ def test_kernel_distance_equals_torch_fidelity() -> None:
     assert std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-6)
 
 
-def test_kernel_distance_of_few_pictures_uses_all_of_them() -> None:
+def test_kernel_distance_of_few_images_uses_all_of_them() -> None:
     """By the definition: means of k over pairs of different vectors of a set, less twice that over pairs across."""
     x, y = skewed(7, 4).double(), skewed(7, 5, 2.0).double()
 
@@ -111,7 +111,7 @@ def test_equal_distances_lie_within_the_ball() -> None:
     assert precision_recall(outside, corners, 2)[0] == pytest.approx(2 / 3)
 
 
-def test_share_of_the_nearest_counts_each_picture_by_the_set_that_its_nearest_one_is_of() -> None:
+def test_share_of_the_nearest_counts_each_image_by_the_set_that_its_nearest_one_is_of() -> None:
     reference, others = torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([[4.0, 0.0]])
     generated = torch.tensor([[1.0, 1.0], [3.0, 0.0], [8.0, 3.0], [2.0, 0.0]])  # the last is as near to both
     assert nearest_share(generated, reference, others) == 0.5
@@ -163,7 +163,7 @@ def test_interval_covers_what_other_seeds_give(count: int, size: int) -> None:
     assert 0.75 < width / (3.92 * distances.std()) < 1.4
 
 
-def test_interval_shrinks_with_the_root_of_the_pictures() -> None:
+def test_interval_shrinks_with_the_root_of_the_images() -> None:
     widths = [np.diff(distances_and_intervals(count, 12, runs=8)[1]).mean() for count in (200, 3200)]
     assert widths[0] / widths[1] == pytest.approx(4, rel=0.35)
 
@@ -202,9 +202,9 @@ def test_too_few_or_broken_features_are_one_line(name: str) -> None:
     features = skewed(fewest, 9)
     metric(features)
     for wrong, message in (
-        (features[1:], f"^{name} needs at least {fewest} pictures.*, not {fewest - 1}: raise samples$"),
-        (features.index_fill(1, torch.tensor([5]), math.nan), "^features of a picture are not finite: .* NaN"),
-        (features.index_fill(1, torch.tensor([5]), math.inf), "^features of a picture are not finite: .* NaN"),
+        (features[1:], f"^{name} needs at least {fewest} images.*, not {fewest - 1}: raise samples$"),
+        (features.index_fill(1, torch.tensor([5]), math.nan), "^features of an image are not finite: .* NaN"),
+        (features.index_fill(1, torch.tensor([5]), math.inf), "^features of an image are not finite: .* NaN"),
     ):
         with pytest.raises(UserError, match=message) as refused:
             metric(wrong)

@@ -1,4 +1,4 @@
-"""Drawn pictures against originals: the numbers of `models.losses`, beside those of trivial pictures."""
+"""Drawn images against originals: the numbers of `models.losses`, beside those of trivial images."""
 
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from data.labels import Labels
 from models.conditions import PREPARING, Conditions, Samples
 from models.losses import distance_inside, perceptual_distance, psnr, psnr_inside, ssim
 from train.evaluation.extractors import Extractor
-from train.evaluation.feature_cache import Chunks
+from train.evaluation.feature_cache import FeatureCache
 from train.evaluation.frechet import FeatureStatistics, frechet_distance
-from train.evaluation.paired_metrics import Comparison, rival_distances
+from train.evaluation.paired_metrics import PairedMetrics, rival_distances
 from train.sampling.run import Drawing
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ class Frozen:
 
 
 def drawing(conditions: Conditions, first: int) -> Drawing:
-    """Three pictures, drawn with a little noise."""
+    """Three images, drawn with a little noise."""
     random = torch.Generator().manual_seed(first)
     originals = F.interpolate(torch.rand(3, 3, 8, 8, generator=random) * 2 - 1, (32, 32), mode="bicubic").clamp(-1, 1)
     generators = [np.random.default_rng(first + row) for row in range(3)]
@@ -51,8 +51,8 @@ def drawing(conditions: Conditions, first: int) -> Drawing:
 def compared(folder: Path, **sections: Any) -> tuple[dict[str, float], dict[str, float], list[Drawing], Conditions]:
     """Metrics and distances of rivals over two chunks."""
     conditions = Conditions(ConditionsConfig(caption=None, **sections), PREPARING)
-    comparison = Comparison(conditions, Perceptual.efficientnet, CPU)
-    drawings, chunks = [drawing(conditions, first) for first in (0, 3)], Chunks(folder, {}, 6, 3)
+    comparison = PairedMetrics(conditions, Perceptual.efficientnet, CPU)
+    drawings, chunks = [drawing(conditions, first) for first in (0, 3)], FeatureCache(folder, {}, 6, 3)
     for numbers, one in zip(chunks.ranges, drawings, strict=True):
         chunks.write(numbers, comparison.columns(one, [COLOURS]))
     real = FeatureStatistics(3)
@@ -65,7 +65,7 @@ def mean(values: list[Tensor]) -> Any:
     return pytest.approx(torch.cat(values).mean().item(), rel=1e-4)
 
 
-def test_small_pictures_are_compared_whole(tmp_path: Path) -> None:
+def test_small_images_are_compared_whole(tmp_path: Path) -> None:
     metrics, distances, drawings, conditions = compared(tmp_path, low_resolution=LowResolutionConfig())
     distance = perceptual_distance(Perceptual.efficientnet)
     assert distance is not None
@@ -102,6 +102,6 @@ def test_nothing_is_compared_without_rivals() -> None:
     from conf.schema.conditions import ClassConfig
 
     conditions = Conditions(ConditionsConfig(caption=None, class_vector=ClassConfig(classes=2)), PREPARING)
-    comparison = Comparison(conditions, Perceptual.lpips, CPU)  # whose weights nobody asks for
+    comparison = PairedMetrics(conditions, Perceptual.lpips, CPU)  # whose weights nobody asks for
     blank = torch.zeros(1, 3, 32, 32)
     assert comparison.facts() == {} == comparison.columns(Drawing(blank, blank, {}, [""]), [COLOURS])

@@ -1,4 +1,4 @@
-"""Real pictures: measured once, and never taken for others."""
+"""Real images: measured once, and never taken for others."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ IMAGES = ImageConfig(resolution=32)
 
 
 class Counting:
-    """An extractor of six features that counts the pictures it saw."""
+    """An extractor of six features that counts the images it saw."""
 
     def __init__(self, name: str = "toy", sha256: str = "a") -> None:
         self.seen = 0
@@ -37,7 +37,7 @@ def heldout(scenes: Any) -> str:
     return str(scenes.folder / "shards" / "heldout")
 
 
-def test_pictures_are_looked_at_once_until_something_changes(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
+def test_images_are_looked_at_once_until_something_changes(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
     counting, source = Counting(), heldout(scenes)
     dataset = ImageDataset(source, IMAGES, 0)
     first = reference_of(source, counting.extractor, IMAGES, tmp_path, runtime)

@@ -54,7 +54,7 @@ def evaluated(project: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CaptionProbe, "steps", 20)
         others = f"others={project.folder}/shards/train"
-        evaluate.run(config(project, folder, others), start(RuntimeConfig(device=Device.cpu)))
+        evaluate.evaluate_run(config(project, folder, others), start(RuntimeConfig(device=Device.cpu)))
     return folder
 
 
@@ -126,7 +126,7 @@ def toy_inception(weights: str, device: torch.device) -> Extractor:
     return Extractor(name=INCEPTION, size=12, weights_sha256="toy", resize="none", network=look)
 
 
-def test_wandb_has_the_fid_the_pictures_and_the_protocol_in_the_run_of_the_unet(
+def test_wandb_has_the_fid_the_images_and_the_protocol_in_the_run_of_the_unet(
     project: Any,
     runtime: Runtime,
     tmp_path: Path,
@@ -140,7 +140,7 @@ def test_wandb_has_the_fid_the_pictures_and_the_protocol_in_the_run_of_the_unet(
     monkeypatch.setattr(subjects, "inception", toy_inception)
     small = ["samples=14", "prompt_following=false", "clip_score=null", "wandb.mode=offline", "inception=toy"]
     small += [f"unet={unet}/export", f"statistics_dir={tmp_path}/statistics"]
-    evaluate.run(config(project, tmp_path / "out", *small), runtime)
+    evaluate.evaluate_run(config(project, tmp_path / "out", *small), runtime)
     assert (tmp_path / "out" / "wandb_run_id").read_text() == "abc123"
     metrics = read(tmp_path / "out" / "metrics.json")
     names = {"fid", "fid_low", "fid_high", "fid_floor", "kid", "kid_std", "precision", "recall"}
@@ -155,7 +155,9 @@ def test_wandb_has_the_fid_the_pictures_and_the_protocol_in_the_run_of_the_unet(
     names = {"name": f"{project.folder.name}/unet", "group": project.folder.name, "job_type": "unet"}
     assert {name: run[name] for name in names} == names  # as its training called it
     assert facts["extractors"]["fid"] == {"sha256": "toy", "resize": "none"}
-    evaluate.run(config(project, tmp_path / "own", *small, "samples=10", "bootstrap=0", "wandb.name=mine"), runtime)
+    evaluate.evaluate_run(
+        config(project, tmp_path / "own", *small, "samples=10", "bootstrap=0", "wandb.name=mine"), runtime
+    )
     assert (tmp_path / "own" / "wandb_run_id").read_text() != "abc123"
     assert wandb_run(tmp_path / "own")["name"] == "mine"
 
@@ -171,7 +173,7 @@ def test_file_of_statistics_serves_the_first_extractor_and_the_others_go_without
     np.savez(tmp_path / "others.npz", mu=np.full(12, 127.0), sigma=1000 * np.eye(12))
     small = ["samples=10", "prompt_following=false", "bootstrap=0", "inception=toy"]
     for number, (source, further) in enumerate({str(kept): {"fid_floor"}, f"{tmp_path}/others.npz": set()}.items()):
-        metrics = evaluate.run(config(project, tmp_path / str(number), *small, f"reference={source}"), runtime)
+        metrics = evaluate.evaluate_run(config(project, tmp_path / str(number), *small, f"reference={source}"), runtime)
         names = {"fid", "inception_score", "inception_score_std", "clip_score_own"} | further
         assert metrics.keys() == {f"eval/{name}" for name in names} | SPEED
 
@@ -179,7 +181,7 @@ def test_file_of_statistics_serves_the_first_extractor_and_the_others_go_without
 def test_measurements_of_other_extractors_are_not_gone_on_with(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     given = ["prompt_following=false", "clip_score=null"], ["prompt_following=false"]
     asked = [config(project, tmp_path, *options) for options in given]
-    drawn = [subjects.Drawn(cfg, runtime, sampling.load_model(cfg, runtime.device), {}) for cfg in asked]
+    drawn = [subjects.GeneratedImages(cfg, runtime, sampling.load_model(cfg, runtime.device), {}) for cfg in asked]
     folders = {evaluate.chunks_of(cfg, subject).folder for cfg, subject in zip(asked, drawn, strict=True)}
     assert len(folders) == 2
 
@@ -203,14 +205,14 @@ def test_probe_learns_from_training_images_and_is_measured_on_held_out_ones(
     monkeypatch.setattr(judge, "train_judge", noted)
     monkeypatch.setattr(CaptionProbe, "correct", correct)
     given = [f"statistics_dir={tmp_path}/statistics", "samples=7", "clip_score=null"]
-    metrics = evaluate.run(config(project, tmp_path / "first", *given), runtime)
+    metrics = evaluate.evaluate_run(config(project, tmp_path / "first", *given), runtime)
     heldout = ImageDataset(project.folder / "shards" / "heldout", project.config("evaluate").images, 0)
     captions = [heldout.at(i)["caption"] for i in range(7)]
-    assert judged == [captions, captions]  # pictures drawn of them, then the real ones
+    assert judged == [captions, captions]  # images drawn of them, then the real ones
     assert len(learnt) == 53 and not set(learnt) & set(captions)
     assert {metrics[f"eval/prompt_following/{name}"] for name in ATTRIBUTES} == {0.0}
     assert {metrics[f"probe/accuracy/{name}"] for name in ATTRIBUTES} == {1.0}
-    evaluate.run(config(project, tmp_path / "second", *given), runtime)
+    evaluate.evaluate_run(config(project, tmp_path / "second", *given), runtime)
     assert len(learnt) == 53  # kept
 
 
@@ -220,7 +222,7 @@ def test_judges_stand_beside_each_other(
     for kind in (ClassProbe, SegmentJudge):
         monkeypatch.setattr(kind, "steps", 2)
     given = ["prompt_following=false", "judges=[classes,segments]", "samples=4", "clip_score=null", "bootstrap=0"]
-    metrics = evaluate.run(config(project, tmp_path, *given, f"statistics_dir={tmp_path}/kept"), runtime)
+    metrics = evaluate.evaluate_run(config(project, tmp_path, *given, f"statistics_dir={tmp_path}/kept"), runtime)
     names = {"class", "pixel", "segment"}
     judged = {f"eval/label_following/{name}" for name in names} | {f"probe/accuracy/{name}" for name in names}
     assert judged == {name for name in metrics if "following" in name or name.startswith("probe/")}
@@ -229,9 +231,9 @@ def test_judges_stand_beside_each_other(
 
 def test_captions_are_used_again_with_other_noise(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     cfg = config(project, tmp_path, "prompt_following=false", "clip_score=null", "samples=9")
-    drawn = subjects.Drawn(cfg, runtime, sampling.load_model(cfg, runtime.device), {})
+    drawn = subjects.GeneratedImages(cfg, runtime, sampling.load_model(cfg, runtime.device), {})
     assert drawn.captions(range(9))[7:] == drawn.captions(range(2))
-    first, again = (drawn.measure(range(start, start + 1))["picture"] for start in (0, 7))
+    first, again = (drawn.measure(range(start, start + 1))["image"] for start in (0, 7))
     assert not torch.equal(first, again)
 
 
@@ -239,7 +241,7 @@ def test_captions_that_are_cut_are_told(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cfg = config(project, tmp_path, "samples=7")
-    drawn = subjects.Drawn(cfg, runtime, sampling.load_model(cfg, runtime.device), {})
+    drawn = subjects.GeneratedImages(cfg, runtime, sampling.load_model(cfg, runtime.device), {})
     drawn.say_cut()
     assert capfd.readouterr().out == ""
     monkeypatch.setattr(subjects, "captions_of", lambda *_: ["a red planet", "a red planet " * 40])
@@ -249,18 +251,18 @@ def test_captions_that_are_cut_are_told(
     assert len(told) == 1 + (drawn.clip is not None)
 
 
-def test_picture_is_the_same_in_every_chunk(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+def test_image_is_the_same_in_every_chunk(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     cfg = config(project, tmp_path, "prompt_following=false", "clip_score=null")
-    drawn = subjects.Drawn(cfg, runtime, sampling.load_model(cfg, runtime.device), {})
+    drawn = subjects.GeneratedImages(cfg, runtime, sampling.load_model(cfg, runtime.device), {})
     together, alone = drawn.measure(range(0, 4)), drawn.measure(range(3, 4))
-    assert (together["picture"][3:].int() - alone["picture"].int()).abs().max() <= 1
+    assert (together["image"][3:].int() - alone["image"].int()).abs().max() <= 1
 
 
 def test_autoencoder_is_judged_by_what_it_gives_back(project: Any, runtime: Runtime, tmp_path: Path) -> None:
-    metrics = evaluate.run(config(project, tmp_path, "subject=autoencoder", f"output_dir={tmp_path}"), runtime)
+    metrics = evaluate.evaluate_run(config(project, tmp_path, "subject=autoencoder", f"output_dir={tmp_path}"), runtime)
     compared = {"eval/psnr", "eval/ssim", "eval/efficientnet"}
     assert metrics.keys() == compared | {f"eval/r{name}" for name in DISTANCES} | SPEED
-    stage = project.rows("autoencoder")[-1]  # its own evaluation, of the same held-out pictures
+    stage = project.rows("autoencoder")[-1]  # its own evaluation, of the same held-out images
     assert {name: metrics[name] for name in ("eval/psnr", "eval/ssim")} == pytest.approx(
         {name: stage[name] for name in ("eval/psnr", "eval/ssim")}, rel=1e-4
     )
@@ -270,27 +272,27 @@ def test_autoencoder_is_judged_by_what_it_gives_back(project: Any, runtime: Runt
     assert (tmp_path / "grid.png").is_file()
 
 
-def test_broken_pictures_are_named_before_a_metric_is_made(
+def test_broken_images_are_named_before_a_metric_is_made(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: Any, latents: torch.Tensor) -> torch.Tensor:
         return torch.full((len(latents), 3, 32, 32), float("nan"))
 
     monkeypatch.setattr(sampling.DiffusionPipeline, "decode", broken)
-    with pytest.raises(UserError, match=r"^pictures of '.*' … are NaN or infinite, 16 in all: set runtime.precision"):
-        evaluate.run(config(project, tmp_path, "prompt_following=false", "clip_score=null"), runtime)
+    with pytest.raises(UserError, match=r"^images of '.*' … are NaN or infinite, 16 in all: set runtime.precision"):
+        evaluate.evaluate_run(config(project, tmp_path, "prompt_following=false", "clip_score=null"), runtime)
     assert not (tmp_path / "metrics.json").exists()
     monkeypatch.setattr(Autoencoder, "decode", broken)
-    with pytest.raises(UserError, match=r"^7 of 7 pictures that the autoencoder gives back contain NaN or infinity"):
-        evaluate.run(config(project, tmp_path, "subject=autoencoder", f"output_dir={tmp_path}"), runtime)
+    with pytest.raises(UserError, match=r"^7 of 7 images that the autoencoder gives back contain NaN or infinity"):
+        evaluate.evaluate_run(config(project, tmp_path, "subject=autoencoder", f"output_dir={tmp_path}"), runtime)
 
 
-def test_bias_of_few_pictures_is_said(project: Any, evaluated: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bias_of_few_images_is_said(project: Any, evaluated: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from train.evaluation.metrics import warn_of_bias
 
     warn_of_bias(efficientnet(), {"fd_efficientnet": 5400.0, "fd_efficientnet_floor": 1472.7}, 16)
     said = " ".join(capfd.readouterr().out.split())
-    assert "rests on 16 pictures for 976 features: perfect pictures would score about 1472.7" in said
+    assert "rests on 16 images for 976 features: perfect images would score about 1472.7" in said
 
 
 def test_export_without_a_finished_training_is_refused_before_the_work(
@@ -299,31 +301,31 @@ def test_export_without_a_finished_training_is_refused_before_the_work(
     shutil.copytree(project.folder / "unet" / "export", tmp_path / "unet" / "export")
     monkeypatch.setattr(evaluate, "load_model", lambda *_: pytest.fail("the networks were loaded"))
     with pytest.raises(UserError, match=r"^unet=.*: no DONE beside it"):
-        evaluate.run(config(project, tmp_path / "out", f"unet={tmp_path}/unet/export"), runtime)
+        evaluate.evaluate_run(config(project, tmp_path / "out", f"unet={tmp_path}/unet/export"), runtime)
     assert not (tmp_path / "out").exists()
 
 
-def test_real_pictures_of_another_size_are_refused(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+def test_real_images_of_another_size_are_refused(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"^images.resolution=64: this U-Net draws 32 pixels, .* set images.resolution=32"
     ):
-        evaluate.run(config(project, tmp_path / "out", "images.resolution=64"), runtime)
+        evaluate.evaluate_run(config(project, tmp_path / "out", "images.resolution=64"), runtime)
 
 
-def test_fewer_pictures_than_a_metric_needs_are_refused_before_the_work(
+def test_fewer_images_than_a_metric_needs_are_refused_before_the_work(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = {"samples=3": 4, "samples=9 inception=FILE": 10}
     for given, fewest in few.items():
-        with pytest.raises(UserError, match=rf"^samples=.: the metrics need at least {fewest} pictures"):
+        with pytest.raises(UserError, match=rf"^samples=.: the metrics need at least {fewest} images"):
             config(project, tmp_path, *given.split())
-    with pytest.raises(UserError, match=r"^evaluation.samples=3: the metrics need at least 4 pictures"):
+    with pytest.raises(UserError, match=r"^evaluation.samples=3: the metrics need at least 4 images"):
         project.config("unet", "evaluation.samples=3")
     monkeypatch.setattr(subjects, "inception", toy_inception)
-    with pytest.raises(UserError, match=r"^captions=.* holds 7: the metrics need at least 10 pictures with inception"):
-        evaluate.run(config(project, tmp_path, "subject=autoencoder", "inception=toy"), runtime)
+    with pytest.raises(UserError, match=r"^captions=.* holds 7: the metrics need at least 10 images with inception"):
+        evaluate.evaluate_run(config(project, tmp_path, "subject=autoencoder", "inception=toy"), runtime)
     monkeypatch.setattr("data.shards.manifest.Manifest.samples", property(lambda _: 3))
-    with pytest.raises(UserError, match=r"^reference=.* holds 3: the metrics need at least 4 pictures"):
+    with pytest.raises(UserError, match=r"^reference=.* holds 3: the metrics need at least 4 images"):
         reference_of(f"{project.folder}/shards/heldout", efficientnet(), ImageConfig(resolution=32), tmp_path, runtime)
     assert not list(tmp_path.iterdir())
 
@@ -335,15 +337,15 @@ def test_clip_that_is_not_there_is_told_by_its_option(tmp_path: Path) -> None:
         subjects.load_clip(str(tmp_path))
 
 
-def test_images_without_attributes_are_refused_before_a_picture_is_drawn(
+def test_images_without_attributes_are_refused_before_a_image_is_drawn(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for side in ("train", "heldout"):
         shutil.copytree(project.folder / "shards" / side, tmp_path / "shards" / side)
     at = ImageDataset.at
     monkeypatch.setattr(ImageDataset, "at", lambda *given: at(*given) | {"meta": {}})
-    monkeypatch.setattr(subjects, "draw", lambda *_: pytest.fail("pictures were drawn"))
+    monkeypatch.setattr(subjects, "draw", lambda *_: pytest.fail("images were drawn"))
     with pytest.raises(UserError, match=r"^prompt_following=true: sample '.*' names no kind"):
         here = [f"shards={tmp_path}/shards", f"statistics_dir={tmp_path}/statistics"]
-        evaluate.run(config(project, tmp_path / "out", *here), runtime)
+        evaluate.evaluate_run(config(project, tmp_path / "out", *here), runtime)
     assert not (tmp_path / "out").exists()

@@ -63,7 +63,7 @@ def test_checkpoints_are_evaluated_until_the_training_ends(
     newest = json.loads((tmp_path / "out" / "metrics.json").read_text())  # although an older one came after it
     assert newest == metrics == {k: v for k, v in found[0].items() if k not in ("samples_seen", "time")}
     assert not (tmp_path / "out" / "wandb").exists()  # two writers of one run overwrite each other
-    finished = evaluate.run(config(project, tmp_path, "watch=false", f"output_dir={tmp_path}/export"), runtime)
+    finished = evaluate.evaluate_run(config(project, tmp_path, "watch=false", f"output_dir={tmp_path}/export"), runtime)
     assert found[0]["eval/fd_efficientnet"] == pytest.approx(finished["eval/fd_efficientnet"], rel=1e-4)
     assert metrics["eval/fd_efficientnet"] == pytest.approx(finished["eval/fd_efficientnet"], rel=1e-4)
 
@@ -105,7 +105,7 @@ def test_evaluation_in_the_loop_gives_the_commands_numbers(project: Any, runtime
     )
     model = load_model(cfg, torch.device("cpu"))
     small = evaluate_in_loop(training, runtime, model, 960)
-    large = evaluate.run(cfg, runtime)
+    large = evaluate.evaluate_run(cfg, runtime)
     assert small.keys() == {name.replace("eval/", "eval/loop/") for name in large if name.startswith("eval/")}
     assert small == pytest.approx({name: large[name.replace("eval/loop/", "eval/")] for name in small})
     assert not (tmp_path / "unet" / "measured").exists()
@@ -123,7 +123,7 @@ def test_what_the_first_evaluation_would_miss_ends_the_training_at_its_start(
         small_evaluation(project.config("unet", "evaluation.samples=10", f"evaluation.shards={tmp_path}"), runtime)
 
 
-def test_training_goes_on_when_a_picture_is_not_finite(
+def test_training_goes_on_when_a_image_is_not_finite(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["evaluation.samples=4", f"output_dir={tmp_path}/unet", "sampling.steps=2"]
@@ -131,4 +131,4 @@ def test_training_goes_on_when_a_picture_is_not_finite(
     model = load_model(project.config("evaluate"), torch.device("cpu"))
     monkeypatch.setattr(model, "decode", lambda latents: torch.full((len(latents), 3, 32, 32), torch.nan))
     assert evaluate_in_loop(training, runtime, model, 960) == {}
-    assert "4 of 4 pictures are NaN or infinite: no eval/loop/… at 960 samples" in capfd.readouterr().out
+    assert "4 of 4 images are NaN or infinite: no eval/loop/… at 960 samples" in capfd.readouterr().out

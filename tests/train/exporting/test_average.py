@@ -26,7 +26,7 @@ def trained(latents: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ["loop.samples=160", "loop.checkpoint_every=32", "loop.evaluate_every=100000", "loop.keep_checkpoints=1"]
     averages = ["ema.half_life_samples=50", "ema.more_half_lives=[20]", "ema.posthoc=[0.1,0.2]"]
     cfg = latents.config("unet", f"output_dir={folder}/unet", "sample_prompts=0", *options, *averages)
-    loop.run(UNetStage(cfg, runtime), cfg, runtime)
+    loop.fit(UNetStage(cfg, runtime), cfg, runtime)
     return folder / "unet"
 
 
@@ -34,7 +34,7 @@ def made(trained: Path, folder: Path, *options: str) -> dict[str, torch.Tensor]:
     cfg = compose(
         "average", AverageRun, [f"run_dir={folder}", f"trained={trained}", f"output_dir={folder}/x", *options]
     )
-    average.run(cfg)
+    average.export_average(cfg)
     assert UNetInfo.load(f"{folder}/x").weights in options
     assert UNetInfo.load(f"{folder}/x").process == UNetInfo.load(f"{trained}/export").process
     return {f"unet.{name}": tensor for name, tensor in UNet.from_pretrained(folder / "x").state_dict().items()}

@@ -1,4 +1,4 @@
-"""An exported run is what diffusers, transformers and our own loaders take, and draws the same pictures there."""
+"""An exported run is what diffusers, transformers and our own loaders take, and draws the same images there."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ from models.clip import Clip
 from models.denoiser import Denoiser
 from models.formats.clip import text_from_hugging_face, text_to_hugging_face
 from models.formats.single_file import TEXT, load_unet_file, read_single_file
-from models.pipeline import DiffusionPipeline, picture_noise
+from models.pipeline import DiffusionPipeline, image_noise
 from models.text import load_text_tower
 from models.unet import UNet
 from train.engine.runtime import Runtime
@@ -66,7 +66,7 @@ def noise_of(model: DiffusionPipeline, prompts: list[str]) -> torch.Tensor:
     """What our pipeline begins with."""
     cfg = model.denoiser.unet.cfg
     shape = (cfg.out_channels, cfg.sample_size, cfg.sample_size)
-    return torch.from_numpy(np.stack([picture_noise(prompt, 0, 0, shape) for prompt in prompts]))
+    return torch.from_numpy(np.stack([image_noise(prompt, 0, 0, shape) for prompt in prompts]))
 
 
 def untrained(project: Any, folder: Path, model: UNetConfig, conditions: dict[str, Any], **changed: Any) -> None:
@@ -95,12 +95,12 @@ def shown(images: torch.Tensor) -> np.ndarray:
         ("flow", "dpmpp_2m", 27, FlowMatchEulerDiscreteScheduler),
     ],
 )
-def test_pipeline_of_diffusers_draws_our_pictures(
+def test_pipeline_of_diffusers_draws_our_images(
     project: Any, runtime: Runtime, tmp_path: Path, prediction: str, sampler: str, steps: int, scheduler: Any
 ) -> None:
     """And so do we, with the folder of the export and with what diffusers saves of it with another scheduler."""
     unet = trained_as(project, tmp_path / "unet", prediction)
-    export.run(config(project, tmp_path / "export", f"unet={unet}"))
+    export.export_model(config(project, tmp_path / "export", f"unet={unet}"))
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     model = sampling.load_model(project.config("sample", "prompts=[x]", f"unet={unet}"), runtime.device)
@@ -122,7 +122,7 @@ def test_pipeline_of_diffusers_draws_our_pictures(
 
 
 def test_tokens_and_text_states_are_those_of_the_trained_tower(project: Any, tmp_path: Path) -> None:
-    export.run(config(project, tmp_path / "export"))
+    export.export_model(config(project, tmp_path / "export"))
     clip = Clip.from_pretrained(project.folder / "clip" / "export").eval()
     tower = load_text_tower(tmp_path / "export" / "text_encoder").eval()
     texts = ["", *PROMPTS, "it's  100% naïve — very long " * 30]
@@ -143,7 +143,7 @@ def test_text_tower_comes_back_bit_by_bit(project: Any) -> None:
 
 
 def test_one_file_with_the_names_of_compvis(project: Any, tmp_path: Path) -> None:
-    export.run(config(project, tmp_path / "whole", "format=compvis", "dtype=fp16"))
+    export.export_model(config(project, tmp_path / "whole", "format=compvis", "dtype=fp16"))
     path = tmp_path / "whole.safetensors"
     exported = UNet.from_pretrained(project.folder / "unet" / "export")
     loaded = load_unet_file(path, exported.cfg)
@@ -156,7 +156,7 @@ def test_last_export_stays_when_the_next_one_fails(
     project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "export"
-    export.run(config(project, folder))
+    export.export_model(config(project, folder))
     before = (folder / "model_index.json").read_text()
 
     def full(*arguments: object) -> None:
@@ -164,7 +164,7 @@ def test_last_export_stays_when_the_next_one_fails(
 
     monkeypatch.setattr(export, "tokenizer_files", full)
     with pytest.raises(OSError, match="No space left"):
-        export.run(config(project, folder))
+        export.export_model(config(project, folder))
     assert (folder / "model_index.json").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert json.loads(before)["vae"] == ["diffusers", "AutoencoderKL"]
@@ -174,7 +174,7 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(project: Any, tmp_path:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"output_dir=.*run: holds something else than an export"):
-        export.run(config(project, tmp_path / "run"))
+        export.export_model(config(project, tmp_path / "run"))
     assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
 
 
@@ -185,7 +185,7 @@ def test_networks_that_were_not_trained_together_are_refused(project: Any, tmp_p
         clip.network.ln_final.bias.add_(1)
     clip.save_pretrained(other)
     with pytest.raises(UserError, match=r"clip=.*: not the one that unet=.* was trained with"):
-        export.run(config(project, tmp_path / "export", f"clip={other}"))
+        export.export_model(config(project, tmp_path / "export", f"clip={other}"))
 
 
 UNCONDITIONAL = UNetConfig(
@@ -201,11 +201,11 @@ UNCONDITIONAL = UNetConfig(
 STEPS = SamplingConfig(sampler=Sampler.dpmpp_2m, steps=8, guidance_scale=1.0)
 
 
-def test_unconditional_pipeline_of_diffusers_draws_our_pictures(
+def test_unconditional_pipeline_of_diffusers_draws_our_images(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     untrained(project, tmp_path / "unet", UNCONDITIONAL, {}, clip=None)
-    export.run(config(project, tmp_path / "export", f"unet={tmp_path}/unet"))
+    export.export_model(config(project, tmp_path / "export", f"unet={tmp_path}/unet"))
     pipeline = LDMPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     model = sampling.load_model(project.config("sample", "prompts=[x]", f"unet={tmp_path}/unet"), runtime.device)
@@ -217,7 +217,7 @@ def test_unconditional_pipeline_of_diffusers_draws_our_pictures(
     assert np.abs(shown(ours) - theirs).max() <= 2 / 255 and theirs.std() > 0.05
 
 
-def test_super_resolution_pipeline_of_diffusers_draws_our_pictures(
+def test_super_resolution_pipeline_of_diffusers_draws_our_images(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That pipeline wants latents of three channels, so an autoencoder of its own."""
@@ -229,7 +229,7 @@ def test_super_resolution_pipeline_of_diffusers_draws_our_pictures(
     known["autoencoder"] = weights_digest(str(tmp_path / "autoencoder"))
     model = replace(UNCONDITIONAL, in_channels=6, out_channels=3)
     untrained(project, tmp_path / "unet", model, {"low_resolution": {"factor": 4}}, **known)
-    export.run(config(project, tmp_path / "export", *given))
+    export.export_model(config(project, tmp_path / "export", *given))
     pipeline = LDMSuperResolutionPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     own = sampling.load_model(project.config("sample", "prompts=[x]", *given), runtime.device)
@@ -242,13 +242,13 @@ def test_super_resolution_pipeline_of_diffusers_draws_our_pictures(
     noisy = {"low_resolution": {"factor": 4, "noise_levels": 100}}
     untrained(project, tmp_path / "unet", model, noisy, **known)
     with pytest.raises(UserError, match="LDMSuperResolutionPipeline knows no noise levels"):
-        export.run(config(project, tmp_path / "export", *given))
+        export.export_model(config(project, tmp_path / "export", *given))
 
 
-def test_inpainting_pipeline_of_diffusers_draws_our_pictures(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+def test_inpainting_pipeline_of_diffusers_draws_our_images(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     trained = UNet.from_pretrained(project.folder / "unet" / "export").cfg
     untrained(project, tmp_path / "unet", replace(trained, in_channels=9), {"caption": {}, "masked": {}})
-    export.run(config(project, tmp_path / "export", f"unet={tmp_path}/unet"))
+    export.export_model(config(project, tmp_path / "export", f"unet={tmp_path}/unet"))
     pipeline = StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     model = sampling.load_model(project.config("sample", "prompts=[x]", f"unet={tmp_path}/unet"), runtime.device)
@@ -276,4 +276,4 @@ def test_network_without_a_pipeline_in_diffusers_is_refused(project: Any, tmp_pa
     told = {"class_vector": {"classes": 3}}
     untrained(project, tmp_path / "unet", UNCONDITIONAL, told, clip=None)
     with pytest.raises(UserError, match=r"diffusers has no pipeline for conditions class_vector; load the U-Net"):
-        export.run(config(project, tmp_path / "export", f"unet={tmp_path}/unet"))
+        export.export_model(config(project, tmp_path / "export", f"unet={tmp_path}/unet"))

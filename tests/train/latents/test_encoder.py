@@ -12,13 +12,13 @@ from conf.schema.networks import AutoencoderConfig
 from data.images import Cut
 from models.autoencoder import Autoencoder
 from models.conditions import PREPARING, Conditions
-from train.latents.encoder import Encoder
+from train.latents.encoder import LatentEncoder
 
 CPU = torch.device("cpu")
 
 
 class Doubling:
-    """Doubles pictures; remembers the sizes of its batches. Values above 100 overflow in low precision."""
+    """Doubles images; remembers the sizes of its batches. Values above 100 overflow in low precision."""
 
     cfg = AutoencoderConfig(block_out_channels=[4, 4, 4], norm_num_groups=4)
 
@@ -47,9 +47,9 @@ class Clip:
         return tokens[:, :, None].float()
 
 
-def made(autoencoder: Any, precision: Precision, **options: Any) -> Encoder:
+def made(autoencoder: Any, precision: Precision, **options: Any) -> LatentEncoder:
     conditions = Conditions(ConditionsConfig(), PREPARING)
-    return Encoder(autoencoder, Clip(), conditions, CPU, precision, seed=0, **options)  # type: ignore[arg-type]
+    return LatentEncoder(autoencoder, Clip(), conditions, CPU, precision, seed=0, **options)  # type: ignore[arg-type]
 
 
 def encoder(precision: Precision = Precision.fp32, limit: int = 8, most: int = 100) -> Any:
@@ -93,7 +93,7 @@ def test_a_real_autoencoder_that_overflows_in_fp16_gives_the_moments_of_fp32() -
     torch.testing.assert_close(encode.moments(images), expected)
 
 
-def test_larger_pictures_are_encoded_in_tiles() -> None:
+def test_larger_images_are_encoded_in_tiles() -> None:
     encode, images = encoder(), torch.rand(2, 3, 32, 16)
     encode.tile = 16
     encode.moments(images)
@@ -124,7 +124,7 @@ def test_a_caption_is_encoded_once_until_it_is_forgotten() -> None:
     assert encode.clip.asked == 5
 
 
-def test_variants_of_a_picture_stay_together() -> None:
+def test_variants_of_a_image_stay_together() -> None:
     images = torch.arange(6.0).reshape(2, 3, 1, 1, 1)  # [B, V, 3, H, W]
     encoded = encoder(limit=4)(batch(images, ["a", "b"]))
     assert encoded.moments[:, :, 0, 0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]

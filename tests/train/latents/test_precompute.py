@@ -1,4 +1,4 @@
-"""The latent cache: what it holds, who made it, and that a kill, a wrong picture or another encoder cannot spoil it."""
+"""The latent cache: what it holds, who made it, and that a kill, a wrong image or another encoder cannot spoil it."""
 
 import hashlib
 import io
@@ -33,15 +33,15 @@ from train.latents import precompute as stage
 
 
 class Calls:
-    """Counts the pictures that the encoder sees, split by split in order, and may end the process at one of them."""
+    """Counts the images that the encoder sees, split by split in order, and may end the process at one of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, end_at: int = -1) -> None:
-        self.pictures = 0
+        self.images = 0
         encode = stage.Encoder.__call__
 
         def counted(encoder: stage.Encoder, batch: dict[str, Any]) -> Any:
-            self.pictures += len(batch["key"])
-            if 0 <= end_at < self.pictures:
+            self.images += len(batch["key"])
+            if 0 <= end_at < self.images:
                 raise KeyboardInterrupt
             return encode(encoder, batch)
 
@@ -50,7 +50,7 @@ class Calls:
 
 def precompute(project: Any, runtime: Runtime, folder: Path, *overrides: str) -> None:
     cfg = project.config("latents", f"output_dir={folder}", "batch_size=8", *overrides)
-    stage.run(cfg, runtime, to_plain(cfg))
+    stage.run_precompute(cfg, runtime, to_plain(cfg))
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_killed_run_goes_on_without_encoding_a_complete_shard_again(
     assert (tmp_path / "train" / "manifest.json").exists() == (complete == 53)
     calls = Calls(monkeypatch)
     precompute(towers, runtime, tmp_path)
-    assert calls.pictures == 60 - complete
+    assert calls.images == 60 - complete
     for split in ("train", "heldout"):
         assert Manifest.load(tmp_path / split) == Manifest.load(undisturbed / split)
 
@@ -170,7 +170,7 @@ def test_finished_cache_is_not_encoded_again(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
     calls = Calls(monkeypatch)
     precompute(towers, runtime, tmp_path)
-    assert calls.pictures == 0
+    assert calls.images == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
 
 
@@ -184,7 +184,7 @@ def test_shard_that_is_not_whole_is_encoded_again(
     shard.write_bytes(shard.read_bytes()[:2000])
     calls = Calls(monkeypatch)
     precompute(towers, runtime, tmp_path)
-    assert calls.pictures == 40
+    assert calls.images == 40
     assert Manifest.load(tmp_path / "train") == Manifest.load(undisturbed / "train")
 
 
@@ -217,7 +217,7 @@ def test_cache_of_another_provenance_is_refused_by_its_field(
     with pytest.raises(UserError, match=rf"^output_dir: .* holds latents with another {field} \(") as refused:
         precompute(latents, runtime, latents.folder / "latents", override.format(other=other_towers))
     assert "\n" not in str(refused.value)
-    assert calls.pictures == 0
+    assert calls.images == 0
     after = {name: sha256(latents.folder / "latents" / name) for name in files_below(latents.folder / "latents")}
     assert after == before
 
@@ -230,13 +230,13 @@ def test_half_a_cache_of_another_encoder_is_not_continued(
         precompute(towers, runtime, tmp_path)
     calls = Calls(monkeypatch)
     precompute(towers, runtime, tmp_path, f"clip={other_towers}/clip")
-    assert calls.pictures == 60
+    assert calls.images == 60
     assert Manifest.load(tmp_path / "train").provenance["clip"] == sha256(
         other_towers / "clip" / "open_clip_model.safetensors"
     )
 
 
-def test_pictures_that_were_not_normalised_are_noticed(
+def test_images_that_were_not_normalised_are_noticed(
     towers: Any, latents: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = Manifest.load(latents.folder / "latents" / "train").stats["psnr"]
@@ -329,14 +329,14 @@ def test_variants_are_the_centre_and_squares_of_their_own(towers: Any, runtime: 
     assert flips == {True, False}
 
 
-def test_pictures_that_cannot_be_read_are_rejected_by_name(towers: Any, runtime: Runtime, tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_rejected_by_name(towers: Any, runtime: Runtime, tmp_path: Path) -> None:
     source, broken = towers.folder / "shards", tmp_path / "shards"
     for side in ("train", "heldout"):
         reader = ShardReader(source / side / "00000.tar")
         with ShardWriter(broken / side, 1000) as writer:
             for i in range(len(reader)):
                 files = {n: bytes(v) for n, v in reader[i].items() if n != "__key__"}
-                writer.add(reader.key(i), files | ({"png": b"no picture"} if (side, i) == ("train", 3) else {}))
+                writer.add(reader.key(i), files | ({"png": b"no image"} if (side, i) == ("train", 3) else {}))
         Manifest(kind="images", shards=writer.finished).save(broken / side)
     precompute(towers, runtime, tmp_path / "latents", f"shards={broken}")
     manifest = Manifest.load(tmp_path / "latents" / "train")
@@ -352,7 +352,7 @@ def test_foreign_shards_of_any_names_and_order_become_latents(towers: Any, runti
     texts = [b"\xef\xbb\xbfa dog", b"two\r\nlines", b"a\0cat", b"caf\xe9", b"first", b"second"]
     members = [(f"{key}.PNG", image) for key, image in zip(keys, images, strict=True)]
     members += [(f"{key}.txt", text) for key, text in zip(keys, texts, strict=True)]
-    members += [("between.png", b"no picture"), ("between.txt", b""), ("same.png", images[0]), ("same.txt", b"again")]
+    members += [("between.png", b"no image"), ("between.txt", b""), ("same.png", images[0]), ("same.txt", b"again")]
     for number in range(2):
         (tmp_path / "shards").mkdir(exist_ok=True)
         with tarfile.open(tmp_path / "shards" / f"{number}.tar", "w", format=tarfile.GNU_FORMAT) as tar:
@@ -385,7 +385,7 @@ def test_a_plan_tells_storage_and_time_and_writes_nothing(
     assert not (tmp_path / "new").exists()
 
 
-def test_pictures_keep_their_shape_in_buckets(towers: Any, framed: list[str], runtime: Runtime, tmp_path: Path) -> None:
+def test_images_keep_their_shape_in_buckets(towers: Any, framed: list[str], runtime: Runtime, tmp_path: Path) -> None:
     precompute(towers, runtime, tmp_path, *framed)
     manifest = Manifest.load(tmp_path / "train")
     assert manifest.samples == 45 and (tmp_path / "train" / "decoded.png").is_file()

@@ -19,7 +19,7 @@ from models.unet import UNet
 from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
 from train.planning.activations import Activations
-from train.planning.cost_report import PLAN, report
+from train.planning.cost_report import PLAN, print_cost
 from train.planning.estimate import (
     Cost,
     activations,
@@ -166,7 +166,7 @@ def test_what_is_slower_costs_more_gpu_hours(small: Cost) -> None:
 
 def printed(cfg: PlanRun, cost: Cost) -> str:
     stream = io.StringIO()
-    report(cfg, cost, Console(file=stream, width=100))
+    print_cost(cfg, cost, Console(file=stream, width=100))
     return stream.getvalue()
 
 

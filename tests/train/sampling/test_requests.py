@@ -17,10 +17,10 @@ def config(*overrides: str) -> SampleRun:
 
 
 def shards(folder: Path, *captions: str) -> Path:
-    """Image shards of which no picture can be decoded."""
+    """Image shards of which no image can be decoded."""
     with ShardWriter(folder, 2) as writer:
         for number, caption in enumerate(captions):
-            writer.add(f"{number:03d}", {"png": b"no picture", "txt": caption.encode()})
+            writer.add(f"{number:03d}", {"png": b"no image", "txt": caption.encode()})
     Manifest(kind="images", shards=writer.finished).save(folder)
     return folder
 
@@ -65,7 +65,7 @@ def test_captions_are_not_read_as_weights_unseen(tmp_path: Path, caption: str) -
     assert [text for text, *_ in read_prompts(config(given, "prompt_syntax=false"))] == ["a hill: at night", caption]
 
 
-def test_prompt_that_comes_again_gets_other_pictures() -> None:
+def test_prompt_that_comes_again_gets_other_images() -> None:
     expected = [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2), ("a", 3)]
     prompts = [Prompt("a"), Prompt("b", 7), Prompt("a")]
     assert jobs_of(prompts, 2) == [Job(text, number, 7 if text == "b" else None) for text, number in expected]

@@ -1,4 +1,4 @@
-"""Pictures from an exported model: the right networks together, and a picture that says how to make it again."""
+"""Images from an exported model: the right networks together, and an image that says how to make it again."""
 
 import json
 import threading
@@ -20,7 +20,7 @@ from models.clip import Clip
 from train.engine.runtime import Runtime
 from train.latents.provenance import weights_digest
 from train.sampling import run as sampling
-from train.sampling.requests import Asked, Prompt
+from train.sampling.requests import Prompt, Requests
 from train.sampling.sample_folder import read_parameters, read_png
 
 PROMPTS = ["a red planet", "a green hill, at night", "a sad “square” monster"]
@@ -32,18 +32,18 @@ def config(project: Any, folder: Path, *overrides: str) -> Any:
 
 
 def draw(project: Any, runtime: Runtime, folder: Path, *overrides: str) -> list[np.ndarray]:
-    sampling.run(config(project, folder, *overrides), runtime)
+    sampling.sample(config(project, folder, *overrides), runtime)
     return [np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))]
 
 
 def largest_step(first: list[np.ndarray], second: list[np.ndarray]) -> int:
-    """Largest difference of two lists of pictures in 8-bit steps."""
+    """Largest difference of two lists of images in 8-bit steps."""
     return max(int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in zip(first, second, strict=True))
 
 
-def test_picture_carries_all_that_makes_it_again(project: Any, runtime: Runtime, tmp_path: Path) -> None:
-    pictures = draw(project, runtime, tmp_path / "a", "images_per_prompt=2", "seed=3", "guidance_scale=2.5")
-    assert len(pictures) == 6 and pictures[0].shape == (32, 32, 3)
+def test_image_carries_all_that_makes_it_again(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+    images = draw(project, runtime, tmp_path / "a", "images_per_prompt=2", "seed=3", "guidance_scale=2.5")
+    assert len(images) == 6 and images[0].shape == (32, 32, 3)
     with Image.open(tmp_path / "a" / "00005.png") as image:
         facts = json.loads(image.text["parameters"])
     assert facts == {
@@ -67,14 +67,14 @@ def test_picture_carries_all_that_makes_it_again(project: Any, runtime: Runtime,
     }
     again = project.config("sample", f"seed={facts['seed']}", f"steps={facts['steps']}", "guidance_scale=2.5")
     model = sampling.load_model(again, runtime.device)
-    made = sampling.draw(model, again, [{"caption": facts["prompt"]}], [facts["number"]]).images
-    assert largest_step([sampling.to_uint8(made)[0]], pictures[5:]) <= 1
+    made = sampling.draw_images(model, again, [{"caption": facts["prompt"]}], [facts["number"]]).images
+    assert largest_step([sampling.to_uint8(made)[0]], images[5:]) <= 1
 
 
 LONG = "a red planet with rings and moons and stars and clouds and mountains and rivers and trees and a " * 2
 
 
-def test_words_that_no_picture_can_show_are_told(
+def test_words_that_no_image_can_show_are_told(
     project: Any, runtime: Runtime, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = ("steps=1", f"negative_prompt={LONG}blurred sky", f'prompts=["a red planet", "{LONG}(hat:1.5)"]')
@@ -90,14 +90,14 @@ def test_words_that_no_picture_can_show_are_told(
     assert "left out" not in capfd.readouterr().out
 
 
-def test_batch_size_changes_no_picture(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+def test_batch_size_changes_no_image(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     together = draw(project, runtime, tmp_path / "together", "images_per_prompt=2", "batch_size=32")
     apart = draw(project, runtime, tmp_path / "apart", "images_per_prompt=2", "batch_size=4")
     assert largest_step(together, apart) <= 1  # float rounding
-    assert len({picture.tobytes() for picture in together}) == 6
+    assert len({image.tobytes() for image in together}) == 6
 
 
-def test_seed_steps_and_prompt_change_the_picture(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+def test_seed_steps_and_prompt_change_the_image(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     first = draw(project, runtime, tmp_path / "first")
     for change in ("seed=1", "steps=6", "sampler=ddim", "guidance_scale=6"):
         assert largest_step(first[:1], draw(project, runtime, tmp_path / change.partition("=")[0], change)[:1]) > 1
@@ -122,11 +122,11 @@ def draw_on_ranks(cfg: Any, runtime: Runtime, world: int) -> None:
     Together.values, Together.met = [None] * world, threading.Barrier(world)
     facts = {name: getattr(runtime, name) for name in ("local_rank", "device", "precision", "accelerator")}
     with ThreadPoolExecutor(world) as ranks:
-        list(ranks.map(partial(sampling.run, cfg), [Together(rank=i, world=world, **facts) for i in range(world)]))
+        list(ranks.map(partial(sampling.sample, cfg), [Together(rank=i, world=world, **facts) for i in range(world)]))
 
 
 def test_three_ranks_write_what_one_process_writes(project: Any, runtime: Runtime, tmp_path: Path) -> None:
-    """Eight pictures, so that the last rank has fewer; of each picture and each strip the same file."""
+    """Eight images, so that the last rank has fewer; of each image and each strip the same file."""
     given = ["film_frames=3", "images_per_prompt=2", "prompts_from_samples=1"]
     given.append(f"prompts_from={project.folder}/shards/heldout")
     whole = draw(project, runtime, tmp_path / "whole", *given, "batch_size=3")
@@ -148,7 +148,7 @@ def test_killed_command_goes_on_where_it_was(
     whole = draw(project, runtime, tmp_path / "whole", "images_per_prompt=3", "film_frames=2")
     given = ["images_per_prompt=3", "film_frames=2", "batch_size=2"]
     drawn: list[tuple[str, int]] = []
-    original = sampling.draw
+    original = sampling.draw_images
 
     def noted(model: Any, cfg: Any, items: Any, numbers: Any, film: Any = None) -> Any:
         drawn.extend(zip([item["caption"] for item in items], numbers, strict=True))
@@ -159,7 +159,7 @@ def test_killed_command_goes_on_where_it_was(
             raise KeyboardInterrupt
         return noted(*given)
 
-    monkeypatch.setattr(sampling, "draw", dies)
+    monkeypatch.setattr(sampling, "draw_images", dies)
     with pytest.raises(KeyboardInterrupt):
         draw(project, runtime, tmp_path / "again", *given)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("0*.png")}
@@ -168,7 +168,7 @@ def test_killed_command_goes_on_where_it_was(
     (tmp_path / "again" / "00001.png").write_bytes(b"damaged")
 
     drawn.clear()
-    monkeypatch.setattr(sampling, "draw", noted)
+    monkeypatch.setattr(sampling, "draw_images", noted)
     draw_on_ranks(config(project, tmp_path / "again", *given), runtime, 2)
     jobs = [(prompt, number) for prompt in PROMPTS for number in range(3)]
     assert sorted(drawn) == sorted(job for index, job in enumerate(jobs) if index not in (0, 2))
@@ -182,11 +182,11 @@ def test_second_start_draws_nothing_unless_something_else_is_asked_for(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = config(project, tmp_path)
-    sampling.run(cfg, runtime)
-    monkeypatch.setattr(sampling, "draw", lambda *_: pytest.fail("a picture was drawn again"))
-    sampling.run(cfg, runtime)
-    assert "all 3 pictures were there already: " in capsys.readouterr().out.splitlines()[-1]
-    asked = Asked([Prompt(prompt) for prompt in PROMPTS], None)
+    sampling.sample(cfg, runtime)
+    monkeypatch.setattr(sampling, "draw_images", lambda *_: pytest.fail("an image was drawn again"))
+    sampling.sample(cfg, runtime)
+    assert "all 3 images were there already: " in capsys.readouterr().out.splitlines()[-1]
+    asked = Requests([Prompt(prompt) for prompt in PROMPTS], None)
     assert sampling.album_of(cfg, asked).holds(2)
     low = replace(cfg.runtime, precision=Precision.bf16)
     for change in ({"seed": 1}, {"steps": 5}, {"tile": 16}, {"film_frames": 2}, {"runtime": low}):
@@ -194,38 +194,38 @@ def test_second_start_draws_nothing_unless_something_else_is_asked_for(
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "pndm", "heun", "unipc"])
-def test_film_ends_with_the_picture(project: Any, runtime: Runtime, tmp_path: Path, sampler: str) -> None:
-    pictures = draw(project, runtime, tmp_path, f"sampler={sampler}", "film_frames=3", "steps=6")
-    for index, picture in enumerate(pictures):
+def test_film_ends_with_the_image(project: Any, runtime: Runtime, tmp_path: Path, sampler: str) -> None:
+    images = draw(project, runtime, tmp_path, f"sampler={sampler}", "film_frames=3", "steps=6")
+    for index, image in enumerate(images):
         first, middle, last = np.split(read_png(tmp_path / "strips" / f"{index:05d}.png"), 3, axis=1)
-        assert np.array_equal(last, picture)
-        assert largest_step([first], [picture]) > largest_step([middle], [picture]) > 0
+        assert np.array_equal(last, image)
+        assert largest_step([first], [image]) > largest_step([middle], [image]) > 0
     with Image.open(tmp_path / "film.png") as sheet:
         assert sheet.width >= 3 * 128 and sheet.height > 3 * 128
 
 
-def test_pictures_that_are_not_finite_are_left_out_and_their_prompts_named(
+def test_images_that_are_not_finite_are_left_out_and_their_prompts_named(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = sampling.draw
+    original = sampling.draw_images
 
     def broken(model: Any, cfg: Any, items: Any, *given: Any) -> Any:
         drawing = original(model, cfg, items, *given)
         drawing.images[[item["caption"] == PROMPTS[1] for item in items], 0, 5, 5] = torch.nan
         return drawing
 
-    monkeypatch.setattr(sampling, "draw", broken)
-    with pytest.raises(UserError, match=rf"^pictures of '{PROMPTS[1]}' are NaN or infinite, 1 in all: set runtime\."):
+    monkeypatch.setattr(sampling, "draw_images", broken)
+    with pytest.raises(UserError, match=rf"^images of '{PROMPTS[1]}' are NaN or infinite, 1 in all: set runtime\."):
         draw(project, runtime, tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"00000.png", "00002.png"}
     all_broken = sampling.Drawing(torch.full((2, 3, 32, 32), torch.inf), torch.zeros(2, 3, 32, 32), {}, ["", ""])
-    monkeypatch.setattr(sampling, "draw", lambda *_: all_broken)
+    monkeypatch.setattr(sampling, "draw_images", lambda *_: all_broken)
     prompts = f"prompts=['{PROMPTS[1]}', b, c, d, e]"
-    with pytest.raises(UserError, match=r"^pictures of 'a green hill, at night', 'b' are NaN or infinite, 2 in all: "):
+    with pytest.raises(UserError, match=r"^images of 'a green hill, at night', 'b' are NaN or infinite, 2 in all: "):
         draw(project, runtime, tmp_path, prompts, "batch_size=2")  # not even the first batch has a sound one
 
 
-def test_grid_shows_every_picture(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+def test_grid_shows_every_image(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     draw(project, runtime, tmp_path)
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width >= 3 * 128 and grid.height > 128

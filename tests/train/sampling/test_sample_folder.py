@@ -1,4 +1,4 @@
-"""The files of a command: pictures that say what they are, and sheets of bounded size."""
+"""The files of a command: images that say what they are, and sheets of bounded size."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from PIL import Image
 
 from train.sampling import sample_folder as album
 from train.sampling.requests import Job
-from train.sampling.sample_folder import Album, read_parameters, read_png, shrunk
+from train.sampling.sample_folder import SampleFolder, read_parameters, read_png, shrunk
 
 
-def filled(folder: Path, count: int) -> Album:
-    """Pictures of 8 x 8 pixels, each of one grey; the first two are filmed, from black on."""
-    made = Album(folder, [Job("a hill", i) for i in range(count)], {"seed": 3}, range(2), ["step 1", "step 9"])
+def filled(folder: Path, count: int) -> SampleFolder:
+    """Images of 8 x 8 pixels, each of one grey; the first two are filmed, from black on."""
+    made = SampleFolder(folder, [Job("a hill", i) for i in range(count)], {"seed": 3}, range(2), ["step 1", "step 9"])
     for index in range(count):
         image = np.full((8, 8, 3), 3 * index, np.uint8)
         frames = np.stack([np.zeros_like(image), image]) if index in made.filmed else None
@@ -24,22 +24,22 @@ def filled(folder: Path, count: int) -> Album:
 def test_file_is_known_again_by_what_it_says(tmp_path: Path) -> None:
     made = filled(tmp_path, 3)
     assert [made.holds(index) for index in range(3)] == [True] * 3
-    assert read_parameters(made.picture(2)) == {"prompt": "a hill", "number": 2, "seed": 3}
+    assert read_parameters(made.image(2)) == {"prompt": "a hill", "number": 2, "seed": 3}
     assert (read_png(made.strip(1)) == np.repeat([0, 3], 8)[:, None]).all()  # the frames side by side
     made.jobs[2] = Job("a hill", 3)
     made.strip(0).unlink()
-    made.picture(1).write_bytes(made.picture(1).read_bytes()[:20])
+    made.image(1).write_bytes(made.image(1).read_bytes()[:20])
     assert [made.holds(index) for index in range(3)] == [False] * 3
 
 
-def test_foreign_pictures_say_nothing(tmp_path: Path) -> None:
+def test_foreign_images_say_nothing(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png", format="JPEG")
     assert [read_parameters(tmp_path / name) for name in ("plain.png", "other.png", "none.png")] == [None] * 3
 
 
 def test_sheets_show_no_more_than_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(album, "GRID_PICTURES", 9)
+    monkeypatch.setattr(album, "GRID_IMAGES", 9)
     grid, film = filled(tmp_path, 11).write_sheets()
     sheet = np.asarray(Image.open(grid))
     shown = [index for index in range(11) if (sheet[:, :, 0] == 3 * index).sum() >= 128 * 128]
@@ -48,6 +48,6 @@ def test_sheets_show_no_more_than_fits(tmp_path: Path, monkeypatch: pytest.Monke
     assert [(strips[:, :, 0] == grey).sum() >= 128 * 128 for grey in (0, 3, 6)] == [True, True, False]
 
 
-def test_large_pictures_are_shown_smaller() -> None:
+def test_large_images_are_shown_smaller() -> None:
     sides = {64: 64, 512: 512, 768: 768, 1024: 512, 2048: 512}
     assert {side: len(shrunk(np.zeros((side, side, 3), np.uint8))) for side in sides} == sides

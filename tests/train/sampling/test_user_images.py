@@ -1,4 +1,4 @@
-"""A user's own pictures: what is read beside them, how they are put together, and what is refused in one line."""
+"""A user's own images: what is read beside them, how they are put together, and what is refused in one line."""
 
 import json
 from dataclasses import replace
@@ -15,12 +15,12 @@ from conf.errors import UserError
 from conf.schema import ConditionsConfig, SampleRun
 from conf.schema.conditions import BoxesConfig, BoxMapConfig, ClassConfig, LowResolutionConfig, MaskedConfig
 from models.conditions import PREPARING, Conditions
-from train.sampling.requests import Asked, Job, Prompt, jobs_of, labels_in, read_prompts, require_told, samples_of
+from train.sampling.requests import Job, Prompt, Requests, jobs_of, labels_in, read_prompts, require_told, samples_of
 from train.sampling.sample_folder import together
 from train.sampling.user_images import caption_beside, read_given
 
 
-def picture(path: Path, width: int = 12, height: int = 8) -> str:
+def image(path: Path, width: int = 12, height: int = 8) -> str:
     pixels = np.random.default_rng(len(path.name)).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return str(path)
@@ -32,8 +32,8 @@ def mask(path: Path, width: int = 12, height: int = 8) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def test_all_that_lies_beside_a_picture_is_read(tmp_path: Path) -> None:
-    path = picture(tmp_path / "photo.jpg")
+def test_all_that_lies_beside_a_image_is_read(tmp_path: Path) -> None:
+    path = image(tmp_path / "photo.jpg")
     alone = read_given(path)
     assert alone.item["image"].shape == (3, 8, 12) and alone.item["labels"].class_id is None
     assert "mask" not in alone.item
@@ -49,8 +49,8 @@ def test_all_that_lies_beside_a_picture_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbfa\r\nhill", "a hill".encode("utf-16"), b"a\0hill"])
-def test_a_caption_beside_a_picture_is_read_as_that_of_a_data_set(tmp_path: Path, content: bytes) -> None:
-    path = picture(tmp_path / "photo.png")
+def test_a_caption_beside_a_image_is_read_as_that_of_a_data_set(tmp_path: Path, content: bytes) -> None:
+    path = image(tmp_path / "photo.png")
     (tmp_path / "photo.txt").write_bytes(content)
     assert caption_beside(path) == "a hill"
     (tmp_path / "photo.txt").write_bytes(b"une \xe9cole")
@@ -61,22 +61,22 @@ def test_a_caption_beside_a_picture_is_read_as_that_of_a_data_set(tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("photo.png", b"no picture", r"^inputs=.*/photo\.png: not a readable picture$"),
-        ("photo.mask.png", b"no picture", r"^inputs=.*/photo\.png: its mask is not a readable picture$"),
+        ("photo.png", b"no image", r"^inputs=.*/photo\.png: not a readable image$"),
+        ("photo.mask.png", b"no image", r"^inputs=.*/photo\.png: its mask is not a readable image$"),
         ("photo.json", b'{"class_id": "cat"}', r"^inputs=.*/photo\.png: class_id"),
         ("photo.json", b"[]", r"^inputs=.*/photo\.png: its \.json holds no object$"),
         ("photo.seg.png", b"", r"^inputs=.*/photo\.png: seg\.png: not a readable PNG$"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    path = picture(tmp_path / "photo.png")
+    path = image(tmp_path / "photo.png")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_given(path)
 
 
-def test_mask_must_be_there_and_of_the_pictures_size(tmp_path: Path) -> None:
-    path = picture(tmp_path / "photo.png")
+def test_mask_must_be_there_and_of_the_images_size(tmp_path: Path) -> None:
+    path = image(tmp_path / "photo.png")
     conditions = Conditions(ConditionsConfig(caption=None, masked=MaskedConfig()), PREPARING)
     with pytest.raises(
         UserError, match=r"^inputs=.*: this network paints where .*: put .*/photo\.mask\.png beside it$"
@@ -85,7 +85,7 @@ def test_mask_must_be_there_and_of_the_pictures_size(tmp_path: Path) -> None:
     small = Conditions(ConditionsConfig(caption=None, low_resolution=LowResolutionConfig()), PREPARING)
     require_told(small, read_given(path).item, path)  # needs none
     mask(tmp_path / "photo.mask.png", width=10)
-    with pytest.raises(UserError, match=r"its mask has 10 x 8 pixels, the picture 12 x 8; make them equal$"):
+    with pytest.raises(UserError, match=r"its mask has 10 x 8 pixels, the image 12 x 8; make them equal$"):
         read_given(path)
     with pytest.raises(UserError, match=r"^inputs=.*/nowhere\.png: no such file$"):
         read_given(str(tmp_path / "nowhere.png"))
@@ -94,7 +94,7 @@ def test_mask_must_be_there_and_of_the_pictures_size(tmp_path: Path) -> None:
 
 
 def test_a_mask_is_read_as_it_looks_and_refused_where_it_could_mean_either(tmp_path: Path) -> None:
-    path, shape = picture(tmp_path / "photo.png"), np.zeros((8, 12), dtype=bool)
+    path, shape = image(tmp_path / "photo.png"), np.zeros((8, 12), dtype=bool)
     shape[2:4, 5:9] = True
     rgba = np.full((8, 12, 4), 255, dtype=np.uint8)
     rgba[..., 3] *= shape
@@ -109,9 +109,9 @@ def test_a_mask_is_read_as_it_looks_and_refused_where_it_could_mean_either(tmp_p
         read_given(path)
 
 
-def test_pictures_of_one_size_share_a_batch(tmp_path: Path) -> None:
-    paths = [picture(tmp_path / f"{name}.png", width) for name, width in (("a", 12), ("b", 12), ("c", 16))]
-    asked = Asked([Prompt("", file=path) for path in paths], None, {path: read_given(path) for path in paths})
+def test_images_of_one_size_share_a_batch(tmp_path: Path) -> None:
+    paths = [image(tmp_path / f"{name}.png", width) for name, width in (("a", 12), ("b", 12), ("c", 16))]
+    asked = Requests([Prompt("", file=path) for path in paths], None, {path: read_given(path) for path in paths})
     jobs = jobs_of([*asked.prompts, Prompt("x")], 1)
     assert [job.number for job in jobs] == [0, 1, 2, 0]
     assert asked.batches(jobs, range(4), 8) == [[0, 1], [2], [3]]
@@ -121,7 +121,7 @@ def test_pictures_of_one_size_share_a_batch(tmp_path: Path) -> None:
     assert not samples_of([asked.item(Job("x", 0))], [0], seed=0, side=32).as_given
 
 
-def test_sheet_shows_pictures_of_all_sizes() -> None:
+def test_sheet_shows_images_of_all_sizes() -> None:
     sheets = together([np.zeros((2, 3, 3), np.uint8), np.zeros((4, 2, 3), np.uint8)])
     assert sheets.shape == (2, 4, 3, 3)
     assert (sheets[0, :2] == 0).all() and (sheets[0, 2:] == 255).all() and (sheets[1, :, 2] == 255).all()
@@ -151,7 +151,7 @@ def test_prompt_names_a_class_or_boxes_where_no_text_is_told() -> None:
         ),
         ({"class_vector": ClassConfig(classes=2)}, "2", "'2': no class of this network"),
         ({"boxes": BoxesConfig(classes=2)}, "sun 0 0 1", "'sun 0 0 1': no box; write CLASS LEFT TOP RIGHT BOTTOM"),
-        ({"box_map": BoxMapConfig(classes=2)}, "sun 0 0 2 1", "'sun 0 0 2 1': boxes.0..box: .* leaves the picture"),
+        ({"box_map": BoxMapConfig(classes=2)}, "sun 0 0 2 1", "'sun 0 0 2 1': boxes.0..box: .* leaves the image"),
         ({"boxes": BoxesConfig(classes=2)}, "star 0 0 1 1", "'star': no class of this network"),
     ],
 )

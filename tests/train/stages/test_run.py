@@ -19,8 +19,8 @@ from PIL import Image
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import PipelineRun
-from data.building.build import build
-from train.stages.run import run
+from data.building.build import build_shards
+from train.stages.run import run_stages
 from train.stages.tasks import STAGES, StageCommand, Task, separate
 
 ROOT = Path(__file__).parents[3]
@@ -73,14 +73,14 @@ from conf.entry import compose
 from conf.schema import PipelineRun
 from dataclasses import replace
 from pathlib import Path
-from train.stages.run import run
+from train.stages.run import run_stages
 from train.stages.tasks import STAGES, separate
 
 folder = Path(sys.argv[1])
 stages = [replace(stage, script=folder / stage.script.name) for stage in STAGES]
 own, overrides = separate(sys.argv[2:], stages)
 try:
-    sys.exit(run(compose("pipeline", PipelineRun, own), overrides, stages))
+    sys.exit(run_stages(compose("pipeline", PipelineRun, own), overrides, stages))
 except Exception as error:
     fail(error)
 finally:
@@ -112,7 +112,7 @@ class Chain:
 
     def run(self, *arguments: str) -> int:
         own, overrides = separate([*self.line, *arguments], self.stages)
-        return run(compose("pipeline", PipelineRun, own), overrides, self.stages)
+        return run_stages(compose("pipeline", PipelineRun, own), overrides, self.stages)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """The same in a process of its own."""
@@ -223,7 +223,7 @@ def test_only_a_source_that_is_there_outdates_a_build(tmp_path: Path) -> None:
     line = ["source=folder", f"path={photo.parent}", f"run_dir={tmp_path}", "heldout_fraction=0"]
     task = Task(stage, compose("build_shards", stage.schema, line), [])
     assert not task.outdated()  # nothing is built
-    build(task.cfg)
+    build_shards(task.cfg)
     assert not task.outdated()
     os.utime(photo, ns=(0, 10**9))
     assert task.outdated()
@@ -231,7 +231,7 @@ def test_only_a_source_that_is_there_outdates_a_build(tmp_path: Path) -> None:
     assert not task.outdated()
 
 
-def test_other_captions_are_another_input_of_the_pictures(tmp_path: Path) -> None:
+def test_other_captions_are_another_input_of_the_images(tmp_path: Path) -> None:
     stage = next(stage for stage in STAGES if stage.name == "sample")
     cfg = compose("sample", stage.schema, ["experiment=smoke", f"run_dir={tmp_path}", f"prompts_from={tmp_path}/side"])
     (tmp_path / "side").mkdir()

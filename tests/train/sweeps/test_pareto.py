@@ -67,30 +67,30 @@ def test_front_is_of_small_distance_and_high_score_or_little_time(
         metrics = {"eval/fid": fid, "eval/clip_score": score, "perf/pictures_per_s": speed}
         write(metrics | {"eval/fid_low": fid - 1, "eval/fid_high": fid + 1}, steps=steps, guidance_scale=guidance)
     write({}, error="the data are missing", steps=20, guidance_scale=1)
-    pareto.run(tmp_path, "now", OFF, "runs/x")
+    pareto.write_pareto(tmp_path, "now", OFF, "runs/x")
     found = json.loads((tmp_path / "pareto/pareto.json").read_text())
     assert (found["swept"], found["distance"]) == (["steps", "guidance_scale"], "eval/fid")
     assert {tuple(m["options"].values()): m["front"] for m in found["members"]} == {
-        (10, 1): ["seconds_per_picture"],
-        (10, 3): ["seconds_per_picture"],
+        (10, 1): ["seconds_per_image"],
+        (10, 3): ["seconds_per_image"],
         (10, 7): [],
-        (50, 3): ["eval/clip_score", "seconds_per_picture"],
+        (50, 3): ["eval/clip_score", "seconds_per_image"],
         (50, 7): ["eval/clip_score"],
     }
     assert found["left_out"] == {"steps=20,guidance_scale=1": "the data are missing"}
     printed = capsys.readouterr().out
     assert "without steps=20,guidance_scale=1: the data are missing" in printed
     table = (tmp_path / "pareto/table.md").read_text()
-    assert table in printed and "20 [19, 21]" in table and "| CLIP score, seconds per picture |" in table
+    assert table in printed and "20 [19, 21]" in table and "| CLIP score, seconds per image |" in table
     assert [line.split("|")[1:3] for line in table.splitlines()[2:]] == [
         [f" {steps}    ", f" {guidance}              "]
         for steps, guidance in [(10, 1), (10, 3), (10, 7), (50, 3), (50, 7)]
     ]
     with (tmp_path / "pareto/members.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert (rows[0]["steps"], rows[0]["eval/fid"], rows[0]["seconds_per_picture"]) == ("10", "30.0", "0.125")
-    with Image.open(tmp_path / "pareto/pareto.png") as picture:
-        assert picture.width > 1500
+    assert (rows[0]["steps"], rows[0]["eval/fid"], rows[0]["seconds_per_image"]) == ("10", "30.0", "0.125")
+    with Image.open(tmp_path / "pareto/pareto.png") as image:
+        assert image.width > 1500
     assert not (tmp_path / "pareto/steps.png").exists()  # of one sampler
 
 
@@ -98,7 +98,7 @@ def test_front_is_of_small_distance_and_high_score_or_little_time(
     ("metrics", "rivals"),
     [
         ({"eval/fd_efficientnet": 5.0, "eval/fd_efficientnet_floor": 4.0}, []),
-        ({"eval/fd_clip": 5.0, "perf/pictures_per_s": 2.0}, ["seconds_per_picture"]),
+        ({"eval/fd_clip": 5.0, "perf/pictures_per_s": 2.0}, ["seconds_per_image"]),
         ({"eval/fd_clip": 5.0, "eval/fid": 7.0, "eval/clip_score_own": 0.3}, ["eval/clip_score_own"]),
         (
             {"eval/fid": 5.0, "eval/prompt_following/kind": 0.5, "eval/prompt_following/color": 0.7},
@@ -119,7 +119,7 @@ def test_each_metric_has_its_panel_if_it_is_there(
     assert (len(figure.axes) if figure else 0) == len(rivals)
     if rivals == ["eval/prompt_following"]:
         assert sweep.members[0].metrics[rivals[0]] == pytest.approx(0.6)
-    pareto.run(tmp_path, "now", OFF, "runs/x")
+    pareto.write_pareto(tmp_path, "now", OFF, "runs/x")
     assert (tmp_path / "pareto/pareto.png").exists() == bool(rivals)
     assert "4" in (tmp_path / "pareto/table.md").read_text()
 
@@ -130,7 +130,7 @@ def test_members_that_lack_a_metric_stay_in_the_other_panels(write: Write, tmp_p
     write({"eval/fid": 5.0, "eval/clip_score": None}, sampler="heun", steps=20)
     sweep = read_sweep(tmp_path, "now")
     assert [len(sweep.having("eval/fid", metric)) for metric in sweep.rivals] == [2, 2]
-    pareto.run(tmp_path, "now", OFF, "runs/x")
+    pareto.write_pareto(tmp_path, "now", OFF, "runs/x")
     assert "| heun | 10       | 5        |" in (tmp_path / "pareto/table.md").read_text()
 
 
@@ -143,13 +143,13 @@ def test_sweep_started_again_shows_earlier_members_of_the_same_protocol(write: W
     assert sweep.varied == ["steps", "guidance_interval"]
     assert [member.option("steps") for member in sweep.members] == [10, 30, 40]
     assert sweep.left_out == {"steps=20": "of an earlier start, with other samples"}
-    pareto.run(tmp_path, "now", OFF, "runs/x")
+    pareto.write_pareto(tmp_path, "now", OFF, "runs/x")
 
 
 def test_nothing_to_draw_is_said(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write({}, error="ended by SIGKILL", steps=10)
     write({}, steps=20)
-    pareto.run(tmp_path, "now", OFF, "runs/x")
+    pareto.write_pareto(tmp_path, "now", OFF, "runs/x")
     printed = capsys.readouterr().out
     assert "without steps=10: ended by SIGKILL" in printed and "without steps=20: no metrics.json" in printed
     assert "there is nothing to draw" in printed and not (tmp_path / "pareto").exists()
@@ -180,18 +180,18 @@ def test_lines_over_steps_are_of_the_guidance_with_the_smallest_distance(write: 
     assert [list(axes.lines[0].get_ydata()) for axes in figure.axes] == [[6, 6], pytest.approx([0.1, 0.1])]
 
 
-def test_wandb_run_of_its_own_holds_table_charts_and_pictures(write: Write, tmp_path: Path, wandb_history: Any) -> None:
+def test_wandb_run_of_its_own_holds_table_charts_and_images(write: Write, tmp_path: Path, wandb_history: Any) -> None:
     for sampler, steps in product(("ddim", "unipc"), (5, 50)):
         write(METRICS | {"eval/fid": 100.0 / steps}, sampler=sampler, steps=steps)
     cfg = WandbConfig(mode=WandbMode.offline, group="x/sweep/evaluate")
-    pareto.run(tmp_path, "now", cfg, "runs/x")
+    pareto.write_pareto(tmp_path, "now", cfg, "runs/x")
     (row,) = wandb_history(tmp_path / "pareto")
     assert row["samples_seen"] == 640 and row["pareto/members/nrows"] == 4
-    for chart in ("pareto/FID against CLIP score", "pareto/FID against seconds per picture"):
+    for chart in ("pareto/FID against CLIP score", "pareto/FID against seconds per image"):
         assert row[f"{chart}_table/nrows"] == 4
     for name in ("pareto", "steps"):
-        with Image.open(tmp_path / f"pareto/{name}.png") as picture:
-            assert row[f"samples/{name}/width"] == picture.width
+        with Image.open(tmp_path / f"pareto/{name}.png") as image:
+            assert row[f"samples/{name}/width"] == image.width
 
 
 def test_evaluate_compares_its_members_in_their_wandb_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_evaluate_compares_its_members_in_their_wandb_group(tmp_path: Path, monk
     from train.evaluate import compare_members
 
     told: list[Any] = []
-    monkeypatch.setattr(pareto, "run", lambda *given: told.append(given))
+    monkeypatch.setattr(pareto, "write_pareto", lambda *given: told.append(given))
     register("evaluate", EvaluateRun)
     for mine, group in (([], "x/sweep/evaluate"), (["wandb.group=mine"], "mine")):
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from conf.errors import UserError
 from models.autoencoder import Autoencoder, kl
 from models.discriminator import discriminator_loss
-from train.engine.metric_log import Journal
+from train.engine.metric_log import MetricLog
 from train.engine.runtime import Runtime
 from train.training.autoencoder import AutoencoderStage
 
@@ -114,7 +114,7 @@ def test_codebook_takes_the_place_of_the_divergence(scenes: Any, runtime: Runtim
     metrics = [train(stage, start, [list(range(start, start + 16))]) for start in range(0, 20 * 16, 16)]
     assert metrics[-1]["train/reconstruction"] < metrics[0]["train/reconstruction"]
     assert 0 < metrics[-1]["train/codebook_use"] <= 1 and "train/kl" not in metrics[-1]
-    evaluated = stage.evaluate(320, Journal(tmp_path, stage.cfg.wandb, "autoencoder", {}, is_main=False))
+    evaluated = stage.evaluate(320, MetricLog(tmp_path, stage.cfg.wandb, "autoencoder", {}, is_main=False))
     assert 0 < evaluated["eval/codebook_use"] <= 1
     stage.export(tmp_path / "export")
     assert Autoencoder.from_pretrained(tmp_path / "export").cfg == stage.cfg.model
@@ -133,9 +133,9 @@ def test_regularised_discriminator_learns_the_same_in_parts(scenes: Any, runtime
     torch.testing.assert_close(*means, rtol=0.02, atol=1e-6)
 
 
-def test_rank_without_held_out_pictures_joins_the_sum(scenes: Any, runtime: Runtime, tmp_path: Any) -> None:
+def test_rank_without_held_out_images_joins_the_sum(scenes: Any, runtime: Runtime, tmp_path: Any) -> None:
     stage = make(scenes, runtime)
-    journal = Journal(tmp_path, stage.cfg.wandb, "autoencoder", {}, is_main=False)
+    journal = MetricLog(tmp_path, stage.cfg.wandb, "autoencoder", {}, is_main=False)
     first = stage.evaluate(0, journal)
     stage.runtime = replace(runtime, rank=300, world=301)  # the sum itself is over this process alone
     beyond = stage.evaluate(0, journal)

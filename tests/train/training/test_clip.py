@@ -9,7 +9,7 @@ import torch
 
 from conf.errors import UserError
 from models.clip import Clip
-from train.engine.metric_log import Journal
+from train.engine.metric_log import MetricLog
 from train.engine.runtime import Runtime
 from train.training.clip import ClipStage
 
@@ -45,7 +45,7 @@ def test_rank_without_held_out_pairs_does_not_disturb_the_others(scenes: Any, ru
             return [everything, value]
 
     stage = ClipStage(scenes.config("clip"), runtime)
-    journal = Journal(tmp_path, stage.cfg.wandb, "clip", {}, is_main=False)
+    journal = MetricLog(tmp_path, stage.cfg.wandb, "clip", {}, is_main=False)
     alone = stage.evaluate(0, journal)
     everything = stage.encoded([stage.heldout.at(i) for i in range(stage.heldout.samples)])
     facts = {name: getattr(runtime, name) for name in ("local_rank", "device", "precision", "accelerator")}
@@ -55,7 +55,7 @@ def test_rank_without_held_out_pairs_does_not_disturb_the_others(scenes: Any, ru
 
 def test_evaluation_leaves_the_network_in_training(scenes: Any, runtime: Runtime, tmp_path: Any) -> None:
     stage = ClipStage(scenes.config("clip"), runtime)
-    stage.evaluate(0, Journal(tmp_path, stage.cfg.wandb, "clip", {}, is_main=False))
+    stage.evaluate(0, MetricLog(tmp_path, stage.cfg.wandb, "clip", {}, is_main=False))
     assert stage.clip.training
 
 

@@ -1,4 +1,4 @@
-"""Each demo of a task, on a few of its own pictures: the U-Net is trained by all that it is told."""
+"""Each demo of a task, on a few of its own images: the U-Net is trained by all that it is told."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 from conf.entry import compose, to_plain
 from conf.schema import PipelineRun
-from data.building.build import build
+from data.building.build import build_shards
 from models.autoencoder import Autoencoder
 from models.clip import Clip
 from train.engine import loop
@@ -52,15 +52,15 @@ def test_a_demo_trains_its_network_and_all_that_it_is_told(
     stages = compose("pipeline", PipelineRun, chosen).stages
     assert {"latents", "unet"} <= set(stages)
     scenes = [f"experiment={experiment if 'build' in stages else 'demo'}", f"run_dir={tmp_path}"]
-    build(config("build", *scenes, *FEW))
+    build_shards(config("build", *scenes, *FEW))
     latents = config("latents", *chosen, *towers, f"shards={tmp_path}/shards", "min_psnr=1")
-    precompute.run(latents, runtime, to_plain(latents))
+    precompute.run_precompute(latents, runtime, to_plain(latents))
 
     cfg = config("unet", *chosen, *towers, *SHORT, "init_from=null")
     stage = UNetStage(cfg, runtime)
     told = stage.network.conditions
     before = [value.clone() for value in told.parameters()]
-    outcome = loop.run(stage, cfg, runtime)
+    outcome = loop.fit(stage, cfg, runtime)
 
     assert outcome.samples_seen == 40 and 0 < outcome.metrics["eval/loss"] < 10
     assert not any(map(torch.equal, told.parameters(), before))

@@ -8,7 +8,7 @@ import torch
 
 from conf.entry import compose, to_plain
 from conf.schema import AutoencoderRun, BuildRun, ClipRun, Device, PrecomputeRun, RuntimeConfig, UNetRun
-from data.building.build import build
+from data.building.build import build_shards
 from data.shards.manifest import find_shards
 from models.autoencoder import Autoencoder
 from models.clip import Clip
@@ -24,16 +24,16 @@ QUIET = ["runtime=cpu", "wandb.mode=disabled"]
 
 
 def prepare(experiment: str, samples: int) -> None:
-    """Its pictures and their latents, below the working folder."""
+    """Its images and their latents, below the working folder."""
     chosen = f"experiment={experiment}"
-    build(compose("build_shards", BuildRun, [chosen, f"samples={samples}", "heldout_fraction=0.3", "workers=1"]))
+    build_shards(compose("build_shards", BuildRun, [chosen, f"samples={samples}", "heldout_fraction=0.3", "workers=1"]))
     cfg = compose("precompute_latents", PrecomputeRun, [chosen, "min_psnr=0", *QUIET])
-    latents.run(cfg, start(RuntimeConfig(device=Device.cpu)), to_plain(cfg))
+    latents.run_precompute(cfg, start(RuntimeConfig(device=Device.cpu)), to_plain(cfg))
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `runs/demo`, whose networks have learnt nothing, and pictures of the subject."""
+    """A folder with `runs/demo`, whose networks have learnt nothing, and images of the subject."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -60,7 +60,7 @@ def test_shipped_fine_tuning_trains_ten_steps_from_the_first_run(
     data = "latents=runs/dreambooth_demo/latents"
     cfg: Any = compose("train_unet", UNetRun, [f"experiment={experiment}", data, *SMALL, *QUIET])
     runtime = start(RuntimeConfig(device=Device.cpu))
-    loop.run(UNetStage(cfg, runtime), cfg, runtime)
+    loop.fit(UNetStage(cfg, runtime), cfg, runtime)
     base, tuned = (UNet.from_pretrained(f"runs/{name}/unet/export").state_dict() for name in ("demo", experiment))
     moved = {name.split(".")[-2] for name, tensor in tuned.items() if not torch.equal(tensor, base[name])}
     assert moved == {"to_q", "to_k", "to_v", "0"} if cfg.lora.rank else "conv1" in moved

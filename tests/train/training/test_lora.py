@@ -35,7 +35,7 @@ def tuned(project: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of 6 steps with a checkpoint after 3."""
     folder = tmp_path_factory.mktemp("tuned")
     cfg, runtime = config(project, f"output_dir={folder}", *RUN), start(RuntimeConfig(device=Device.cpu))
-    loop.run(UNetStage(cfg, runtime), cfg, runtime)
+    loop.fit(UNetStage(cfg, runtime), cfg, runtime)
     return folder
 
 
@@ -55,7 +55,7 @@ def test_loss_falls_and_the_base_stays(project: Any, runtime: Runtime, backend: 
 def test_resume_equals_uninterrupted(project: Any, runtime: Runtime, tuned: Path, tmp_path: Path) -> None:
     shutil.copytree(tuned / "checkpoints" / "000000000048", tmp_path / "checkpoints" / "000000000048")
     cfg = config(project, f"output_dir={tmp_path}", *RUN)
-    loop.run(UNetStage(cfg, runtime), cfg, runtime)
+    loop.fit(UNetStage(cfg, runtime), cfg, runtime)
     last = Path("checkpoints", "000000000096", "unet")
     for file in ("weights", "exp_avg", "exp_avg_sq", "ema"):
         before, after = (load_file(folder / last / f"{file}.safetensors") for folder in (tuned, tmp_path))
@@ -131,7 +131,7 @@ def test_other_adapters_do_not_continue_a_run(
     shutil.copytree(tuned / "checkpoints", tmp_path / "checkpoints")
     cfg = config(project, f"output_dir={tmp_path}", *RUN, *change)
     with pytest.raises(UserError, match=message):
-        loop.run(UNetStage(cfg, runtime), cfg, runtime)
+        loop.fit(UNetStage(cfg, runtime), cfg, runtime)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_commands_that_need_whole_checkpoints_refuse_those_of_adapters(
 ) -> None:
     options = [f"trained={tuned}", f"output_dir={tmp_path}/x", "half_life_samples=50"]
     with pytest.raises(UserError, match=r"averages there are of adapters only \(lora\.rank\); use its export"):
-        average.run(compose("average", AverageRun, options))
+        average.export_average(compose("average", AverageRun, options))
     evaluation = project.config("evaluate", f"unet={tuned}/export")
     with pytest.raises(UserError, match=r"hold adapters only \(lora\.rank\); wait for its export"):
         of_checkpoint(evaluation, runtime, tuned, 96)

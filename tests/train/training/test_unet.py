@@ -230,16 +230,14 @@ def test_fine_tuning_normalises_as_the_training_before(
     assert stage.mean.flatten().tolist() == pytest.approx(stage.info.latent_mean)
 
 
-def test_training_on_pictures_of_several_shapes(
-    towers: Any, framed: list[str], runtime: Runtime, tmp_path: Path
-) -> None:
+def test_training_on_images_of_several_shapes(towers: Any, framed: list[str], runtime: Runtime, tmp_path: Path) -> None:
     cfg = towers.config("latents", f"output_dir={tmp_path}/latents", *framed)
-    precompute.run(cfg, runtime, to_plain(cfg))
+    precompute.run_precompute(cfg, runtime, to_plain(cfg))
     given = [f"latents={tmp_path}/latents", f"output_dir={tmp_path}/unet", "batch.global_batch_size=4"]
     cfg = towers.config("unet", *given, "loop.samples=96", "loop.log_every=4")
     stage = UNetStage(cfg, runtime)
     seen = Seen(stage)
-    loop.run(stage, cfg, runtime)
+    loop.fit(stage, cfg, runtime)
     assert {tuple(batch.shape[2:]) for batch in seen.latents} == {(8, 8), (6, 10), (10, 6)}
     assert len(seen.latents) == 24 and all(batch.isfinite().all() for batch in seen.latents)
 
@@ -248,6 +246,6 @@ def test_shapes_that_the_network_cannot_halve_are_refused(
     towers: Any, framed: list[str], runtime: Runtime, tmp_path: Path
 ) -> None:
     cfg = towers.config("latents", f"output_dir={tmp_path}/latents", *framed, "buckets.step=4")
-    precompute.run(cfg, runtime, to_plain(cfg))
+    precompute.run_precompute(cfg, runtime, to_plain(cfg))
     with pytest.raises(UserError, match=r"do not fit model\.block_out_channels.* buckets\.step=8"):
         make(towers, runtime, f"latents={tmp_path}/latents")

@@ -1,4 +1,4 @@
-"""A page on which one draws pictures and edits them by their words.
+"""A page on which one draws images and edits them by their words.
 
 `request` reads what was set, `studio` draws it, `sheet` shows it as HTML, `page` has the controls, `server` serves all.
 """

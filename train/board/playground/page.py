@@ -11,14 +11,14 @@ from gradio.components import Component
 from conf.errors import UserError
 from conf.schema import Edit, EditMode, InversionMethod, PlaygroundRun, Sampler
 from train.board.playground.request import request_of
-from train.board.playground.sheet import data_url, message, preview, sheet
+from train.board.playground.sheet import data_url, message, preview, render_sheet
 from train.board.playground.studio import Studio, examples_of
 from train.board.playground.upload import INPUT, pixels_of
 
 STYLE = Path(__file__).parent / "html" / "page.css"
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # of the visitor's system: none is fetched
 THEME = gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"])
-ONE_AT_A_TIME = "pictures"  # name of the queue that everybody who wants a picture stands in
+ONE_AT_A_TIME = "images"  # name of the queue that everybody who wants an image stands in
 QUIETLY: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # of small events
 PROGRESS = gr.Progress()  # gradio finds each visitor's own by it
 MOST_WORDS = 24  # that have a slider
@@ -26,19 +26,19 @@ MOST_STEPS = 100
 SEEDS = 1_000_000  # that "New seed" chooses among
 
 ABOUT = """# Playground
-Write what the picture shall show. Then change it by its words: swap one, turn one up or down, and see what each looks
+Write what the image shall show. Then change it by its words: swap one, turn one up or down, and see what each looks
 at."""
-EMPTY = "<p class='hint'>Write a prompt and press <b>Generate</b>: the picture will be here.</p>"
+EMPTY = "<p class='hint'>Write a prompt and press <b>Generate</b>: the image will be here.</p>"
 EDIT_HELP = "The prompt again, with words swapped, added or left out. Empty: only the weights of the words change it."
 BLEND_HELP = "Words with commas between them, such as: planet. Empty: everywhere."
 MODE_HELP = "replace swaps word for word; refine adds or leaves out words; auto: replace if there are as many words."
 REPLACE_HELP = "Share of the steps in which words look where they did before the edit."
 SELF_HELP = "Share of the steps in which shapes are those of before."
 OWN_HELP = "It is cut to the middle, and the prompt must say what it shows. It stays in this page alone."
-INVERSION_HELP = "Of your own picture: what guidance leads away from. null_text fits it at each step, which takes long."
-THRESHOLD_HELP = "Of the most attention or disagreement: where the picture may change. Less: a larger region."
+INVERSION_HELP = "Of your own image: what guidance leads away from. null_text fits it at each step, which takes long."
+THRESHOLD_HELP = "Of the most attention or disagreement: where the image may change. Less: a larger region."
 
-# Where the pictures are below the controls, as on a phone, one who asks for some is taken there.
+# Where the images are below the controls, as on a phone, one who asks for some is taken there.
 GO_THERE = """() => {
   const shown = document.getElementById("shown");
   if (shown.getBoundingClientRect().top >= document.getElementById("change").getBoundingClientRect().bottom)
@@ -71,7 +71,7 @@ class Events:
         return [trouble, words, gr.update(visible=bool(words)), *shown, *hidden]
 
     def take(self, address: str) -> list[Any]:
-        """A given picture, cut; how it looks, a button that takes it away, and what is wrong with it."""
+        """A given image, cut; how it looks, a button that takes it away, and what is wrong with it."""
         if not address:
             return ["", "", gr.update(visible=False), ""]
         try:
@@ -81,7 +81,7 @@ class Events:
         return [data_url(pixels), preview(pixels), gr.update(visible=True), ""]
 
     def draw(self, given: dict[Component, Any], progress: gr.Progress = PROGRESS) -> tuple[Any, str]:
-        """The pictures, and what is wrong; what was drawn before stays where a request is wrong."""
+        """The images, and what is wrong; what was drawn before stays where a request is wrong."""
         words = given[self.words]
         weights = {word: given[slider] for word, slider in zip(words, self.sliders[: len(words)], strict=True)}
         values = {name: given[control] for name, control in self.controls.items()}
@@ -90,16 +90,16 @@ class Events:
             drawn = self.studio.draw(request, lambda step, steps: progress((step, steps), unit="steps"))
         except UserError as error:
             return gr.skip(), message(str(error))
-        return sheet(drawn), ""
+        return render_sheet(drawn), ""
 
 
-def build(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
-    """The page of a model; pictures are drawn one after the other, whoever asks."""
+def build_page(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
+    """The page of a model; images are drawn one after the other, whoever asks."""
     with gr.Blocks(title="Latentline playground", analytics_enabled=False) as page:
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column(scale=2, min_width=340):
-                controls, generate, another = picture_controls(cfg)
+                controls, generate, another = image_controls(cfg)
                 own, looks, away = own_controls()
                 changes, change = edit_controls()
                 with gr.Accordion("How much each word counts", visible=False, elem_id="weights") as weights:
@@ -117,8 +117,8 @@ def build(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
             trigger_mode="always_last",
             **QUIETLY,
         )
-        taken = [controls["picture"], looks, away, trouble]
-        controls["picture"].change(events.take, controls["picture"], taken, **QUIETLY)
+        taken = [controls["image"], looks, away, trouble]
+        controls["image"].change(events.take, controls["image"], taken, **QUIETLY)
         away.click(lambda: events.take(""), None, taken, **QUIETLY)
         drawing: dict[str, Any] = {
             "fn": events.draw,
@@ -143,7 +143,7 @@ def application(cfg: PlaygroundRun, studio: Studio) -> FastAPI:
     """The page as it is served: it asks no other host for anything, and nobody is told or keeps who did what."""
     return gr.mount_gradio_app(
         FastAPI(),
-        build(cfg, studio),
+        build_page(cfg, studio),
         path="",
         footer_links=[],
         run_history=False,
@@ -163,8 +163,8 @@ def label(word: str) -> str:
     return f"{text} ({number})" if mark else text
 
 
-def picture_controls(cfg: PlaygroundRun) -> tuple[Controls, gr.Button, gr.Button]:
-    """What the picture shows; the buttons that draw it, and that draw another one."""
+def image_controls(cfg: PlaygroundRun) -> tuple[Controls, gr.Button, gr.Button]:
+    """What the image shows; the buttons that draw it, and that draw another one."""
     examples = examples_of(cfg)
     with gr.Group():
         prompt = gr.Textbox(
@@ -180,13 +180,13 @@ def picture_controls(cfg: PlaygroundRun) -> tuple[Controls, gr.Button, gr.Button
 
 
 def own_controls() -> tuple[Controls, gr.HTML, gr.Button]:
-    """A given picture in place of a drawn one; how it looks, and the button that takes it away."""
-    with gr.Accordion("Edit your own picture", open=False, elem_id="own"):
+    """A given image in place of a drawn one; how it looks, and the button that takes it away."""
+    with gr.Accordion("Edit your own image", open=False, elem_id="own"):
         gr.Markdown(OWN_HELP, elem_classes="hint")
         gr.HTML(INPUT)
         looks, away = gr.HTML(), gr.Button("Take it away", visible=False, size="sm", elem_id="away")
-        picture = gr.Textbox("", elem_id="picture")
-    return {"picture": picture}, looks, away
+        image = gr.Textbox("", elem_id="image")
+    return {"image": image}, looks, away
 
 
 def edit_controls() -> tuple[Controls, gr.Button]:
@@ -200,7 +200,7 @@ def edit_controls() -> tuple[Controls, gr.Button]:
 
 
 def how_controls(cfg: PlaygroundRun) -> Controls:
-    """How a picture is drawn."""
+    """How an image is drawn."""
     with gr.Accordion("How it is drawn", open=False):
         return {
             "sampler": gr.Dropdown([each.value for each in Sampler], value=cfg.sampler.value, label="Sampler"),
@@ -212,7 +212,7 @@ def how_controls(cfg: PlaygroundRun) -> Controls:
 
 
 def strength_controls() -> Controls:
-    """How much of the picture an edit keeps."""
+    """How much of the image an edit keeps."""
     usual = Edit(prompt="")
     with gr.Accordion("How much stays as it was", open=False):
         modes, inversions = [each.value for each in EditMode], [each.value for each in InversionMethod]

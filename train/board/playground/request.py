@@ -1,4 +1,4 @@
-"""What a visitor set, as the options of one picture and its edit."""
+"""What a visitor set, as the options of one image and its edit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -14,30 +14,30 @@ AS_GIVEN = ("replace_until", "self_until", "blend_change", "blend_threshold")  #
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One picture, and what is to be changed about it."""
+    """One image, and what is to be changed about it."""
 
     edit: Edit
     seed: int
     sampling: SamplingConfig
-    picture: str = ""  # the visitor's own, as the page sends it (`upload`); "": it is drawn
+    image: str = ""  # the visitor's own, as the page sends it (`upload`); "": it is drawn
     inversion: InversionMethod = InversionMethod.negative_prompt
-    instead_of: Sampler | None = None  # the one that was chosen and does not find a given picture
+    instead_of: Sampler | None = None  # the one that was chosen and does not find a given image
 
     @property
     def changes(self) -> bool:
         """Whether there is more than the prompt."""
-        return self.edit.edited != self.edit.prompt or bool(self.edit.weights) or bool(self.picture)
+        return self.edit.edited != self.edit.prompt or bool(self.edit.weights) or bool(self.image)
 
 
 def request_of(cfg: PlaygroundRun, given: Mapping[str, Any], weights: Mapping[str, float]) -> Request:
     """Of the controls' values by name, and weights of words; all that has no control is as in the configuration.
 
     Raises:
-        UserError: a value that no picture can have.
+        UserError: a value that no image can have.
     """
     prompt, edited = given["prompt"].strip(), given["edit"].strip()
     if not prompt:
-        raise UserError("the prompt is empty: write what the picture shall show")
+        raise UserError("the prompt is empty: write what the image shall show")
     options = {option.name: getattr(cfg, option.name) for option in fields(SamplingConfig)}
     options |= {"sampler": Sampler(given["sampler"]), "steps": int(given["steps"])}
     options |= {"guidance_scale": float(given["guidance_scale"])}
@@ -52,16 +52,16 @@ def request_of(cfg: PlaygroundRun, given: Mapping[str, Any], weights: Mapping[st
         **{name: given[name] for name in AS_GIVEN},
     )
     request = Request(edit, seed_of(given["seed"]), SamplingConfig(**options))
-    return of_picture(request, given["picture"], InversionMethod(given["inversion"])) if given["picture"] else request
+    return of_image(request, given["image"], InversionMethod(given["inversion"])) if given["image"] else request
 
 
-def of_picture(request: Request, picture: str, inversion: InversionMethod) -> Request:
-    """The same for a given picture, with DDIM where the sampler would not find it."""
+def of_image(request: Request, image: str, inversion: InversionMethod) -> Request:
+    """The same for a given image, with DDIM where the sampler would not find it."""
     chosen, sampling = request.sampling.sampler, request.sampling
     if not unfit(sampling, inversion):
-        return replace(request, picture=picture, inversion=inversion)
+        return replace(request, image=image, inversion=inversion)
     sampling = replace(sampling, sampler=Sampler.ddim, eta=None)
-    return replace(request, picture=picture, inversion=inversion, sampling=sampling, instead_of=chosen)
+    return replace(request, image=image, inversion=inversion, sampling=sampling, instead_of=chosen)
 
 
 def seed_of(given: float | None) -> int:

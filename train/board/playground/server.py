@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # it comes with gradio
 CLOSING_S = 2  # seconds that open pages get at the end
 
 
-def run(cfg: PlaygroundRun, runtime: Runtime) -> None:
+def serve(cfg: PlaygroundRun, runtime: Runtime) -> None:
     """Load the networks, listen, and serve whoever comes.
 
     Raises:

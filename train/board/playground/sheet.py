@@ -1,4 +1,4 @@
-"""What was drawn, as HTML that holds all its pictures. Hovering over a word shows its map; no script is needed."""
+"""What was drawn, as HTML that holds all its images. Hovering over a word shows its map; no script is needed."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import colormaps
 from PIL import Image
 
-from train.board.playground.studio import Drawn, Shown
+from train.board.playground.studio import Drawing, Shown
 
 FOLDER = Path(__file__).parent / "html"
 ENVIRONMENT = Environment(
@@ -18,17 +18,17 @@ ENVIRONMENT = Environment(
 )
 COLOURS = colormaps["turbo"]
 FRAME = 128  # pixels of the sides of a film's frames, at most
-OPACITY = 0.65  # of a map over the picture
+OPACITY = 0.65  # of a map over the image
 SHEETS = count()  # pages tell their radio buttons apart by it
 
 
-def sheet(drawn: Drawn) -> str:
-    """The pictures side by side. Prompts are escaped."""
-    shown = {"Picture": drawn.before} if drawn.after is None else {"Before": drawn.before, "After": drawn.after}
+def render_sheet(drawn: Drawing) -> str:
+    """The images side by side. Prompts are escaped."""
+    shown = {"Image": drawn.before} if drawn.after is None else {"Before": drawn.before, "After": drawn.after}
     request = drawn.request
     return ENVIRONMENT.get_template("sheet.html").render(
         number=next(SHEETS),
-        pictures=[(title, contents(picture)) for title, picture in shown.items()],
+        images=[(title, sheet_contents(image)) for title, image in shown.items()],
         labels=drawn.film_labels,
         weights=", ".join(f"{word} × {weight:g}" for word, weight in request.edit.weights.items()),
         seed=request.seed,
@@ -40,8 +40,8 @@ def sheet(drawn: Drawn) -> str:
     )
 
 
-def contents(shown: Shown) -> dict[str, object]:
-    """What the template needs of one picture."""
+def sheet_contents(shown: Shown) -> dict[str, object]:
+    """What the template needs of one image."""
     height, width = shown.image.shape[:2]
     return {
         "prompt": shown.prompt,
@@ -54,7 +54,7 @@ def contents(shown: Shown) -> dict[str, object]:
 
 
 def preview(pixels: np.ndarray) -> str:
-    """A given picture [H, W, 3], as the network will see it."""
+    """A given image [H, W, 3], as the network will see it."""
     return ENVIRONMENT.get_template("preview.html").render(image=data_url(pixels))
 
 
@@ -64,7 +64,7 @@ def message(text: str) -> str:
 
 
 def coloured(values: np.ndarray) -> np.ndarray:
-    """A map [H, W] in [0, 1] as uint8 [H, W, 4], through which one sees the picture."""
+    """A map [H, W] in [0, 1] as uint8 [H, W, 4], through which one sees the image."""
     pixels = COLOURS(values)
     pixels[..., 3] = OPACITY
     return (255 * pixels).round().astype(np.uint8)
@@ -78,9 +78,9 @@ def shade(region: np.ndarray) -> np.ndarray:
 
 
 def data_url(pixels: np.ndarray, largest: int | None = None) -> str:
-    """A picture as a PNG in an address; `largest`: pixels that its sides may have."""
-    stream, picture = io.BytesIO(), Image.fromarray(pixels)
+    """An image as a PNG in an address; `largest`: pixels that its sides may have."""
+    stream, image = io.BytesIO(), Image.fromarray(pixels)
     if largest is not None:
-        picture.thumbnail((largest, largest))
-    picture.save(stream, "png")
+        image.thumbnail((largest, largest))
+    image.save(stream, "png")
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""What the page asks for and gets: pictures before and after an edit, with the maps of their words and their films."""
+"""What the page asks for and gets: images before and after an edit, with the maps of their words and their films."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from conf.schema import PlaygroundRun, Precision, SamplingConfig
 from data.images import to_tensor
 from data.shards.manifest import MANIFEST
 from models.diffusion.samplers import Callback
-from models.editing.editing import Picture, edit_pictures, read_words, watch_pictures
+from models.editing.editing import DrawnImage, edit_images, read_words, watch_images
 from models.film import Film
 from models.losses import psnr
 from models.pipeline import DiffusionPipeline
@@ -27,22 +27,22 @@ from train.sampling.requests import captions_of_shards, require_prompts_alone, s
 LARGEST_MAP = 128  # pixels of its sides: maps are smooth
 EXAMPLES = 4  # prompts that the page offers
 Told = Callable[[int, int], object]  # (steps done, all steps)
-Made = tuple[str, Picture, Tensor | None]  # prompt, picture, and where it may differ from the one before
+Made = tuple[str, DrawnImage, Tensor | None]  # prompt, image, and where it may differ from the one before
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One picture with all that is known of it."""
+    """One image with all that is known of it."""
 
     prompt: str
     image: np.ndarray  # uint8 [H, W, 3]
-    film: np.ndarray  # uint8 [F, H, W, 3], guesses of the picture while it was drawn
+    film: np.ndarray  # uint8 [F, H, W, 3], guesses of the image while it was drawn
     words: list[tuple[str, np.ndarray]]  # with the attention that each gets, [h, w] in [0, 1]
     region: np.ndarray | None = None  # bool [H, W], where an edit may have changed it; None: everywhere
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawing:
     """The answer to one request."""
 
     request: Request
@@ -50,7 +50,7 @@ class Drawn:
     after: Shown | None  # None: no edit was asked for
     film_labels: list[str]
     seconds: float
-    psnr: float | None = None  # dB, of a given picture as it is drawn again
+    psnr: float | None = None  # dB, of a given image as it is drawn again
 
 
 class Studio:
@@ -75,15 +75,15 @@ class Studio:
         """
         return [word for word in read_words(self.model, [prompt], sampling)[0].named() if is_word(word)]
 
-    def draw(self, request: Request, told: Told | None = None) -> Drawn:
-        """Draw a picture and, if there is anything to be changed, the edited one beside it.
+    def draw(self, request: Request, told: Told | None = None) -> Drawing:
+        """Draw an image and, if there is anything to be changed, the edited one beside it.
 
         Args:
             request: prompt, edit, seed and options.
             told: hears of each step.
 
         Raises:
-            UserError: see `models.editing.editing.edit_pictures`; pictures that are not finite.
+            UserError: see `models.editing.editing.edit_images`; images that are not finite.
         """
         began, steps = time.monotonic(), request.sampling.steps
         film = Film(self.film_frames, steps, [0, 1] if request.changes else [0])
@@ -95,25 +95,25 @@ class Studio:
 
         with autocast(self.model.device, self.precision):
             made, found = self._made(request, watched)
-            images = torch.stack([picture.image for _, picture, _ in made])
+            images = torch.stack([image.image for _, image, _ in made])
             if not images.isfinite().all():
-                raise UserError("the picture is NaN or infinite: set a lower guidance, or runtime.precision=fp32")
+                raise UserError("the image is NaN or infinite: set a lower guidance, or runtime.precision=fp32")
             drawn = images if found is None else torch.stack([found, images[1]])
             strips = film.frames(self.model, drawn)  # [1 or 2, F, 3, H, W]
-        before, *after = [shown(*each, to_uint8(strip)) for each, strip in zip(made, strips, strict=True)]
+        before, *after = [as_bytes(*each, to_uint8(strip)) for each, strip in zip(made, strips, strict=True)]
         again = None if found is None else psnr(found[None], images[:1]).item()
-        return Drawn(request, before, after[0] if after else None, film.labels, time.monotonic() - began, again)
+        return Drawing(request, before, after[0] if after else None, film.labels, time.monotonic() - began, again)
 
     def _made(self, request: Request, watched: Callback) -> tuple[list[Made], Tensor | None]:
-        """The pictures, and a given one as it is drawn again."""
+        """The images, and a given one as it is drawn again."""
         edit, seeds, sampling, given = request.edit, [request.seed], request.sampling, None
         inputs = self.model.prepare(samples_of([{"caption": edit.prompt}], [0], request.seed, self.side))
         if not request.changes:
-            (picture,) = watch_pictures(self.model, [edit.prompt], seeds, sampling, callback=watched, inputs=inputs)
-            return [(edit.prompt, picture, None)], None
-        if request.picture:
-            given = to_tensor(pixels_of(request.picture, *self.size(sampling)))[None]
-        (made,) = edit_pictures(
+            (image,) = watch_images(self.model, [edit.prompt], seeds, sampling, callback=watched, inputs=inputs)
+            return [(edit.prompt, image, None)], None
+        if request.image:
+            given = to_tensor(pixels_of(request.image, *self.size(sampling)))[None]
+        (made,) = edit_images(
             self.model,
             [edit],
             seeds,
@@ -127,16 +127,16 @@ class Studio:
         return [(edit.prompt, made.source, None), (edit.edited, made.result, made.region)], made.found
 
     def size(self, sampling: SamplingConfig) -> tuple[int, int]:
-        """Height and width of the pictures that are drawn, in pixels."""
+        """Height and width of the images that are drawn, in pixels."""
         height, width = sampling.size or (self.side, self.side)
         return height, width
 
 
-def shown(prompt: str, picture: Picture, region: Tensor | None, film: np.ndarray) -> Shown:
-    """A picture as bytes."""
-    words = [(word.partition("#")[0], stretched(heat)) for word, heat in picture.maps.items() if is_word(word)]
+def as_bytes(prompt: str, image: DrawnImage, region: Tensor | None, film: np.ndarray) -> Shown:
+    """An image as bytes."""
+    words = [(word.partition("#")[0], stretched(heat)) for word, heat in image.maps.items() if is_word(word)]
     where = None if region is None else region.cpu().numpy()
-    return Shown(prompt, to_uint8(picture.image[None])[0], film, words, where)
+    return Shown(prompt, to_uint8(image.image[None])[0], film, words, where)
 
 
 def is_word(text: str) -> bool:
@@ -145,7 +145,7 @@ def is_word(text: str) -> bool:
 
 
 def stretched(values: Tensor) -> np.ndarray:
-    """A map [H, W] from its least value, which becomes 0, to its largest, 1; of a large picture a smaller map."""
+    """A map [H, W] from its least value, which becomes 0, to its largest, 1; of a large image a smaller map."""
     step = -(-max(values.shape) // LARGEST_MAP)
     values = values[::step, ::step]
     low, high = values.min(), values.max()

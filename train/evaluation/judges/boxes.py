@@ -16,9 +16,9 @@ from train.evaluation.judges.probe import ProbeNet
 SIDE = 32  # pixels of what is read of a box
 MARGIN = 0.1  # of the box's own width and height, shown beyond each of its sides
 JITTER = 0.05  # of them likewise: standard deviation by which a box's sides are moved in training
-EMPTY_SIDES = (0.25, 0.5)  # of the picture: sides of boxes where nothing was asked for
+EMPTY_SIDES = (0.25, 0.5)  # of the image: sides of boxes where nothing was asked for
 TOUCHED = 0.1  # of such a box, at most, lies in the box of an object
-TRIES = 20  # until a picture counts as full
+TRIES = 20  # until an image counts as full
 
 
 class BoxJudge(Judge):
@@ -61,7 +61,7 @@ class BoxJudge(Judge):
         """Two columns [B, 2]: boxes read rightly, and all of them; with an object, and without."""
         owners, corners, classes = self._places(items)
         read = self.network(crops(images, owners, corners))["object"].argmax(1).cpu()
-        counts = torch.zeros(2, len(items), 2, dtype=torch.int64)  # with and without, picture, right and all
+        counts = torch.zeros(2, len(items), 2, dtype=torch.int64)  # with and without, image, right and all
         for owner, number, wanted in zip(owners.tolist(), read.tolist(), classes.tolist(), strict=True):
             counts[int(wanted == self.facts), owner] += torch.tensor([number == wanted, 1])
         return dict(zip(self.columns, counts, strict=True))
@@ -72,7 +72,7 @@ class BoxJudge(Judge):
         return {name: right / asked for name, (right, asked) in totals.items() if asked}
 
     def _places(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
-        """Number of the picture [N], corners [N, 4] and class [N] of every box, and of an empty one in each picture."""
+        """Number of the image [N], corners [N, 4] and class [N] of every box, and of an empty one in each image."""
         places: list[tuple[int, tuple[float, ...], int]] = []
         for number, item in enumerate(items):
             boxes = item["labels"].boxes
@@ -97,9 +97,9 @@ def empty_box(boxes: Sequence[Box], random: np.random.Generator) -> tuple[float,
 
 
 def crops(images: Tensor, owners: Tensor, corners: Tensor) -> Tensor:
-    """[N, 3, SIDE, SIDE]: of `images` [B, 3, H, W], each box [N, 4], in fractions, out of the picture that owns it."""
+    """[N, 3, SIDE, SIDE]: of `images` [B, 3, H, W], each box [N, 4], in fractions, out of the image that owns it."""
     start, end = corners.to(images).split(2, dim=1)  # [N, 2] each: x and y
-    scale = (end - start) * (1 + 2 * MARGIN)  # where the picture reaches from -1 to 1, half a side is as long as this
+    scale = (end - start) * (1 + 2 * MARGIN)  # where the image reaches from -1 to 1, half a side is as long as this
     theta = torch.cat([torch.diag_embed(scale), (start + end - 1)[..., None]], dim=2)  # [N, 2, 3]
     grid = F.affine_grid(theta, [len(corners), 3, SIDE, SIDE], align_corners=False)
     return F.grid_sample(images[owners.to(images.device)], grid, padding_mode="border", align_corners=False)

@@ -1,6 +1,6 @@
-"""Judges: small networks that learn from real pictures to see whether a picture shows what its condition asks for.
+"""Judges: small networks that learn from real images to see whether an image shows what its condition asks for.
 
-A judge is honest only as far as it is right on real pictures that it never saw: that accuracy stands beside its scores.
+A judge is honest only as far as it is right on real images that it never saw: that accuracy stands beside its scores.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ from data.shards.shard import atomic_path
 from train.engine.runtime import Runtime
 
 Item = dict[str, Any]  # of an ImageDataset with labels
-READ = 64  # real pictures read together
+READ = 64  # real images read together
 PEAK_LR = 3e-3
-MOST = 12_000  # pictures to learn from, which lie in memory
+MOST = 12_000  # images to learn from, which lie in memory
 
 
 class Judge(nn.Module, ABC):
@@ -37,7 +37,7 @@ class Judge(nn.Module, ABC):
     option: ClassVar[str]  # of the evaluation, that asks for it: in errors
     group: ClassVar[str]  # of its scores' names: eval/GROUP/NAME
     steps: ClassVar[int] = 400  # of its training
-    batch: ClassVar[int] = 64  # pictures of each
+    batch: ClassVar[int] = 64  # images of each
 
     def __init__(self, facts: Any) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Judge(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def facts_of(cls, items: Sequence[Item]) -> Any:
-        """What the network must know of the pictures that it learns from."""
+        """What the network must know of the images that it learns from."""
 
     @property
     @abstractmethod
@@ -60,14 +60,14 @@ class Judge(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, images: Tensor, items: Sequence[Item], generator: torch.Generator) -> Tensor:
-        """Of the readings of real pictures [B, 3, H, W] in [-1, 1]."""
+        """Of the readings of real images [B, 3, H, W] in [-1, 1]."""
 
     @abstractmethod
     def correct(self, images: Tensor, items: Sequence[Item]) -> dict[str, Tensor]:
-        """Columns [B, ...] on the CPU: how far each picture shows what its item asks for."""
+        """Columns [B, ...] on the CPU: how far each image shows what its item asks for."""
 
     def scores(self, columns: dict[str, Tensor]) -> dict[str, float]:
-        """The columns of all pictures as one number each, or more."""
+        """The columns of all images as one number each, or more."""
         return {name: column.float().mean().item() for name, column in columns.items()}
 
     def save(self, path: Path) -> None:
@@ -87,7 +87,7 @@ class Judge(nn.Module, ABC):
 def cached_judge(
     kind: type[Judge], folder: str, images: ImageConfig, seed: int, cache: Path, runtime: Runtime
 ) -> Judge:
-    """The judge of the pictures in a folder of shards, trained once by the main process and kept; collective."""
+    """The judge of the images in a folder of shards, trained once by the main process and kept; collective."""
     dataset = ImageDataset(folder, images, seed, labels=True)
     known = json.dumps([kind.__name__, dataset.digest, images.resolution, seed, kind.steps, kind.batch])
     path = cache / f"judge-{hashlib.sha256(known.encode()).hexdigest()[:16]}.safetensors"
@@ -98,7 +98,7 @@ def cached_judge(
 
 
 def train_judge(kind: type[Judge], dataset: ImageDataset, seed: int, device: torch.device) -> Judge:
-    """Fit a judge; half of each batch is blurred, as decoded pictures are softer than drawn ones."""
+    """Fit a judge; half of each batch is blurred, as decoded images are softer than drawn ones."""
     items = [dataset.at(index) for index in range(0, dataset.samples, -(-dataset.samples // MOST))]
     for item in items:
         kind.require(item)
@@ -128,7 +128,7 @@ def soften(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def accuracy(judge: Judge, dataset: ImageDataset, device: torch.device) -> dict[str, float]:
-    """Scores of real pictures: `probe/accuracy/<name>`."""
+    """Scores of real images: `probe/accuracy/<name>`."""
     found: dict[str, list[Tensor]] = {name: [] for name in judge.columns}
     for start in range(0, dataset.samples, READ):
         items = [dataset.at(index) for index in range(start, min(start + READ, dataset.samples))]

@@ -1,4 +1,4 @@
-"""Does a picture show what is asked for as a whole: the attributes in a demo caption, or a class?"""
+"""Does an image show what is asked for as a whole: the attributes in a demo caption, or a class?"""
 
 import math
 from abc import abstractmethod
@@ -35,7 +35,7 @@ class ProbeNet(nn.Module):
 
 
 class Probe(Judge):
-    """Reads one value of each attribute from a picture; one that its training never saw is never right.
+    """Reads one value of each attribute from an image; one that its training never saw is never right.
 
     A sample may lack an attribute: it then says nothing about it.
     """
@@ -82,12 +82,12 @@ class Probe(Judge):
 
     @torch.no_grad()
     def most_probable(self, images: Tensor, name: str) -> list[Any]:
-        """The value of an attribute that each picture shows."""
+        """The value of an attribute that each image shows."""
         return [self.facts[name][number] for number in self.network(images)[name].argmax(1).tolist()]
 
     @torch.no_grad()
     def correct(self, images: Tensor, items: Sequence[Item]) -> dict[str, Tensor]:
-        """Per attribute, whether [B] the picture shows what is asked for."""
+        """Per attribute, whether [B] the image shows what is asked for."""
         asked, right = [self.asked(item) for item in items], {}
         for name, logits in self.network(images).items():
             read = [self.facts[name][number] for number in logits.argmax(1).tolist()]
@@ -99,7 +99,7 @@ class Probe(Judge):
         return right
 
     def scores(self, columns: dict[str, Tensor]) -> dict[str, float]:
-        """Shares of the pictures that have the attribute."""
+        """Shares of the images that have the attribute."""
         return {name: column.float().nanmean().item() for name, column in columns.items()}
 
 
@@ -141,7 +141,7 @@ class SceneProbe(Probe):
 
 
 class ClassProbe(Probe):
-    """The class of a picture, by its number."""
+    """The class of an image, by its number."""
 
     option, group = "judges=[classes]", "label_following"
 

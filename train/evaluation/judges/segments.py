@@ -1,4 +1,4 @@
-"""Does each pixel of a picture show the class that a semantic map asks for?"""
+"""Does each pixel of an image show the class that a semantic map asks for?"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,7 +12,7 @@ from conf.errors import UserError
 from data.labels import MAP, UNLABELLED
 from train.evaluation.judges.judge import Item, Judge
 
-WIDTHS = (32, 64, 96, 96)  # channels at 1/2, 1/4, 1/8 and 1/16 of the picture's size
+WIDTHS = (32, 64, 96, 96)  # channels at 1/2, 1/4, 1/8 and 1/16 of the image's size
 
 
 def block(before: int, after: int, stride: int = 1) -> nn.Module:

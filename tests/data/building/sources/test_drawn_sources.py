@@ -1,4 +1,4 @@
-"""Sources that draw their pictures: what they say, what they show, and that both agree."""
+"""Sources that draw their images: what they say, what they show, and that both agree."""
 
 import hashlib
 import itertools
@@ -9,7 +9,17 @@ from sources import config, outcome
 
 from conf.schema import Source
 from data.building.sources import open_source
-from data.building.sources.demo import BACKGROUNDS, BODIES, COLORS, KINDS, MONSTER_EYES, TOPS, describe, render, scene
+from data.building.sources.demo import (
+    BACKGROUNDS,
+    BODIES,
+    COLORS,
+    KINDS,
+    MONSTER_EYES,
+    TOPS,
+    describe,
+    render_scene,
+    scene,
+)
 from data.building.sources.layout import OBJECTS, OVERLAP, layout
 from data.building.sources.rendering import SEGMENTS
 from data.building.sources.subject import LOOK, WORD
@@ -71,7 +81,7 @@ def test_color_and_background_can_be_read_off_the_pixels() -> None:
     parts = {"monster": (58, 64, 28, 36), "plant": (42, 63, 26, 38), "planet": (20, 44, 20, 44)}
     for index in range(60):
         drawn = scene(1, index)
-        pixels = np.asarray(render(drawn, 64))
+        pixels = np.asarray(render_scene(drawn, 64))
         assert pixels.shape == (64, 64, 3)
         assert nearest(pixels[:3, :3].reshape(-1, 3), BACKGROUNDS) == drawn.attributes["background"]
         top, bottom, left, right = parts.get(drawn.attributes["kind"], (24, 34, 0, 64))

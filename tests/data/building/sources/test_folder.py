@@ -1,4 +1,4 @@
-"""Folders and tables of pictures: what is found, what is refused, and the spelling of captions."""
+"""Folders and tables of images: what is found, what is refused, and the spelling of captions."""
 
 import json
 import os
@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sources import config, outcome, picture
+from sources import config, image, outcome
 
 from conf.errors import UserError
 from conf.schema import BuildRun, MixedSource, Source
-from data.building.build import build
+from data.building.build import build_shards
 from data.building.sources import Sample, open_source
 from data.captions import caption_rank, clean_caption
 from data.labels import read_labels
@@ -20,13 +20,13 @@ from data.shards.manifest import Manifest
 # --- folder
 
 
-def test_folder_finds_pictures_and_captions_of_any_case(tmp_path: Path) -> None:
-    picture(tmp_path / "b" / "IMG_1.JPG")
+def test_folder_finds_images_and_captions_of_any_case(tmp_path: Path) -> None:
+    image(tmp_path / "b" / "IMG_1.JPG")
     (tmp_path / "b" / "IMG_1.TXT").write_text("a  red\nsquare ")
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     (tmp_path / "a.json").write_text('{"caption": "another", "score": 1}')
-    picture(tmp_path / "none.png")
-    (tmp_path / "notes.md").write_text("not a picture")
+    image(tmp_path / "none.png")
+    (tmp_path / "notes.md").write_text("not an image")
     source = open_source(config(Source.folder, path=str(tmp_path)))
     assert [source.name(i) for i in range(len(source))] == ["a.png", "b/IMG_1.JPG", "none.png"]
     assert [outcome(source, 0), clean_caption(outcome(source, 1))] == ["another", "a red square"]
@@ -45,7 +45,7 @@ def test_folder_finds_pictures_and_captions_of_any_case(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_caption_file_is_a_reject(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
-    picture(tmp_path / "x.png")
+    image(tmp_path / "x.png")
     (tmp_path / name).write_bytes(content)
     source = open_source(config(Source.folder, path=str(tmp_path)))
     assert reason in outcome(source, 0)
@@ -71,7 +71,7 @@ def reasons(path: Path) -> dict[str, str]:
 
 def test_linked_folders_and_files_are_read_wherever_a_link_lies(tmp_path: Path) -> None:
     for folder in ("far/a", "far/b"):
-        picture(tmp_path / folder / "x.png")
+        image(tmp_path / folder / "x.png")
         (tmp_path / folder / "x.txt").write_text(folder)
     here = tmp_path / "here"
     (here / "sub").mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_linked_folders_and_files_are_read_wherever_a_link_lies(tmp_path: Path) 
 @pytest.mark.timeout(30)
 def test_links_that_lead_nowhere_or_in_a_circle_are_named(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        picture(tmp_path / name / "x.png")
+        image(tmp_path / name / "x.png")
         (tmp_path / name / "x.txt").write_text(name)
     (tmp_path / "a" / "to_b").symlink_to("../b")
     (tmp_path / "b" / "to_a").symlink_to("../a")
@@ -119,8 +119,8 @@ def test_every_kind_of_image_is_found_and_the_rest_is_told(tmp_path: Path, capsy
         (photos / name).write_text("a caption")
     cfg = config(Source.folder, path=str(photos), workers=1, heldout_fraction=0)
     cfg.output_dir = str(tmp_path / "shards")
-    assert build(cfg).train.samples == 9
-    assert build(cfg).skipped
+    assert build_shards(cfg).train.samples == 9
+    assert build_shards(cfg).skipped
     told = capsys.readouterr().out.splitlines()
     rest = "other files left out: 2 .heic, 1 .psd, 1 .txt, 1 without suffix, in "
     assert len(told) == 2 and all(f"0 rejected, 0 dropped by filters, {rest}" in line for line in told)
@@ -142,9 +142,9 @@ ROWS = [
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_table_names_pictures_below_its_folder_only(tmp_path: Path, kind: str) -> None:
-    picture(tmp_path / "data" / "inside" / "x.png")
-    picture(tmp_path / "secret.png")
+def test_a_table_names_images_below_its_folder_only(tmp_path: Path, kind: str) -> None:
+    image(tmp_path / "data" / "inside" / "x.png")
+    image(tmp_path / "secret.png")
     table = tmp_path / "data" / f"table.{kind}"
     paths, captions = [row[0] for row in ROWS], [row[1] for row in ROWS]
     if kind == "csv":
@@ -194,9 +194,9 @@ def test_nothing_to_take_is_one_line(tmp_path: Path, name: str | None, content: 
 
 def test_folders_are_classes(tmp_path: Path) -> None:
     for number, name in enumerate(["train/red_fox/a.png", "train/red_fox/b.png", "train/cow/c.png", "val/cow/d.png"]):
-        picture(tmp_path / name, (8 + number, 8))
+        image(tmp_path / name, (8 + number, 8))
     (tmp_path / "train" / "cow" / "c.txt").write_text("a cow in the grass")
-    picture(tmp_path / "stray.png")
+    image(tmp_path / "stray.png")
     cfg = config(Source.folder, path=str(tmp_path), class_from_folder=True)
     source = open_source(cfg)
     assert source.vocabulary().as_dict() == {"classes": ["cow", "red_fox"]}
@@ -214,8 +214,8 @@ def test_folders_are_classes(tmp_path: Path) -> None:
         config(Source.shards, path=str(tmp_path), class_from_folder=True)
 
 
-def test_a_map_beside_a_picture_is_its_label_and_no_picture(tmp_path: Path) -> None:
-    picture(tmp_path / "a.jpg")
+def test_a_map_beside_a_image_is_its_label_and_no_image(tmp_path: Path) -> None:
+    image(tmp_path / "a.jpg")
     (tmp_path / "a.txt").write_text("a caption")
     Image.new("L", (8, 8), 3).save(tmp_path / "a.seg.png")
     source = open_source(config(Source.folder, path=str(tmp_path)))
@@ -231,7 +231,7 @@ def test_sources_of_a_mix_must_number_their_classes_alike(tmp_path: Path) -> Non
     members = []
     for name, classes in (("one", ["cat", "dog"]), ("other", ["cow", "dog"])):
         for word in classes:
-            picture(tmp_path / name / word / "x.png")
+            image(tmp_path / name / word / "x.png")
         members.append(MixedSource(name=name, path=str(tmp_path / name), class_from_folder=True))
     mixed = open_source(config(Source.mix, sources=members))
     with pytest.raises(UserError, match="sources: other: classes: 0 is 'cat' in this data set, not 'cow'; number the"):
@@ -243,11 +243,11 @@ def test_sources_of_a_mix_must_number_their_classes_alike(tmp_path: Path) -> Non
         same.vocabulary()
 
 
-def test_pictures_of_one_class_are_held_out_one_by_one(tmp_path: Path) -> None:
+def test_images_of_one_class_are_held_out_one_by_one(tmp_path: Path) -> None:
     for number in range(40):
-        picture(tmp_path / "photos" / "cow" / f"{number}.png")
+        image(tmp_path / "photos" / "cow" / f"{number}.png")
     options = {"output_dir": str(tmp_path / "out"), "heldout_fraction": 0.3, "class_from_folder": True, "workers": 1}
-    build(BuildRun(run_dir=".", source=Source.folder, path=str(tmp_path / "photos"), **options))
+    build_shards(BuildRun(run_dir=".", source=Source.folder, path=str(tmp_path / "photos"), **options))
     sizes = [Manifest.load(tmp_path / "out" / side).samples for side in ("train", "heldout")]
     assert sum(sizes) == 40 and min(sizes) > 5
 
@@ -272,7 +272,7 @@ def test_caption_ranks_are_uniform_and_fixed() -> None:
 
 
 def test_further_columns_and_json_fields_are_kept_for_filters(tmp_path: Path) -> None:
-    picture(tmp_path / "x.png")
+    image(tmp_path / "x.png")
     (tmp_path / "t.csv").write_text("path,caption,aesthetic,url\nx.png,a thing,5.5,http://a/b\n")
     source = open_source(config(Source.folder, path=str(tmp_path / "t.csv")))
     assert source.sample(0).meta == {"aesthetic": "5.5", "url": "http://a/b", "path": "x.png"}
@@ -287,8 +287,8 @@ def test_the_table_of_img2dataset_finds_its_downloads(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    picture(tmp_path / "00000" / "000000000.jpg")
-    picture(tmp_path / "00000" / "000000002.webp")
+    image(tmp_path / "00000" / "000000000.jpg")
+    image(tmp_path / "00000" / "000000002.webp")
     columns = {
         "key": ["000000000", "000000001", "000000002"],
         "url": ["http://a/1", "http://a/2", "http://a/3"],

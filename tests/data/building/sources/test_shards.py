@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sources import config, picture
+from sources import config, image
 
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import BuildRun, FilterConfig, ImageConfig, MixedSource, Source
-from data.building.build import build
+from data.building.build import build_shards
 from data.building.sources import open_source
 from data.image_dataset import ImageDataset
 from data.labels import UNLABELLED, encode_map
@@ -76,7 +76,7 @@ def built(tmp_path: Path, path: str, **options: Any) -> list[dict[str, Any]]:
     cfg = BuildRun(
         run_dir=".", output_dir=str(tmp_path / "out"), source=Source.shards, path=path, **{"workers": 1, **options}
     )
-    build(cfg)
+    build_shards(cfg)
     return made(tmp_path / "out")
 
 
@@ -190,7 +190,7 @@ def test_nothing_but_empty_shards_is_one_line(tmp_path: Path) -> None:
     out = str(tmp_path / "mix")
     cfg = BuildRun(run_dir=".", output_dir=out, source=Source.mix, sources=sources, resolution=16, samples=9)
     with pytest.raises(UserError, match=r"^source=mix: there is no sample in one of the sources"):
-        build(cfg)
+        build_shards(cfg)
     pack(tmp_path / "in" / "1.tar", {"a.png": png(), "a.txt": b"a", "._a.png": b"of macOS"})
     assert len(built(tmp_path, str(tmp_path / "in"))) == 1 and reasons(tmp_path / "out") == []
 
@@ -262,7 +262,7 @@ def test_labels_of_other_shards_pass_through_and_are_checked(tmp_path: Path) -> 
 def test_a_mix_keeps_its_shares_everywhere_and_says_what_is_left(tmp_path: Path) -> None:
     laion(tmp_path / "laion", shards=2, samples=10)
     for i in range(40):
-        picture(tmp_path / "mine" / f"{i:02d}.png")
+        image(tmp_path / "mine" / f"{i:02d}.png")
         (tmp_path / "mine" / f"{i:02d}.txt").write_text(f"mine {i}")
     sources = [
         MixedSource(source=Source.shards, name="laion", path=str(tmp_path / "laion"), weight=2.0),
@@ -270,7 +270,7 @@ def test_a_mix_keeps_its_shares_everywhere_and_says_what_is_left(tmp_path: Path)
     ]
     out = tmp_path / "out"
     cfg = BuildRun(run_dir=".", output_dir=str(out), source=Source.mix, sources=sources, heldout_fraction=0, workers=2)
-    build(cfg)
+    build_shards(cfg)
     found = [meta["mixed_from"] for meta in made(out)]
     assert found.count("laion") == 20 and abs(found.count("mine") - 10) <= 1
     for start in range(0, 27, 3):

@@ -13,11 +13,11 @@ import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
-from sources import config, outcome, picture
+from sources import config, image, outcome
 
 from conf.errors import UserError
 from conf.schema import BuildRun, Source
-from data.building.build import build
+from data.building.build import build_shards
 from data.building.sources import Rejected, SampleSource, open_source
 from data.building.sources.tables import BATCH, CELL
 from data.shards.manifest import Manifest
@@ -26,7 +26,7 @@ from data.shards.manifest import Manifest
 def table(folder: Path, content: str | bytes, name: str = "t.csv", images: int = 2) -> SampleSource:
     """A table beside the images 0.png, 1.png …"""
     for number in range(images):
-        picture(folder / f"{number}.png")
+        image(folder / f"{number}.png")
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return open_source(config(Source.folder, path=str(folder / name)))
 
@@ -51,7 +51,7 @@ def built(folder: Path, path: Path, **options: Any) -> tuple[int, list[dict[str,
     """How many samples a build kept, and what it rejected."""
     settings = {"image_column": "image", "caption_column": "text", "workers": 1, **options}
     output = folder / f"out{len(list(folder.glob('out*')))}"
-    build(BuildRun(run_dir=".", source=Source.folder, path=str(path), output_dir=str(output), **settings))
+    build_shards(BuildRun(run_dir=".", source=Source.folder, path=str(path), output_dir=str(output), **settings))
     rejects = [json.loads(line) for line in (output / "rejects.jsonl").read_text().splitlines()]
     return sum(Manifest.load(output / side).samples for side in ("train", "heldout")), rejects
 
@@ -121,7 +121,7 @@ def test_rows_are_rejected_by_their_numbers(tmp_path: Path) -> None:
 
 
 def test_names_too_long_for_a_file_are_rejects_of_a_short_line(tmp_path: Path) -> None:
-    picture(tmp_path / "0.png")
+    image(tmp_path / "0.png")
     (tmp_path / "t.csv").write_text(f"path,caption\n{'x' * 300}.png,a\n{'y' * 300_000},b\n0.png,c\n")
     kept, rejects = built(tmp_path, tmp_path / "t.csv", image_column="path", caption_column="caption")
     assert kept == 1 and [reject["reason"][:9] for reject in rejects] == ["cannot be", "the image"]
@@ -131,7 +131,7 @@ def test_names_too_long_for_a_file_are_rejects_of_a_short_line(tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_a_class_may_be_written_as_a_float(tmp_path: Path, kind: str) -> None:
     for number in range(5):
-        picture(tmp_path / f"{number}.png", (8 + number, 8))
+        image(tmp_path / f"{number}.png", (8 + number, 8))
     numbers = [0.0, 1.0, 1.5, float("nan"), 1.0]
     paths, captions = [f"{i}.png" for i in range(5)], [f"c {i}" for i in range(5)]
     if kind == "csv":
@@ -150,7 +150,7 @@ def test_a_class_may_be_written_as_a_float(tmp_path: Path, kind: str) -> None:
 
 
 def test_captions_of_other_types_are_text_or_rejects(tmp_path: Path) -> None:
-    picture(tmp_path / "0.png")
+    image(tmp_path / "0.png")
     captions = [["one"], ["one", "two"], [], None]
     parquet.write_table(pyarrow.table({"path": [b"0.png"] * 4, "caption": captions}), tmp_path / "lists.parquet")
     source = open_source(config(Source.folder, path=str(tmp_path / "lists.parquet")))
@@ -167,7 +167,7 @@ def test_captions_of_other_types_are_text_or_rejects(tmp_path: Path) -> None:
 
 
 def test_columns_that_are_neither_number_nor_text_are_left_alone(tmp_path: Path) -> None:
-    picture(tmp_path / "0.png")
+    image(tmp_path / "0.png")
     when = pyarrow.array([2**62], pyarrow.timestamp("ns"))  # no datetime of Python holds it
     columns = {"path": ["0.png"], "caption": ["x"], "when": when, "blob": [b"y"], "tags": [["z"]], "score": [0.5]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
@@ -177,7 +177,7 @@ def test_columns_that_are_neither_number_nor_text_are_left_alone(tmp_path: Path)
 
 def test_a_folder_of_parquet_files_is_a_table(tmp_path: Path) -> None:
     for number in range(4):
-        picture(tmp_path / "set" / "day=1" / f"{number}.jpg")
+        image(tmp_path / "set" / "day=1" / f"{number}.jpg")
     for number in range(4):  # images alone would make it a folder of images
         (tmp_path / "set" / "day=1" / f"{number}.jpg").rename(tmp_path / "set" / "day=1" / f"{number}.dat")
     for part in range(2):
@@ -244,7 +244,7 @@ def test_a_plain_column_of_bytes_holds_images_too(tmp_path: Path) -> None:
     assert [(reject["path"], reject["reason"]) for reject in rejects] == [
         ("row 2", "the image column holds no path and no image"),
         ("row 3", "the caption column holds no text"),
-        ("row 4", "not a readable picture"),
+        ("row 4", "not a readable image"),
     ]
 
 
@@ -255,7 +255,7 @@ def test_rejects_of_large_images_are_short(tmp_path: Path) -> None:
 
 
 def test_a_row_with_a_name_and_no_image_is_a_reject(tmp_path: Path) -> None:
-    picture(tmp_path / "0.png")
+    image(tmp_path / "0.png")
     rows = [{"bytes": png(0), "path": "a.png"}, {"bytes": None, "path": "0.png"}, {"bytes": b"", "path": None}]
     parquet.write_table(pyarrow.table({"image": rows, "text": ["a", "b", "c"]}), tmp_path / "t.parquet")
     kept, rejects = built(tmp_path, tmp_path / "t.parquet")

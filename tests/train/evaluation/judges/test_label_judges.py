@@ -1,4 +1,4 @@
-"""Judges of boxes and of semantic maps: they find what is there, only there, and are wrong about other pictures."""
+"""Judges of boxes and of semantic maps: they find what is there, only there, and are wrong about other images."""
 
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def test_crop_is_the_box_with_its_margin(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (cut - wanted)[..., 1:-1, 1:-1].abs().max() < 0.1  # at the rim the crop sees the neighbour pixels
 
 
-def test_segments_are_read_on_pictures_never_seen(segments: SegmentJudge) -> None:
+def test_segments_are_read_on_images_never_seen(segments: SegmentJudge) -> None:
     found = accuracy(segments, Canvases(70, first=1000), CPU)  # type: ignore[arg-type]
     assert found.keys() == {"probe/accuracy/pixel", "probe/accuracy/segment"}
     assert min(found.values()) > 0.97

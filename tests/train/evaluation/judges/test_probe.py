@@ -1,4 +1,4 @@
-"""Probes: they read what a picture shows, they are measured on pictures that they never saw, and know their limits."""
+"""Probes: they read what an image shows, they are measured on images that they never saw, and know their limits."""
 
 from typing import Any
 
@@ -46,13 +46,13 @@ def trained() -> CaptionProbe:
     return probe
 
 
-def test_what_is_easy_to_see_is_read_on_pictures_never_seen(trained: CaptionProbe) -> None:
+def test_what_is_easy_to_see_is_read_on_images_never_seen(trained: CaptionProbe) -> None:
     found = accuracy(trained, Toys(90, first=1000), CPU)  # type: ignore[arg-type]
     assert found.keys() == {f"probe/accuracy/{name}" for name in ATTRIBUTES}
     assert min(found.values()) > 0.97
 
 
-def test_pictures_of_something_else_are_not_taken_as_right(trained: CaptionProbe) -> None:
+def test_images_of_something_else_are_not_taken_as_right(trained: CaptionProbe) -> None:
     items = [Toys(90).at(i) for i in range(90)]
     images = torch.stack([item["image"] for item in items])
     shifted = [items[(i + 1) % 90] for i in range(90)]  # every kind is then the other one
