@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.files import atomic_path, atomic_write
 from conf.plain_json import loads
 from conf.schema import ImageConfig, PreviewRun
 from data.image_dataset import ImageDataset
@@ -25,7 +26,6 @@ from data.labels import LabelError, Labels, read_labels
 from data.latent_dataset import LatentDataset
 from data.samples import caption_of, fields_of, image_of
 from data.shards.manifest import MANIFEST, Manifest
-from data.shards.shard import atomic_path, atomic_write
 from models.autoencoder import Autoencoder
 from train.engine.figures import to_png
 from train.engine.fonts import charted

@@ -7,8 +7,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from conf.files import atomic_write
 from conf.schema import ReportRun
-from data.shards.shard import atomic_write
 from train.board import curves, facts
 from train.board.data_facts import look
 from train.board.images import galleries

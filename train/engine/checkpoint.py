@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from conf.errors import UserError
+from conf.files import TEMPORARY, atomic_folder
 from conf.schema import LoopConfig
 from models.formats.tensor_stream import write_bytes
 from train.engine.contents import Contents, HostMemory, join_contents
-from train.engine.files import MARKER, TEMPORARY, damage_of, filled
+from train.engine.marker import MARKER, damage_of
 from train.engine.metric_log import METRICS
 from train.engine.posthoc import forget_copies, keep_copies
 from train.engine.retention import kept, scores_of
@@ -125,7 +126,7 @@ class Checkpoints:
     def _write(self, target: Path, contents: Contents, scores: Mapping[int, float]) -> None:
         """The whole checkpoint, by the main process, in either thread."""
         try:
-            with filled(target) as staging:
+            with atomic_folder(target) as staging:
                 prints = contents.write(staging)
                 keep_copies(staging, self.output_dir, int(target.name), prints)
                 write_bytes(staging / MARKER, json.dumps({"schema": 1, "files": prints}, indent=1).encode())

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import urlparse
 
 import numpy as np
@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.text import Text
 
 from conf.errors import UserError
+from conf.files import atomic_write
 from conf.overrides import literally
 from conf.plain_json import dumps, loads
 from conf.schema import WandbConfig, WandbMode
-from data.shards.shard import atomic_write
 from train.engine.inbox import Inbox
 
 if TYPE_CHECKING:
@@ -124,6 +124,12 @@ class MetricLog:
         """What the newest rows say under a prefix, if they are of `samples_seen`; an earlier start may have put it."""
         rows = [row for row in self.latest if row[X_AXIS] == samples_seen]
         return {k: math.nan if v is None else v for row in rows for k, v in row.items() if k.startswith(prefix)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self.finish(0 if kind is None else 1)
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the files and let W&B write what it holds."""

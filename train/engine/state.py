@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.files import atomic_write
 from conf.plain_json import dumps, loads
 from data.loader import Dataset
-from data.shards.shard import atomic_write
 from train.engine.metric_log import MetricLog, finite_metrics
 from train.engine.trainable import Trainable
 

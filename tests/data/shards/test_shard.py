@@ -15,7 +15,8 @@ import pytest
 import webdataset
 
 from conf.errors import UserError
-from data.shards.shard import ShardReader, ShardWriter, atomic_path, atomic_write
+from conf.files import atomic_path, atomic_write
+from data.shards.shard import ShardReader, ShardWriter
 
 SAMPLES = {
     f"{i:09d}": {"png": bytes([i]) * (500 + i), "txt": f"caption {i} é".encode(), "json": b"{}"} for i in range(7)
