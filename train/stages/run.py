@@ -20,7 +20,7 @@ from rich.console import Console
 
 from conf.errors import UserError
 from conf.files import atomic_write
-from conf.plain_json import dumps, loads
+from conf.plain_json import dumps, read_object
 from conf.process import collected_signals
 from conf.schema import PipelineRun
 from train.stages.child import POLL_S, Child, alone_in, stop_signals
@@ -44,8 +44,8 @@ class StageRecord:
     def load(cls, path: Path) -> Self:
         """What is there; an empty one where there is none."""
         try:
-            return cls(**loads(path.read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):
+            return cls(**read_object(path))
+        except TypeError:  # of another version
             return cls()
 
     def holds(self) -> bool:

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -327,6 +327,24 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path, runti
     assert [r["train/skipped_steps"] for r in rows(tmp_path) if "train/loss" in r] == [0, 0, 1, 1, 1]
     assert all(r["train/loss"] is not None for r in rows(tmp_path) if "train/loss" in r)
     assert all(bool(w.isfinite().all()) for w in stage.net.weights().values())
+
+
+class BesideAnUnsound(Runtime):
+    """One of several processes, another of which finds its loss in the first step not finite."""
+
+    answers: ClassVar = [True, False, True]  # is anything the matter? a signal? a loss?
+
+    def any(self, flag: bool) -> bool:
+        return self.answers.pop(0) if self.answers else flag
+
+
+def test_what_one_process_leaves_out_of_the_means_all_leave_out(tmp_path: Path, runtime: Runtime) -> None:
+    """The means are summed by place: names that one process alone had would shift those of the others."""
+    cfg = config(tmp_path, log_every=8)
+    facts = (getattr(runtime, name) for name in Runtime.__slots__)
+    assert trainer.fit(LineStage(cfg, runtime), cfg, BesideAnUnsound(*facts)).finished
+    losses = ["train/loss" in row for row in rows(tmp_path) if "train/lr" in row]
+    assert losses == [False] + [True] * 11
 
 
 def test_many_in_a_row_go_back_to_the_checkpoint_once_and_then_name_the_samples(
