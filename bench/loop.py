@@ -27,7 +27,7 @@ from data.loader import batches, sequential
 from models.autoencoder import Autoencoder, sample_moments
 from models.clip import Clip
 from models.unet import UNet
-from train.engine import loop
+from train.engine import trainer
 from train.engine.checkpoint import Checkpoints
 from train.engine.runtime import Runtime, start
 from train.engine.state import State
@@ -78,7 +78,7 @@ def our_loop(folder: Path, runtime: Runtime, *overrides: str) -> Callable[[], fl
                 return found
 
             stage.finish_step = noted  # type: ignore[method-assign]
-            loop.fit(stage, cfg, runtime)
+            trainer.fit(stage, cfg, runtime)
         return (ends[-1] - ends[WARMUP - 1]) / STEPS
 
     return measure

@@ -7,7 +7,6 @@ Diffusion 2, 64 x 64 latents), those of the A100 the table of mosaicml/diffusion
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from _compare import Comparison, main
 from _zero_memory import PROCESSES, SETTINGS
 
 from conf.entry import compose
+from conf.process import python
 from conf.schema import PlanRun
 from train.planning.estimate import images_per_second
 
@@ -47,10 +47,9 @@ def predicted_throughput(accelerator: str, gpus: int, batch: int, side: int) -> 
 
 def measured_memory() -> dict[str, float]:
     """Bytes by setting and stage, of a launch of two processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bytes.json"
-        command = [*launch, f"--nproc-per-node={PROCESSES}", str(WORKER), str(out), *SETTINGS]
+        command = [*python(PROCESSES), str(WORKER), str(out), *SETTINGS]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         found: dict[str, float] = json.loads(out.read_text())
     return found

@@ -4,9 +4,9 @@ import errno
 import os
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import NoReturn
 
+from conf.files import atomic_write
 from conf.plain_json import dumps
 
 OUTCOME = "LATENTLINE_OUTCOME"  # variable with the file in which a member of a sweep leaves its objective or error
@@ -15,10 +15,7 @@ OUTCOME = "LATENTLINE_OUTCOME"  # variable with the file in which a member of a 
 def tell(**outcome: object) -> None:
     """Leave the outcome for the sweep that started this command, if there is one."""
     if OUTCOME in os.environ:
-        path = Path(os.environ[OUTCOME])
-        draft = path.with_name(f"{path.name}.{os.getpid()}")
-        draft.write_text(dumps(outcome))
-        draft.replace(path)
+        atomic_write(os.environ[OUTCOME], dumps(outcome).encode())
 
 
 def fail(error: Exception) -> NoReturn:

@@ -6,35 +6,30 @@
 A command's objective is such that less is better; that of a member that failed is infinite.
 """
 
-import ctypes
 import hashlib
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence, Set
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from conf.ending import OUTCOME
+from conf.files import atomic_create, atomic_write
 from conf.overrides import expanded, quoted
-from conf.plain_json import dumps, loads
+from conf.plain_json import dumps, read_object
+from conf.process import die_with_parent, handled_signals, python
 from conf.slurm_launcher import lost_jobs
 
 RECORD = "member.json"
 ELSEWHERE = ".elsewhere"
 NAME_LENGTH = 128  # characters that W&B shows of a run's name
-SHUTDOWN_S = 600  # torchrun kills processes that take longer to end
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-LIBC = ctypes.CDLL(None)
 
 
 @dataclass(slots=True)
@@ -53,7 +48,7 @@ def run_member(program: str, composed: DictConfig, start: Start) -> float | None
     if not folder.is_relative_to(Path(expanded(composed.run_dir)).absolute()):
         named -= {"run_dir"}
     folder = claim(folder, overrides, named, start)
-    record = read_record(folder / RECORD) or {}
+    record = read_object(folder / RECORD)
     outcome_file, requeue_file = folder / ".outcome", folder / ".requeue"
     for file in (outcome_file, requeue_file):
         file.unlink(missing_ok=True)
@@ -62,14 +57,15 @@ def run_member(program: str, composed: DictConfig, start: Start) -> float | None
         environment["REQUEUE_FILE"] = str(requeue_file)
     command = [*launcher(), program, *overrides, *placement(folder, composed)]
     status = follow(command, environment, requeue_file)
-    outcome = read_record(outcome_file) or {}
+    outcome = read_object(outcome_file)
     outcome_file.unlink(missing_ok=True)
     objective = outcome.get("objective")
     if status:
         error = outcome.get("error") or ending(status)
     else:
         error = "no finite objective: diverged, or stopped before its end" if outcome.get("diverged") else None
-    write_record(folder / RECORD, record | {"objective": None if error else objective, "error": error})
+    ended = {"objective": None if error else objective, "error": error}
+    atomic_write(folder / RECORD, dumps(record | ended).encode())
     return math.inf if error else objective
 
 
@@ -89,16 +85,16 @@ def claim(plain: Path, overrides: list[str], excluded: Set[str], start: Start) -
 
     mine = {"sweep": start.id, "overrides": overrides, "error": "ended with the process that looked after it"}
     plain.mkdir(parents=True, exist_ok=True)
-    found = None if write_new(plain / RECORD, mine) else read_record(plain / RECORD)
+    found = {} if atomic_create(plain / RECORD, dumps(mine).encode()) else read_object(plain / RECORD)
     folder = plain
-    if found is not None:
+    if found:
         same_member = telling(found["overrides"]) == telling(overrides)
         if not same_member or (found["sweep"] == start.id and sorted(found["overrides"]) != sorted(overrides)):
             digest = hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:12]
             folder = plain / digest if plain == start.folder else plain.with_name(f"{plain.name}-{digest}")
             folder.mkdir(parents=True, exist_ok=True)
     mine["name"] = folder.name if folder.parent == start.folder else str(folder)
-    write_record(folder / RECORD, mine)
+    atomic_write(folder / RECORD, dumps(mine).encode())
     if folder.parent != start.folder:
         pointer = start.folder / ELSEWHERE / hashlib.sha256(str(folder).encode()).hexdigest()[:12]
         pointer.parent.mkdir(parents=True, exist_ok=True)
@@ -119,11 +115,7 @@ def in_a_job() -> bool:
 
 def launcher() -> list[str]:
     """Python, under torchrun where several processes are wanted: NPROC, or one per GPU that SLURM gave."""
-    processes = int(os.environ.get("NPROC") or os.environ.get("SLURM_GPUS_ON_NODE") or "1")
-    if processes == 1:
-        return [sys.executable]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    return [sys.executable, *torchrun, f"--nproc-per-node={processes}", f"--shutdown-timeout={SHUTDOWN_S}"]
+    return python(int(os.environ.get("NPROC") or os.environ.get("SLURM_GPUS_ON_NODE") or "1"))
 
 
 def placement(folder: Path, composed: DictConfig) -> list[str]:
@@ -152,34 +144,27 @@ def follow(command: Sequence[str], environment: dict[str, str], requeue_file: Pa
     has it its effect here. In a job, SLURM signals all processes: submitit waits for USR2, a training hears TERM.
     """
     received: list[int] = []
-    child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, env=environment, process_group=0, preexec_fn=_as_a_member
-    )
+    end_with_this = die_with_parent()
+
+    def begin() -> None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # which SLURM sends to all of a job, for submitit alone
+        end_with_this()
+
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, process_group=0, preexec_fn=begin)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
         child.terminate()
 
     ends = [signal.SIGUSR2] if in_a_job() else [signal.SIGINT, signal.SIGTERM]
-    previous = {number: signal.signal(number, pass_on) for number in ends}
-    try:
+    with handled_signals(ends, pass_on):
         status = child.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     if in_a_job():
         if (received or requeue_file.exists()) and still_running():
             signal.raise_signal(signal.SIGUSR2)  # submitit requeues the job
     elif received:
         signal.raise_signal(received[0])
     return status
-
-
-def _as_a_member() -> None:
-    """In the new process: USR2 is not for it, and it ends, with a checkpoint, should this one be killed."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def still_running() -> bool:
@@ -192,37 +177,9 @@ def ending(status: int) -> str:
     return f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
 
-def write_record(path: Path, content: dict[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(dumps(content))
-    draft.replace(path)
-
-
-def write_new(path: Path, content: dict[str, Any]) -> bool:
-    """Write a file that is not there yet, whole at once; returns whether it was not."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content))
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links: members that start at once are then the user's care
-        draft.replace(path)
-    draft.unlink(missing_ok=True)
-    return True
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """Content of a file that may not be there."""
-    with suppress(FileNotFoundError, ValueError):
-        content: dict[str, Any] = loads(path.read_text())
-        return content
-    return None
-
-
 def print_members(folder: Path, sweep: str) -> int:
     """Print the members of a sweep, best first, failed last; returns the exit status: 1 if one failed or none ran."""
-    members = [record for path in records(folder) if (record := read_record(path)) and record["sweep"] == sweep]
+    members = [record for path in records(folder) if (record := read_object(path)) and record["sweep"] == sweep]
     failed = [record for record in members if record["error"]]
     finished = [record for record in members if not record["error"]]
     print("\nobjective   member")

@@ -180,7 +180,11 @@ def permuted(keys: tuple[int, ...], index: int, samples: int) -> int:
 
 
 def permuted_all(keys: tuple[int, ...], indices: Sequence[int], samples: int) -> list[int]:
-    """`permuted` of several indices at once."""
+    """`permuted` of several indices at once.
+
+    Written twice, as numpy takes longer for one index than plain integers do, and less for a micro-batch. Sums of words
+    would wrap here, so that each is brought below the modulus before it is added.
+    """
     a = np.uint64(isqrt(samples - 1) + 1)
     b = np.uint64(-(-samples // int(a)))
     index = np.array(indices, np.uint64)

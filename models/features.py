@@ -4,7 +4,6 @@ Two users: `models/losses.py` compares the early blocks of two images, `train/ev
 of images by the statistics of `descriptor`. Architecture and weights: Tan & Le 2019 (arXiv:1905.11946), Lite variant.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from conf.errors import UserError
+from conf.files import sha256
 from models.layers import laid_out
 
 BLOCKS = 16
@@ -37,7 +37,7 @@ def weights_file() -> Path:
 
 def weights_sha256() -> str:
     """Digest of the weights file, logged as part of a metric's protocol."""
-    return hashlib.sha256(weights_file().read_bytes()).hexdigest()
+    return sha256(weights_file())
 
 
 def _missing(package: str) -> UserError:

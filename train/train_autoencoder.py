@@ -12,8 +12,8 @@ def main(cfg: AutoencoderRun) -> float:
 
     Heavy imports wait until the configuration is known to be sound.
     """
-    from train.engine.loop import fit
     from train.engine.runtime import start, stop
+    from train.engine.trainer import fit
     from train.training.autoencoder import AutoencoderStage
 
     runtime = start(cfg.runtime)

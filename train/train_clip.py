@@ -12,8 +12,8 @@ def main(cfg: ClipRun) -> float:
 
     Heavy imports wait until the configuration is known to be sound.
     """
-    from train.engine.loop import fit
     from train.engine.runtime import start, stop
+    from train.engine.trainer import fit
     from train.training.clip import ClipStage
 
     runtime = start(cfg.runtime)

@@ -12,8 +12,8 @@ def main(cfg: UNetRun) -> float:
 
     Heavy imports wait until the configuration is known to be sound.
     """
-    from train.engine.loop import fit
     from train.engine.runtime import start, stop
+    from train.engine.trainer import fit
     from train.evaluation.in_training import small_evaluation
     from train.training.unet import UNetStage
 

@@ -4,7 +4,6 @@ The shards grow in `output_dir/.building` and move to their places when all are 
 `train/manifest.json` is a finished build, and nobody ever sees a part of one. A build that was killed goes on there.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from conf.files import atomic_write
+from conf.process import lock, wait_for_lock
 from conf.schema import BuildRun, FilterConfig, ImageFormat
 from data.building.journal import ATTRIBUTION, REJECTS, REPORT, SIDES, TIMES, BuildJournal
 from data.building.records import Record, RecordMaker, make_all
@@ -29,7 +30,7 @@ from data.images import parse_color
 from data.labels import Vocabulary
 from data.shards.manifest import MANIFEST, Manifest
 from data.shards.remote import is_remote
-from data.shards.shard import ShardInfo, ShardWriter, atomic_write
+from data.shards.shard import ShardInfo, ShardWriter
 
 STAGING = ".building"
 MADE_BY = "data/build_shards.py"
@@ -249,13 +250,9 @@ def _locked(folder: Path) -> Iterator[None]:
     """One build of a folder at a time; a second one waits, for example for a process whose parent was killed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(descriptor):
             print(f"waiting for another build of {folder} to end", file=sys.stderr)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a network file system without locks: builds of the same folder are then the user's care
+            wait_for_lock(descriptor)
         yield
     finally:
         os.close(descriptor)

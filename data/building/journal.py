@@ -15,11 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from conf.files import atomic_write
 from data.building.filters import NearDuplicates
 from data.building.records import Done, Record, Reject
 from data.captions import Border
 from data.labels import LabelError, Vocabulary
-from data.shards.shard import ShardInfo, atomic_write
+from data.shards.shard import ShardInfo
 
 REJECTS = "rejects.jsonl"
 REPORT = "report.json"

@@ -1,18 +1,18 @@
 """Samples of a source to finished members of a shard, made by a pool of processes in an order that never varies."""
 
 import os
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 from conf.errors import UserError
 from conf.plain_json import dumps
+from conf.process import end_with_parent
 from conf.schema import BuildRun
 from data.building.filters import Dropped, check_size, check_texts, perceptual_hash
 from data.building.sources import Ref, Rejected, SampleSource
@@ -162,15 +162,7 @@ _maker: RecordMaker | None = None  # of this worker process, sent once
 def _start(maker: RecordMaker) -> None:
     global _maker
     _maker = maker
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """End this worker when the process that builds was killed: nobody else would."""
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
+    end_with_parent()
 
 
 def _make_chunk(chunk: list[tuple[int, Ref]]) -> list[Record | Reject | None]:

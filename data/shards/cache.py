@@ -1,7 +1,6 @@
 """Remote shards on the local disk: whole, checked, shared by the processes of a machine, and no more than allowed."""
 
 import errno
-import fcntl
 import hashlib
 import os
 import tempfile
@@ -11,9 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from conf.errors import UserError
+from conf.files import atomic_path, sha256
+from conf.process import wait_for_lock
 from conf.schema import StreamConfig
 from data.shards.remote import RemoteError, fetch, joined
-from data.shards.shard import ShardInfo, atomic_path, sha256_of
+from data.shards.shard import ShardInfo
 
 
 class ShardCache:
@@ -79,7 +80,7 @@ class ShardCache:
         for _ in range(2):
             with suppress(_DamagedError), atomic_path(path) as temporary:
                 fetch(url, temporary, self.timeout_s)
-                if temporary.stat().st_size != info.bytes or (info.sha256 and sha256_of(temporary) != info.sha256):
+                if temporary.stat().st_size != info.bytes or (info.sha256 and sha256(temporary) != info.sha256):
                     raise _DamagedError
                 return
         raise RemoteError(f"shard {url} is not the one that its manifest describes (size or sha256): upload it again")
@@ -102,7 +103,7 @@ class ShardCache:
     def _locked(self, path: Path) -> Iterator[None]:
         descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            wait_for_lock(descriptor)
             yield
         finally:
             os.close(descriptor)

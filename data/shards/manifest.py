@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from conf.files import atomic_write
 from conf.plain_json import dumps, loads_finite
 from data.shards.remote import is_remote, joined, read_remote
-from data.shards.shard import ShardInfo, ShardReader, atomic_write, tars_in
+from data.shards.shard import ShardInfo, ShardReader, tars_in
 
 __all__ = ["MANIFEST", "Manifest", "ShardInfo", "find_shards", "folder_of"]
 

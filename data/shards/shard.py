@@ -10,8 +10,7 @@ import os
 import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from conf.errors import UserError
+from conf.files import publish, sha256
 from data.images import EXTENSIONS
 from data.labels import MAP
 from data.shards.tar_index import BLOCK, END_OF_ARCHIVE, scan_tar, unreadable
@@ -41,46 +41,6 @@ class ShardInfo:
         """Whether these are a name, two counts and a digest, as far as types can tell."""
         counts = type(self.samples) is type(self.bytes) is int and min(self.samples, self.bytes) >= 0
         return counts and isinstance(self.name, str) and isinstance(self.sha256, str)
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that becomes `path` on success and is removed on failure.
-
-    The file is flushed to disk before it is renamed, so that no reader sees a part of it. `OSError` (disk full, no
-    permission) passes through.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # No process id: those of two machines may be the same.
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    try:
-        yield temporary
-        _publish(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def atomic_write(path: str | Path, content: Buffer) -> None:
-    """Write a whole file, or nothing."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _header(name: str, size: int) -> bytes:
@@ -198,7 +158,7 @@ class ShardWriter:
             self._write(END_OF_ARCHIVE)
             size = self._file.tell()
             self._file.close()
-            _publish(self._temporary, self.folder / self.shard_name)
+            publish(self._temporary, self.folder / self.shard_name)
         except BaseException:
             self.abort()
             raise
@@ -405,8 +365,7 @@ def tars_in(folder: Path, compressed: bool = False) -> list[Path]:
 def sha256_of(path: Path) -> str:
     """Digest of a file, in hex; a file that is not there is a `UserError`."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except FileNotFoundError:
         raise missing(path) from None
 

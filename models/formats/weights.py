@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from conf.files import atomic_path, atomic_write
 from conf.plain_json import dumps
 from models.formats.tensor_stream import TensorStream, stream_of, write_stream
 
@@ -49,14 +49,15 @@ def save_folder(
     folder.mkdir(parents=True, exist_ok=True)
     save_file_atomic(folder / weights_name, weights, metadata)
     text = dumps(config, indent=2, sort_keys=True) + "\n"
-    _atomic(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    atomic_write(folder / CONFIG_NAME, text.encode())
 
 
 def save_file_atomic(path: Path, weights: Weights, metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file, whole or not at all; raises UserError where a weight is not finite."""
     stream = weights if isinstance(weights, TensorStream) else stream_of(weights)
     stream = TensorStream(stream.specs, _finite_ones(path, stream))
-    _atomic(path, lambda temporary: write_stream(temporary, stream, metadata={"format": "pt", **(metadata or {})}))
+    with atomic_path(path) as temporary:
+        write_stream(temporary, stream, metadata={"format": "pt", **(metadata or {})})
 
 
 def _finite_ones(path: Path, stream: TensorStream) -> Iterator[Tensor]:
@@ -65,17 +66,6 @@ def _finite_ones(path: Path, stream: TensorStream) -> Iterator[Tensor]:
             remedy = ": set dtype=fp32" if tensor.dtype is torch.float16 else ""
             raise UserError(f"{path} is not written: its '{name}' would hold NaN or infinity{remedy}")
         yield tensor
-
-
-def _atomic(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path, weights_name: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from conf.schema import AutoencoderRun, BuildRun, Device, RuntimeConfig
 from data.building.build import build_shards
 from data.shards.manifest import Manifest
 from data.shards.shard import ShardWriter
-from train.engine import loop
+from train.engine import trainer
 from train.engine.runtime import start
 from train.training.autoencoder import AutoencoderStage
 
@@ -92,7 +92,7 @@ def config(folder: Path, *overrides: str) -> AutoencoderRun:
 
 def train(folder: Path, *overrides: str) -> None:
     cfg, runtime = config(folder, *overrides), start(RuntimeConfig(device=Device.cpu))
-    loop.fit(AutoencoderStage(cfg, runtime), cfg, runtime)
+    trainer.fit(AutoencoderStage(cfg, runtime), cfg, runtime)
 
 
 def refused(folder: Path, message: str, *overrides: str) -> None:

@@ -67,14 +67,14 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture(scope="session")
 def towers(scenes: Project) -> Project:
     """The scenes with an autoencoder and a CLIP that have learnt something."""
-    from train.engine import loop
+    from train.engine import trainer
     from train.training.autoencoder import AutoencoderStage
     from train.training.clip import ClipStage
 
     runtime = start(RuntimeConfig(device=Device.cpu))
     for stage in (AutoencoderStage, ClipStage):
         cfg = scenes.config(stage.name, *TRAININGS[stage.name], *EVERY_STEP)
-        loop.fit(stage(cfg, runtime), cfg, runtime)
+        trainer.fit(stage(cfg, runtime), cfg, runtime)
     return scenes
 
 
@@ -91,12 +91,12 @@ def latents(towers: Project) -> Project:
 @pytest.fixture(scope="session")
 def project(latents: Project) -> Project:
     """And a U-Net trained on them."""
-    from train.engine import loop
+    from train.engine import trainer
     from train.training.unet import UNetStage
 
     runtime = start(RuntimeConfig(device=Device.cpu))
     cfg = latents.config("unet", *TRAININGS["unet"], *EVERY_STEP)
-    loop.fit(UNetStage(cfg, runtime), cfg, runtime)
+    trainer.fit(UNetStage(cfg, runtime), cfg, runtime)
     return latents
 
 

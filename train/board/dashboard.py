@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import UserError
+from conf.files import atomic_write
 from conf.plain_json import dumps, read_object
 from conf.schema import DashboardRun, WandbMode
-from data.shards.shard import atomic_write
 from train.board.panels import IMAGES, SECTIONS, Panel, bounds, logged_names
 from train.board.run_folder import RunFolder
 from train.engine.metric_log import X_AXIS, say, wandb_mode

@@ -12,7 +12,7 @@ from conf.schema import ImageConfig, ReportRun
 from data.image_dataset import ImageDataset
 from data.shards.manifest import MANIFEST, Manifest, folder_of
 from train.board.facts import flat
-from train.board.images import data_uri
+from train.board.markup import data_uri
 from train.board.preview import SIDE, readable_images, reason_of, rejects_of, spread_indices, survey_images
 from train.board.run_folder import RunFolder
 
@@ -60,7 +60,7 @@ def look(cfg: ReportRun, run: RunFolder) -> DataFacts | None:
         sets=sets,
         distributions=[distribution(name, values) for name, values in survey.numbers.items()],
         measured=min(cfg.samples, dataset.samples),
-        images=[(data_uri(Image.fromarray(image)), caption) for image, caption in zip(pixels, captions, strict=True)],
+        images=[(data_uri(Image.fromarray(one), "WEBP"), text) for one, text in zip(pixels, captions, strict=True)],
         left_out=[(reason, f"{samples:,}") for reason, samples in left_out.most_common()],
         provenance=flat(dataset.manifest.provenance),
     )

@@ -1,7 +1,5 @@
 """Images of a run inside its page: data URIs that keep within a budget of bytes."""
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from data.images import ImageError, open_image
+from train.board.markup import data_uri
 from train.board.panels import IMAGES
 from train.board.run_folder import RunFolder
 from train.engine.metric_log import captions_in
@@ -16,7 +15,6 @@ from train.engine.metric_log import captions_in
 WIDEST = 1600  # pixels of an embedded image
 NARROWEST = 160
 MOST_PIXELS = 2**28  # of a file that is embedded
-QUALITY = 82  # of WebP
 SHRINK = 0.8  # of the sides, until the budget holds
 TITLES = {images.name: images.title for images in IMAGES}
 SINGLE = {  # of no training's moment: (section, title) → where they may be
@@ -94,14 +92,7 @@ def fitted(image: Image.Image, budget: float) -> tuple[str, int, int]:
     while True:
         height = max(1, round(image.height * width / image.width))
         smaller = image if width == image.width else image.resize((width, height), Image.Resampling.LANCZOS)
-        source = data_uri(smaller)
+        source = data_uri(smaller, "WEBP")
         if len(source) <= budget or width * SHRINK < NARROWEST:
             return source, width, height
         width = round(width * SHRINK)
-
-
-def data_uri(image: Image.Image) -> str:
-    """WebP as text."""
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=QUALITY)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,6 +1,5 @@
 """What a data set looks like: images with their captions, distributions, and what was left out."""
 
-import base64
 import html
 import io
 import json
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.files import atomic_path, atomic_write
 from conf.plain_json import loads
 from conf.schema import ImageConfig, PreviewRun
 from data.image_dataset import ImageDataset
@@ -25,8 +25,8 @@ from data.labels import LabelError, Labels, read_labels
 from data.latent_dataset import LatentDataset
 from data.samples import caption_of, fields_of, image_of
 from data.shards.manifest import MANIFEST, Manifest
-from data.shards.shard import atomic_path, atomic_write
 from models.autoencoder import Autoencoder
+from train.board.markup import data_uri
 from train.engine.figures import to_png
 from train.engine.fonts import charted
 from train.engine.image_grid import READABLE, boxed, captioned, on_squares, to_uint8
@@ -256,7 +256,7 @@ def gallery(images: np.ndarray, captions: Sequence[str]) -> str:
     cells[:count] = images
     sheet = cells.reshape(rows, COLUMNS, height, width, 3).swapaxes(1, 2).reshape(rows * height, COLUMNS * width, 3)
     one = f"width:{width * scale}px;height:{height * scale}px"
-    shown = f"background:url({_address(Image.fromarray(sheet))}) 0 0/{COLUMNS * 100}% auto"
+    shown = f"background:url({data_uri(Image.fromarray(sheet))}) 0 0/{COLUMNS * 100}% auto"
     style = f"<style>.one{{{one};{shown}}}.gallery figure{{width:{width * scale}px}}</style>"
     figures = [
         f'<figure><div class="one" style="background-position:{-column * width * scale}px {-row * height * scale}px">'
@@ -268,10 +268,4 @@ def gallery(images: np.ndarray, captions: Sequence[str]) -> str:
 
 def plain(image: Image.Image) -> str:
     """An image as it is."""
-    return f'<img src="{_address(image)}">'
-
-
-def _address(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f'<img src="{data_uri(image)}">'

@@ -4,14 +4,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from conf.files import atomic_write
 from conf.schema import ReportRun
-from data.shards.shard import atomic_write
 from train.board import curves, facts
 from train.board.data_facts import look
 from train.board.images import galleries
+from train.board.markup import templates
 from train.board.run_folder import RunFolder
 from train.engine.metric_log import say
 
@@ -42,9 +42,7 @@ def write_report(cfg: ReportRun) -> Path:
 
 def render_report(cfg: ReportRun, run: RunFolder) -> str:
     """The page as text. Whatever stands in captions, configurations and names is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = templates(PAGE)
     environment.filters["withheld"] = facts.without_credentials
     return environment.get_template("report.html").render(
         title=run.path.resolve().name,

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from conf.entry import to_plain
 from conf.errors import UserError
+from conf.files import atomic_path, atomic_write
 from conf.plain_json import dumps
 from conf.schema import Edit, EvaluateEditsRun, ImageConfig, Perceptual
 from data.building.sources.demo import attributes_of
 from data.image_dataset import ImageDataset
-from data.shards.shard import atomic_path, atomic_write
 from models.editing.editing import Edited, edit_images
 from models.losses import distance_inside, perceptual_distance
 from models.pipeline import DiffusionPipeline

@@ -11,9 +11,9 @@ import torch
 
 from conf.entry import to_plain
 from conf.errors import UserError
+from conf.files import atomic_path, atomic_write
 from conf.plain_json import dumps
 from conf.schema import Edit, EditRun
-from data.shards.shard import atomic_path, atomic_write
 from models.editing.editing import Edited, check_edit, edit_images
 from models.editing.inversion import require_invertible
 from models.losses import psnr

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from conf.errors import UserError
+from conf.files import TEMPORARY, atomic_folder
 from conf.schema import LoopConfig
 from models.formats.tensor_stream import write_bytes
 from train.engine.contents import Contents, HostMemory, join_contents
-from train.engine.files import MARKER, TEMPORARY, damage_of, filled
+from train.engine.marker import MARKER, damage_of
 from train.engine.metric_log import METRICS
 from train.engine.posthoc import forget_copies, keep_copies
 from train.engine.retention import kept, scores_of
@@ -64,6 +65,8 @@ class Checkpoints:
         A broken one is named on stderr and the one before it is used. Raises UserError when all are broken, or when
         the checkpoint belongs to another architecture or to other data than `fresh`.
         """
+        # All processes must begin from the same one: names come from the main process, whose look at a network's file
+        # system may be ahead of the others', and a file that one of them finds damaged counts as damaged for all.
         for folder in self._folders():
             damage = self._damage(folder)
             if damage is None:
@@ -95,16 +98,20 @@ class Checkpoints:
         temporary folder is removed and the complete checkpoints are as they were.
 
         """
-        self.wait()
+        self.wait()  # one write at a time: the next copy goes into the memory that the latest one is written from
+        # Read here and not in the thread, beside which the journal may be at half a line.
         scores = self._together(lambda: scores_of(self.output_dir / METRICS, self.cfg) if self.runtime.is_main else {})
         parts = [trainable.contents() for trainable in trainables.values()]
         contents = join_contents(parts, {STATE: asdict(state)})
         target = self.root / f"{state.samples_seen:012d}"
         if self.cfg.async_checkpoints and not wait:
+            # All collective work happens here, in the copy: NCCL and gloo pair operations by their order, so that one
+            # in a thread would be paired with one of the next training step.
             copy = self._together(lambda: contents.held(self.memory, self.runtime))
             if self.runtime.is_main:
                 self.pending = self.thread.submit(self._write, target, copy, scores)
         else:
+            # The main process writes each tensor as it is made; the others help to make it and keep nothing.
             write = partial(self._write, target, contents, scores) if self.runtime.is_main else contents.drain
             self._together(write)
 
@@ -125,12 +132,12 @@ class Checkpoints:
     def _write(self, target: Path, contents: Contents, scores: Mapping[int, float]) -> None:
         """The whole checkpoint, by the main process, in either thread."""
         try:
-            with filled(target) as staging:
+            with atomic_folder(target) as staging:
                 prints = contents.write(staging)
                 keep_copies(staging, self.output_dir, int(target.name), prints)
                 write_bytes(staging / MARKER, json.dumps({"schema": 1, "files": prints}, indent=1).encode())
         finally:
-            contents.drain()
+            contents.drain()  # after a full disk, too: the others wait in the next tensor's collective operation
         self._prune(target, scores)
 
     def _folders(self) -> list[Path]:
@@ -162,7 +169,9 @@ class Checkpoints:
             failure = error
             if isinstance(error, OSError):  # a full disk names no file
                 error.filename = error.filename or str(self.root)
+        # What others raise must survive pickling, which not every library's error does.
         told = failure if isinstance(failure, OSError | UserError) else failure and RuntimeError(str(failure))
+        # The exchange stands after the part, whether it failed or not: else who failed would never come to it.
         failures = [other for other in self.runtime.gather_objects(told) if other is not None]
         if failure is not None or failures:
             raise failure or failures[0]

@@ -41,7 +41,7 @@ class Contents:
             stream.drain()
 
     def held(self, memory: HostMemory, runtime: Runtime) -> "Contents":
-        """The same, as it is now, in the main process's host memory, so that training can go on; collective.
+        """A copy in the main process's host memory, of how things are now, so that training can go on; collective.
 
         `memory` is filled at the first call and used again by the later ones: its pages are then there and, for a GPU,
         pinned.
@@ -55,9 +55,11 @@ class Contents:
                     copy.copy_(tensor, non_blocking=on_gpu)
                 streams[file] = TensorStream(stream.specs, iter(memory[file]))
         finally:
+            # The others make the tensors for the main process; that one, where it failed half-way, for the others: each
+            # tensor is a collective operation, and one that is left out would be answered by the next one.
             self.drain()
         if on_gpu:
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream().synchronize()  # the copies run behind, and the next step changes the weights
         return Contents(streams, self.documents)
 
 
@@ -84,7 +86,7 @@ def stream(layout: Layout, shards: Sequence[Tensor], others: Mapping[str, Tensor
     names = in_file_order(specs)
 
     def tensors() -> Iterator[Tensor]:
-        for name in names:
+        for name in names:  # sorted, so that all processes join for the same parameter
             yield others[name].detach() if name in others else layout.collect(name, shards)
 
     return TensorStream({name: specs[name] for name in names}, tensors())

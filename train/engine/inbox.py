@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from conf.files import atomic_write
 from conf.plain_json import dumps
-from data.shards.shard import atomic_write
 
 FOLDER = "inbox"
 

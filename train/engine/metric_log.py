@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import urlparse
 
 import numpy as np
@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.text import Text
 
 from conf.errors import UserError
+from conf.files import atomic_write
 from conf.overrides import literally
 from conf.plain_json import dumps, loads
 from conf.schema import WandbConfig, WandbMode
-from data.shards.shard import atomic_write
 from train.engine.inbox import Inbox
 
 if TYPE_CHECKING:
@@ -124,6 +124,12 @@ class MetricLog:
         """What the newest rows say under a prefix, if they are of `samples_seen`; an earlier start may have put it."""
         rows = [row for row in self.latest if row[X_AXIS] == samples_seen]
         return {k: math.nan if v is None else v for row in rows for k, v in row.items() if k.startswith(prefix)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self.finish(0 if kind is None else 1)
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the files and let W&B write what it holds."""
@@ -242,7 +248,7 @@ class WandbCopy:
         self.output_dir, self.cfg, self.config = output_dir, cfg, config
         id_file = output_dir / "wandb_run_id"
         if not id_file.exists():
-            atomic_write(id_file, os.urandom(6).hex().encode())
+            atomic_write(id_file, os.urandom(6).hex().encode())  # ours: known before W&B answers, if it ever does
         self.run_id = id_file.read_text().strip()
         if mode is WandbMode.online:
             self._attempt(lambda: self._start("online"))
@@ -271,9 +277,10 @@ class WandbCopy:
             job_type=self.job_type,
             config=dict(self.config),
             mode=mode,
-            resume="allow",
+            resume="allow",  # the run of an earlier start where W&B has it, else a new one: offline it cannot know
             settings=settings,
         )
+        # Charts are over samples seen whatever W&B's own step is, which may run ahead of it (see `log`).
         run.define_metric(X_AXIS)
         run.define_metric("*", step_metric=X_AXIS)
         self.run = run
@@ -285,7 +292,7 @@ class WandbCopy:
         """Send what W&B does not have yet: a kill loses what it buffered, and an offline log begins empty."""
         if self.run is None:
             return
-        known = self.run.step
+        known = self.run.step  # where W&B's own count goes on: one past the last row that reached it
         for row in rows:
             if row[X_AXIS] >= known:
                 self.log(row[X_AXIS], {k: v for k, v in row.items() if k not in (X_AXIS, "time") and v is not None})
@@ -295,7 +302,8 @@ class WandbCopy:
 
         def send() -> None:
             if self.run is not None:
-                # The past (after a kill, or when an evaluation took long) comes as a row of its own.
+                # W&B drops what is logged at a step before its latest one. So what is of the past (after a kill, or
+                # of an evaluation that took long) gets a row of its own there, in which samples_seen is right.
                 step = samples_seen if samples_seen >= self.run.step else self.run.step + 1
                 self.run.log({X_AXIS: samples_seen, **values}, step=step)
 
@@ -343,6 +351,7 @@ class WandbCopy:
         self._attempt(lambda: self.run.finish(exit_code=exit_code) if self.run is not None else None)
 
     def _attempt(self, action: Callable[[], None]) -> None:
+        """Do it, or say once that it failed: on one process alone, an error would leave the others waiting for it."""
         try:
             action()
         except Exception as error:  # whatever a dashboard can raise, it must not stop a training

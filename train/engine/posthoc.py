@@ -19,9 +19,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from conf.errors import UserError
-from data.shards.shard import sync
+from conf.files import atomic_folder, sync
 from models.formats.tensor_stream import Fingerprint, write_bytes
-from train.engine.files import MARKER, damage_of, filled
+from train.engine.marker import MARKER, damage_of
 
 FOLDER, PREFIX = "averages", "posthoc-"
 
@@ -72,7 +72,7 @@ def keep_copies(checkpoint: Path, output_dir: Path, samples_seen: int, prints: M
     names = [name for name in prints if Path(name).name.startswith(PREFIX)]
     if not names:
         return
-    with filled(output_dir / FOLDER / f"{samples_seen:012d}") as folder:
+    with atomic_folder(output_dir / FOLDER / f"{samples_seen:012d}") as folder:
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
             try:

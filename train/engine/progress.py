@@ -26,8 +26,7 @@ class Progress:
     ) -> None:
         self.stage, self.total, self.unit, self.shown = stage, total, unit, shown
         self.console = console or Console(highlight=False)
-        # No thread that draws by itself: a process with threads should not fork.
-        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        self.live = live_on(self.console, transient=True)
         self.began = self.told_at = time.monotonic()
         self.told = 0
 
@@ -59,6 +58,12 @@ class Progress:
             left = duration((self.total - done) * seconds / done)
             known += [f"{done / seconds:.3g} {self.unit}/s", f"{left} left"]
         return Text.assemble((f"{self.stage:<12}", "bold cyan"), "  ".join(known))
+
+
+def live_on(console: Console, transient: bool = False) -> Live | None:
+    """Lines that are drawn again at each update, and at the end left or removed; None where there is no terminal."""
+    # No thread that draws by itself: a process with threads should not fork.
+    return Live(console=console, auto_refresh=False, transient=transient) if console.is_terminal else None
 
 
 def duration(seconds: float) -> str:

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from conf.errors import UserError
-from conf.plain_json import dumps, loads
+from conf.files import atomic_write
+from conf.plain_json import dumps, read_object
 from data.loader import Dataset
-from data.shards.shard import atomic_write
 from train.engine.metric_log import MetricLog, finite_metrics
 from train.engine.trainable import Trainable
 
@@ -126,8 +126,8 @@ def write_done(output_dir: Path, state: State, metrics: Mapping[str, float]) -> 
 def read_done(output_dir: Path | str, samples: int) -> dict[str, Any] | None:
     """Content of DONE (samples_seen, seconds, metrics, architecture, data); None when less than `samples` are done."""
     try:
-        done: dict[str, Any] = loads((Path(output_dir) / DONE).read_bytes())
+        done = read_object(Path(output_dir) / DONE)
         done["metrics"] = {name: math.nan if value is None else value for name, value in done["metrics"].items()}
         return done if done["samples_seen"] >= samples else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours
+    except (KeyError, TypeError, AttributeError):  # none, or not ours
         return None

@@ -3,7 +3,6 @@
 A Fréchet distance is called FID on Inception's features alone; on others it bears their name.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.files import sha256
 from models.features import DESCRIPTOR_SIZE, EfficientNetFeatures, weights_sha256
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -81,7 +81,7 @@ def inception(weights: str, device: torch.device | str = "cpu") -> Extractor:
             f"inception={weights}: no such file; put {INCEPTION_FILE} (from torch-fidelity's releases on GitHub) "
             "there, or leave inception unset for fd_efficientnet alone"
         )
-    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    digest = sha256(Path(weights))
     if not digest.startswith(Path(INCEPTION_FILE).stem.rsplit("-", 1)[1]):
         raise UserError(f"inception={weights}: is not {INCEPTION_FILE} (its SHA-256 begins with {digest[:8]})")
     try:  # torch-fidelity unpickles without restriction: first make sure that the file holds tensors alone

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.shards.shard import atomic_path
+from conf.files import atomic_path
 from train.engine.progress import Progress
 from train.engine.runtime import Runtime
 

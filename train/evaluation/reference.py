@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.files import atomic_path
 from conf.schema import ImageConfig
 from conf.schema.evaluation import require_enough
 from data.image_dataset import ImageDataset
-from data.shards.shard import atomic_path
 from train.engine.runtime import Runtime
 from train.evaluation.extractors import INCEPTION, Extractor
 from train.evaluation.feature_cache import FeatureCache

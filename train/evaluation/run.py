@@ -13,9 +13,9 @@ from PIL import Image
 
 from conf.entry import to_plain
 from conf.errors import UserError
+from conf.files import atomic_path, atomic_write
 from conf.plain_json import dumps
 from conf.schema import EvaluateRun, EvaluationSubject, WandbConfig, WandbMode
-from data.shards.shard import atomic_path, atomic_write
 from train.engine.image_grid import captioned
 from train.engine.inbox import Message, put
 from train.engine.metric_log import METRICS, X_AXIS, MetricLog, finite_metrics, read_config, read_metrics, say

@@ -19,7 +19,7 @@ from models.autoencoder import Autoencoder
 from models.denoiser import Denoiser
 from models.unet import UNet
 from train.engine.ema import MAIN
-from train.engine.files import MARKER
+from train.engine.marker import MARKER
 from train.engine.metric_log import CONFIG, METRICS, X_AXIS, read_config, read_metrics, say
 from train.engine.runtime import Runtime
 from train.engine.state import DONE

@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.files import atomic_folder
 from conf.schema import AverageRun
 from models.denoiser import Denoiser
 from train.engine.ema import MAIN, further
-from train.engine.files import damage_of, filled
+from train.engine.marker import damage_of
 from train.engine.metric_log import read_config, say
 from train.engine.posthoc import reconstructed
 from train.latents.provenance import INFO, UNetInfo
@@ -36,7 +37,7 @@ def export_average(cfg: AverageRun) -> None:
     else:
         name, average = f"half_life_samples={cfg.half_life_samples:g}", tracked(cfg)
     info.weights = name
-    with filled(output_dir) as folder:
+    with atomic_folder(output_dir) as folder:
         network.save_pretrained(folder, network.state_dict() | average, info.metadata())
         info.save(folder)
     say("average", f"{output_dir}: the U-Net's average of {name}")

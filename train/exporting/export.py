@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.files import atomic_write
 from conf.plain_json import dumps
 from conf.schema import ExportFormat, ExportRun
-from data.shards.shard import atomic_write
 from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.denoiser import Denoiser

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from conf.files import atomic_path
 from conf.schema import PrecomputeRun
 from data.buckets import bucket_shapes
 from data.image_dataset import ImageDataset
 from data.latent_record import as_float32, read_latent
 from data.shards.manifest import ShardInfo
-from data.shards.shard import ShardReader, atomic_path
+from data.shards.shard import ShardReader
 from models.autoencoder import split_moments
 from models.losses import psnr
 from models.tiles import decode_in_tiles

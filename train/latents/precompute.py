@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from conf.errors import UserError
+from conf.files import atomic_path, atomic_write
 from conf.plain_json import dumps
 from conf.schema import PrecomputeRun, StreamConfig
 from data.buckets import bucket_shapes
@@ -23,7 +24,6 @@ from data.claims import Claims
 from data.image_dataset import ImageDataset
 from data.latent_record import ChannelStats
 from data.shards.manifest import MANIFEST, Manifest, ShardInfo
-from data.shards.shard import atomic_path, atomic_write
 from models.autoencoder import Autoencoder
 from models.conditions import PREPARING, Conditions
 from models.text import Cuts, load_text_tower

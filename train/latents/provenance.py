@@ -1,8 +1,7 @@
 """Who made what: the facts that join an autoencoder, a CLIP, their latents and the U-Net trained on them."""
 
-import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +14,12 @@ from torch import Tensor
 
 from conf.ending import first_line
 from conf.errors import UserError
+from conf.files import atomic_write, sha256
 from conf.plain_json import dumps, loads, loads_finite
 from conf.schema import ConditionsConfig, ImageConfig, ProcessConfig, UNetRun
 from conf.schema.networks import UNetConfig
 from data.shards.manifest import Manifest
 from data.shards.remote import joined, read_remote
-from data.shards.shard import atomic_write
 from models.conditions import PREPARING, ConditionContext, Conditions
 from models.diffusion.process import SCHEDULER, differences, meaning, read_scheduler
 from models.formats.lora import Adapters
@@ -39,17 +38,7 @@ def weights_digest(source: str) -> str:
     files = sorted(Path(source).glob("*.safetensors")) or _pretrained(source)
     if not files:
         raise UserError(f"no weights in '{source}': train that stage first, or point the option at a folder with them")
-    return files_digest(files)
-
-
-def files_digest(files: Iterable[Path]) -> str:
-    """sha256 of files end to end."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return sha256(*files)
 
 
 def _pretrained(source: str) -> list[Path]:

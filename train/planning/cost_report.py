@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from conf.files import atomic_write
 from conf.plain_json import dumps
 from conf.schema import PlanRun
-from data.shards.shard import atomic_write
 from train.engine.accelerators import SPECIFICATIONS
 from train.planning.estimate import RESERVE, Cost, Option
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from conf.entry import to_plain
 from conf.errors import UserError
+from conf.files import sha256
 from conf.schema import ModelRun, SampleRun, SamplingConfig
 from models.autoencoder import Autoencoder
 from models.conditions import Inputs
@@ -30,7 +31,7 @@ from train.engine.metric_log import say
 from train.engine.precision import autocast
 from train.engine.progress import Progress
 from train.engine.runtime import Runtime
-from train.latents.provenance import UNetInfo, files_digest, info_of_trained, weights_digest
+from train.latents.provenance import UNetInfo, info_of_trained, weights_digest
 from train.sampling.requests import Item, Requests, jobs_of, read_prompts, samples_of, say_cut
 from train.sampling.sample_folder import FILMED, SampleFolder
 
@@ -64,7 +65,7 @@ def load_model(cfg: ModelRun, device: torch.device) -> DiffusionPipeline:
 def refuse_merged(unet: str, lora: str) -> None:
     """Adapters count once: a training with `lora.rank` exports them both in the weights and alone."""
     exported = Path(unet) / ADAPTERS
-    if exported.is_file() and files_digest([exported]) == files_digest([adapter_file(lora)]):
+    if exported.is_file() and sha256(exported) == sha256(adapter_file(lora)):
         raise UserError(
             f"lora={lora}: already in the weights of unet={unet}; set unet=FOLDER to what it was trained on"
         )
@@ -74,7 +75,7 @@ def lora_facts(cfg: ModelRun) -> dict[str, Any]:
     """The adapters that images depend on, in plain values; nothing where there are none."""
     if cfg.lora is None:
         return {}
-    return {"lora_sha256": files_digest([adapter_file(cfg.lora)]), "lora_scale": cfg.lora_scale}
+    return {"lora_sha256": sha256(adapter_file(cfg.lora)), "lora_scale": cfg.lora_scale}
 
 
 def put_together(

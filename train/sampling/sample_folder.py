@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from conf.files import atomic_path
 from conf.plain_json import loads
-from data.shards.shard import atomic_path
 from train.engine.image_grid import captioned, film_strips
 from train.engine.metric_log import png_of
 from train.sampling.requests import Job

@@ -1,7 +1,5 @@
 """A stage as a child process: its log, the signals that reach it, and why it failed."""
 
-import ctypes
-import fcntl
 import os
 import re
 import shlex
@@ -9,16 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from conf.errors import UserError
+from conf.process import die_with_parent, lock
 from train.stages.display import tail_text
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.5
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 RAISED = re.compile(r"([\w.]*(Error|Exception|Interrupt)\b.*|Signal \d+ \(SIG\w+\) received by PID \d+.*)")
 RANK = re.compile(r"^(\[(default|rank)?\d+\]: ?)+|^\s*traceback : ")  # what torchrun and torch put before a line
 
@@ -51,7 +49,7 @@ class Child:
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
                 process_group=0,
                 pass_fds=[keep],
-                preexec_fn=_die_with_parent(),
+                preexec_fn=die_with_parent(),
             )
 
     def wait(self, seconds: float) -> int | None:
@@ -89,20 +87,6 @@ class Child:
         return lines[-1] if lines else f"exit status {status}"
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the child does before it becomes another program; loaded here, since after a fork little is safe."""
-    if sys.platform != "linux":
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-        if os.getppid() != parent:  # it was killed before this could be asked
-            os._exit(1)
-
-    return ask
-
-
 def _descendants(pid: int) -> list[int]:
     """Children and theirs, as far as the system tells; torchrun puts each of its own into another session."""
     found = []
@@ -117,20 +101,9 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@contextmanager
-def collected_signals() -> Iterator[list[signal.Signals]]:
-    """The signals that asked for an end, in order, instead of dying of them."""
-    received: list[signal.Signals] = []
-    previous = {
-        number: signal.signal(number, lambda number, frame: received.append(signal.Signals(number)))
-        for number in STOP_SIGNALS
-        if signal.getsignal(number) is not signal.SIG_IGN  # nohup
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask for an end, but for those that nohup, or a shell's background, had this process ignore."""
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 @contextmanager
@@ -146,20 +119,10 @@ def alone_in(run_dir: Path, received: Sequence[signal.Signals]) -> Iterator[int]
     """
     (run_dir / ".stages").mkdir(parents=True, exist_ok=True)
     with (run_dir / ".lock").open("a") as ours, (run_dir / ".stages" / ".lock").open("a") as of_stages:
-        if not _lock(ours.fileno()):
+        if not lock(ours.fileno()):
             raise UserError(f"run_dir={run_dir}: another pipeline works there; wait for its end or set another run_dir")
-        if not _lock(of_stages.fileno()):
+        if not lock(of_stages.fileno()):
             print("waiting for a stage that an earlier pipeline left behind", file=sys.stderr, flush=True)
-            while not received and not _lock(of_stages.fileno()):
+            while not received and not lock(of_stages.fileno()):
                 time.sleep(POLL_S)
         yield of_stages.fileno()
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a network file system without locks: one pipeline at a time is then the user's care
-    return True

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from conf.plain_json import loads
-from train.engine.progress import LINE_EVERY_S, duration
+from train.engine.progress import LINE_EVERY_S, duration, live_on
 
 QUIET_S = 60.0  # without a new row or line, after which no time left is told
 TAIL_BYTES = 2**16  # of a file that is looked at again and again
@@ -81,8 +80,7 @@ class Display:
     def __init__(self, rows: Sequence[Row], console: Console | None = None) -> None:
         self.rows = rows
         self.console = console or Console(highlight=False)
-        # No thread that draws by itself: a process with threads should not fork.
-        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self.live = live_on(self.console)
         self.told = {row.name: self._news(row) for row in rows}
         self.told_at = time.monotonic()
 

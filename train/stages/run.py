@@ -19,10 +19,11 @@ from typing import Self
 from rich.console import Console
 
 from conf.errors import UserError
-from conf.plain_json import dumps, loads
+from conf.files import atomic_write
+from conf.plain_json import dumps, read_object
+from conf.process import collected_signals
 from conf.schema import PipelineRun
-from data.shards.shard import atomic_write
-from train.stages.child import POLL_S, Child, alone_in, collected_signals
+from train.stages.child import POLL_S, Child, alone_in, stop_signals
 from train.stages.display import Display, Row, print_summary
 from train.stages.tasks import STAGES, StageCommand, Task, origin, plan_tasks
 
@@ -43,8 +44,8 @@ class StageRecord:
     def load(cls, path: Path) -> Self:
         """What is there; an empty one where there is none."""
         try:
-            return cls(**loads(path.read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):
+            return cls(**read_object(path))
+        except TypeError:  # of another version
             return cls()
 
     def holds(self) -> bool:
@@ -73,7 +74,7 @@ def run_stages(
     tasks, run_dir = plan_tasks(cfg, overrides, stages), Path(cfg.run_dir)
     rows = [Row(task.stage.name, task.samples) for task in tasks]
     console = Console(highlight=False)
-    with collected_signals() as received, alone_in(run_dir, received) as lock:
+    with collected_signals(stop_signals()) as received, alone_in(run_dir, received) as lock:
         with Display(rows, console) as display:
             chain = _Chain(run_dir, cfg.processes, lock, received, display)
             for task, row in zip(tasks, rows, strict=True):

@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ from omegaconf import OmegaConf
 
 from conf.entry import compose, options, to_plain
 from conf.errors import UserError, did_you_mean
+from conf.files import sha256
 from conf.plain_json import read_object
+from conf.process import python
 from conf.schema import (
     AutoencoderRun,
     BuildRun,
@@ -30,7 +31,6 @@ from data.building.build import is_outdated
 from train.stages.display import tail
 
 ROOT = Path(__file__).parents[2]
-SHUTDOWN_S = 600  # that torchrun gives its processes for their checkpoint
 SHARED = ("experiment", "run_dir", "name", "seed")  # options of the pipeline and of every stage
 # options that name what a stage reads
 INPUTS = ("shards", "latents", "autoencoder", "clip", "unet", "init_from", "lora", "prompts_file", "prompts_from")
@@ -49,11 +49,7 @@ class StageCommand:
 
     def command(self, arguments: Sequence[str], processes: int) -> list[str]:
         """The command line, under torchrun when there are several processes."""
-        launcher = []
-        if self.distributed and processes > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-            launcher += [f"--nproc-per-node={processes}", f"--shutdown-timeout={SHUTDOWN_S}"]
-        return [sys.executable, *launcher, str(self.script), *arguments]
+        return [*python(processes if self.distributed else 1), str(self.script), *arguments]
 
     def options(self) -> list[str]:
         """Dotted names of all its options."""
@@ -111,7 +107,7 @@ class Task:
             return ""
         if self.stage.proof == "DONE" and not read_object(path).get("samples_seen", 0) >= self.samples:
             return ""  # a longer training is asked for now
-        return file_digest(path)
+        return sha256(path)
 
     def outdated(self) -> bool:
         """Whether a finished build is of other files than are there now."""
@@ -131,11 +127,6 @@ class Task:
         return {name: value for name, value in recorded.items() if value is not None}
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a small file, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def origin(value: str) -> str:
     """Digest of what tells versions of an input apart; empty for a pretrained name and for files from elsewhere.
 
@@ -143,7 +134,7 @@ def origin(value: str) -> str:
     """
     path = Path(value)
     proofs = [path, path / "train/manifest.json", path / "manifest.json", path.parent / "DONE"]
-    return next((file_digest(proof) for proof in proofs if proof.is_file()), "")
+    return next((sha256(proof) for proof in proofs if proof.is_file()), "")
 
 
 def separate(

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conf.files import atomic_write
 from conf.plain_json import dumps
 from conf.schema import WandbConfig, WandbMode
-from data.shards.shard import atomic_write
 from train.engine.figures import to_png
 from train.engine.metric_log import METRICS, X_AXIS, WandbCopy, read_metrics, say, wandb_mode
 from train.sweeps.plots import DPI, pareto_figure, steps_figure, title

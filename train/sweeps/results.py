@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.plain_json import read_object
 from conf.schema import Sampler
-from conf.sweep import RECORD, read_record, records
+from conf.sweep import RECORD, records
 
 SECONDS = "seconds_per_image"
 AGREEMENT = "eval/prompt_following"  # the mean of what the probe reads
@@ -124,16 +125,16 @@ def read_sweep(folder: Path, sweep: str) -> Sweep:
 
 def read_member(path: Path) -> Member:
     """A member by its member.json, beside which stand its metrics and its protocol."""
-    record = read_record(path) or {"error": f"{RECORD} cannot be read", "overrides": [], "sweep": ""}
-    metrics = read_record(path.with_name("metrics.json"))
+    record = read_object(path) or {"error": f"{RECORD} cannot be read", "overrides": [], "sweep": ""}
+    metrics = read_object(path.with_name("metrics.json"))
     given = (override.lstrip("+").partition("=") for override in record["overrides"])  # ~NAME has no value
     options = {name: text for name, sign, text in given if sign}
     return Member(
         name=record.get("name", path.parent.name),
         sweep=record["sweep"],
         options={name: parsed(text) for name, text in options.items() if name.split(".")[0] not in NO_SAMPLING},
-        protocol=read_record(path.with_name("protocol.json")) or {},
-        metrics=with_derived(metrics or {}),
+        protocol=read_object(path.with_name("protocol.json")),
+        metrics=with_derived(metrics),
         error=record["error"] or (None if metrics else "no metrics.json in its folder"),
     )
 

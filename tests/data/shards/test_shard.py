@@ -15,7 +15,7 @@ import pytest
 import webdataset
 
 from conf.errors import UserError
-from data.shards.shard import ShardReader, ShardWriter, atomic_path, atomic_write
+from data.shards.shard import ShardReader, ShardWriter
 
 SAMPLES = {
     f"{i:09d}": {"png": bytes([i]) * (500 + i), "txt": f"caption {i} é".encode(), "json": b"{}"} for i in range(7)
@@ -156,8 +156,6 @@ def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     writer.add("0", SAMPLES["000000000"])
     with pytest.raises(OSError, match="No space"):
         writer.close()
-    with pytest.raises(OSError, match="No space"):
-        atomic_write(tmp_path / "file", b"content")
     assert os.listdir(tmp_path) == []
 
 
@@ -177,15 +175,6 @@ def test_killed_writer_leaves_no_half_shard(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, 3, first_shard=1) as writer:  # the next run clears the leftover away
         writer.add("3", {"txt": b"x"})
     assert sorted(os.listdir(tmp_path)) == ["00000.tar", "00001.tar"]
-
-
-def test_atomic_path_keeps_the_old_file_on_failure(tmp_path: Path) -> None:
-    atomic_write(tmp_path / "sub" / "file", b"old")
-    with pytest.raises(RuntimeError), atomic_path(tmp_path / "sub" / "file") as temporary:
-        temporary.write_bytes(b"new, but not all of it")
-        raise RuntimeError
-    assert (tmp_path / "sub" / "file").read_bytes() == b"old"
-    assert os.listdir(tmp_path / "sub") == ["file"]
 
 
 @pytest.mark.parametrize("key", ["", "a.b", "last"])

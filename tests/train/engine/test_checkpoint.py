@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conf import files
 from conf.errors import UserError
 from conf.schema import LoopConfig, Precision
 from models.formats.tensor_stream import TensorStream, write_stream
 from train.engine import checkpoint as checkpoint_module
 from train.engine import contents as contents_module
-from train.engine import files as files_module
 from train.engine.checkpoint import Checkpoints
 from train.engine.contents import Contents
 from train.engine.runtime import Runtime
@@ -218,19 +218,19 @@ def killed_in(folder: Path, moment: str) -> None:
     """Save two checkpoints in the background, the second of which never gets past `moment`."""
 
     def kill(path: Path, *rest: Any) -> Any:
-        if moment != "_publish":
+        if moment != "publish_folder":
             path.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
     with Checkpoints(folder, ALONE, keeping(1)) as checkpoints:
         checkpoints.save({"number": Number(1)}, State(samples_seen=10), wait=False)  # type: ignore[dict-item]
         checkpoints.wait()
-        modules = {"write_stream": contents_module, "write_bytes": checkpoint_module, "_publish": files_module}
+        modules = {"write_stream": contents_module, "write_bytes": checkpoint_module, "publish_folder": files}
         setattr(modules[moment], moment, kill)
         checkpoints.save({"number": Number(2)}, State(samples_seen=20), wait=False)  # type: ignore[dict-item]
 
 
-@pytest.mark.parametrize("moment", ["write_stream", "write_bytes", "_publish"])
+@pytest.mark.parametrize("moment", ["write_stream", "write_bytes", "publish_folder"])
 def test_kill_during_the_write_leaves_the_previous_checkpoint(tmp_path: Path, moment: str) -> None:
     process = get_context("fork").Process(target=killed_in, args=(tmp_path, moment))
     process.start()

@@ -12,7 +12,7 @@ from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import AverageRun, Device, RuntimeConfig
 from models.unet import UNet
-from train.engine import loop
+from train.engine import trainer
 from train.engine.runtime import start
 from train.exporting import average
 from train.latents.provenance import UNetInfo
@@ -26,7 +26,7 @@ def trained(latents: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ["loop.samples=160", "loop.checkpoint_every=32", "loop.evaluate_every=100000", "loop.keep_checkpoints=1"]
     averages = ["ema.half_life_samples=50", "ema.more_half_lives=[20]", "ema.posthoc=[0.1,0.2]"]
     cfg = latents.config("unet", f"output_dir={folder}/unet", "sample_prompts=0", *options, *averages)
-    loop.fit(UNetStage(cfg, runtime), cfg, runtime)
+    trainer.fit(UNetStage(cfg, runtime), cfg, runtime)
     return folder / "unet"
 
 

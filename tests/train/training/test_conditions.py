@@ -11,7 +11,7 @@ from conf.schema import PipelineRun
 from data.building.build import build_shards
 from models.autoencoder import Autoencoder
 from models.clip import Clip
-from train.engine import loop
+from train.engine import trainer
 from train.engine.runtime import Runtime
 from train.latents import precompute
 from train.stages.tasks import ROOT, STAGES
@@ -60,7 +60,7 @@ def test_a_demo_trains_its_network_and_all_that_it_is_told(
     stage = UNetStage(cfg, runtime)
     told = stage.network.conditions
     before = [value.clone() for value in told.parameters()]
-    outcome = loop.fit(stage, cfg, runtime)
+    outcome = trainer.fit(stage, cfg, runtime)
 
     assert outcome.samples_seen == 40 and 0 < outcome.metrics["eval/loss"] < 10
     assert not any(map(torch.equal, told.parameters(), before))

@@ -13,7 +13,7 @@ from data.shards.manifest import find_shards
 from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.unet import UNet
-from train.engine import loop
+from train.engine import trainer
 from train.engine.runtime import start
 from train.latents import precompute as latents
 from train.latents.provenance import check_latents
@@ -60,7 +60,7 @@ def test_shipped_fine_tuning_trains_ten_steps_from_the_first_run(
     data = "latents=runs/dreambooth_demo/latents"
     cfg: Any = compose("train_unet", UNetRun, [f"experiment={experiment}", data, *SMALL, *QUIET])
     runtime = start(RuntimeConfig(device=Device.cpu))
-    loop.fit(UNetStage(cfg, runtime), cfg, runtime)
+    trainer.fit(UNetStage(cfg, runtime), cfg, runtime)
     base, tuned = (UNet.from_pretrained(f"runs/{name}/unet/export").state_dict() for name in ("demo", experiment))
     moved = {name.split(".")[-2] for name, tensor in tuned.items() if not torch.equal(tensor, base[name])}
     assert moved == {"to_q", "to_k", "to_v", "0"} if cfg.lora.rank else "conv1" in moved

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from conf.entry import compose
 from conf.errors import UserError
+from conf.files import sha256
 from conf.schema import AverageRun, Device, PlanRun, RuntimeConfig
 from models.formats.lora import FILE_NAME, adapter_file
 from models.unet import UNet
-from train.engine import loop
+from train.engine import trainer
 from train.engine.runtime import Runtime, start
 from train.evaluation.watch import of_checkpoint
 from train.exporting import average
-from train.latents.provenance import files_digest
 from train.sampling import run as sampling
 from train.training.unet import UNetStage
 
@@ -35,7 +35,7 @@ def tuned(project: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of 6 steps with a checkpoint after 3."""
     folder = tmp_path_factory.mktemp("tuned")
     cfg, runtime = config(project, f"output_dir={folder}", *RUN), start(RuntimeConfig(device=Device.cpu))
-    loop.fit(UNetStage(cfg, runtime), cfg, runtime)
+    trainer.fit(UNetStage(cfg, runtime), cfg, runtime)
     return folder
 
 
@@ -55,7 +55,7 @@ def test_loss_falls_and_the_base_stays(project: Any, runtime: Runtime, backend: 
 def test_resume_equals_uninterrupted(project: Any, runtime: Runtime, tuned: Path, tmp_path: Path) -> None:
     shutil.copytree(tuned / "checkpoints" / "000000000048", tmp_path / "checkpoints" / "000000000048")
     cfg = config(project, f"output_dir={tmp_path}", *RUN)
-    loop.fit(UNetStage(cfg, runtime), cfg, runtime)
+    trainer.fit(UNetStage(cfg, runtime), cfg, runtime)
     last = Path("checkpoints", "000000000096", "unet")
     for file in ("weights", "exp_avg", "exp_avg_sq", "ema"):
         before, after = (load_file(folder / last / f"{file}.safetensors") for folder in (tuned, tmp_path))
@@ -93,7 +93,7 @@ def test_adapters_are_merged_when_the_base_is_read(project: Any, runtime: Runtim
     read = sampling.load_model(cfg, runtime.device).denoiser.unet.state_dict()
     for name, tensor in read.items():
         torch.testing.assert_close(tensor, base[name] + scale * (whole[name] - base[name]), rtol=0, atol=1e-6)
-    facts = {"lora_sha256": files_digest([adapter_file(cfg.lora)]), "lora_scale": scale}
+    facts = {"lora_sha256": sha256(adapter_file(cfg.lora)), "lora_scale": scale}
     assert facts.items() <= sampling.lora_facts(cfg).items()
 
 
@@ -131,7 +131,7 @@ def test_other_adapters_do_not_continue_a_run(
     shutil.copytree(tuned / "checkpoints", tmp_path / "checkpoints")
     cfg = config(project, f"output_dir={tmp_path}", *RUN, *change)
     with pytest.raises(UserError, match=message):
-        loop.fit(UNetStage(cfg, runtime), cfg, runtime)
+        trainer.fit(UNetStage(cfg, runtime), cfg, runtime)
 
 
 @pytest.mark.parametrize(

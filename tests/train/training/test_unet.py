@@ -17,7 +17,7 @@ from conf.errors import UserError
 from data.loader import batches
 from models.clip import Clip
 from models.unet import UNet
-from train.engine import loop
+from train.engine import trainer
 from train.engine.runtime import Runtime
 from train.latents import precompute
 from train.latents.provenance import UNetInfo
@@ -237,7 +237,7 @@ def test_training_on_images_of_several_shapes(towers: Any, framed: list[str], ru
     cfg = towers.config("unet", *given, "loop.samples=96", "loop.log_every=4")
     stage = UNetStage(cfg, runtime)
     seen = Seen(stage)
-    loop.fit(stage, cfg, runtime)
+    trainer.fit(stage, cfg, runtime)
     assert {tuple(batch.shape[2:]) for batch in seen.latents} == {(8, 8), (6, 10), (10, 6)}
     assert len(seen.latents) == 24 and all(batch.isfinite().all() for batch in seen.latents)
 

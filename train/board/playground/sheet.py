@@ -1,21 +1,16 @@
 """What was drawn, as HTML that holds all its images. Hovering over a word shows its map; no script is needed."""
 
-import base64
-import io
 from itertools import count
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import colormaps
 from PIL import Image
 
+from train.board.markup import data_uri, templates
 from train.board.playground.studio import Drawing, Shown
 
-FOLDER = Path(__file__).parent / "html"
-ENVIRONMENT = Environment(
-    loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-)
+PAGES = templates(Path(__file__).parent / "html")
 COLOURS = colormaps["turbo"]
 FRAME = 128  # pixels of the sides of a film's frames, at most
 OPACITY = 0.65  # of a map over the image
@@ -26,7 +21,7 @@ def render_sheet(drawn: Drawing) -> str:
     """The images side by side. Prompts are escaped."""
     shown = {"Image": drawn.before} if drawn.after is None else {"Before": drawn.before, "After": drawn.after}
     request = drawn.request
-    return ENVIRONMENT.get_template("sheet.html").render(
+    return PAGES.get_template("sheet.html").render(
         number=next(SHEETS),
         images=[(title, sheet_contents(image)) for title, image in shown.items()],
         labels=drawn.film_labels,
@@ -55,12 +50,12 @@ def sheet_contents(shown: Shown) -> dict[str, object]:
 
 def preview(pixels: np.ndarray) -> str:
     """A given image [H, W, 3], as the network will see it."""
-    return ENVIRONMENT.get_template("preview.html").render(image=data_url(pixels))
+    return PAGES.get_template("preview.html").render(image=data_url(pixels))
 
 
 def message(text: str) -> str:
     """One line that says what is wrong."""
-    return ENVIRONMENT.get_template("message.html").render(text=text)
+    return PAGES.get_template("message.html").render(text=text)
 
 
 def coloured(values: np.ndarray) -> np.ndarray:
@@ -79,8 +74,7 @@ def shade(region: np.ndarray) -> np.ndarray:
 
 def data_url(pixels: np.ndarray, largest: int | None = None) -> str:
     """An image as a PNG in an address; `largest`: pixels that its sides may have."""
-    stream, image = io.BytesIO(), Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     if largest is not None:
         image.thumbnail((largest, largest))
-    image.save(stream, "png")
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return data_uri(image)

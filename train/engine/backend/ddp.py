@@ -8,25 +8,24 @@ from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 
 from conf.schema import OptimConfig
+from train.engine.backend.accumulation import Accumulating
 from train.engine.backend.layout import Layout, whole
 from train.engine.optim import adamw, sound_step
-from train.engine.precision import LossScale, autocast
+from train.engine.precision import autocast
 from train.engine.runtime import Runtime
 
 
-class DdpBackend:
+class DdpBackend(Accumulating):
     """DistributedDataParallel through accelerate; the bare module on one process."""
 
     def __init__(self, runtime: Runtime, module: nn.Module, optim: OptimConfig, accumulation: int) -> None:
+        super().__init__(optim, accumulation, runtime.precision)
         self.accelerator = runtime.accelerator
         # Gradients of 1 x 1 kernels have strides of either layout of pixels, which differ in name only.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self.wrapped: nn.Module = self.accelerator.prepare_model(module)
         self.optimizer = adamw(module, optim)
-        self.grad_clip, self.accumulation = optim.grad_clip, accumulation
-        self.passes = 0  # backward passes since the latest step
         self.device, self.precision = runtime.device, runtime.precision
-        self.scale = LossScale(runtime.precision)
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.masters: list[Tensor] = list(parameters.values())
         self.layout: Layout = whole(parameters, self.device)
@@ -41,17 +40,7 @@ class DdpBackend:
         ):
             return convert_to_fp32(self.wrapped(*args, **kwargs))
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate gradients of the mean over the micro-batches."""
-        self.passes += 1
-        if last != (self.passes == self.accumulation):
-            raise ValueError(f"pass {self.passes} of {self.accumulation} with last={last}: one of them is wrong")
-        (loss * (self.scale.value / self.accumulation)).backward()
-
     def step(self) -> float:
         """Clip, update, clear; returns the norm before clipping. Not finite: the update was skipped."""
         self.passes = 0
         return sound_step(self.optimizer, self.masters, self.grad_clip, self.scale)
-
-    def publish(self) -> None:
-        """Nothing to do: the masters are the weights."""

@@ -16,18 +16,20 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 from conf.schema import Offload, OptimConfig, RuntimeConfig
+from train.engine.backend.accumulation import Accumulating
 from train.engine.backend.layout import Layout, Piece, require_cuttable
 from train.engine.optim import adamw, sound_step
-from train.engine.precision import AUTOCAST, LossScale, autocast
+from train.engine.precision import AUTOCAST, autocast
 from train.engine.runtime import Runtime
 
 
-class FsdpBackend:
+class FsdpBackend(Accumulating):
     """Fully sharded data parallelism. Every micro-batch's gradients are reduced: no process ever holds all of them."""
 
     def __init__(
         self, runtime: Runtime, module: nn.Module, optim: OptimConfig, accumulation: int, cfg: RuntimeConfig
     ) -> None:
+        super().__init__(optim, accumulation, runtime.precision)
         parameters = dict(module.named_parameters())
         require_cuttable(parameters)
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
@@ -39,9 +41,6 @@ class FsdpBackend:
         masters = dict(zip(self.parameters.values(), self.masters, strict=True))
         for group in self.optimizer.param_groups:
             group["params"] = [masters[parameter] for parameter in group["params"]]
-        self.grad_clip, self.accumulation = optim.grad_clip, accumulation
-        self.passes = 0  # backward passes since the latest step
-        self.scale = LossScale(runtime.precision)
         pieces = {
             name: _piece(index, shapes[name], runtime, master.numel())
             for index, (name, master) in enumerate(zip(shapes, self.masters, strict=True))
@@ -53,13 +52,6 @@ class FsdpBackend:
         with autocast(self.runtime.device, self.runtime.precision):
             return convert_to_fp32(self.module(*args, **kwargs))
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate gradients of the mean over the micro-batches."""
-        self.passes += 1
-        if last != (self.passes == self.accumulation):
-            raise ValueError(f"pass {self.passes} of {self.accumulation} with last={last}: one of them is wrong")
-        (loss * (self.scale.value / self.accumulation)).backward()
-
     def step(self) -> float:
         """Clip, update, clear; returns the norm before clipping. Not finite: the update was skipped."""
         for parameter, master in zip(self.parameters.values(), self.masters, strict=True):
@@ -67,9 +59,6 @@ class FsdpBackend:
             parameter.grad = None
         self.passes = 0
         return sound_step(self.optimizer, self.masters, self.grad_clip, self.scale, self._over_processes)
-
-    def publish(self) -> None:
-        """Nothing to do: the masters are the weights."""
 
     def _over_processes(self, norm: Tensor) -> float:
         return math.sqrt(self.runtime.sum({"norm": norm.double().square()})["norm"])

@@ -42,13 +42,18 @@ class Layout:
         return full.view(self.shapes[name])
 
     def collect(self, name: str, shards: Sequence[Tensor]) -> Tensor:
-        """Likewise on the main process only, and no copy where that holds it all; on any device; collective."""
+        """One full fp32 parameter, on the main process alone; collective.
+
+        It may be on any device, and is no copy where that process holds all of it.
+        """
         piece, shape = self.pieces[name], self.shapes[name]
         if not self.sharded:
             return shards[piece.shard].detach()
         if dist.get_world_size() == 1:
             return self._held(piece, shards).view(shape)
         full = self._padded(name, shards)
+        # A reduction again, since pieces differ in length, which a gathering of equal parts does not allow. Others than
+        # the main process are left with what their part of it came to, and throw that away.
         dist.reduce(full.view(torch.int32), dst=0)
         return full.view(shape)
 

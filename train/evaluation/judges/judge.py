@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from conf.files import atomic_path
 from conf.schema import ImageConfig
 from data.image_dataset import ImageDataset
-from data.shards.shard import atomic_path
 from train.engine.runtime import Runtime
 
 Item = dict[str, Any]  # of an ImageDataset with labels

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from conf.schema import (
     WandbConfig,
     WandbMode,
 )
-from train.engine import contents, loop
+from train.engine import contents, trainer
 from train.engine.contents import Contents
 from train.engine.metric_log import MetricLog
 from train.engine.runtime import Runtime, start, stop
@@ -146,6 +146,7 @@ def config(folder: Path, micro: int = 0, **loop_options: Any) -> ClipRun:
         run_dir=str(folder),
         name="line",
         output_dir=str(folder / "line"),
+        name="line",
         shards="none",
         optim=OptimConfig(lr=0.05, warmup_samples=16),
         batch=BatchConfig(global_batch_size=SIZE, micro_batch_size=micro),
@@ -174,7 +175,7 @@ def equal_to(undisturbed: Path, folder: Path) -> bool:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     cfg = config(folder)
-    assert loop.fit(LineStage(cfg, runtime), cfg, runtime).finished
+    assert trainer.fit(LineStage(cfg, runtime), cfg, runtime).finished
     return folder
 
 
@@ -225,11 +226,11 @@ def test_interrupted_run_equals_the_uninterrupted_one(
 ) -> None:
     cfg = config(tmp_path)
     try:
-        first = loop.fit(LineStage(cfg, runtime, Interruption(moment, count, act)), cfg, runtime).finished
+        first = trainer.fit(LineStage(cfg, runtime, Interruption(moment, count, act)), cfg, runtime).finished
     except Killed:
         first = False
     assert first == (act is terminate and (moment, count) == ("evaluate", 3))  # all steps were done
-    assert loop.fit(LineStage(cfg, runtime), cfg, runtime).finished
+    assert trainer.fit(LineStage(cfg, runtime), cfg, runtime).finished
     assert equal_to(undisturbed, tmp_path)
     assert not list((tmp_path / "line").rglob(".*"))
 
@@ -248,19 +249,19 @@ def test_checkpoint_that_cannot_be_written_ends_the_run_soon(
         patch.setattr(contents, "write_stream", full_disk)
         interruption = Interruption("step", 5, lambda: failed.wait(60))
         with pytest.raises(OSError, match=r"No space left.*checkpoints"):
-            loop.fit(LineStage(cfg, runtime, interruption), cfg, runtime)
+            trainer.fit(LineStage(cfg, runtime, interruption), cfg, runtime)
     assert rows(tmp_path)[-1]["samples_seen"] <= 40  # before the next checkpoint
     assert list((tmp_path / "line" / "checkpoints").iterdir()) == []
-    loop.fit(LineStage(cfg, runtime), cfg, runtime)
+    trainer.fit(LineStage(cfg, runtime), cfg, runtime)
     assert equal_to(undisturbed, tmp_path)
 
 
 def test_waiting_for_every_checkpoint_changes_nothing(tmp_path: Path, undisturbed: Path, runtime: Runtime) -> None:
     cfg = config(tmp_path, async_checkpoints=False)
     with pytest.raises(Killed):
-        loop.fit(LineStage(cfg, runtime, Interruption("step", 11, kill)), cfg, runtime)
+        trainer.fit(LineStage(cfg, runtime, Interruption("step", 11, kill)), cfg, runtime)
     assert {p.name for p in (tmp_path / "line" / "checkpoints").iterdir()} == {"000000000048", "000000000072"}
-    loop.fit(LineStage(cfg, runtime), cfg, runtime)
+    trainer.fit(LineStage(cfg, runtime), cfg, runtime)
     assert equal_to(undisturbed, tmp_path)
 
 
@@ -270,13 +271,13 @@ def test_signal_ends_after_the_step_with_a_checkpoint_and_asks_for_a_requeue(
     monkeypatch.setenv("REQUEUE_FILE", str(tmp_path / "requeue"))
     before = signal.getsignal(signal.SIGTERM)
     cfg = config(tmp_path)
-    outcome = loop.fit(LineStage(cfg, runtime, Interruption("step", 4, terminate)), cfg, runtime)
+    outcome = trainer.fit(LineStage(cfg, runtime, Interruption("step", 4, terminate)), cfg, runtime)
     assert (outcome.finished, outcome.samples_seen) == (False, 32)
     assert (tmp_path / "line" / "checkpoints" / "000000000032" / "COMPLETE").exists()
     assert (tmp_path / "requeue").exists()
     assert signal.getsignal(signal.SIGTERM) is before
     stage = LineStage(cfg, runtime)
-    loop.fit(stage, cfg, runtime)
+    trainer.fit(stage, cfg, runtime)
     assert stage.evaluations == [32, 64, 96]  # what the signal left out is made up for
 
 
@@ -284,20 +285,20 @@ def test_finished_stage_returns_at_once_unless_the_run_grew(
     tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = config(tmp_path, samples=32)
-    first = loop.fit(LineStage(cfg, runtime), cfg, runtime)
+    first = trainer.fit(LineStage(cfg, runtime), cfg, runtime)
     again = LineStage(cfg, runtime)
     capsys.readouterr()
-    assert loop.fit(again, cfg, runtime) == first
+    assert trainer.fit(again, cfg, runtime) == first
     assert "already done at 32 samples" in capsys.readouterr().out
     assert again.evaluations == []
     longer = config(tmp_path, samples=64)
-    assert loop.fit(LineStage(longer, runtime), longer, runtime).samples_seen == 64
+    assert trainer.fit(LineStage(longer, runtime), longer, runtime).samples_seen == 64
     assert [r["samples_seen"] for r in rows(tmp_path) if "eval/sum" in r] == [32, 64]
 
 
 def test_best_checkpoint_outlives_later_ones(tmp_path: Path, runtime: Runtime) -> None:
     cfg = config(tmp_path, evaluate_every=16, checkpoint_every=16, keep_checkpoints=1, keep_best="eval/sum")
-    loop.fit(LineStage(cfg, runtime), cfg, runtime)
+    trainer.fit(LineStage(cfg, runtime), cfg, runtime)
     sums = {r["samples_seen"]: r["eval/sum"] for r in rows(tmp_path) if "eval/sum" in r and r["samples_seen"] < 96}
     best = min(sums, key=lambda seen: sums[seen])
     left = {int(path.name) for path in (tmp_path / "line" / "checkpoints").iterdir()}
@@ -306,27 +307,45 @@ def test_best_checkpoint_outlives_later_ones(tmp_path: Path, runtime: Runtime) -
 
 def test_other_network_or_data_in_the_folder_is_refused(tmp_path: Path, runtime: Runtime) -> None:
     cfg = config(tmp_path, samples=16)
-    loop.fit(LineStage(cfg, runtime), cfg, runtime)
+    trainer.fit(LineStage(cfg, runtime), cfg, runtime)
     for samples in (16, 32):  # finished, and about to grow
         cfg = config(tmp_path, samples=samples)
         cfg.model.embed_dim += 1
         with pytest.raises(UserError, match=r"output_dir=.*model\.embed_dim was"):
-            loop.fit(LineStage(cfg, runtime), cfg, runtime)
+            trainer.fit(LineStage(cfg, runtime), cfg, runtime)
         cfg.model.embed_dim -= 1
         stage = LineStage(cfg, runtime)
         stage.dataset = Points("other")
         with pytest.raises(UserError, match="the data set was"):
-            loop.fit(stage, cfg, runtime)
+            trainer.fit(stage, cfg, runtime)
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path, runtime: Runtime) -> None:
     cfg = config(tmp_path)
     stage = LineStage(cfg, runtime)
     stage.poisoned = [40]
-    assert loop.fit(stage, cfg, runtime).finished
+    assert trainer.fit(stage, cfg, runtime).finished
     assert [r["train/skipped_steps"] for r in rows(tmp_path) if "train/loss" in r] == [0, 0, 1, 1, 1]
     assert all(r["train/loss"] is not None for r in rows(tmp_path) if "train/loss" in r)
     assert all(bool(w.isfinite().all()) for w in stage.net.weights().values())
+
+
+class BesideAnUnsound(Runtime):
+    """One of several processes, another of which finds its loss in the first step not finite."""
+
+    answers: ClassVar = [True, False, True]  # is anything the matter? a signal? a loss?
+
+    def any(self, flag: bool) -> bool:
+        return self.answers.pop(0) if self.answers else flag
+
+
+def test_what_one_process_leaves_out_of_the_means_all_leave_out(tmp_path: Path, runtime: Runtime) -> None:
+    """The means are summed by place: names that one process alone had would shift those of the others."""
+    cfg = config(tmp_path, log_every=8)
+    facts = (getattr(runtime, name) for name in Runtime.__slots__)
+    assert trainer.fit(LineStage(cfg, runtime), cfg, BesideAnUnsound(*facts)).finished
+    losses = ["train/loss" in row for row in rows(tmp_path) if "train/lr" in row]
+    assert losses == [False] + [True] * 11
 
 
 def test_many_in_a_row_go_back_to_the_checkpoint_once_and_then_name_the_samples(
@@ -336,11 +355,11 @@ def test_many_in_a_row_go_back_to_the_checkpoint_once_and_then_name_the_samples(
     stage = LineStage(cfg, runtime)
     stage.poisoned = [32, 40]  # the checkpoint before is at 24
     with pytest.raises(UserError, match=r"the losses of point-\d+, .* and more were .*2 steps in a row .*=48: lower"):
-        loop.fit(stage, cfg, runtime)
+        trainer.fit(stage, cfg, runtime)
     assert capsys.readouterr().out.count("back to the last checkpoint") == 1
     assert not (tmp_path / "line" / "DONE").exists()
     sound = LineStage(cfg, runtime)
-    assert loop.fit(sound, cfg, runtime).finished
+    assert trainer.fit(sound, cfg, runtime).finished
 
 
 def test_checkpoints_made_meanwhile_give_the_same_fault_no_second_chance(
@@ -350,7 +369,7 @@ def test_checkpoints_made_meanwhile_give_the_same_fault_no_second_chance(
     stage = LineStage(cfg, runtime)
     stage.poisoned = list(range(32, 400, 8))
     with pytest.raises(UserError, match="not finite in 5 steps in a row"):
-        loop.fit(stage, cfg, runtime)
+        trainer.fit(stage, cfg, runtime)
     assert capsys.readouterr().out.count("back to the last checkpoint, once") == 1
     assert not (tmp_path / "line" / "DONE").exists() and not (tmp_path / "line" / "export").exists()
 
@@ -362,7 +381,7 @@ def test_a_training_that_learned_nothing_is_no_finished_one(tmp_path: Path, runt
         stage = LineStage(cfg, runtime)
         stage.poisoned = list(range(0, 96, 8))
         with pytest.raises(UserError, match=r"nothing was learned, no step was finite|not finite in 5 steps in a row"):
-            loop.fit(stage, cfg, runtime)
+            trainer.fit(stage, cfg, runtime)
         assert not (tmp_path / "line" / "DONE").exists() and not (tmp_path / "line" / "export").exists()
 
 
@@ -373,7 +392,7 @@ def test_a_last_evaluation_without_a_number_is_no_end(
     monkeypatch.setattr(LineStage, "evaluate", lambda *_: {"eval/sum": float("nan")})
     for _ in range(2):  # the second one finds it in the journal
         with pytest.raises(UserError, match=r"no value of the last evaluation is finite \(eval/sum\)"):
-            loop.fit(LineStage(cfg, runtime), cfg, runtime)
+            trainer.fit(LineStage(cfg, runtime), cfg, runtime)
         assert not (tmp_path / "line" / "DONE").exists() and not (tmp_path / "line" / "export").exists()
 
 
@@ -381,7 +400,7 @@ def test_a_fault_that_does_not_come_again_leaves_no_trace(tmp_path: Path, undist
     cfg = config(tmp_path, most_skipped_steps=2)
     stage = LineStage(cfg, runtime)
     stage.poisoned, stage.heals = [32, 40], True
-    assert loop.fit(stage, cfg, runtime).finished
+    assert trainer.fit(stage, cfg, runtime).finished
     assert rows(tmp_path) == rows(undisturbed)
     assert all(torch.equal(found, weights(undisturbed)[name]) for name, found in weights(tmp_path).items())
 
@@ -391,13 +410,13 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path: Path, run
     stage = LineStage(cfg, runtime)
     stage.poisoned, stage.heals = [8], True
     with pytest.raises(UserError, match="1 steps in a row up to samples_seen=16"):
-        loop.fit(stage, cfg, runtime)
+        trainer.fit(stage, cfg, runtime)
     assert all(bool(w.isfinite().all()) for w in stage.net.weights().values())
 
 
 def test_micro_batches_change_no_metric(tmp_path: Path, undisturbed: Path, runtime: Runtime) -> None:
     cfg = config(tmp_path, micro=2)
-    loop.fit(LineStage(cfg, runtime), cfg, runtime)
+    trainer.fit(LineStage(cfg, runtime), cfg, runtime)
     for ours, whole in zip(rows(tmp_path), rows(undisturbed), strict=True):
         assert ours.keys() == whole.keys()
         assert all(ours[name] == pytest.approx(whole[name], rel=1e-4) for name in whole)
@@ -407,13 +426,13 @@ def test_data_set_smaller_than_a_batch_is_refused(tmp_path: Path, runtime: Runti
     cfg = config(tmp_path)
     cfg.batch.global_batch_size = 48
     with pytest.raises(UserError, match=r"batch\.global_batch_size"):
-        loop.fit(LineStage(cfg, runtime), cfg, runtime)
+        trainer.fit(LineStage(cfg, runtime), cfg, runtime)
 
 
 def test_metrics_reach_wandb_against_samples_seen(tmp_path: Path, runtime: Runtime, wandb_history: Any) -> None:
     cfg = config(tmp_path)
     cfg.wandb.mode = WandbMode.offline
-    loop.fit(LineStage(cfg, runtime), cfg, runtime)
+    trainer.fit(LineStage(cfg, runtime), cfg, runtime)
     merged: dict[int, dict[str, Any]] = {}
     for row in rows(tmp_path):
         merged.setdefault(row["samples_seen"], {}).update(row)

@@ -1,0 +1,88 @@
+"""Processes: torchrun's command line, signals that ask for an end, locks, and children that end with their parent."""
+
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from multiprocessing import connection, parent_process
+from types import FrameType
+
+SHUTDOWN_S = 600  # that torchrun gives its processes for their checkpoint, before it kills them
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def python(processes: int) -> list[str]:
+    """The beginning of a command line: python, under torchrun where there are several processes."""
+    if processes == 1:
+        return [sys.executable]
+    # The address: torchrun else asks the name server for this machine's, which may not know it.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    return [sys.executable, *torchrun, f"--nproc-per-node={processes}", f"--shutdown-timeout={SHUTDOWN_S}"]
+
+
+def die_with_parent() -> Callable[[], None]:
+    """What a new process calls before it becomes another program, so that it is asked to end when this one dies.
+
+    The C library is loaded here, since after a fork little is safe. Only Linux knows such a request.
+    """
+    if sys.platform != "linux":
+        return lambda: None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != parent:  # it was killed before this could be asked
+            os._exit(1)
+
+    return ask
+
+
+def end_with_parent() -> None:
+    """End this worker of multiprocessing when the process that started it was killed: nobody else would."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def handled_signals(numbers: Collection[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have signals handled inside the block; only in the main thread."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def collected_signals(numbers: Collection[int]) -> Iterator[list[signal.Signals]]:
+    """The signals that came, in their order, instead of dying of them; the list grows. Only in the main thread."""
+    received: list[signal.Signals] = []
+    with handled_signals(numbers, lambda number, frame: received.append(signal.Signals(number))):
+        yield received
+
+
+def lock(descriptor: int) -> bool:
+    """Lock an open file or folder for as long as any process has it open; False where another one holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a network file system without locks: one process at a time is then the user's care
+    return True
+
+
+def wait_for_lock(descriptor: int) -> None:
+    """Lock an open file or folder once no other process holds it."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,0 +1,253 @@
+"""The training loop of all networks: micro-batches, optimiser step, log, checkpoint, evaluation; then export and DONE.
+
+`fit` finds where a run begins and gives one that diverged a second chance; `train` is the loop itself, in one piece.
+
+All processes run it in step, since backward passes, logs, checkpoints and evaluations are collective. What decides
+about one of these is therefore either a function of `samples_seen`, the same everywhere, or exchanged first.
+"""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from torch import Tensor
+
+from conf.entry import to_plain
+from conf.errors import UserError
+from conf.files import atomic_folder
+from conf.process import collected_signals
+from conf.schema import AutoencoderRun, ClipRun, UNetRun
+from data.loader import batches
+from train.engine.checkpoint import Checkpoints
+from train.engine.meter import Meter, left_out
+from train.engine.metric_log import MetricLog, say
+from train.engine.runtime import Runtime
+from train.engine.state import (
+    Outcome,
+    Stage,
+    State,
+    architecture_of,
+    config_digest,
+    read_done,
+    require_same_run,
+    write_done,
+)
+from train.engine.watchdog import Watchdog
+
+Cfg = AutoencoderRun | ClipRun | UNetRun
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # preemption, `scancel` and torchrun; `sbatch --signal=B:USR1@t`
+NAMED = 5  # samples that an error names
+
+
+class Diverged(UserError):
+    """Steps in a row whose loss or gradients were not finite; the weights are those before the first of them."""
+
+    def __init__(self, stage: str, steps: int, began: int, samples_seen: int, samples: list[str]) -> None:
+        self.began, self.samples_seen = began, samples_seen  # before the first of them, and after the last
+        more = " and more" if len(samples) > NAMED else ""
+        where = f"the losses of {', '.join(samples[:NAMED])}{more}" if samples else "the gradients"
+        super().__init__(
+            f"{stage}: {where} were not finite in {steps} steps in a row up to samples_seen={samples_seen}: lower "
+            "optim.lr, set optim.grad_clip or runtime.precision=fp32, or leave these samples out; a new start "
+            "continues from the last checkpoint"
+        )
+
+
+def fit(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
+    """Train a stage to `loop.samples`, from its newest checkpoint if there is one.
+
+    Raises:
+        UserError: batch or data set too small, the folder holds another run, or too many steps were not finite.
+        OSError: a checkpoint could not be written; the previous ones are as they were.
+    """
+    output_dir, config = Path(cfg.output_dir), to_plain(cfg)
+    architecture = architecture_of(config, stage.trainables)
+    fresh = State(architecture=architecture, data=stage.dataset.digest, config=config_digest(config))
+    record = config | {"hardware": runtime.hardware()}  # which may be another one at the next start
+    done = read_done(output_dir, cfg.loop.samples)
+    if done is not None:
+        require_same_run(done, fresh, output_dir)
+        if runtime.is_main:
+            say(stage.name, f"already done at {done['samples_seen']:,} samples: {output_dir / 'DONE'}")
+        return Outcome(finished=True, samples_seen=done["samples_seen"], metrics=done["metrics"])
+    diverged_at, watchdog = 0, Watchdog(runtime, output_dir / "hang", cfg.runtime.watchdog_s)
+    with Checkpoints(output_dir, runtime, cfg.loop) as checkpoints, collected_signals(STOP_SIGNALS) as asked, watchdog:
+        while True:
+            state = checkpoints.resume(stage.trainables, fresh)
+            journal = MetricLog(output_dir, cfg.wandb, stage.name, record, runtime.is_main, state.samples_seen)
+            try:
+                with journal:
+                    return train(stage, cfg, runtime, state, checkpoints, journal, asked, watchdog)
+            except Diverged as error:
+                # Once more from the last checkpoint: a machine's fault does not come again, one of the data does, and
+                # what no sound step has interrupted is the same one, however many checkpoints were made meanwhile.
+                checkpoints.wait()
+                if error.began < diverged_at or not checkpoints.any():
+                    raise
+                diverged_at = error.samples_seen
+                if runtime.is_main:
+                    say(stage.name, f"{diverged_at:>11,}  back to the last checkpoint, once")
+
+
+def train(
+    stage: Stage,  # what a micro-batch teaches
+    cfg: Cfg,
+    runtime: Runtime,
+    state: State,  # where to begin; follows the run
+    checkpoints: Checkpoints,
+    journal: MetricLog,
+    asked: Sequence[signal.Signals],  # signals that asked this process to stop, as they come
+    watchdog: Watchdog,  # is told what begins, so that it can say where a process hangs
+) -> Outcome:
+    """From `state` to the end of the run, or to a signal."""
+    loop, batch_size = cfg.loop, cfg.batch.global_batch_size
+    micro_batch_size, accumulation = cfg.batch.split(runtime.world)
+    place = (runtime.rank, runtime.world, state.samples_seen, cfg.batch.workers)
+    source = batches(stage.dataset, batch_size, micro_batch_size, *place)  # refuses too few samples
+    meter = Meter(state.interval)  # the log line that the last checkpoint fell into goes on
+    skipped_in_a_row, suspects = 0, list[str]()  # suspects: samples of this process whose loss was not finite
+    state.wandb_run_id, clock = journal.run_id, time.monotonic()
+    if runtime.is_main and state.samples_seen:
+        say(stage.name, f"continues from the checkpoint at {state.samples_seen:,} samples")
+
+    def due(every: int) -> bool:
+        """Whether the step before this moment passed a multiple of `every` samples."""
+        return state.samples_seen > 0 and state.samples_seen // every > (state.samples_seen - batch_size) // every
+
+    while state.samples_seen < loop.samples:
+        # -------------------- evaluate
+        # Before the step and after the checkpoint of the one before: a kill during an evaluation costs only that.
+        if due(loop.evaluate_every):
+            evaluate(stage, runtime, state, journal, watchdog)
+
+        step_began, wait_s, sound = time.perf_counter(), 0.0, True
+        measured = list[dict[str, Tensor]]()
+        for index in range(accumulation):
+            # -------------------- data
+            watchdog.note("waiting for data")
+            wait_began = time.perf_counter()
+            batch = next(source)
+            wait_s += time.perf_counter() - wait_began
+            watchdog.note("in a training step")
+            meter.add(left_out(stage.name, batch, micro_batch_size))
+
+            # -------------------- forward and backward
+            values = stage.micro_step(batch, index == accumulation - 1, state.samples_seen)
+            measured.append(values)
+            # A process that found its loss not finite goes on all the same: the others wait for it in the backward
+            # pass of the last micro-batch, where gradients are exchanged.
+            if not all(bool(loss.isfinite().all()) for name, loss in values.items() if name.endswith("loss")):
+                sound = False
+                suspects += list(batch.get("key", map(str, batch["position"].tolist())))
+        meter.tick(batch_size, time.perf_counter() - step_began, wait_s)
+
+        # -------------------- agree
+        # A signal, a loss or a full disk may be one process's alone. One exchange tells in an ordinary step that there
+        # is none; only when there is one do further exchanges find out which, in the same order everywhere.
+        stopping = False
+        if runtime.any(bool(asked) or not sound or checkpoints.failed):
+            checkpoints.wait()  # raises on all processes what went wrong in the main process's thread
+            stopping = runtime.any(bool(asked))
+            sound = not runtime.any(not sound)
+        state.samples_seen += batch_size  # of a step that is left out, too: the order of the data goes on
+
+        # -------------------- the optimiser's step
+        # On all processes, sound or not: the gradients' norm is collective under sharding, and one that is not finite
+        # makes every backend leave its weights as they are.
+        step_began = time.perf_counter()
+        for values in measured if sound else ():  # by all or by none, since the meter sums over the processes by name
+            meter.add(values)
+        norms = stage.finish_step(state.samples_seen)
+        meter.step_s[-1] += time.perf_counter() - step_began
+        meter.add({name: value for name, value in norms.items() if math.isfinite(value)})
+        if sound and all(map(math.isfinite, norms.values())):
+            skipped_in_a_row, suspects = 0, []
+        else:
+            skipped_in_a_row += 1
+            if runtime.is_main:
+                left = f"step left out, it was not finite ({skipped_in_a_row} in a row)"
+                say(stage.name, f"{state.samples_seen:>11,}  {left}")
+            if skipped_in_a_row >= loop.most_skipped_steps:  # on all processes at once, as `sound` and norms are
+                named = [key for part in runtime.gather_objects(suspects[: NAMED + 1]) for key in part]
+                began = state.samples_seen - skipped_in_a_row * batch_size
+                raise Diverged(stage.name, skipped_in_a_row, began, state.samples_seen, named)
+        now = time.monotonic()
+        state.pass_time(now - clock, runtime.world)
+        clock = now
+        over = state.samples_seen >= loop.samples
+
+        # -------------------- log
+        if over or due(loop.log_every):
+            own_s = sum(trainable.clock.read() for trainable in stage.trainables.values())
+            samples_left = max(0, loop.samples - state.samples_seen)
+            # Means over the processes: all of them take part in a line that the main process alone writes.
+            line = meter.report(runtime, samples_left, own_s, stage.flops_per_sample) | gauges(stage)
+            journal.log(state.samples_seen, line | {"perf/device_hours": state.device_hours})
+
+        # -------------------- checkpoint
+        # After the log, so that what it holds of the interval is what the next line lacks.
+        if over or stopping or due(loop.checkpoint_every):
+            watchdog.note("at a checkpoint")
+            state.interval = meter.state(runtime)
+            checkpoints.save(stage.trainables, state, wait=over or stopping)
+
+        # -------------------- stop on a signal
+        if stopping:
+            marker = os.environ.get("REQUEUE_FILE")  # the batch script that set it submits the job again
+            if runtime.is_main:
+                say(stage.name, f"{asked[-1].name if asked else 'a signal'}: stopped at {state.samples_seen:,} samples")
+                if marker:
+                    Path(marker).touch()
+            runtime.barrier()  # whoever returns finds the marker
+            return Outcome(finished=False, samples_seen=state.samples_seen)
+
+    # -------------------- the end of the run
+    metrics = evaluate(stage, runtime, state, journal, watchdog)
+    require_learned(stage, metrics)
+    watchdog.note("exporting")
+    export = Path(cfg.output_dir) / "export"
+    with atomic_folder(export) if runtime.is_main else nullcontext(export) as folder:
+        stage.export(folder)  # all make the weights together, the main process writes them
+        runtime.barrier()  # an error of one process ends the export before it has its name
+    if runtime.is_main:
+        write_done(Path(cfg.output_dir), state, metrics)
+    runtime.barrier()  # whoever returns finds the export and DONE
+    return Outcome(finished=True, samples_seen=state.samples_seen, metrics=metrics)
+
+
+def evaluate(stage: Stage, runtime: Runtime, state: State, journal: MetricLog, watchdog: Watchdog) -> dict[str, float]:
+    """Metrics of this moment: from the journal when an earlier start got as far."""
+    # Only the main process has a journal; the others must not begin an evaluation that it leaves out.
+    recorded: dict[str, float] = runtime.gather_objects(journal.recorded(state.samples_seen))[0]
+    if recorded:
+        return recorded
+    watchdog.note("evaluating")
+    metrics = stage.evaluate(state.samples_seen, journal)
+    journal.log(state.samples_seen, metrics)
+    return metrics
+
+
+def require_learned(stage: Stage, metrics: Mapping[str, float]) -> None:
+    """Refuse to call a training finished that moved no weight, or whose last evaluation gives no number at all."""
+    if not any(trainable.steps for trainable in stage.trainables.values()):
+        raise UserError(
+            f"{stage.name}: nothing was learned, no step was finite: lower optim.lr, set runtime.precision=fp32, or "
+            "look for values in the data that are not; then delete output_dir and begin anew"
+        )
+    if metrics and not any(map(math.isfinite, metrics.values())):
+        raise UserError(
+            f"{stage.name}: no value of the last evaluation is finite ({', '.join(metrics)}), so nothing is exported: "
+            "lower optim.lr or set runtime.precision=fp32, and begin anew in another output_dir"
+        )
+
+
+def gauges(stage: Stage) -> dict[str, float]:
+    """Metrics that have a value now instead of a mean: steps left out so far and, in fp16, the loss scale."""
+    skipped = sum(trainable.skipped_steps for trainable in stage.trainables.values())
+    scales = {name: trainable.backend.scale for name, trainable in stage.trainables.items()}
+    found = {f"train/loss_scale/{name}": scale.value for name, scale in scales.items() if scale.enabled}
+    return found | {"train/skipped_steps": float(skipped)}
