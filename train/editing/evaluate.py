@@ -30,8 +30,9 @@ from train.engine.progress import Progress
 from train.engine.runtime import Runtime
 from train.evaluation.judges.judge import accuracy, cached_judge
 from train.evaluation.judges.probe import SceneProbe
+from train.sampling.load import load_model
 from train.sampling.requests import require_prompts_alone, say_cut
-from train.sampling.run import finite_images, load_model, require_finite
+from train.sampling.run import finite_images, require_finite
 
 SHOWN = 4  # edits of each sort in edits.png
 WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0)

@@ -14,7 +14,7 @@ from train.evaluation.extractors import Extractor
 from train.evaluation.feature_cache import FeatureCache
 from train.evaluation.frechet import frechet_distance, statistics_of
 from train.evaluation.reference import Reference
-from train.sampling.run import Drawing
+from train.sampling.run import GeneratedBatch
 
 Measure = Callable[[Tensor, Tensor], Tensor]  # images and originals [B, 3, H, W] to numbers [B]
 
@@ -41,7 +41,7 @@ class PairedMetrics:
         return {"rivals": list(self.rivals), "perceptual": self.kind.value} if self.rivals else {}
 
     @torch.no_grad()
-    def columns(self, drawing: Drawing, extractors: Sequence[Extractor]) -> dict[str, Tensor]:
+    def columns(self, drawing: GeneratedBatch, extractors: Sequence[Extractor]) -> dict[str, Tensor]:
         """Of B drawn images and of those of all rivals, [B]; of the latter features, too."""
         if not self.rivals:
             return {}
@@ -63,12 +63,12 @@ class PairedMetrics:
             found[f"eval/{rival}{measure}"] = measured.whole(name).mean().item()
         return found
 
-    def _images(self, drawing: Drawing) -> Iterator[tuple[str, Tensor]]:
+    def _images(self, drawing: GeneratedBatch) -> Iterator[tuple[str, Tensor]]:
         yield "", drawing.images
         for rival, images in self.conditions.baselines(drawing.originals, drawing.inputs).items():
             yield f"{rival}/", images.to(drawing.images)
 
-    def _measures(self, drawing: Drawing, originals: Tensor) -> dict[str, Measure]:
+    def _measures(self, drawing: GeneratedBatch, originals: Tensor) -> dict[str, Measure]:
         hole = self.conditions.region(drawing.inputs)
         if hole is None:
             found: dict[str, Measure] = {"psnr": psnr, "ssim": ssim}

@@ -27,7 +27,7 @@ from train.evaluation.paired_metrics import rival_distances
 from train.evaluation.reference import FILES, Reference, reference_of
 from train.evaluation.targets import SHOWN, GeneratedImages, Reconstructions, Target
 from train.latents.provenance import UNetInfo, weights_digest
-from train.sampling.run import load_model, lora_facts
+from train.sampling.load import load_model, lora_facts
 
 PROBE_FLOOR = 0.97  # a probe that reads real images worse than this proves nothing
 

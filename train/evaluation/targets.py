@@ -29,7 +29,7 @@ from train.evaluation.paired_metrics import PairedMetrics
 from train.evaluation.reference import FILES
 from train.latents.provenance import weights_digest
 from train.sampling.requests import samples_of, say_cut
-from train.sampling.run import draw_images, finite_images, require_finite, sampling_facts
+from train.sampling.run import finite_images, generate_images, require_finite, sampling_facts
 
 SHOWN = 64  # images in the grid
 
@@ -110,7 +110,7 @@ class GeneratedImages:
     def measure(self, numbers: range) -> dict[str, Tensor]:
         """Draw and look."""
         items = self.items(numbers)
-        drawing = draw_images(self.model, self.cfg, items, numbers)
+        drawing = generate_images(self.model, self.cfg, items, numbers)
         images = drawing.images
         if self.refuses_broken:
             broken = [item["caption"] for item, sound in zip(items, finite_images(images), strict=True) if not sound]

@@ -27,7 +27,7 @@ from train.engine.trainable import WEIGHTS
 from train.evaluation.run import evaluate, evaluate_run, samples_seen
 from train.evaluation.targets import GeneratedImages
 from train.latents.provenance import check_latents
-from train.sampling.run import put_together
+from train.sampling.load import put_together
 
 
 def watch(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
