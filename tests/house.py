@@ -97,7 +97,8 @@ def mirrors(root: Path, test: Path) -> bool:
     words = name.split("_")
     parts = ["_".join(words[:end]) for end in range(1, len(words) + 1)]
     at_home = {folder / f"{mark}{part}.py" for part in parts for mark in ("", "_")} | {folder / part for part in parts}
-    return folder.name == name or any(path.exists() for path in at_home)
+    beside = test.with_name(f"{name}.py")  # a module of the tests themselves
+    return folder.name == name or beside.exists() or any(path.exists() for path in at_home)
 
 
 def table(root: Path) -> dict[str, int]:

@@ -28,8 +28,8 @@ from models.conditions import ConditionContext, Conditions
 from models.pipeline import DiffusionPipeline
 from tiny_pipeline import WIDTH, tiny_pipeline
 from train.board.playground import server
+from train.board.playground.markup import data_url, message, render_sheet
 from train.board.playground.request import AS_GIVEN, request_of
-from train.board.playground.sheet import data_url, message, render_sheet
 from train.board.playground.studio import Drawing, Studio
 from train.board.playground.upload import pixels_of
 from train.engine.image_grid import to_uint8
