@@ -25,8 +25,10 @@ Point = tuple[int, float | None]
 
 def sections(run: RunFolder) -> dict[str, list[dict[str, Any]]]:
     """Section → its charts; only those that have something to show."""
-    drawn = {title: [chart for panel in panels for chart in charts(run, panel)] for title, panels in SECTIONS.items()}
-    return {title: found for title, found in drawn.items() if found}
+    sections = {
+        title: [chart for panel in panels for chart in charts(run, panel)] for title, panels in SECTIONS.items()
+    }
+    return {title: found for title, found in sections.items() if found}
 
 
 def charts(run: RunFolder, panel: Panel) -> list[dict[str, Any]]:

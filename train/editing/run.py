@@ -164,7 +164,7 @@ def edit_in_words(edit: Edit) -> str:
     return f"{edit.edited} ({weights})" if weights else edit.edited
 
 
-def record_edits(cfg: EditRun, folder: SampleFolder, jobs: Sequence[EditJob], drawn: int) -> None:
+def record_edits(cfg: EditRun, folder: SampleFolder, jobs: Sequence[EditJob], generated: int) -> None:
     """`edits.jsonl` and `grid.png` of what is in the files, and all sheets to W&B."""
     facts = [read_parameters(folder.image(index)) or {} for index in range(len(jobs))]
     atomic_write(folder.folder / "edits.jsonl", "".join(dumps(fact) + "\n" for fact in facts).encode())
@@ -174,7 +174,7 @@ def record_edits(cfg: EditRun, folder: SampleFolder, jobs: Sequence[EditJob], dr
         log.image("edit", read_png(folder.image(index)), index, edit_in_words(jobs[index].edit))
         log.log(index, {f"edit/{key}": fact[key] for key in MEASURED if key in fact})
     log.finish()
-    there = f", {len(jobs) - drawn:,} of them there already" if drawn < len(jobs) else ""
+    there = f", {len(jobs) - generated:,} of them there already" if generated < len(jobs) else ""
     say("edit", f"{len(jobs):,} edits{there}: {grid}, a sheet of each in {folder.folder}")
     found = [fact["reconstruction_psnr"] for fact in facts if "reconstruction_psnr" in fact]
     if found:

@@ -51,9 +51,9 @@ def watch(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
             time.sleep(cfg.watch_s)
             continue
         passed.add(seen)
-        subject = of_checkpoint(cfg, runtime, trained, seen)
-        if subject is not None:
-            metrics[seen] = evaluate(cfg, subject, runtime, trained, seen)
+        target = of_checkpoint(cfg, runtime, trained, seen)
+        if target is not None:
+            metrics[seen] = evaluate(cfg, target, runtime, trained, seen)
     last = samples_seen(cfg.unet, "unet")  # the last checkpoint is what was exported
     return metrics[last] if last in metrics else evaluate_run(cfg, runtime)
 

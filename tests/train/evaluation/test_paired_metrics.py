@@ -17,7 +17,7 @@ from models.losses import distance_inside, perceptual_distance, psnr, psnr_insid
 from train.evaluation.extractors import Extractor
 from train.evaluation.feature_cache import FeatureCache
 from train.evaluation.frechet import FeatureStatistics, frechet_distance
-from train.evaluation.paired_metrics import PairedMetrics, rival_distances
+from train.evaluation.paired_metrics import PairedMetrics, baseline_distances
 from train.sampling.run import GeneratedBatch
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def compared(
         chunks.write(numbers, comparison.columns(one, [COLOURS]))
     real = FeatureStatistics(3)
     real.update(torch.cat([COLOURS(one.originals)["colours"] for one in drawings]))
-    distances = rival_distances(conditions.rivals, COLOURS, chunks, real)  # type: ignore[arg-type]
+    distances = baseline_distances(conditions.rivals, COLOURS, chunks, real)  # type: ignore[arg-type]
     return comparison.metrics(chunks), distances, drawings, conditions
 
 

@@ -183,7 +183,7 @@ def test_measurements_of_other_extractors_are_not_gone_on_with(project: Any, run
     given = ["prompt_following=false", "clip_score=null"], ["prompt_following=false"]
     asked = [config(project, tmp_path, *options) for options in given]
     drawn = [subjects.GeneratedImages(cfg, runtime, load_model(cfg, runtime.device), {}) for cfg in asked]
-    folders = {evaluate.chunks_of(cfg, subject).folder for cfg, subject in zip(asked, drawn, strict=True)}
+    folders = {evaluate.feature_cache_of(cfg, subject).folder for cfg, subject in zip(asked, drawn, strict=True)}
     assert len(folders) == 2
 
 
