@@ -101,7 +101,7 @@ def fitted(image: Image.Image, budget: float) -> tuple[str, int, int]:
 
 
 def data_uri(image: Image.Image) -> str:
-    """WebP as text."""
+    """A WebP image as the text of an address."""
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=QUALITY)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

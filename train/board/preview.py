@@ -267,7 +267,7 @@ def gallery(images: np.ndarray, captions: Sequence[str]) -> str:
 
 
 def plain(image: Image.Image) -> str:
-    """An image as it is."""
+    """An image at its own size."""
     return f'<img src="{_address(image)}">'
 
 

@@ -144,7 +144,7 @@ def reweighted(
     numbers: Sequence[int],
     words: list[tuple[str, str, str]],
 ) -> Iterator[Row]:
-    """Of prompts, a word and the attribute that it names: the probability of the attribute by the word's weight."""
+    """The probability of an attribute by the weight of the word that names it, for some prompts."""
     for number, (prompt, attribute, word) in zip(numbers, words, strict=True):
         edits, count = [Edit(prompt=prompt, weights={word: weight}) for weight in WEIGHTS], len(WEIGHTS)
         made = edit_images(model, edits, [cfg.seed] * count, cfg, indices=[number] * count)

@@ -65,7 +65,7 @@ class FeatureCache:
             save_file({name: column.contiguous() for name, column in columns.items()}, path)
 
     def names(self, part: str) -> list[str]:
-        """Of the columns that all chunks have, those with `part` in their name."""
+        """Names of the columns that all chunks have, as far as `part` is in them."""
         return sorted(name for name in load_file(self._path(self.ranges[-1])) if part in name)
 
     def columns(self, *names: str) -> Iterator[list[Tensor]]:
@@ -86,7 +86,7 @@ class FeatureCache:
         return torch.cat(parts)
 
     def remove(self) -> None:
-        """Forget all of it."""
+        """Forget all measurements."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):  # others are there
             self.folder.parent.rmdir()

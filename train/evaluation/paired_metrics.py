@@ -1,4 +1,4 @@
-"""Images against the originals that conditions were made of: how close the drawn ones come, and trivial ones."""
+"""Images against the originals that conditions were made of: how close the generated ones come, and trivial ones."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,7 +22,7 @@ Measure = Callable[[Tensor, Tensor], Tensor]  # images and originals [B, 3, H, W
 class PairedMetrics:
     """PSNR, SSIM and a perceptual distance; inside the hole alone, without SSIM, where a condition leaves one.
 
-    There is something to compare only where a condition has rivals: trivial images that a network must beat.
+    There is something to compare only where a condition has baselines: trivial images that a network must beat.
 
     Args:
         conditions: of the network that draws.
@@ -42,7 +42,7 @@ class PairedMetrics:
 
     @torch.no_grad()
     def columns(self, generated: GeneratedBatch, extractors: Sequence[Extractor]) -> dict[str, Tensor]:
-        """Of B drawn images and of those of all rivals, [B]; of the latter features, too."""
+        """Columns [B] of B generated images and of those of all baselines; of the latter features, too."""
         if not self.baselines:
             return {}
         originals = generated.originals.to(generated.images)
@@ -83,7 +83,7 @@ class PairedMetrics:
 def baseline_distances(
     baselines: Sequence[str], extractor: Extractor, measured: FeatureCache, reference: Reference
 ) -> dict[str, float]:
-    """The Fréchet distance of each rival's images, for comparison with that of the drawn ones."""
+    """The Fréchet distance of each baseline's images, for comparison with that of the generated ones."""
     found = {}
     for baseline in baselines:
         batches = (features for (features,) in measured.columns(f"{baseline}/{extractor.name}"))

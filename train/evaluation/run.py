@@ -51,7 +51,7 @@ def evaluate_run(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
 
 
 def evaluate(cfg: EvaluateRun, target: Target, runtime: Runtime, trained: Path, seen: int) -> dict[str, float]:
-    """Metrics of a subject that had seen so many samples, written to files and to the W&B run of `trained`."""
+    """Metrics of a target whose training had seen so many samples, written to files and to the W&B run of `trained`."""
     started = time.monotonic()
     references = references_of(cfg, target, runtime)
     cache = feature_cache_of(cfg, target)
@@ -176,7 +176,7 @@ def run_of(trained: Path, wandb: WandbConfig) -> WandbConfig:
 
 
 def samples_seen(folder: str, option: str) -> int:
-    """Of the training that exported this network; the x axis of its metrics."""
+    """Samples seen by the training that exported a network; the x axis of its metrics."""
     done = read_done(Path(folder).parent, 0)
     if done is None:
         raise UserError(

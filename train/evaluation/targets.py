@@ -35,7 +35,7 @@ SHOWN = 64  # images in the grid
 
 
 class Target(Protocol):
-    """What `evaluate` asks of either."""
+    """Images that can be evaluated: where they come from, and what is measured of them."""
 
     total: int  # images
     prefix: str  # of its distances' names: "" or "r", of reconstructions
@@ -108,7 +108,7 @@ class GeneratedImages:
             say("evaluation", f"{self.extractors[-1].name}: {cuts.line('captions')}")
 
     def measure(self, numbers: range) -> dict[str, Tensor]:
-        """Draw and look."""
+        """Generate the images and measure them."""
         items = self.items(numbers)
         generated = generate_images(self.model, self.cfg, items, numbers)
         images = generated.images
@@ -140,7 +140,7 @@ class GeneratedImages:
         return result
 
     def captions(self, numbers: range) -> list[str]:
-        """What is asked for."""
+        """Titles of the images: captions and what else they were made of."""
         items, conditions = self.items(numbers), self.model.denoiser.conditions
         inputs = self.model.prepare(samples_of(items, numbers, self.cfg.seed, self.cfg.images.resolution))
         return conditions.titles([item["caption"] for item in items], inputs)
@@ -196,12 +196,12 @@ class Reconstructions:
         return {f"eval/{name}": measured.whole(f"compared/{name}").mean().item() for name in self.measures}
 
     def captions(self, numbers: range) -> list[str]:
-        """Of the originals."""
+        """Captions of the originals."""
         return [self.originals.at(number)["caption"] for number in numbers]
 
 
 def extractors_of(cfg: EvaluateRun, device: torch.device) -> list[Extractor]:
-    """Those that the options ask for; a file of statistics leaves the first of them to compare with."""
+    """Extractors that the options name; a file of statistics leaves the first of them to compare with."""
     found = [] if cfg.inception is None else [inception(cfg.inception, device)]
     return found if found and cfg.reference.endswith(FILES) else [*found, efficientnet(device)]
 
@@ -229,7 +229,7 @@ def clip_extractor(clip: Clip, source: str) -> Extractor:
 
 
 def features_of(images: Tensor, extractors: list[Extractor]) -> dict[str, Tensor]:
-    """Columns of all extractors."""
+    """Columns of features of all extractors."""
     return {name: column for extractor in extractors for name, column in extractor(images).items()}
 
 

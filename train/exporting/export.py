@@ -78,8 +78,8 @@ def pipeline_of(cfg: ExportRun, info: UNetInfo) -> tuple[str, dict[str, Any]]:
     conditions = frozenset(info.conditions)
     if conditions not in PIPELINES:
         raise UserError(
-            f"unet={cfg.unet}: diffusers has no pipeline for conditions {', '.join(sorted(conditions))}; load the U-Net "
-            "in that folder by itself, or sample with train/sample.py"
+            f"unet={cfg.unet}: diffusers has no pipeline for conditions {', '.join(sorted(conditions))}; load the "
+            "U-Net in that folder by itself, or sample with train/sample.py"
         )
     return PIPELINES[conditions]
 

@@ -34,7 +34,7 @@ class Prompt(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One image."""
+    """One image to be generated."""
 
     prompt: str
     number: int  # among all images of that prompt

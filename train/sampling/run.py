@@ -111,7 +111,7 @@ def generate_images(
 def writable(
     model: DiffusionPipeline, cfg: SampleRun, generated: GeneratedBatch, film: Film
 ) -> list[tuple[np.ndarray, str, np.ndarray | None, np.ndarray | None]]:
-    """For each image what `SampleFolder.add` takes: pixels, title, the frames of its film, its condition."""
+    """What `SampleFolder.add` writes of each image: pixels, title, the frames of its film, its condition."""
     images, frames, conditions = generated.images, dict[int, np.ndarray](), None
     if film.rows:
         with autocast(model.device, cfg.runtime.precision):

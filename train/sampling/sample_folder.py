@@ -53,7 +53,7 @@ class SampleFolder:
     labels: list[str] = field(default_factory=list)
 
     def image(self, index: int, part: str = "") -> Path:
-        """File of an image."""
+        """File of an image, or of one part of it."""
         return self.folder / f"{index:05d}{part and '-'}{part}.png"
 
     def strip(self, index: int) -> Path:
@@ -154,7 +154,7 @@ def read_text(path: Path, chunk: str) -> str | None:
 
 
 def read_png(path: Path) -> np.ndarray:
-    """Pixels [H, W, 3]."""
+    """Pixels [H, W, 3] of a PNG."""
     with Image.open(path, formats=["PNG"]) as image:
         return np.asarray(image)
 

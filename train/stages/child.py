@@ -55,7 +55,7 @@ class Child:
             )
 
     def wait(self, seconds: float) -> int | None:
-        """Its exit status, or None when it still runs after a while."""
+        """The exit status of the child, or None when it still runs after a while."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -23,7 +23,7 @@ COLORS = {"running": "bold cyan", "done": "green", "skipped": "green", "failed":
 
 @dataclass(slots=True)
 class StageRow:
-    """One stage."""
+    """What is known of one stage while it runs."""
 
     name: str
     total: int = 0  # samples; 0: not known

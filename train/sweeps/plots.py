@@ -77,7 +77,7 @@ class Looks:
         return self.size(result.option("steps") if "steps" in self.varied else None)
 
     def radius(self, result: Result) -> float:
-        """Of a marker, and a little more, in points."""
+        """Radius of a marker, and a little more, in points."""
         return self.area(result) ** 0.5 / 2 + 1.5
 
     def text(self, result: Result) -> str:

@@ -158,7 +158,7 @@ def application(cfg: PlaygroundRun, studio: Studio) -> FastAPI:
 
 
 def label(word: str) -> str:
-    """Of a slider: "eyes (2)" is where the word stands for the second time."""
+    """The label of a slider: "eyes (2)" is where the word stands for the second time."""
     text, mark, number = word.partition("#")
     return f"{text} ({number})" if mark else text
 

@@ -30,7 +30,7 @@ class Request:
 
 
 def request_of(cfg: PlaygroundRun, values: Mapping[str, Any], weights: Mapping[str, float]) -> Request:
-    """Of the controls' values by name, and weights of words; all that has no control is as in the configuration.
+    """The request that the controls say, by name, with weights of words; what has no control is as configured.
 
     Raises:
         UserError: a value that no image can have.
@@ -56,7 +56,7 @@ def request_of(cfg: PlaygroundRun, values: Mapping[str, Any], weights: Mapping[s
 
 
 def of_image(request: Request, image: str, inversion: InversionMethod) -> Request:
-    """The same for a given image, with DDIM where the sampler would not find it."""
+    """The request with the visitor's own image, and with DDIM where the sampler would not find it."""
     chosen, sampling = request.sampling.sampler, request.sampling
     if not unfit(sampling, inversion):
         return replace(request, image=image, inversion=inversion)
@@ -65,7 +65,7 @@ def of_image(request: Request, image: str, inversion: InversionMethod) -> Reques
 
 
 def seed_of(number: float | None) -> int:
-    """Of the number that was written.
+    """The seed in a field of the page.
 
     Raises:
         UserError: none, not a whole one, or one that a browser rounds.

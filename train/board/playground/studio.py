@@ -133,7 +133,7 @@ class Studio:
 
 
 def as_bytes(prompt: str, image: DrawnImage, region: Tensor | None, film: np.ndarray) -> Shown:
-    """An image as bytes."""
+    """An image with its words and its film, as bytes."""
     words = [(word.partition("#")[0], stretched(heat)) for word, heat in image.maps.items() if is_word(word)]
     where = None if region is None else region.cpu().numpy()
     return Shown(prompt, to_uint8(image.image[None])[0], film, words, where)

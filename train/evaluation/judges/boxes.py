@@ -67,7 +67,7 @@ class BoxJudge(Judge):
         return dict(zip(self.columns, counts, strict=True))
 
     def scores(self, columns: dict[str, Tensor]) -> dict[str, float]:
-        """Shares of all boxes."""
+        """Shares of the boxes that are right, over all images."""
         totals = {name: column.sum(dim=0).tolist() for name, column in columns.items()}
         return {name: right / total for name, (right, total) in totals.items() if total}
 

@@ -60,7 +60,7 @@ class Probe(Judge):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The attributes."""
+        """Names of the attributes that are read."""
         return tuple(self.facts)
 
     def loss(self, images: Tensor, items: Sequence[Item], generator: torch.Generator) -> Tensor:
@@ -77,7 +77,7 @@ class Probe(Judge):
 
     @torch.no_grad()
     def log_probability(self, images: Tensor, name: str, value: Any) -> Tensor:
-        """Of a value of an attribute, [B] on the CPU."""
+        """Log-probability of a value of an attribute, [B] on the CPU."""
         return self.network(images)[name].log_softmax(1)[:, self.facts[name].index(value)].cpu()
 
     @torch.no_grad()
@@ -120,7 +120,7 @@ class CaptionProbe(Probe):
 
     @staticmethod
     def attributes(item: Item) -> dict[str, Any]:
-        """Of the sample's JSON."""
+        """Attributes by the sample's JSON."""
         return {name: item["meta"][name] for name in ATTRIBUTES}
 
 
@@ -131,12 +131,12 @@ class SceneProbe(Probe):
 
     @classmethod
     def require(cls, item: Item) -> None:
-        """As for captions."""
+        """Raise UserError where a sample has no attributes."""
         CaptionProbe.require(item)
 
     @staticmethod
     def attributes(item: Item) -> dict[str, Any]:
-        """Of the sample's JSON."""
+        """Attributes by the sample's JSON."""
         return attributes_of(item["meta"])
 
 
@@ -156,5 +156,5 @@ class ClassProbe(Probe):
 
     @staticmethod
     def attributes(item: Item) -> dict[str, Any]:
-        """Of the labels."""
+        """Attributes by the labels."""
         return {"class": item["labels"].class_id}

@@ -65,7 +65,7 @@ class SegmentJudge(Judge):
 
     @classmethod
     def require(cls, item: Item) -> None:
-        """A map must be there."""
+        """Raise UserError where a sample has no map."""
         if item["labels"].segments is None:
             raise UserError(
                 f"{cls.option}: sample '{item['key']}' has no {MAP}; leave segments out, or build shards with maps"
@@ -105,5 +105,5 @@ class SegmentJudge(Judge):
 
 
 def maps(items: Sequence[Item]) -> Tensor:
-    """int64 [B, H, W]."""
+    """The class of each pixel, int64 [B, H, W]."""
     return torch.from_numpy(np.stack([item["labels"].segments for item in items])).long()
