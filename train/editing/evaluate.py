@@ -83,7 +83,7 @@ def evaluate_edits(cfg: EvaluateEditsRun, runtime: Runtime) -> dict[str, float]:
     weighed = weighable(scenes, cfg.reweighted)
     curves = shared(cfg, runtime, "weights", weighed, partial(reweighted, model, cfg, probe))
     if not runtime.is_main:
-        return runtime.gather_objects({})[0]
+        return runtime.gather_objects({})[0]  # of the main process, which judges and writes meanwhile
     metrics = edits_metrics(rows) | weights_metrics(curves) | accuracy(probe, heldout, runtime.device)
     write_evaluation(cfg, metrics, rows, curves)
     return runtime.gather_objects(metrics)[0]

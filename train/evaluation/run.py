@@ -66,8 +66,8 @@ def evaluate(cfg: EvaluateRun, target: Target, runtime: Runtime, trained: Path, 
             metrics["perf/pictures_per_s"] = measured / measured_s
         record = {"protocol": protocol(cfg, target, references), "hardware": hardware}
         write_evaluation(cfg, trained, seen, metrics, grid_of(target, cache), record)
-        cache.remove()
-    return runtime.gather_objects(metrics)[0]
+        cache.remove()  # last: a kill before this line costs no measurement
+    return runtime.gather_objects(metrics)[0]  # to all: each process of a sweep's member has the same objective
 
 
 def references_of(cfg: EvaluateRun, target: Target, runtime: Runtime) -> dict[str, Reference]:

@@ -57,6 +57,7 @@ def sample(cfg: SampleRun, runtime: Runtime) -> None:
     jobs = jobs_of(requests.prompts, cfg.images_per_prompt)
     folder = folder_of(cfg, requests, jobs)
     missing = [index for index in range(runtime.rank, len(jobs), runtime.world) if not folder.holds(index)]
+    # One list for all before anybody writes: lists that were taken at different times would be shared out differently.
     missing = sorted(chain.from_iterable(runtime.gather_objects(missing)))
 
     # -------------------- images, batch by batch

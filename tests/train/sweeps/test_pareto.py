@@ -95,7 +95,7 @@ def test_front_is_of_small_distance_and_high_score_or_little_time(
 
 
 @pytest.mark.parametrize(
-    ("metrics", "rivals"),
+    ("metrics", "trade_offs"),
     [
         ({"eval/fd_efficientnet": 5.0, "eval/fd_efficientnet_floor": 4.0}, []),
         ({"eval/fd_clip": 5.0, "perf/pictures_per_s": 2.0}, ["seconds_per_image"]),
