@@ -200,7 +200,7 @@ def test_evaluate_compares_its_members_in_their_wandb_group(tmp_path: Path, monk
 
     told: list[Any] = []
     monkeypatch.setattr(pareto, "write_pareto", lambda *given: told.append(given))
-    register("evaluate", EvaluateRun)
+    register("evaluate", EvaluateRun, [])
     for mine, group in (([], "x/sweep/evaluate"), (["wandb.group=mine"], "mine")):
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             given = ["run_dir=runs/x", "eta=0.5", "wandb.project=p", *mine]
