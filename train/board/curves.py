@@ -25,8 +25,10 @@ Point = tuple[int, float | None]
 
 def sections(run: RunFolder) -> dict[str, list[dict[str, Any]]]:
     """Section → its charts; only those that have something to show."""
-    drawn = {title: [chart for panel in panels for chart in charts(run, panel)] for title, panels in SECTIONS.items()}
-    return {title: found for title, found in drawn.items() if found}
+    sections = {
+        title: [chart for panel in panels for chart in charts(run, panel)] for title, panels in SECTIONS.items()
+    }
+    return {title: found for title, found in sections.items() if found}
 
 
 def charts(run: RunFolder, panel: Panel) -> list[dict[str, Any]]:
@@ -77,7 +79,7 @@ def band(rows: Sequence[dict[str, Any]], metric: str) -> list[tuple[int, float, 
 
 
 def rounded(value: float | None) -> float | None:
-    """As exact as a chart can show."""
+    """A number as exact as a chart can show."""
     return None if value is None else float(f"{value:.6g}")
 
 
@@ -91,7 +93,7 @@ def thinned(points: Sequence[Point], most: int = POINTS) -> list[Point]:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Of the finite ones; None without any."""
+    """The mean of the finite values; None without any."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

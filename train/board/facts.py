@@ -45,7 +45,7 @@ class Card:
 
 
 def cards(run: RunFolder) -> list[Card]:
-    """Of the last evaluation; where there is none, of the last one in the training."""
+    """Cards of the last evaluation; where there is none, of the last one in the training."""
     found = []
     for title, places, form in HEADLINES:
         for name, metric in places:
@@ -70,7 +70,7 @@ def _note(stage: StageFolder, metric: str, form: str) -> str:
 
 
 def last_evaluations(run: RunFolder) -> dict[str, list[dict[str, str]]]:
-    """Of each kind of evaluation all metrics after the most samples: value, interval, deviation and floor."""
+    """All metrics of each kind of evaluation after the most samples: value, interval, deviation and floor."""
     found = {}
     for name in EVALUATIONS:
         stage = run.stages.get(name)

@@ -9,7 +9,7 @@ TRAININGS = ("autoencoder", "clip", "unet")
 EVALUATIONS = {"evaluation": "unet", "autoencoder_evaluation": "autoencoder"}  # of which training; one W&B run with it
 JUDGED = ("unet", "evaluation")  # who logs metrics of the images that a U-Net draws
 LABELS = ("class", "box", "empty_box", "pixel", "segment")  # what the judges of labels score
-GIVEN_BACK = ("autoencoder", "autoencoder_evaluation")  # likewise of those that an autoencoder gives back
+RECONSTRUCTED = ("autoencoder", "autoencoder_evaluation")  # likewise of those that an autoencoder gives back
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +111,11 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Latent shards", ("latents/shards_done", "latents/shards"), ("latents",)),
     ),
     "Autoencoder": (
-        Panel("PSNR of reconstructions", ("eval/psnr", "train/psnr"), GIVEN_BACK, "dB"),
-        Panel("SSIM of reconstructions", ("eval/ssim",), GIVEN_BACK),
-        Panel("Perceptual distance", ("eval/lpips", "eval/efficientnet", "train/perceptual"), GIVEN_BACK),
-        distance("rFID", "rfid", GIVEN_BACK),
-        distance("Fréchet distance of reconstructions, EfficientNet", "rfd_efficientnet", GIVEN_BACK),
+        Panel("PSNR of reconstructions", ("eval/psnr", "train/psnr"), RECONSTRUCTED, "dB"),
+        Panel("SSIM of reconstructions", ("eval/ssim",), RECONSTRUCTED),
+        Panel("Perceptual distance", ("eval/lpips", "eval/efficientnet", "train/perceptual"), RECONSTRUCTED),
+        distance("rFID", "rfid", RECONSTRUCTED),
+        distance("Fréchet distance of reconstructions, EfficientNet", "rfd_efficientnet", RECONSTRUCTED),
         Panel("Pixel distance", ("train/reconstruction",), ("autoencoder",), logarithmic=True),
         Panel("KL divergence", ("train/kl",), ("autoencoder",), logarithmic=True),
         Panel("Codebook in use", ("train/codebook_use", "eval/codebook_use"), ("autoencoder",), "share"),

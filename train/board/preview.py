@@ -122,8 +122,8 @@ def readable_images(dataset: ImageDataset, count: int) -> tuple[np.ndarray, list
     if not items:
         raise UserError(f"data: none of {count} samples can be read; the first: {problem}")
     images = to_uint8(torch.stack([item["image"] for item in items]))
-    drawn = [boxed(image, item["labels"].boxes) for image, item in zip(images, items, strict=True)]
-    return np.stack(drawn), [item["caption"] for item in items]
+    shown = [boxed(image, item["labels"].boxes) for image, item in zip(images, items, strict=True)]
+    return np.stack(shown), [item["caption"] for item in items]
 
 
 @torch.no_grad()

@@ -31,12 +31,12 @@ class StageFolder:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """What it recorded."""
+        """Rows of metrics that a stage recorded."""
         return read_metrics(self.folder / METRICS)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Its resolved configuration; empty where it cannot be read."""
+        """The resolved configuration of a stage; empty where it cannot be read."""
         try:
             found = yaml.safe_load(self.config_text)
         except yaml.YAMLError:
@@ -50,7 +50,7 @@ class StageFolder:
 
     @cached_property
     def config_text(self) -> str:
-        """Likewise, as it is written."""
+        """The configuration of a stage as it is written."""
         path = self.folder / CONFIG
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
@@ -66,7 +66,7 @@ class StageFolder:
 
     @property
     def samples_seen(self) -> int:
-        """By the most advanced row; an evaluation may take the newest checkpoint first."""
+        """Samples seen by the most advanced row; an evaluation may take the newest checkpoint first."""
         return max((row[X_AXIS] for row in self.rows), default=0)
 
     @cached_property
@@ -108,7 +108,7 @@ class RunFolder:
 
     @cached_property
     def stages(self) -> dict[str, StageFolder]:
-        """Those that have begun, in the order in which they are trained."""
+        """Stages that have begun, in the order in which they are trained."""
         found = [StageFolder(name, self.path / name) for name in ORDER]
         return {stage.name: stage for stage in found if (stage.folder / METRICS).is_file()}
 

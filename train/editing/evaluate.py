@@ -30,12 +30,13 @@ from train.engine.progress import Progress
 from train.engine.runtime import Runtime
 from train.evaluation.judges.judge import accuracy, cached_judge
 from train.evaluation.judges.probe import SceneProbe
+from train.sampling.load import load_model
 from train.sampling.requests import require_prompts_alone, say_cut
-from train.sampling.run import finite_images, load_model, require_finite
+from train.sampling.run import finite_images, require_finite
 
 SHOWN = 4  # edits of each sort in edits.png
 WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0)
-TOLD = ("right", "right_fresh", "lacking/right", "lacking/right_fresh", "distance_ratio", "outside_ratio")
+REPORTED = ("right", "right_fresh", "lacking/right", "lacking/right_fresh", "distance_ratio", "outside_ratio")
 TOLERANCE = 0.01  # of a log-probability, by which it may fall from one weight to the next and still count as rising
 MOVING = 0.1  # of a probability, by which it must differ between two weights to count as moving
 RIGHT = {"right": "edit", "right_fresh": "own", "right_before": "source"}
@@ -82,7 +83,7 @@ def evaluate_edits(cfg: EvaluateEditsRun, runtime: Runtime) -> dict[str, float]:
     weighed = weighable(scenes, cfg.reweighted)
     curves = shared(cfg, runtime, "weights", weighed, partial(reweighted, model, cfg, probe))
     if not runtime.is_main:
-        return runtime.gather_objects({})[0]
+        return runtime.gather_objects({})[0]  # of the main process, which judges and writes meanwhile
     metrics = edits_metrics(rows) | weights_metrics(curves) | accuracy(probe, heldout, runtime.device)
     write_evaluation(cfg, metrics, rows, curves)
     return runtime.gather_objects(metrics)[0]
@@ -143,7 +144,7 @@ def reweighted(
     numbers: Sequence[int],
     words: list[tuple[str, str, str]],
 ) -> Iterator[Row]:
-    """Of prompts, a word and the attribute that it names: the probability of the attribute by the word's weight."""
+    """The probability of an attribute by the weight of the word that names it, for some prompts."""
     for number, (prompt, attribute, word) in zip(numbers, words, strict=True):
         edits, count = [Edit(prompt=prompt, weights={word: weight}) for weight in WEIGHTS], len(WEIGHTS)
         made = edit_images(model, edits, [cfg.seed] * count, cfg, indices=[number] * count)
@@ -162,9 +163,9 @@ def edits_metrics(rows: Sequence[Row]) -> dict[str, float]:
     found = dict[str, float]()
     for sort in [*dict.fromkeys(row["sort"] for row in rows), "all"]:
         own = [row for row in rows if sort in (row["sort"], "all")]
-        lacking = [row for row in own if not row["right/source"]]
-        found |= means(f"eval/edits/{sort}", own) | means(f"eval/edits/{sort}/lacking", lacking)
-        found[f"eval/edits/{sort}/lacking/share"] = len(lacking) / len(own)
+        missing = [row for row in own if not row["right/source"]]
+        found |= means(f"eval/edits/{sort}", own) | means(f"eval/edits/{sort}/lacking", missing)
+        found[f"eval/edits/{sort}/lacking/share"] = len(missing) / len(own)
     return found
 
 
@@ -206,14 +207,14 @@ def write_evaluation(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: lis
     for name, lines in (("edits.jsonl", plain), ("weights.jsonl", curves)):
         atomic_write(folder / name, "".join(dumps(line) + "\n" for line in lines).encode())
     atomic_write(folder / "metrics.json", dumps(metrics, indent=1).encode())
-    journal = MetricLog(folder, cfg.wandb, "edits", {"run_dir": cfg.run_dir, "edits": to_plain(cfg)}, is_main=True)
-    journal.log(0, metrics)
-    journal.image("edits", sheet, 0, "before, after, drawn anew with the same noise")
-    journal.finish()
+    log = MetricLog(folder, cfg.wandb, "edits", {"run_dir": cfg.run_dir, "edits": to_plain(cfg)}, is_main=True)
+    log.log(0, metrics)
+    log.image("edits", sheet, 0, "before, after, drawn anew with the same noise")
+    log.finish()
     for sort in [*SORTS, "all"]:
-        measured = {name: metrics.get(f"eval/edits/{sort}/{name}") for name in TOLD}
-        told = "  ".join(f"{name} {value:.2f}" for name, value in measured.items() if value is not None)
-        say("edits", f"{sort:10}  {told}")
+        measured = {name: metrics.get(f"eval/edits/{sort}/{name}") for name in REPORTED}
+        line = "  ".join(f"{name} {value:.2f}" for name, value in measured.items() if value is not None)
+        say("edits", f"{sort:10}  {line}")
     say("edits", f"{folder / 'metrics.json'}, {folder / 'edits.png'}")
 
 

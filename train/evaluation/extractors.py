@@ -40,11 +40,11 @@ class Extractor:
         return "fid" if self.name == INCEPTION else f"fd_{self.name}"
 
     def named(self, metric: str) -> str:
-        """Of another metric on these features: its own name on Inception's, else with the network's."""
+        """Name of another metric on these features: its own on Inception's, else with the network's."""
         return metric if self.name == INCEPTION else f"{metric}_{self.name}"
 
     def facts(self) -> dict[str, str]:
-        """Its part of a protocol."""
+        """What a protocol says of this network."""
         return {"sha256": self.weights_sha256, "resize": self.resize}
 
 

@@ -45,6 +45,7 @@ class FeatureCache:
 
         Collective. The main process tells now and then, as `command`, how far it is.
         """
+        # One process looks for all: another one, a moment later, would find other chunks, and both measure the same.
         todo: list[range] = runtime.gather_objects(self.missing() if runtime.is_main else None)[0]
         total, done = sum(map(len, todo)), 0
         with Progress(command, total, "images", shown=runtime.is_main) as progress:
@@ -52,7 +53,7 @@ class FeatureCache:
                 self.write(numbers, measure(numbers))
                 done += len(numbers)
                 progress.update(min(done * runtime.world, total))  # the others are taken to be as fast
-        runtime.barrier()
+        runtime.barrier()  # whoever reads next needs the chunks of all processes
         return total
 
     def missing(self) -> list[range]:
@@ -65,7 +66,7 @@ class FeatureCache:
             save_file({name: column.contiguous() for name, column in columns.items()}, path)
 
     def names(self, part: str) -> list[str]:
-        """Of the columns that all chunks have, those with `part` in their name."""
+        """Names of the columns that all chunks have, as far as `part` is in them."""
         return sorted(name for name in load_file(self._path(self.ranges[-1])) if part in name)
 
     def columns(self, *names: str) -> Iterator[list[Tensor]]:
@@ -86,7 +87,7 @@ class FeatureCache:
         return torch.cat(parts)
 
     def remove(self) -> None:
-        """Forget all of it."""
+        """Forget all measurements."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):  # others are there
             self.folder.parent.rmdir()

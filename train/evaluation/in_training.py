@@ -10,7 +10,7 @@ from models.pipeline import DiffusionPipeline
 from train.engine.metric_log import say
 from train.engine.runtime import Runtime
 from train.evaluation.extractors import efficientnet, inception
-from train.evaluation.run import chunks_of, metrics_of, references_of
+from train.evaluation.run import feature_cache_of, metrics_of, references_of
 from train.evaluation.targets import GeneratedImages
 from train.sampling.run import sampling_facts
 
@@ -25,22 +25,22 @@ def evaluate_in_loop(cfg: UNetRun, runtime: Runtime, model: DiffusionPipeline, s
     are none when an image is not finite: that is told, and the training goes on.
     """
     small = as_command(cfg, model)
-    subject = GeneratedImages(small, runtime, model, {"samples_seen": samples_seen}, refuses_broken=False)
-    references = references_of(small, subject, runtime)
-    chunks = chunks_of(small, subject)
+    target = GeneratedImages(small, runtime, model, {"samples_seen": samples_seen}, refuses_broken=False)
+    references = references_of(small, target, runtime)
+    cache = feature_cache_of(small, target)
     if runtime.is_main:
-        chunks.remove()  # a killed start may have left some, whose weights nothing here tells from these
-    chunks.fill(subject.measure, runtime, "unet")
+        cache.remove()  # a killed start may have left some, whose weights nothing here tells from these
+    cache.fill(target.measure, runtime, "unet")
     metrics: dict[str, float] = {}
     if runtime.is_main:
-        if broken := int((~chunks.whole("sound")).sum()):
+        if broken := int((~cache.whole("sound")).sum()):
             say(
                 "unet",
-                f"{broken} of {subject.total} images are NaN or infinite: no {GROUP}… at {samples_seen:,} samples",
+                f"{broken} of {target.total} images are NaN or infinite: no {GROUP}… at {samples_seen:,} samples",
             )
         else:
-            metrics = metrics_of(subject, chunks, references, REPLICATES)
-        chunks.remove()
+            metrics = metrics_of(target, cache, references, REPLICATES)
+        cache.remove()
     found: dict[str, float] = runtime.gather_objects(metrics)[0]
     return {name.replace("eval/", GROUP): value for name, value in found.items()}
 

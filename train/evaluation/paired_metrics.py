@@ -1,4 +1,4 @@
-"""Images against the originals that conditions were made of: how close the drawn ones come, and trivial ones."""
+"""Images against the originals that conditions were made of: how close the generated ones come, and trivial ones."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from train.evaluation.extractors import Extractor
 from train.evaluation.feature_cache import FeatureCache
 from train.evaluation.frechet import frechet_distance, statistics_of
 from train.evaluation.reference import Reference
-from train.sampling.run import Drawing
+from train.sampling.run import GeneratedBatch
 
 Measure = Callable[[Tensor, Tensor], Tensor]  # images and originals [B, 3, H, W] to numbers [B]
 
@@ -22,7 +22,7 @@ Measure = Callable[[Tensor, Tensor], Tensor]  # images and originals [B, 3, H, W
 class PairedMetrics:
     """PSNR, SSIM and a perceptual distance; inside the hole alone, without SSIM, where a condition leaves one.
 
-    There is something to compare only where a condition has rivals: trivial images that a network must beat.
+    There is something to compare only where a condition has baselines: trivial images that a network must beat.
 
     Args:
         conditions: of the network that draws.
@@ -31,45 +31,45 @@ class PairedMetrics:
     """
 
     def __init__(self, conditions: Conditions, perceptual: Perceptual, device: torch.device) -> None:
-        self.conditions, self.rivals = conditions, conditions.rivals
+        self.conditions, self.baselines = conditions, conditions.rivals
         self.kind, self.distance = perceptual, None
-        if self.rivals and (distance := perceptual_distance(perceptual)) is not None:
+        if self.baselines and (distance := perceptual_distance(perceptual)) is not None:
             self.distance = distance.to(device)
 
     def facts(self) -> dict[str, Any]:
         """What the numbers depend on, in plain values."""
-        return {"rivals": list(self.rivals), "perceptual": self.kind.value} if self.rivals else {}
+        return {"rivals": list(self.baselines), "perceptual": self.kind.value} if self.baselines else {}
 
     @torch.no_grad()
-    def columns(self, drawing: Drawing, extractors: Sequence[Extractor]) -> dict[str, Tensor]:
-        """Of B drawn images and of those of all rivals, [B]; of the latter features, too."""
-        if not self.rivals:
+    def columns(self, generated: GeneratedBatch, extractors: Sequence[Extractor]) -> dict[str, Tensor]:
+        """Columns [B] of B generated images and of those of all baselines; of the latter features, too."""
+        if not self.baselines:
             return {}
-        originals = drawing.originals.to(drawing.images)
+        originals = generated.originals.to(generated.images)
         columns: dict[str, Tensor] = {}
-        measures = self._measures(drawing, originals)
-        for rival, images in self._images(drawing):
-            columns |= {f"{rival}compared/{n}": measure(images, originals).cpu() for n, measure in measures.items()}
-            if rival:
+        measures = self._measures(generated, originals)
+        for baseline, images in self._images(generated):
+            columns |= {f"{baseline}compared/{n}": measure(images, originals).cpu() for n, measure in measures.items()}
+            if baseline:
                 features = (extractor(images) for extractor in extractors)
-                columns |= {f"{rival}{name}": column for found in features for name, column in found.items()}
+                columns |= {f"{baseline}{name}": column for found in features for name, column in found.items()}
         return columns
 
     def metrics(self, measured: FeatureCache) -> dict[str, float]:
         """Means over the images: `eval/psnr` … and `eval/RIVAL/psnr` …; `…/hole/psnr` … inside the hole."""
         found = {}
         for name in measured.names("compared/"):
-            rival, measure = name.split("compared/")
-            found[f"eval/{rival}{measure}"] = measured.whole(name).mean().item()
+            baseline, measure = name.split("compared/")
+            found[f"eval/{baseline}{measure}"] = measured.whole(name).mean().item()
         return found
 
-    def _images(self, drawing: Drawing) -> Iterator[tuple[str, Tensor]]:
-        yield "", drawing.images
-        for rival, images in self.conditions.baselines(drawing.originals, drawing.inputs).items():
-            yield f"{rival}/", images.to(drawing.images)
+    def _images(self, generated: GeneratedBatch) -> Iterator[tuple[str, Tensor]]:
+        yield "", generated.images
+        for baseline, images in self.conditions.baselines(generated.originals, generated.inputs).items():
+            yield f"{baseline}/", images.to(generated.images)
 
-    def _measures(self, drawing: Drawing, originals: Tensor) -> dict[str, Measure]:
-        hole = self.conditions.region(drawing.inputs)
+    def _measures(self, generated: GeneratedBatch, originals: Tensor) -> dict[str, Measure]:
+        hole = self.conditions.region(generated.inputs)
         if hole is None:
             found: dict[str, Measure] = {"psnr": psnr, "ssim": ssim}
             return found if self.distance is None else {**found, self.kind.value: self.distance}
@@ -80,13 +80,13 @@ class PairedMetrics:
         return found
 
 
-def rival_distances(
-    rivals: Sequence[str], extractor: Extractor, measured: FeatureCache, reference: Reference
+def baseline_distances(
+    baselines: Sequence[str], extractor: Extractor, measured: FeatureCache, reference: Reference
 ) -> dict[str, float]:
-    """The Fréchet distance of each rival's images, for comparison with that of the drawn ones."""
+    """The Fréchet distance of each baseline's images, for comparison with that of the generated ones."""
     found = {}
-    for rival in rivals:
-        batches = (features for (features,) in measured.columns(f"{rival}/{extractor.name}"))
+    for baseline in baselines:
+        batches = (features for (features,) in measured.columns(f"{baseline}/{extractor.name}"))
         statistics = statistics_of(batches, extractor.size)
-        found[f"eval/{rival}/{extractor.metric}"] = frechet_distance(statistics, reference)
+        found[f"eval/{baseline}/{extractor.metric}"] = frechet_distance(statistics, reference)
     return found

@@ -64,21 +64,21 @@ def reference_of(
     dataset = ImageDataset(source, images, seed=0)
     require_enough(f"reference={source} holds {dataset.samples}", dataset.samples, None)
     facts = reference_facts(dataset.digest, images, extractor)
-    chunks = FeatureCache(statistics_dir / extractor.name, facts, dataset.samples, SIZE)
-    path = chunks.folder / STATISTICS
+    cache = FeatureCache(statistics_dir / extractor.name, facts, dataset.samples, SIZE)
+    path = cache.folder / STATISTICS
 
     def measure(numbers: range) -> dict[str, Tensor]:
         return extractor(dataset.batch_at(numbers)["image"])
 
-    chunks.fill(measure, runtime, "reference")
+    cache.fill(measure, runtime, "reference")
     if runtime.is_main and not path.is_file():
-        statistics = statistics_of((features for (features,) in chunks.columns(extractor.name)), extractor.size)
+        statistics = statistics_of((features for (features,) in cache.columns(extractor.name)), extractor.size)
         tensors = {"mean": statistics.mean, "covariance": statistics.covariance}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, {"facts": json.dumps(facts), "count": str(statistics.count)})
     runtime.barrier()
     found = from_file(path, extractor, facts)
-    return Reference(found.mean, found.covariance, found.count, dataset.digest, chunks)
+    return Reference(found.mean, found.covariance, found.count, dataset.digest, cache)
 
 
 def reference_facts(digest: str, images: ImageConfig, extractor: Extractor) -> dict[str, Any]:

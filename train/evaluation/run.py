@@ -23,11 +23,11 @@ from train.engine.runtime import Runtime
 from train.engine.state import DONE, read_done
 from train.evaluation.feature_cache import FeatureCache
 from train.evaluation.metrics import KERNEL_FEATURES, MANIFOLD_FEATURES, NEIGHBOURS, distances
-from train.evaluation.paired_metrics import rival_distances
+from train.evaluation.paired_metrics import baseline_distances
 from train.evaluation.reference import FILES, Reference, reference_of
 from train.evaluation.targets import SHOWN, GeneratedImages, Reconstructions, Target
 from train.latents.provenance import UNetInfo, weights_digest
-from train.sampling.run import load_model, lora_facts
+from train.sampling.load import load_model, lora_facts
 
 PROBE_FLOOR = 0.97  # a probe that reads real images worse than this proves nothing
 
@@ -44,77 +44,77 @@ def evaluate_run(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
         return evaluate(cfg, Reconstructions(cfg, runtime), runtime, Path(cfg.autoencoder).parent, seen)
     seen = samples_seen(cfg.unet, "unet")
     facts = {"weights": UNetInfo.load(cfg.unet).weights, "weights_sha256": weights_digest(cfg.unet)}
-    subject = GeneratedImages(cfg, runtime, load_model(cfg, runtime.device), facts | lora_facts(cfg))
+    target = GeneratedImages(cfg, runtime, load_model(cfg, runtime.device), facts | lora_facts(cfg))
     if runtime.is_main:
-        subject.say_cut()
-    return evaluate(cfg, subject, runtime, Path(cfg.unet).parent, seen)
+        target.say_cut()
+    return evaluate(cfg, target, runtime, Path(cfg.unet).parent, seen)
 
 
-def evaluate(cfg: EvaluateRun, subject: Target, runtime: Runtime, trained: Path, seen: int) -> dict[str, float]:
-    """Metrics of a subject that had seen so many samples, written to files and to the W&B run of `trained`."""
+def evaluate(cfg: EvaluateRun, target: Target, runtime: Runtime, trained: Path, seen: int) -> dict[str, float]:
+    """Metrics of a target whose training had seen so many samples, written to files and to the W&B run of `trained`."""
     started = time.monotonic()
-    references = references_of(cfg, subject, runtime)
-    chunks = chunks_of(cfg, subject)
+    references = references_of(cfg, target, runtime)
+    cache = feature_cache_of(cfg, target)
     began = time.monotonic()
-    drawn = chunks.fill(subject.measure, runtime, "evaluation")
-    drawn_s, hardware = time.monotonic() - began, runtime.hardware()
+    measured = cache.fill(target.measure, runtime, "evaluation")
+    measured_s, hardware = time.monotonic() - began, runtime.hardware()
     metrics: dict[str, float] = {}
     if runtime.is_main:
-        metrics = metrics_of(subject, chunks, references, cfg.bootstrap)
+        metrics = metrics_of(target, cache, references, cfg.bootstrap)
         metrics |= {"perf/evaluation_s": time.monotonic() - started}
-        if drawn:  # else an earlier start has measured all of them
-            metrics["perf/pictures_per_s"] = drawn / drawn_s
-        record = {"protocol": protocol(cfg, subject, references), "hardware": hardware}
-        write_evaluation(cfg, trained, seen, metrics, grid_of(subject, chunks), record)
-        chunks.remove()
-    return runtime.gather_objects(metrics)[0]
+        if measured:  # else an earlier start has measured all of them
+            metrics["perf/pictures_per_s"] = measured / measured_s
+        record = {"protocol": protocol(cfg, target, references), "hardware": hardware}
+        write_evaluation(cfg, trained, seen, metrics, grid_of(target, cache), record)
+        cache.remove()  # last: a kill before this line costs no measurement
+    return runtime.gather_objects(metrics)[0]  # to all: each process of a sweep's member has the same objective
 
 
-def references_of(cfg: EvaluateRun, subject: Target, runtime: Runtime) -> dict[str, Reference]:
+def references_of(cfg: EvaluateRun, target: Target, runtime: Runtime) -> dict[str, Reference]:
     """What each extractor compares with, of a file only the first one; collective."""
-    compared = subject.extractors[:1] if cfg.reference.endswith(FILES) else subject.extractors
+    compared = target.extractors[:1] if cfg.reference.endswith(FILES) else target.extractors
     measured = partial(reference_of, images=cfg.images, statistics_dir=Path(cfg.statistics_dir), runtime=runtime)
     others = {e.name: measured(cfg.others, e) for e in compared if cfg.others is not None}
     return {e.name: replace(measured(cfg.reference, e), others=others.get(e.name)) for e in compared}
 
 
-def chunks_of(cfg: EvaluateRun, subject: Target) -> FeatureCache:
+def feature_cache_of(cfg: EvaluateRun, target: Target) -> FeatureCache:
     """Where the measurements are kept; those of other extractors have other columns."""
-    looked_for = {e.name: e.facts() for e in subject.extractors}
+    looked_for = {e.name: e.facts() for e in target.extractors}
     judged = {"prompt_following": cfg.prompt_following, "judges": [name.value for name in cfg.judges]}
-    facts = subject.facts | {"tile": cfg.tile, "columns": looked_for | judged}
-    return FeatureCache(Path(cfg.output_dir) / "measured", facts, subject.total, cfg.batch_size)
+    facts = target.facts | {"tile": cfg.tile, "columns": looked_for | judged}
+    return FeatureCache(Path(cfg.output_dir) / "measured", facts, target.total, cfg.batch_size)
 
 
 def metrics_of(
-    subject: Target, chunks: FeatureCache, references: dict[str, Reference], replicates: int
+    target: Target, cache: FeatureCache, references: dict[str, Reference], replicates: int
 ) -> dict[str, float]:
     """All that the measurements say, by full names."""
-    found = subject.metrics(chunks)
-    for extractor in subject.extractors:
+    found = target.metrics(cache)
+    for extractor in target.extractors:
         if extractor.name in references:
-            values = distances(extractor, chunks, references[extractor.name], replicates)
-            found |= {f"eval/{subject.prefix}{name}": value for name, value in values.items()}
-            found |= rival_distances(subject.rivals, extractor, chunks, references[extractor.name])
+            values = distances(extractor, cache, references[extractor.name], replicates)
+            found |= {f"eval/{target.prefix}{name}": value for name, value in values.items()}
+            found |= baseline_distances(target.baselines, extractor, cache, references[extractor.name])
     return found
 
 
-def grid_of(subject: Target, chunks: FeatureCache) -> Image.Image:
+def grid_of(target: Target, cache: FeatureCache) -> Image.Image:
     """The first images with their captions."""
-    images = np.concatenate([column.numpy() for (column,) in chunks.columns("image")])[:SHOWN]
-    return captioned(images, subject.captions(range(len(images))))
+    images = np.concatenate([column.numpy() for (column,) in cache.columns("image")])[:SHOWN]
+    return captioned(images, target.captions(range(len(images))))
 
 
-def protocol(cfg: EvaluateRun, subject: Target, references: dict[str, Reference]) -> dict[str, Any]:
+def protocol(cfg: EvaluateRun, target: Target, references: dict[str, Reference]) -> dict[str, Any]:
     """Everything that two labs must share to get the same numbers."""
     any_reference = next(iter(references.values()))
     return {
-        "samples": subject.total,
+        "samples": target.total,
         "reference": any_reference.digest,
         "reference_samples": any_reference.count,
         **({"others": any_reference.others.digest} if any_reference.others else {}),
-        "extractors": {e.metric: e.facts() for e in subject.extractors},
-        **subject.facts,
+        "extractors": {e.metric: e.facts() for e in target.extractors},
+        **target.facts,
         "bootstrap_replicates": cfg.bootstrap,
         "kernel_features": KERNEL_FEATURES,
         "manifold_features": MANIFOLD_FEATURES,
@@ -146,16 +146,16 @@ def write_evaluation(
         wandb = replace(wandb, mode=WandbMode.disabled)
     record = {"run_dir": cfg.run_dir, "evaluation": to_plain(cfg), **record}
     job_type = trained.name if joins else "evaluation"
-    journal = MetricLog(folder, wandb, job_type, record, is_main=True, samples_seen=sys.maxsize, prefix="evaluation")
+    log = MetricLog(folder, wandb, job_type, record, is_main=True, samples_seen=sys.maxsize, prefix="evaluation")
     exit_code = 1
     try:
-        journal.log(seen, metrics)
-        image = journal.image("evaluation", grid, seen, "held-out captions")
+        log.log(seen, metrics)
+        image = log.image("evaluation", grid, seen, "held-out captions")
         if live:  # it passes them on
             put(trained, Message(seen, finite_metrics(metrics), "evaluation", str(image.absolute())))
         exit_code = 0
     finally:
-        journal.finish(exit_code)
+        log.finish(exit_code)
     for name, value in metrics.items():
         if name.startswith("probe/") and not value >= PROBE_FLOOR:
             say("evaluation", f"{name}={value:.3f}: below {PROBE_FLOOR}, so what it finds in drawn ones proves nothing")
@@ -176,7 +176,7 @@ def run_of(trained: Path, wandb: WandbConfig) -> WandbConfig:
 
 
 def samples_seen(folder: str, option: str) -> int:
-    """Of the training that exported this network; the x axis of its metrics."""
+    """Samples seen by the training that exported a network; the x axis of its metrics."""
     done = read_done(Path(folder).parent, 0)
     if done is None:
         raise UserError(

@@ -29,19 +29,19 @@ from train.evaluation.paired_metrics import PairedMetrics
 from train.evaluation.reference import FILES
 from train.latents.provenance import weights_digest
 from train.sampling.requests import samples_of, say_cut
-from train.sampling.run import draw_images, finite_images, require_finite, sampling_facts
+from train.sampling.run import finite_images, generate_images, require_finite, sampling_facts
 
 SHOWN = 64  # images in the grid
 
 
 class Target(Protocol):
-    """What `evaluate` asks of either."""
+    """Images that can be evaluated: where they come from, and what is measured of them."""
 
     total: int  # images
     prefix: str  # of its distances' names: "" or "r", of reconstructions
     facts: dict[str, Any]  # what the images depend on, in plain values
     extractors: list[Extractor]
-    rivals: tuple[str, ...]  # trivial images that are looked at, too
+    baselines: tuple[str, ...]  # trivial images that are looked at, too
 
     def measure(self, numbers: range) -> dict[str, Tensor]:
         """Columns [B, ...] of these images, features and others; `image`, uint8, of the first ones."""
@@ -89,7 +89,7 @@ class GeneratedImages:
             cache = Path(cfg.statistics_dir)
             self.judges.append(cached_judge(kind, f"{cfg.shards}/train", cfg.images, cfg.seed, cache, runtime))
         self.comparison = PairedMetrics(model.denoiser.conditions, cfg.perceptual, runtime.device)
-        self.rivals = self.comparison.rivals
+        self.baselines = self.comparison.baselines
         self.facts = {
             "captions": self.prompts.digest,
             "resolution": cfg.images.resolution,
@@ -108,23 +108,23 @@ class GeneratedImages:
             say("evaluation", f"{self.extractors[-1].name}: {cuts.line('captions')}")
 
     def measure(self, numbers: range) -> dict[str, Tensor]:
-        """Draw and look."""
+        """Generate the images and measure them."""
         items = self.items(numbers)
-        drawing = draw_images(self.model, self.cfg, items, numbers)
-        images = drawing.images
+        generated = generate_images(self.model, self.cfg, items, numbers)
+        images = generated.images
         if self.refuses_broken:
             broken = [item["caption"] for item, sound in zip(items, finite_images(images), strict=True) if not sound]
             require_finite(self.cfg, broken)
-        columns = looked_at(images, self.extractors) | {"sound": torch.tensor(finite_images(images))}
-        columns |= self.comparison.columns(drawing, self.extractors)
+        columns = features_of(images, self.extractors) | {"sound": torch.tensor(finite_images(images))}
+        columns |= self.comparison.columns(generated, self.extractors)
         if self.clip is not None:
             tokens = self.clip.tokenize([item["caption"] for item in items]).to(images.device)
             with torch.no_grad():
                 columns["clip_text"] = self.clip.encode_text(tokens).cpu()
         for judge in self.judges:
             columns |= {f"right/{name}": column for name, column in judge.correct(images, items).items()}
-        asked = self.model.denoiser.conditions.show(drawing.originals, drawing.inputs)
-        return columns | grid_column(numbers, side_by_side([*asked, images, drawing.originals]) if asked else images)
+        shown = self.model.denoiser.conditions.show(generated.originals, generated.inputs)
+        return columns | grid_column(numbers, side_by_side([*shown, images, generated.originals]) if shown else images)
 
     def metrics(self, measured: FeatureCache) -> dict[str, float]:
         """CLIP score, how close images come to originals, and what the judges find in them and in real ones."""
@@ -140,7 +140,7 @@ class GeneratedImages:
         return result
 
     def captions(self, numbers: range) -> list[str]:
-        """What is asked for."""
+        """Titles of the images: captions and what else they were made of."""
         items, conditions = self.items(numbers), self.model.denoiser.conditions
         inputs = self.model.prepare(samples_of(items, numbers, self.cfg.seed, self.cfg.images.resolution))
         return conditions.titles([item["caption"] for item in items], inputs)
@@ -154,7 +154,7 @@ class Reconstructions:
     """Real images after encoding, to the mean of the posterior, and decoding."""
 
     prefix = "r"
-    rivals: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
 
     def __init__(self, cfg: EvaluateRun, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
@@ -187,7 +187,7 @@ class Reconstructions:
                 f"{broken} of {len(images)} images that the autoencoder gives back contain NaN or infinity: set "
                 f"runtime.precision=fp32; if that does not help, autoencoder={self.cfg.autoencoder} is broken"
             )
-        columns = looked_at(images, self.extractors)
+        columns = features_of(images, self.extractors)
         columns |= {f"compared/{name}": measure(images, originals).cpu() for name, measure in self.measures.items()}
         return columns | grid_column(numbers, images)
 
@@ -196,12 +196,12 @@ class Reconstructions:
         return {f"eval/{name}": measured.whole(f"compared/{name}").mean().item() for name in self.measures}
 
     def captions(self, numbers: range) -> list[str]:
-        """Of the originals."""
+        """Captions of the originals."""
         return [self.originals.at(number)["caption"] for number in numbers]
 
 
 def extractors_of(cfg: EvaluateRun, device: torch.device) -> list[Extractor]:
-    """Those that the options ask for; a file of statistics leaves the first of them to compare with."""
+    """Extractors that the options name; a file of statistics leaves the first of them to compare with."""
     found = [] if cfg.inception is None else [inception(cfg.inception, device)]
     return found if found and cfg.reference.endswith(FILES) else [*found, efficientnet(device)]
 
@@ -228,8 +228,8 @@ def clip_extractor(clip: Clip, source: str) -> Extractor:
     )
 
 
-def looked_at(images: Tensor, extractors: list[Extractor]) -> dict[str, Tensor]:
-    """Columns of all extractors."""
+def features_of(images: Tensor, extractors: list[Extractor]) -> dict[str, Tensor]:
+    """Columns of features of all extractors."""
     return {name: column for extractor in extractors for name, column in extractor(images).items()}
 
 

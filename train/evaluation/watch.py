@@ -27,7 +27,7 @@ from train.engine.trainable import WEIGHTS
 from train.evaluation.run import evaluate, evaluate_run, samples_seen
 from train.evaluation.targets import GeneratedImages
 from train.latents.provenance import check_latents
-from train.sampling.run import put_together
+from train.sampling.load import put_together
 
 
 def watch(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
@@ -51,9 +51,9 @@ def watch(cfg: EvaluateRun, runtime: Runtime) -> dict[str, float]:
             time.sleep(cfg.watch_s)
             continue
         passed.add(seen)
-        subject = of_checkpoint(cfg, runtime, trained, seen)
-        if subject is not None:
-            metrics[seen] = evaluate(cfg, subject, runtime, trained, seen)
+        target = of_checkpoint(cfg, runtime, trained, seen)
+        if target is not None:
+            metrics[seen] = evaluate(cfg, target, runtime, trained, seen)
     last = samples_seen(cfg.unet, "unet")  # the last checkpoint is what was exported
     return metrics[last] if last in metrics else evaluate_run(cfg, runtime)
 

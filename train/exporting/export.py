@@ -75,13 +75,13 @@ def export_model(cfg: ExportRun) -> None:
 
 def pipeline_of(cfg: ExportRun, info: UNetInfo) -> tuple[str, dict[str, Any]]:
     """The class of diffusers for what the network is told, and its parts; raises UserError where it has none."""
-    told = frozenset(info.conditions)
-    if told not in PIPELINES:
+    conditions = frozenset(info.conditions)
+    if conditions not in PIPELINES:
         raise UserError(
-            f"unet={cfg.unet}: diffusers has no pipeline for conditions {', '.join(sorted(told))}; load the U-Net in "
-            "that folder by itself, or sample with train/sample.py"
+            f"unet={cfg.unet}: diffusers has no pipeline for conditions {', '.join(sorted(conditions))}; load the "
+            "U-Net in that folder by itself, or sample with train/sample.py"
         )
-    return PIPELINES[told]
+    return PIPELINES[conditions]
 
 
 def require_expressible(cfg: ExportRun, denoiser: Denoiser, name: str) -> None:

@@ -42,7 +42,7 @@ def unet_activations(
     checkpointing: bool = False,
     device: str = "cuda",
 ) -> Activations:
-    """Of a training step on `batch` latents of height x width, with a text of so many tokens.
+    """Activations of a training step on `batch` latents of height x width, with a text of so many tokens.
 
     Args:
         cfg: the network.
@@ -112,7 +112,7 @@ class StorageCounter(TorchDispatchMode):
 
 
 class _StepCounter(StorageCounter):
-    """Of a training step: the network's weights do not count, and their gradients are dropped as they come."""
+    """Counts in a training step: the network's weights do not count, and their gradients are dropped as they come."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__("meta")

@@ -59,7 +59,7 @@ def facts(cfg: PlanRun, cost: Cost) -> Table:
 
 
 def memory(cfg: PlanRun, cost: Cost) -> Table:
-    """Of each GPU, by ZeRO stage."""
+    """Memory of each GPU, by ZeRO stage."""
     columns = ("ZeRO", "weights", "AdamW", "average", "step", "buffers", "total", "RAM", "samples")
     caption = "step: gradients and activations at their most; samples: the largest micro-batch that fits"
     title = f"GiB per GPU with micro-batches of {cost.micro_batch}"

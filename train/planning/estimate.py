@@ -34,7 +34,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of the whole run, and of its parts."""
+    """Cost of the whole run, and of its parts."""
 
     parameters: int
     flops_per_sample: float  # of training
@@ -54,7 +54,7 @@ class Cost:
     checkpoint_bytes: int  # one of them
 
     def option(self, cfg: PlanRun) -> Option:
-        """The configured one."""
+        """The configured way of spreading."""
         offload = cfg.runtime.offload is not Offload.none
         return next(o for o in self.options if (o.stage, o.offload) == (stage_of(cfg), offload))
 
@@ -90,7 +90,7 @@ def estimate(cfg: PlanRun) -> Cost:
 
 
 def images_per_second(cfg: PlanRun) -> float:
-    """Of all GPUs."""
+    """Images per second of all GPUs."""
     return cfg.batch.global_batch_size / (compute_seconds(cfg) + exchange_seconds(cfg, parameters(cfg)))
 
 
@@ -100,20 +100,20 @@ def utilisation(cfg: PlanRun) -> float:
 
 
 def compute_seconds(cfg: PlanRun) -> float:
-    """Of one step, without the exchange between GPUs."""
+    """Seconds of one step, without the exchange between GPUs."""
     peak = SPECIFICATIONS[cfg.accelerator].flops_per_s(cfg.runtime.precision)
     return cfg.batch.global_batch_size / cfg.gpus * training_flops(cfg) / (utilisation(cfg) * peak)
 
 
 def parameters(cfg: PlanRun) -> int:
-    """Of the network, all of which are trained."""
+    """Parameters of the network, all of which are trained."""
     with torch.device("meta"):
         network = UNet(cfg.model)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def training_flops(cfg: PlanRun) -> float:
-    """Of one sample: a forward pass, twice as much going back, and gradient checkpointing's second forward pass."""
+    """Operations of one sample: a forward pass, twice that going back, and once more with gradient checkpointing."""
     tokens = 0 if cfg.model.cross_attention_dim is None else cfg.tokens
     forward = unet_flops(cfg.model, cfg.model.sample_size, cfg.model.sample_size, tokens)
     return forward * (4 if cfg.runtime.gradient_checkpointing else 3)
@@ -144,7 +144,7 @@ def sharding_options(cfg: PlanRun, elements: int, budget: int) -> list[Option]:
 
 
 def activations(cfg: PlanRun, batch: int) -> Activations:
-    """Of a micro-batch of the configured network."""
+    """Activations of a micro-batch of the configured network."""
     side, runtime = cfg.model.sample_size, cfg.runtime
     low, checkpointing = AUTOCAST.get(runtime.precision), runtime.gradient_checkpointing
     return unet_activations(cfg.model, batch, side, side, cfg.tokens, low, checkpointing)
@@ -186,7 +186,7 @@ def exchange_seconds(cfg: PlanRun, elements: int) -> float:
 
 
 def record_bytes(cfg: PlanRun) -> float:
-    """Of a sample in the latent cache, the archive's headers included: some are written to see."""
+    """Bytes of a sample in the latent cache, the archive's headers included: some are written to see."""
     samples, side, width = 16, cfg.model.sample_size, cfg.model.cross_attention_dim
     moments = np.zeros((cfg.variants, 2 * cfg.model.out_channels, side, side), dtype=np.float32)
     text = np.zeros((cfg.tokens, width), dtype=np.float32) if cfg.text_states and width is not None else None

@@ -27,7 +27,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """On the accelerator."""
+        """Bytes on the accelerator."""
         return self.weights + self.optimizer + self.average + self.step + self.buffers
 
 
@@ -44,7 +44,7 @@ class Sharding:
     low_precision: bool = True  # autocast: DeepSpeed then has a second bucket
 
     def footprint(self, activations: Activations) -> Footprint:
-        """With the activations of a micro-batch."""
+        """Bytes of a process, given the activations of a micro-batch."""
         whole = FP32 * self.elements
         share = whole // self.processes
         state = share if self.stage else whole

@@ -1,4 +1,4 @@
-"""What is to be drawn: prompts of the command line, of files and data sets, and what the network is told beside it."""
+"""What is to be generated: prompts of the command line, of files and data sets, and their other conditions."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from models.conditions import Conditions, Samples
 from models.pipeline import DiffusionPipeline
 from models.prompts import parse, plain
 from train.engine.metric_log import say
-from train.sampling.user_images import UserImage, caption_beside, read_given
+from train.sampling.user_images import UserImage, caption_beside, read_user_image
 
 # -------------------- prompts -----------------------------------------------------------------------------------------
 
 
 class Prompt(NamedTuple):
-    """What one or several images are drawn of."""
+    """The text of one or several images, and where it comes from."""
 
     text: str
     sample: int | None = None  # of the data set that it is the caption of
@@ -34,10 +34,10 @@ class Prompt(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One image."""
+    """One image to be generated."""
 
     prompt: str
-    number: int  # among all that are drawn of that prompt
+    number: int  # among all images of that prompt
     sample: int | None = None
     file: str | None = None
 
@@ -60,7 +60,7 @@ def read_prompts(cfg: SampleRun) -> list[Prompt]:
 
 
 def prompts_of_file(path: str) -> list[str]:
-    """One a line; empty lines are left out."""
+    """Prompts of a file, one a line; empty lines are left out."""
     lines = lines_of(path, "prompts_file", "write one prompt a line")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
@@ -77,8 +77,8 @@ def captions_of_shards(folder: str, samples: int) -> list[str]:
         raise UserError(f"prompts_from: {str(error).replace(REMEDY['images'], remedy)}") from None
 
 
-def with_words(prompts: Sequence[Prompt], folder: str | None) -> list[Prompt]:
-    """Those of a network that is told nothing but text: without empty captions."""
+def with_text(prompts: Sequence[Prompt], folder: str | None) -> list[Prompt]:
+    """The prompts that are not empty, for a network whose only condition is text."""
     found = [prompt for prompt in prompts if prompt.text]
     if not found:
         raise UserError(f"prompts_from={folder}: its first {len(prompts)} captions are empty; take another data set")
@@ -109,90 +109,91 @@ def say_cut(
 
 
 def jobs_of(prompts: Sequence[Prompt], images_per_prompt: int) -> list[Job]:
-    """All images; a prompt that comes again goes on counting, so that no image is drawn twice."""
-    drawn: Counter[str] = Counter()
+    """All images; a prompt that comes again goes on counting, so that no two images are equal."""
+    counts: Counter[str] = Counter()
     jobs = []
     for text, sample, file in prompts:
-        jobs += [Job(text, drawn[text] + number, sample, file) for number in range(images_per_prompt)]
-        drawn[text] += images_per_prompt
+        jobs += [Job(text, counts[text] + number, sample, file) for number in range(images_per_prompt)]
+        counts[text] += images_per_prompt
     return jobs
 
 
-# -------------------- what the network is told ------------------------------------------------------------------------
+# -------------------- other conditions than text ----------------------------------------------------------------------
 
 Item = dict[str, Any]  # as of `data.image_dataset.ImageDataset`: caption; image and labels where there are any
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """What `train/sample.py` draws: prompts, and the data set of those that are captions of its samples."""
+    """The images that `train/sample.py` is to generate: prompts, and what the network reads beside them."""
 
     prompts: list[Prompt]
-    data: ImageDataset | None  # where the network is told more than captions
-    given: dict[str, UserImage] = field(default_factory=dict)  # by file
-    in_words: dict[str, Item] = field(default_factory=dict)  # labels that prompts name, by prompt
+    data: ImageDataset | None  # whose captions are prompts; None where the network reads captions alone
+    images: dict[str, UserImage] = field(default_factory=dict)  # the user's own, by file
+    named: dict[str, Item] = field(default_factory=dict)  # labels that prompts name, by prompt
 
     @classmethod
     def of(cls, cfg: SampleRun, model: DiffusionPipeline, prompts: list[Prompt]) -> Self:
-        """Refuses prompts that lack what the network must be told."""
+        """The requests of a command; raises UserError for prompts that lack a condition that the network needs."""
         conditions = model.denoiser.conditions
         if not (conditions.need_labels or conditions.need_images):
             if cfg.inputs:
                 raise UserError(f"inputs={cfg.inputs[0]}: this network is told only text; set prompts instead")
-            return cls(with_words(prompts, cfg.prompts_from) if conditions.takes_text else prompts, None)
+            return cls(with_text(prompts, cfg.prompts_from) if conditions.takes_text else prompts, None)
         side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale
         data = None
         if cfg.prompts_from:
             images = ImageConfig(resolution=max(cfg.size, default=side))
             data = ImageDataset(cfg.prompts_from, images, cfg.seed, labels=conditions.need_labels)
         written = {prompt.text for prompt in prompts if prompt.sample is None and prompt.file is None}
-        in_words = {text: labels_in(conditions, text, side) for text in written}
-        asked = cls(prompts, data, {path: read_given(path) for path in cfg.inputs}, in_words)
+        named = {text: labels_in(conditions, text, side) for text in written}
+        requests = cls(prompts, data, {path: read_user_image(path) for path in cfg.inputs}, named)
         for prompt in prompts:
             if data is None or prompt.sample is None:
-                require_told(conditions, asked.item(Job(prompt.text, 0, file=prompt.file)), prompt.file)
-        return asked
+                require_conditions(conditions, requests.item(Job(prompt.text, 0, file=prompt.file)), prompt.file)
+        return requests
 
-    @property
-    def digest(self) -> str | None:
-        """Of the data set."""
-        return None if self.data is None else self.data.digest
+    def origin(self, job: Job) -> dict[str, Any]:
+        """Facts on what an image is made of beside its prompt, in plain values."""
+        if job.file is not None:
+            return {"input": self.images[job.file].digest}
+        return {} if self.data is None else {"sample": job.sample, "data": self.data.digest}
 
     def batches(self, jobs: Sequence[Job], indices: Sequence[int], most: int) -> list[list[int]]:
-        """Of these jobs those that can be drawn together: in their order, with given images of one kind and size."""
-        alike = [list(group) for _, group in groupby(indices, lambda index: self._kind(jobs[index]))]
-        return [group[start : start + most] for group in alike for start in range(0, len(group), most)]
+        """Batches of these jobs, in their order; images of users are of one kind and size within a batch."""
+        groups = [list(group) for _, group in groupby(indices, lambda index: self._kind(jobs[index]))]
+        return [group[start : start + most] for group in groups for start in range(0, len(group), most)]
 
     def _kind(self, job: Job) -> tuple[Any, ...]:
         if job.file is None:
             return ()
-        item = self.given[job.file].item
+        item = self.images[job.file].item
         return "mask" in item, item["image"].shape
 
     def item(self, job: Job) -> Item:
-        """All that is known of an image to be drawn."""
+        """All that is known of an image before it is generated."""
         if job.file is not None:
-            return {"caption": job.prompt, **self.given[job.file].item}
+            return {"caption": job.prompt, **self.images[job.file].item}
         if self.data is None or job.sample is None:
-            return {"caption": job.prompt, **self.in_words.get(job.prompt, {})}
+            return {"caption": job.prompt, **self.named.get(job.prompt, {})}
         return self.data.at(job.sample)
 
 
 def labels_in(conditions: Conditions, words: str, side: int) -> Item:
-    """What a prompt names, for a network that is told labels and no text; nothing for another one.
+    """The labels that a prompt names, for a network that reads labels and no text; nothing for another one.
 
     Raises:
         UserError: a class that the network does not know, or a box that is none.
     """
-    asked = conditions.asked_in(words)
+    fields = conditions.asked_in(words)
     try:
-        return {"labels": read_labels(asked, None, (side, side))} if asked else {}
+        return {"labels": read_labels(fields, None, (side, side))} if fields else {}
     except LabelError as error:
         raise UserError(f"prompt '{words}': {error}") from None
 
 
 def require_prompts_alone(conditions: Conditions, who: str) -> None:
-    """Refuse a network that must be told more than a prompt, for a command that has nothing else.
+    """Refuse a network that needs more than a prompt, for a command that has nothing else.
 
     Raises:
         UserError: naming the condition.
@@ -203,7 +204,7 @@ def require_prompts_alone(conditions: Conditions, who: str) -> None:
 
 
 def samples_of(items: Sequence[Item], numbers: Sequence[int], seed: int, side: int) -> Samples:
-    """Of the images with these numbers, which decide what is random about their masks and degradations.
+    """Samples of the images with these numbers, which decide what is random about their masks and degradations.
 
     Args:
         items: alike: all images of one size, all of files or none.
@@ -222,8 +223,8 @@ def samples_of(items: Sequence[Item], numbers: Sequence[int], seed: int, side: i
     )
 
 
-def require_told(conditions: Conditions, item: Item, file: str | None) -> None:
-    """Refuse an item without what the network must be told; `file`: where it comes from.
+def require_conditions(conditions: Conditions, item: Item, file: str | None) -> None:
+    """Refuse an item that lacks a condition that the network needs; `file`: where it comes from.
 
     Raises:
         UserError: naming the option that brings it.

@@ -1,9 +1,10 @@
-"""The files of `train/sample.py`: each image with its parameters inside, and the sheets that show many at once."""
+"""Images of a command as files: each with its parameters inside, and the sheets that show many at once."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,81 +14,97 @@ from conf.files import atomic_path
 from conf.plain_json import loads
 from train.engine.image_grid import captioned, film_strips
 from train.engine.metric_log import png_of
-from train.sampling.requests import Job
 
 GRID_IMAGES = 64
 FILMED = 16  # prompts in film.png
 LARGEST = 512  # pixels; images of twice that and more are shown smaller
-TITLE = "Title"  # the text chunk of a PNG with what is asked for, in words
+TITLE = "Title"  # the text chunk of a PNG that says in words what it shows
 PARAMETERS = "parameters"  # the text chunk of a PNG that holds them, as JSON
 
 
 @dataclass(frozen=True, slots=True)
 class SampleFolder:
-    """One folder of images.
+    """One folder of images, each of which says what makes it again; nothing of them is kept in memory.
 
-        00000.png …         one per job
-        asked/00000.png …   what it was asked for, where that is an image
-        grid.png            the first of them, with their prompts
+        00000.png …         one per job, or 00000-PART.png … for each of its `parts`
+        asked/00000.png …   the condition it was made of, where that is an image
+        grid.png            the first of them, with their titles
         strips/00000.png …  the frames of a filmed image side by side
-        film.png            all strips, with their prompts
+        film.png            all strips, with their titles
 
-    Nothing but the jobs is kept in memory.
+    Args:
+        folder: where; need not be there yet.
+        count: jobs.
+        facts: all that makes the images of a job again, in plain values.
+        parts: names of the images of one job, as the grid shows them.
+        sheet: whether 00000.png is a sheet of those parts, which the grid leaves out.
+        measured: entries beside the facts that only a finished image has.
+        filmed: jobs.
+        labels: of the frames of a film.
     """
 
     folder: Path
-    jobs: list[Job]
-    shared: dict[str, Any]  # parameters of all images
-    filmed: range  # jobs, the first image of some prompts
-    labels: list[str]  # of the frames
-    data: str | None = None  # digest of the data set that images depend on
-    files: dict[str, str] = field(default_factory=dict)  # digests of given images, by file
+    count: int
+    facts: Callable[[int], dict[str, Any]]
+    parts: tuple[str, ...] = ("",)
+    sheet: bool = False
+    measured: tuple[str, ...] = ()
+    filmed: range = range(0)
+    labels: list[str] = field(default_factory=list)
 
-    def parameters(self, index: int) -> dict[str, Any]:
-        """All that makes this image again."""
-        job = self.jobs[index]
-        known = {"prompt": job.prompt, "number": job.number, **self.shared}
-        if job.file is not None:
-            return {**known, "input": self.files[job.file]}
-        return known if self.data is None else {**known, "sample": job.sample, "data": self.data}
-
-    def strip_parameters(self, index: int) -> dict[str, Any]:
-        """Likewise of its strip."""
-        return {**self.parameters(index), "frames": self.labels}
-
-    def image(self, index: int) -> Path:
-        """File of an image."""
-        return self.folder / f"{index:05d}.png"
+    def image(self, index: int, part: str = "") -> Path:
+        """File of an image, or of one part of it."""
+        return self.folder / f"{index:05d}{part and '-'}{part}.png"
 
     def strip(self, index: int) -> Path:
         """File of a filmed image's frames."""
         return self.folder / "strips" / f"{index:05d}.png"
 
-    def holds(self, index: int) -> bool:
-        """Whether an image, and its strip if it is filmed, are there with the parameters that they should have."""
-        if read_parameters(self.image(index)) != self.parameters(index):
-            return False
-        return index not in self.filmed or read_parameters(self.strip(index)) == self.strip_parameters(index)
-
-    def asked(self, index: int) -> Path:
-        """File of what was asked for."""
+    def condition(self, index: int) -> Path:
+        """File of the image that one was made of."""
         return self.folder / "asked" / f"{index:05d}.png"
 
+    def strip_facts(self, index: int) -> dict[str, Any]:
+        """All that makes the frames of a filmed image again."""
+        return {**self.facts(index), "frames": self.labels}
+
+    def holds(self, index: int) -> bool:
+        """Whether all files of a job are there, made of what they are to be made of."""
+        files = [self.image(index, part) for part in (*self.parts, *([""] if self.sheet else []))]
+        if any(self._made_of(file) != self.facts(index) for file in files):
+            return False
+        return index not in self.filmed or read_parameters(self.strip(index)) == self.strip_facts(index)
+
+    def _made_of(self, file: Path) -> dict[str, Any]:
+        found = read_parameters(file) or {}
+        return {name: value for name, value in found.items() if name not in self.measured}
+
     def add(
-        self, index: int, image: np.ndarray, title: str, frames: np.ndarray | None, asked: np.ndarray | None
+        self,
+        index: int,
+        image: np.ndarray,
+        title: str,
+        frames: np.ndarray | None = None,
+        condition: np.ndarray | None = None,
+        *,
+        part: str = "",
+        measured: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Write an image, uint8 [H, W, 3], after the frames [F, H, W, 3] of a filmed one and what was asked for."""
+        """Write an image, uint8 [H, W, 3], with its title, facts and what was measured of it.
+
+        Last: whoever finds it finds the frames [F, H, W, 3] of a filmed one and the condition, too.
+        """
         if frames is not None:
-            write_png(self.strip(index), np.concatenate(list(frames), axis=1), title, self.strip_parameters(index))
-        if asked is not None:
-            write_png(self.asked(index), asked, title, self.parameters(index))
-        write_png(self.image(index), image, title, self.parameters(index))
+            write_png(self.strip(index), np.concatenate(list(frames), axis=1), title, self.strip_facts(index))
+        if condition is not None:
+            write_png(self.condition(index), condition, title, self.facts(index))
+        write_png(self.image(index, part), image, title, {**self.facts(index), **measured})
 
     def write_sheets(self) -> list[Path]:
         """The grid of the first images and the film, read back from their files; returns where they are."""
-        shown = range(min(GRID_IMAGES, len(self.jobs)))
-        images = together([self._shown(index) for index in shown])
-        sheets = {"grid.png": captioned(images, [self._title(index) for index in shown])}
+        cells = [(index, part) for index in range(self.count) for part in self.parts][:GRID_IMAGES]
+        images = together([self._shown(index, part) for index, part in cells])
+        sheets = {"grid.png": captioned(images, [self._title(index, part) for index, part in cells])}
         if self.filmed:
             frames = together([self._frames(index) for index in self.filmed])
             sheets["film.png"] = film_strips(frames, [self._title(index) for index in self.filmed], self.labels)
@@ -96,16 +113,16 @@ class SampleFolder:
                 path.write_bytes(png_of(sheet))
         return [self.folder / name for name in sheets]
 
-    def _shown(self, index: int) -> np.ndarray:
-        """An image beside what was asked for."""
-        image, asked = read_png(self.image(index)), self.asked(index)
-        return shrunk(np.concatenate([read_png(asked), image], axis=1) if asked.is_file() else image)
+    def _shown(self, index: int, part: str) -> np.ndarray:
+        """An image beside its condition."""
+        image, condition = read_png(self.image(index, part)), self.condition(index)
+        return shrunk(np.concatenate([read_png(condition), image], axis=1) if condition.is_file() else image)
 
-    def _title(self, index: int) -> str:
-        return read_text(self.image(index), TITLE) or ""
+    def _title(self, index: int, part: str = "") -> str:
+        return read_text(self.image(index, part), TITLE) or ""
 
     def _frames(self, index: int) -> np.ndarray:
-        """Of a filmed image, [F, H, W, 3], not larger than a sheet needs."""
+        """The frames [F, H, W, 3] of a filmed image, not larger than a sheet needs."""
         return np.stack([shrunk(frame) for frame in np.split(read_png(self.strip(index)), len(self.labels), axis=1)])
 
 
@@ -137,7 +154,7 @@ def read_text(path: Path, chunk: str) -> str | None:
 
 
 def read_png(path: Path) -> np.ndarray:
-    """Pixels [H, W, 3]."""
+    """Pixels [H, W, 3] of a PNG."""
     with Image.open(path, formats=["PNG"]) as image:
         return np.asarray(image)
 

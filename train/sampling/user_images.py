@@ -25,13 +25,13 @@ from data.samples import caption_in, fields_in
 
 @dataclass(frozen=True, slots=True)
 class UserImage:
-    """One of them, read."""
+    """An image of a user with what lies beside it."""
 
     item: dict[str, Any]  # as of `data.image_dataset.ImageDataset`, and "mask", bool [H, W], where there is one
     digest: str  # sha256 of all its files but the caption
 
 
-def read_given(path: str, option: str = "inputs") -> UserImage:
+def read_user_image(path: str, option: str = "inputs") -> UserImage:
     """An image of any size with its labels and mask; `option` is what errors call it.
 
     Raises:
@@ -55,7 +55,7 @@ def read_given(path: str, option: str = "inputs") -> UserImage:
 
 
 def caption_beside(path: str) -> str:
-    """Of an image's file; empty where there is none."""
+    """The caption beside an image's file; empty where there is none."""
     beside = Path(path).with_suffix(".txt")
     content = _content(beside)
     try:

@@ -36,7 +36,7 @@ class Child:
 
     def __init__(self, command: Sequence[str], log: Path, keep: int) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.log, self.asked = log, 0
+        self.log, self.stops = log, 0
         with log.open("ab") as file:
             file.write(f"--- {time.strftime('%F %T')} {shlex.join(command)}\n".encode())
             file.flush()
@@ -53,7 +53,7 @@ class Child:
             )
 
     def wait(self, seconds: float) -> int | None:
-        """Its exit status, or None when it still runs after a while."""
+        """The exit status of the child, or None when it still runs after a while."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -61,8 +61,8 @@ class Child:
 
     def stop(self) -> None:
         """Ask it to write its checkpoint and end; a second time: end it, and what it started, at once."""
-        self.asked += 1
-        if self.asked == 1:
+        self.stops += 1
+        if self.stops == 1:
             self.process.terminate()
         else:
             for pid in [*_descendants(self.process.pid), self.process.pid]:
@@ -76,11 +76,11 @@ class Child:
         """Why it failed, in one line."""
         text = [RANK.sub("", line).strip() for line in self.text().split("\n")]
         lines = [line for line in text if line]
-        told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         raised = [line for line in lines if RAISED.match(line) and "ChildFailedError" not in line]
         status = self.process.returncode
-        if told or raised:
-            return (told or raised)[-1]
+        if errors or raised:
+            return (errors or raised)[-1]
         if status < 0:
             hint = ": out of memory?" if status == -signal.SIGKILL else ""
             return f"ended by {signal.Signals(-status).name}{hint}"

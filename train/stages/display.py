@@ -21,8 +21,8 @@ COLORS = {"running": "bold cyan", "done": "green", "skipped": "green", "failed":
 
 
 @dataclass(slots=True)
-class Row:
-    """One stage."""
+class StageRow:
+    """What is known of one stage while it runs."""
 
     name: str
     total: int = 0  # samples; 0: not known
@@ -34,7 +34,7 @@ class Row:
     quiet_s: float = 0.0  # since it last told anything
     elapsed_s: float = 0.0  # of all starts
     news: tuple[Any, ...] = ()  # what it told last
-    told_at: float = 0.0  # and when that was seen, on the clock that never jumps
+    news_at: float = 0.0  # and when that was seen, on the clock that never jumps
 
     def read(self, output_dir: Path, log: str, since: float) -> None:
         """Take in what the running stage recorded and put out; speed only from after `since` (Unix seconds)."""
@@ -50,8 +50,8 @@ class Row:
             self.seen, self.total = map(int, built[-1])
         news, now = (rows[-1:], log), time.monotonic()
         if news != self.news:
-            self.news, self.told_at = news, now
-        self.quiet_s = now - self.told_at
+            self.news, self.news_at = news, now
+        self.quiet_s = now - self.news_at
 
     @property
     def quiet(self) -> bool:
@@ -77,12 +77,12 @@ class Row:
 class Display:
     """Shows the rows; call `update` often, it decides what is worth a line."""
 
-    def __init__(self, rows: Sequence[Row], console: Console | None = None) -> None:
+    def __init__(self, rows: Sequence[StageRow], console: Console | None = None) -> None:
         self.rows = rows
         self.console = console or Console(highlight=False)
         self.live = live_on(self.console)
-        self.told = {row.name: self._news(row) for row in rows}
-        self.told_at = time.monotonic()
+        self.shown = {row.name: self._news(row) for row in rows}
+        self.shown_at = time.monotonic()
 
     def __enter__(self) -> Self:
         if self.live is not None:
@@ -99,22 +99,22 @@ class Display:
         if self.live is not None:
             self.live.update(self.table(), refresh=True)
             return
-        due = time.monotonic() - self.told_at > LINE_EVERY_S
+        due = time.monotonic() - self.shown_at > LINE_EVERY_S
         for row in self.rows:
-            before, news = self.told[row.name], self._news(row)
+            before, news = self.shown[row.name], self._news(row)
             if news[0] != before[0] or (due and news != before):
-                self.told[row.name], self.told_at = news, time.monotonic()
+                self.shown[row.name], self.shown_at = news, time.monotonic()
                 self.console.print(line(row), soft_wrap=True)
 
     @staticmethod
-    def _news(row: Row) -> tuple[Any, ...]:
+    def _news(row: StageRow) -> tuple[Any, ...]:
         """What of a row is worth a line; not the time that passes."""
         return row.state, row.seen, row.total, row.loss, row.quiet
 
     def table(self) -> Table:
         """All stages, one a row."""
         table = Table("stage", "state", box=None, padding=(0, 2, 0, 0))
-        for name in Row("").cells:
+        for name in StageRow("").cells:
             table.add_column(name, justify="right", min_width=len("elapsed"))
         for row in self.rows:
             color = COLORS.get(row.state, "dim")
@@ -122,7 +122,7 @@ class Display:
         return table
 
 
-def line(row: Row) -> str:
+def line(row: StageRow) -> str:
     """One stage as plain text."""
     known = [f"{name} {value}" for name, value in row.cells.items() if value]
     return f"{row.name:<12}{row.state:<9}{'  '.join(known)}".rstrip()

@@ -24,7 +24,7 @@ from conf.plain_json import dumps, read_object
 from conf.process import collected_signals
 from conf.schema import PipelineRun
 from train.stages.child import POLL_S, Child, alone_in, stop_signals
-from train.stages.display import Display, Row, print_summary
+from train.stages.display import Display, StageRow, print_summary
 from train.stages.tasks import STAGES, StageCommand, Task, origin, plan_tasks
 
 SAVE_EVERY_S = 10.0  # a SIGKILL of the pipeline loses no more of a stage's time
@@ -72,7 +72,7 @@ def run_stages(
 
     """
     tasks, run_dir = plan_tasks(cfg, overrides, stages), Path(cfg.run_dir)
-    rows = [Row(task.stage.name, task.samples) for task in tasks]
+    rows = [StageRow(task.stage.name, task.samples) for task in tasks]
     console = Console(highlight=False)
     with collected_signals(stop_signals()) as received, alone_in(run_dir, received) as lock:
         with Display(rows, console) as display:
@@ -97,7 +97,7 @@ class _Chain:
     received: list[signal.Signals]  # grows
     display: Display
 
-    def finish(self, task: Task, row: Row) -> None:
+    def finish(self, task: Task, row: StageRow) -> None:
         """Run a stage to its end unless it is there already; returns early after a signal."""
         path = record_path(self.run_dir, task.stage)
         record, inputs = StageRecord.load(path), task.inputs()
@@ -126,13 +126,13 @@ class _Chain:
             why = child.reason() if status else "somebody stopped it before its end; start the same line again"
             raise UserError(f"stage {task.stage.name}: {why} (log: {log})")
 
-    def _follow(self, child: Child, task: Task, row: Row, record: StageRecord) -> int:
+    def _follow(self, child: Child, task: Task, row: StageRow, record: StageRecord) -> int:
         """Wait for the child's end, which is its exit status; meanwhile show, count, and pass signals on."""
         before, began, since = record.seconds, time.monotonic(), time.time()
         status, saved = None, began
         while status is None:
             status = child.wait(POLL_S)
-            if len(self.received) > child.asked:
+            if len(self.received) > child.stops:
                 child.stop()
             row.elapsed_s = record.seconds = before + time.monotonic() - began
             if time.monotonic() - saved > SAVE_EVERY_S:
@@ -142,7 +142,7 @@ class _Chain:
             self.display.update()
         return status
 
-    def _show(self, row: Row, state: str) -> None:
+    def _show(self, row: StageRow, state: str) -> None:
         row.state = state
         self.display.update()
 

@@ -191,8 +191,8 @@ def plan_tasks(
 ) -> list[Task]:
     """The chosen stages in their order, each with checked options; raises UserError naming the stage."""
     names = [stage.name for stage in stages]
-    for option, given in (("stages", cfg.stages), ("overrides", list(cfg.overrides))):
-        wrong = [name for name in given if name not in names]
+    for option, chosen in (("stages", cfg.stages), ("overrides", list(cfg.overrides))):
+        wrong = [name for name in chosen if name not in names]
         if wrong:
             near = did_you_mean(wrong[0], names)
             raise UserError(f"{option}: no stage '{wrong[0]}'; choose from {', '.join(names)}{near}")

@@ -15,7 +15,7 @@ from conf.schema import WandbConfig, WandbMode
 from train.engine.figures import to_png
 from train.engine.metric_log import METRICS, X_AXIS, WandbCopy, read_metrics, say, wandb_mode
 from train.sweeps.plots import DPI, pareto_figure, steps_figure, title
-from train.sweeps.results import AGREEMENT, SECONDS, Member, Sweep, read_sweep
+from train.sweeps.results import AGREEMENT, SECONDS, Result, Sweep, read_sweep
 
 STAGE = "pareto"
 
@@ -47,11 +47,11 @@ def log(sweep: Sweep, folder: Path, cfg: WandbConfig, run_dir: str, images: Mapp
     mode = wandb_mode(cfg.mode)
     if mode is WandbMode.disabled:
         return
-    seen = [row[X_AXIS] for member in sweep.members for row in read_metrics(folder / member.name / METRICS)]
+    seen = [row[X_AXIS] for result in sweep.results for row in read_metrics(folder / result.name / METRICS)]
     at = max(seen, default=0)
     copy = WandbCopy(folder / STAGE, cfg, mode, STAGE, {"run_dir": run_dir, "swept": sweep.varied})
     distance = sweep.distance or ""
-    charts = {f"{STAGE}/{title(distance)} against {title(x)}": (x, distance) for x in sweep.rivals}
+    charts = {f"{STAGE}/{title(distance)} against {title(x)}": (x, distance) for x in sweep.trade_offs}
     copy.table(f"{STAGE}/members", rows(sweep), charts, at)
     for name, path in images.items():
         copy.image(f"samples/{name}", path, at, "")
@@ -60,13 +60,13 @@ def log(sweep: Sweep, folder: Path, cfg: WandbConfig, run_dir: str, images: Mapp
 
 def rows(sweep: Sweep) -> list[dict[str, Any]]:
     """A flat row for each member, all with the same columns."""
-    metrics = sorted({name for member in sweep.members for name in member.metrics})
+    metrics = sorted({name for result in sweep.results for name in result.metrics})
     return [
         {"member": m.name}
         | {name: m.option(name) for name in sweep.varied}
         | {name: m.metrics.get(name) for name in metrics}
         | {"front": ", ".join(fronts(sweep, m))}
-        for m in sweep.members
+        for m in sweep.results
     ]
 
 
@@ -80,20 +80,20 @@ def as_csv(table: Sequence[Mapping[str, Any]]) -> str:
 
 def as_json(sweep: Sweep) -> dict[str, Any]:
     """All that the plots rest on; `front` names the metrics against which no other member is better."""
-    members = [
+    results = [
         {
-            "member": member.name,
-            "options": {name: member.option(name) for name in sweep.varied},
-            "metrics": member.metrics,
-            "front": fronts(sweep, member),
+            "member": result.name,
+            "options": {name: result.option(name) for name in sweep.varied},
+            "metrics": result.metrics,
+            "front": fronts(sweep, result),
         }
-        for member in sweep.members
+        for result in sweep.results
     ]
-    return {"swept": sweep.varied, "distance": sweep.distance, "members": members, "left_out": sweep.left_out}
+    return {"swept": sweep.varied, "distance": sweep.distance, "members": results, "left_out": sweep.left_out}
 
 
-def fronts(sweep: Sweep, member: Member) -> list[str]:
-    return [metric for metric in sweep.rivals if member in sweep.front(metric)]
+def fronts(sweep: Sweep, result: Result) -> list[str]:
+    return [metric for metric in sweep.trade_offs if result in sweep.front(metric)]
 
 
 def tables(sweep: Sweep) -> Iterator[str]:
@@ -103,13 +103,13 @@ def tables(sweep: Sweep) -> Iterator[str]:
     metrics = [metric for metric in shown if sweep.having(metric)]
     body = [
         [
-            *(str(member.option(name)) for name in sweep.varied),
-            *(with_interval(member, metric) for metric in metrics),
-            *([", ".join(map(title, fronts(sweep, member)))] if sweep.rivals else []),
+            *(str(result.option(name)) for name in sweep.varied),
+            *(with_interval(result, metric) for metric in metrics),
+            *([", ".join(map(title, fronts(sweep, result)))] if sweep.trade_offs else []),
         ]
-        for member in sweep.members
+        for result in sweep.results
     ]
-    front = ["on the front with"] if sweep.rivals else []
+    front = ["on the front with"] if sweep.trade_offs else []
     yield markdown([*sweep.varied, *map(title, metrics), *front], body)
     if sweep.of_samplers:
         yield f"By steps{sweep.chosen}:"
@@ -121,18 +121,18 @@ def by_steps(sweep: Sweep, metric: str) -> str:
     steps, samplers = sweep.values("steps"), sweep.values("sampler")
     body = []
     for sampler in samplers:
-        members = [sweep.closest(sampler=sampler, steps=count) for count in steps]
-        body.append([sampler, *("" if member is None else with_interval(member, metric) for member in members)])
+        results = [sweep.closest(sampler=sampler, steps=count) for count in steps]
+        body.append([sampler, *("" if result is None else with_interval(result, metric) for result in results)])
     return markdown([title(metric), *(f"{count} steps" for count in steps)], body)
 
 
-def with_interval(member: Member, metric: str) -> str:
+def with_interval(result: Result, metric: str) -> str:
     """A metric, and its confidence interval where there is one."""
-    if metric not in member.metrics:
+    if metric not in result.metrics:
         return ""
-    bounds = [member.metrics.get(f"{metric}_{end}") for end in ("low", "high")]
+    bounds = [result.metrics.get(f"{metric}_{end}") for end in ("low", "high")]
     interval = "" if None in bounds else f" [{bounds[0]:.4g}, {bounds[1]:.4g}]"
-    return f"{member.metrics[metric]:.4g}{interval}"
+    return f"{result.metrics[metric]:.4g}{interval}"
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

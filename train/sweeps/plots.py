@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from train.sweeps.results import AGREEMENTS, SAMPLERS, SECONDS, Member, Sweep
+from train.sweeps.results import AGREEMENTS, SAMPLERS, SECONDS, Result, Sweep
 
 DPI = 150
 COLORS = (  # of samplers, in the order of the schema
@@ -39,13 +39,13 @@ def pareto_figure(sweep: Sweep) -> Figure | None:
     Colour and marker tell the samplers apart (or whatever words were swept), size the steps; beside the markers stands
     the rest that was swept. A line shows the front: members that no other beats in both.
     """
-    if not sweep.rivals:
+    if not sweep.trade_offs:
         return None
-    figure = Figure(figsize=(6.4 * len(sweep.rivals) + 1.6, 5.6), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(sweep.trade_offs) + 1.6, 5.6), layout="constrained")
     looks = Looks(sweep)
-    for metric, axes in zip(sweep.rivals, figure.subplots(1, len(sweep.rivals), squeeze=False)[0], strict=True):
+    for metric, axes in zip(sweep.trade_offs, figure.subplots(1, len(sweep.trade_offs), squeeze=False)[0], strict=True):
         scatter(axes, sweep, metric, looks)
-    figure.suptitle(f"{len(sweep.members)} ways of sampling")
+    figure.suptitle(f"{len(sweep.results)} ways of sampling")
     figure.legend(handles=looks.legend(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
@@ -54,7 +54,7 @@ class Looks:
     """How a member is drawn: its colour and marker, its size, and the words beside it."""
 
     def __init__(self, sweep: Sweep) -> None:
-        words = [name for name in sweep.varied if any(isinstance(m.option(name), str) for m in sweep.members)]
+        words = [name for name in sweep.varied if any(isinstance(m.option(name), str) for m in sweep.results)]
         self.varied = sweep.varied
         self.kind = words[0] if words else None
         self.kinds = sweep.values(self.kind) if self.kind else [None]
@@ -66,26 +66,26 @@ class Looks:
         number = (SAMPLERS if kind in SAMPLERS else self.kinds).index(kind)
         return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
 
-    def of(self, member: Member) -> dict[str, Any]:
-        return self.of_kind(member.option(self.kind) if self.kind else None)
+    def of(self, result: Result) -> dict[str, Any]:
+        return self.of_kind(result.option(self.kind) if self.kind else None)
 
     def size(self, steps: Any) -> float:
         """Area of a marker, in square points."""
         return SIZES[0] + (SIZES[1] - SIZES[0]) * self.steps.index(steps) / max(1, len(self.steps) - 1)
 
-    def area(self, member: Member) -> float:
-        return self.size(member.option("steps") if "steps" in self.varied else None)
+    def area(self, result: Result) -> float:
+        return self.size(result.option("steps") if "steps" in self.varied else None)
 
-    def radius(self, member: Member) -> float:
-        """Of a marker, and a little more, in points."""
-        return self.area(member) ** 0.5 / 2 + 1.5
+    def radius(self, result: Result) -> float:
+        """Radius of a marker, and a little more, in points."""
+        return self.area(result) ** 0.5 / 2 + 1.5
 
-    def text(self, member: Member) -> str:
+    def text(self, result: Result) -> str:
         """What colour and size do not tell; of guidance the number alone."""
-        told = (
-            member.option(name) if name == "guidance_scale" else f"{name}={member.option(name)}" for name in self.rest
+        words = (
+            result.option(name) if name == "guidance_scale" else f"{name}={result.option(name)}" for name in self.rest
         )
-        return ", ".join(map(str, told))
+        return ", ".join(map(str, words))
 
     def legend(self) -> list[Line2D]:
         """A line for each colour, and for each size."""
@@ -104,29 +104,29 @@ def scatter(axes: Axes, sweep: Sweep, metric: str, looks: Looks) -> None:
     assert distance is not None
     rising, front = metric in AGREEMENTS, sweep.front(metric)  # rising: more of it is better
     at = {m.name: (m.metrics[metric], m.metrics[distance]) for m in sweep.having(distance, metric)}
-    members = [member for member in sweep.members if member.name in at]
+    results = [result for result in sweep.results if result.name in at]
     if rising and looks.rest == ["guidance_scale"]:
-        for group in grouped(members, [name for name in sweep.varied if name != "guidance_scale"]):
-            line = zip(*(at[member.name] for member in group), strict=True)
+        for group in grouped(results, [name for name in sweep.varied if name != "guidance_scale"]):
+            line = zip(*(at[result.name] for result in group), strict=True)
             axes.plot(*line, color=looks.of(group[0])["color"], linewidth=0.7, alpha=0.35, zorder=1)
     stairs: Any = "steps-pre" if rising else "steps-post"
     axes.plot(*zip(*(at[m.name] for m in front), strict=True), drawstyle=stairs, color=FRONT, linewidth=1, zorder=2)
-    for member in members:
-        if member not in front:
-            look = {"s": looks.area(member), **looks.of(member)}
-            axes.scatter(*at[member.name], edgecolors="white", linewidths=0.4, alpha=0.6, zorder=3, **look)
-            annotate(axes, at[member.name], looks.radius(member), looks.text(member), fontsize=6, color="0.4")
+    for result in results:
+        if result not in front:
+            look = {"s": looks.area(result), **looks.of(result)}
+            axes.scatter(*at[result.name], edgecolors="white", linewidths=0.4, alpha=0.6, zorder=3, **look)
+            annotate(axes, at[result.name], looks.radius(result), looks.text(result), fontsize=6, color="0.4")
     marks = []
-    for number, member in enumerate(front):
-        look = {"s": looks.area(member), **looks.of(member)}
-        marks.append(axes.scatter(*at[member.name], edgecolors="black", linewidths=0.9, zorder=4, **look))
-        away = looks.radius(member) * (1 if rising else -1)  # where a front leaves room
-        annotate(axes, at[member.name], away, letter(number), drop=8, fontsize=8, weight="bold", zorder=6)
+    for number, result in enumerate(front):
+        look = {"s": looks.area(result), **looks.of(result)}
+        marks.append(axes.scatter(*at[result.name], edgecolors="black", linewidths=0.9, zorder=4, **look))
+        away = looks.radius(result) * (1 if rising else -1)  # where a front leaves room
+        annotate(axes, at[result.name], away, letter(number), drop=8, fontsize=8, weight="bold", zorder=6)
     names = [f"{letter(i)}  {', '.join(str(m.option(name)) for name in sweep.varied)}" for i, m in enumerate(front)]
     axes.legend(marks, names, fontsize=7, title=f"front: {', '.join(sweep.varied)}", title_fontsize=7)
     name_axes(axes, metric, distance)
-    for axis, drawn in zip("xy", zip(*at.values(), strict=True), strict=True):
-        plain_log(axes, axis, drawn)
+    for axis, values in zip("xy", zip(*at.values(), strict=True), strict=True):
+        plain_log(axes, axis, values)
 
 
 def letter(place: int) -> str:
@@ -139,11 +139,11 @@ def annotate(axes: Axes, at: tuple[float, float], away: float, text: str, drop: 
     axes.annotate(text, at, (away, -drop), textcoords="offset points", ha=side, va="center", **words)
 
 
-def grouped(members: Iterable[Member], names: Sequence[str]) -> list[list[Member]]:
+def grouped(results: Iterable[Result], names: Sequence[str]) -> list[list[Result]]:
     """Members that share these options, in their order."""
-    groups: dict[tuple[str, ...], list[Member]] = {}
-    for member in members:
-        groups.setdefault(tuple(str(member.option(name)) for name in names), []).append(member)
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for result in results:
+        groups.setdefault(tuple(str(result.option(name)) for name in names), []).append(result)
     return list(groups.values())
 
 
@@ -159,14 +159,14 @@ def steps_figure(sweep: Sweep) -> Figure | None:
     looks = Looks(sweep)
     for metric, axes in zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0], strict=True):
         for sampler in looks.kinds:
-            members = [sweep.closest(sampler=sampler, steps=steps) for steps in looks.steps]
-            drawn = [member for member in members if member is not None and metric in member.metrics]
-            x, look = [member.option("steps") for member in drawn], looks.of_kind(sampler)
-            axes.plot(x, [member.metrics[metric] for member in drawn], markersize=5, linewidth=1.2, **look)
-            bounds = [[m.metrics.get(f"{metric}_{end}", m.metrics[metric]) for m in drawn] for end in ("low", "high")]
+            results = [sweep.closest(sampler=sampler, steps=steps) for steps in looks.steps]
+            shown = [result for result in results if result is not None and metric in result.metrics]
+            x, look = [result.option("steps") for result in shown], looks.of_kind(sampler)
+            axes.plot(x, [result.metrics[metric] for result in shown], markersize=5, linewidth=1.2, **look)
+            bounds = [[m.metrics.get(f"{metric}_{end}", m.metrics[metric]) for m in shown] for end in ("low", "high")]
             axes.vlines(x, *bounds, color=look["color"], linewidth=3, alpha=0.3)
         name_axes(axes, "steps", metric)
-        plain_log(axes, "y", [member.metrics[metric] for member in sweep.having(metric)])
+        plain_log(axes, "y", [result.metrics[metric] for result in sweep.having(metric)])
         axes.set_xscale("log")
         axes.set_xticks(looks.steps, [str(steps) for steps in looks.steps])
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -185,9 +185,9 @@ def name_axes(axes: Axes, x: str, y: str) -> None:
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
 
 
-def plain_log(axes: Axes, axis: str, drawn: Sequence[float]) -> None:
+def plain_log(axes: Axes, axis: str, values: Sequence[float]) -> None:
     """A logarithmic axis with plain numbers, where the values lie far apart."""
-    if min(drawn) <= 0 or max(drawn) < LOG_RANGE * min(drawn):
+    if min(values) <= 0 or max(values) < LOG_RANGE * min(values):
         return
     getattr(axes, f"set_{axis}scale")("log")
     of = getattr(axes, f"{axis}axis")

@@ -22,7 +22,7 @@ SAMPLERS = [sampler.value for sampler in Sampler]
 
 
 @dataclass(kw_only=True, slots=True)
-class Member:
+class Result:
     """One evaluation of a sweep."""
 
     name: str
@@ -42,14 +42,14 @@ class Member:
 class Sweep:
     """The members whose numbers can be compared, in the order of what was swept."""
 
-    members: list[Member]
+    results: list[Result]
     varied: list[str]  # options that differ between them
     left_out: dict[str, str]  # other members, and why
 
     @property
     def distance(self) -> str | None:
         """The FID, or the Fréchet distance that most members have."""
-        names = {name: None for m in self.members for name in m.metrics if name.startswith(("eval/fid", "eval/fd_"))}
+        names = {name: None for m in self.results for name in m.metrics if name.startswith(("eval/fid", "eval/fd_"))}
         return self.most_common(sorted((n for n in names if not n.endswith(BOUNDS)), key=lambda n: n != "eval/fid"))
 
     @property
@@ -58,18 +58,18 @@ class Sweep:
         return self.most_common(AGREEMENTS)
 
     @property
-    def rivals(self) -> list[str]:
+    def trade_offs(self) -> list[str]:
         """Metrics that a smaller distance is paid with: following the prompts, and time."""
         wanted = [metric for metric in (self.agreement, SECONDS) if metric is not None]
         return [metric for metric in wanted if self.distance is not None and self.having(self.distance, metric)]
 
     def most_common(self, names: Sequence[str]) -> str | None:
         """The metric that most members have, the first of several; None where there is none."""
-        counts = {name: sum(name in member.metrics for member in self.members) for name in names}
+        counts = {name: sum(name in result.metrics for result in self.results) for name in names}
         return max(counts, key=counts.__getitem__) if any(counts.values()) else None
 
-    def having(self, *metrics: str) -> list[Member]:
-        return [member for member in self.members if all(metric in member.metrics for metric in metrics)]
+    def having(self, *metrics: str) -> list[Result]:
+        return [result for result in self.results if all(metric in result.metrics for metric in metrics)]
 
     @property
     def of_samplers(self) -> bool:
@@ -84,21 +84,21 @@ class Sweep:
 
     def values(self, option: str) -> list[Any]:
         """What an option was, in order."""
-        return sorted({member.option(option) for member in self.members}, key=order)
+        return sorted({result.option(option) for result in self.results}, key=order)
 
-    def closest(self, **options: Any) -> Member | None:
+    def closest(self, **options: Any) -> Result | None:
         """The member with these options that has the smallest distance."""
         assert self.distance is not None
         fitting = [m for m in self.having(self.distance) if all(m.option(k) == value for k, value in options.items())]
-        return min(fitting, key=lambda member: member.metrics[self.distance or ""], default=None)
+        return min(fitting, key=lambda result: result.metrics[self.distance or ""], default=None)
 
-    def front(self, metric: str) -> list[Member]:
+    def front(self, metric: str) -> list[Result]:
         """Members that no other beats in both the distance and a metric, in the order of that metric."""
         assert self.distance is not None
-        members = self.having(self.distance, metric)
+        results = self.having(self.distance, metric)
         sign = -1 if metric in AGREEMENTS else 1
-        costs = [(sign * member.metrics[metric], member.metrics[self.distance]) for member in members]
-        return [members[i] for i in sorted(undominated(costs), key=lambda i: members[i].metrics[metric])]
+        costs = [(sign * result.metrics[metric], result.metrics[self.distance]) for result in results]
+        return [results[i] for i in sorted(undominated(costs), key=lambda i: results[i].metrics[metric])]
 
 
 def undominated(costs: Sequence[tuple[float, float]]) -> list[int]:
@@ -108,28 +108,28 @@ def undominated(costs: Sequence[tuple[float, float]]) -> list[int]:
 
 def read_sweep(folder: Path, sweep: str) -> Sweep:
     """What stands in a sweep's folder: the members of this start, and earlier ones of the same protocol."""
-    members = [read_member(path) for path in records(folder)]
-    sound = [member for member in members if member.error is None]
-    newest = [member for member in sound if member.sweep == sweep] or sound
-    left_out = {member.name: member.error for member in members if member.error is not None}
-    for member in sound:
-        differing = [protocol_differences(member, other) for other in newest]
+    results = [read_result(path) for path in records(folder)]
+    sound = [result for result in results if result.error is None]
+    newest = [result for result in sound if result.sweep == sweep] or sound
+    left_out = {result.name: result.error for result in results if result.error is not None}
+    for result in sound:
+        differing = [protocol_differences(result, other) for other in newest]
         if all(differing):
-            left_out[member.name] = f"of an earlier start, with other {', '.join(differing[0])}"
-    kept = [member for member in sound if member.name not in left_out]
-    names = dict.fromkeys([*FIRST, *(name for member in kept for name in member.options)])
-    varied = [name for name in names if len({order(member.option(name)) for member in kept}) > 1]
-    kept.sort(key=lambda member: [order(member.option(name)) for name in varied])
-    return Sweep(members=kept, varied=varied, left_out=left_out)
+            left_out[result.name] = f"of an earlier start, with other {', '.join(differing[0])}"
+    kept = [result for result in sound if result.name not in left_out]
+    names = dict.fromkeys([*FIRST, *(name for result in kept for name in result.options)])
+    varied = [name for name in names if len({order(result.option(name)) for result in kept}) > 1]
+    kept.sort(key=lambda result: [order(result.option(name)) for name in varied])
+    return Sweep(results=kept, varied=varied, left_out=left_out)
 
 
-def read_member(path: Path) -> Member:
+def read_result(path: Path) -> Result:
     """A member by its member.json, beside which stand its metrics and its protocol."""
     record = read_object(path) or {"error": f"{RECORD} cannot be read", "overrides": [], "sweep": ""}
     metrics = read_object(path.with_name("metrics.json"))
-    given = (override.lstrip("+").partition("=") for override in record["overrides"])  # ~NAME has no value
-    options = {name: text for name, sign, text in given if sign}
-    return Member(
+    pairs = (override.lstrip("+").partition("=") for override in record["overrides"])  # ~NAME has no value
+    options = {name: text for name, sign, text in pairs if sign}
+    return Result(
         name=record.get("name", path.parent.name),
         sweep=record["sweep"],
         options={name: parsed(text) for name, text in options.items() if name.split(".")[0] not in NO_SAMPLING},
@@ -150,9 +150,9 @@ def with_derived(metrics: dict[str, Any]) -> dict[str, float]:
     return finite
 
 
-def protocol_differences(member: Member, other: Member) -> list[str]:
+def protocol_differences(result: Result, other: Result) -> list[str]:
     """Parts of the protocol that make their distances differ by themselves."""
-    return [name for name in PROTOCOL if member.protocol.get(name) != other.protocol.get(name)]
+    return [name for name in PROTOCOL if result.protocol.get(name) != other.protocol.get(name)]
 
 
 def parsed(text: str) -> int | float | str | None:

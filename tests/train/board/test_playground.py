@@ -28,8 +28,8 @@ from models.conditions import ConditionContext, Conditions
 from models.pipeline import DiffusionPipeline
 from tiny_pipeline import WIDTH, tiny_pipeline
 from train.board.playground import server
-from train.board.playground.request import AS_GIVEN, request_of
-from train.board.playground.sheet import data_url, message, render_sheet
+from train.board.playground.markup import data_url, message, render_sheet
+from train.board.playground.request import EDIT_OPTIONS, request_of
 from train.board.playground.studio import Drawing, Studio
 from train.board.playground.upload import pixels_of
 from train.engine.image_grid import to_uint8
@@ -38,7 +38,7 @@ from train.engine.runtime import Runtime
 LENGTH = 12
 RED, BLUE, PLAIN = "a red dog, a red hat", "a blue dog, a red hat", "a cat"
 SET = {  # what a visitor who touched nothing but the prompt has set
-    **{name: getattr(Edit(prompt=""), name) for name in AS_GIVEN},
+    **{name: getattr(Edit(prompt=""), name) for name in EDIT_OPTIONS},
     **{"prompt": RED, "seed": 0, "sampler": "dpmpp_2m", "steps": 4, "guidance_scale": 3.0},
     **{"edit": "", "mode": "auto", "blend": "", "image": "", "inversion": "negative_prompt"},
 }

@@ -146,7 +146,6 @@ def config(folder: Path, micro: int = 0, **loop_options: Any) -> ClipRun:
         run_dir=str(folder),
         name="line",
         output_dir=str(folder / "line"),
-        name="line",
         shards="none",
         optim=OptimConfig(lr=0.05, warmup_samples=16),
         batch=BatchConfig(global_batch_size=SIZE, micro_batch_size=micro),

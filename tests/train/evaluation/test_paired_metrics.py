@@ -17,8 +17,8 @@ from models.losses import distance_inside, perceptual_distance, psnr, psnr_insid
 from train.evaluation.extractors import Extractor
 from train.evaluation.feature_cache import FeatureCache
 from train.evaluation.frechet import FeatureStatistics, frechet_distance
-from train.evaluation.paired_metrics import PairedMetrics, rival_distances
-from train.sampling.run import Drawing
+from train.evaluation.paired_metrics import PairedMetrics, baseline_distances
+from train.sampling.run import GeneratedBatch
 
 CPU = torch.device("cpu")
 COLOURS = Extractor(
@@ -38,17 +38,19 @@ class Frozen:
         raise NotImplementedError
 
 
-def drawing(conditions: Conditions, first: int) -> Drawing:
+def drawing(conditions: Conditions, first: int) -> GeneratedBatch:
     """Three images, drawn with a little noise."""
     random = torch.Generator().manual_seed(first)
     originals = F.interpolate(torch.rand(3, 3, 8, 8, generator=random) * 2 - 1, (32, 32), mode="bicubic").clamp(-1, 1)
     generators = [np.random.default_rng(first + row) for row in range(3)]
     inputs = conditions.prepare(Samples(originals, [Labels()] * 3, torch.zeros(3, 4), generators), Frozen())
     drawn = originals + 0.1 * torch.randn(originals.shape, generator=random)
-    return Drawing(conditions.finish(drawn, originals, inputs), originals, inputs, [""] * 3)
+    return GeneratedBatch(conditions.finish(drawn, originals, inputs), originals, inputs, [""] * 3)
 
 
-def compared(folder: Path, **sections: Any) -> tuple[dict[str, float], dict[str, float], list[Drawing], Conditions]:
+def compared(
+    folder: Path, **sections: Any
+) -> tuple[dict[str, float], dict[str, float], list[GeneratedBatch], Conditions]:
     """Metrics and distances of rivals over two chunks."""
     conditions = Conditions(ConditionsConfig(caption=None, **sections), PREPARING)
     comparison = PairedMetrics(conditions, Perceptual.efficientnet, CPU)
@@ -57,7 +59,7 @@ def compared(folder: Path, **sections: Any) -> tuple[dict[str, float], dict[str,
         chunks.write(numbers, comparison.columns(one, [COLOURS]))
     real = FeatureStatistics(3)
     real.update(torch.cat([COLOURS(one.originals)["colours"] for one in drawings]))
-    distances = rival_distances(conditions.rivals, COLOURS, chunks, real)  # type: ignore[arg-type]
+    distances = baseline_distances(conditions.rivals, COLOURS, chunks, real)  # type: ignore[arg-type]
     return comparison.metrics(chunks), distances, drawings, conditions
 
 
@@ -104,4 +106,4 @@ def test_nothing_is_compared_without_rivals() -> None:
     conditions = Conditions(ConditionsConfig(caption=None, class_vector=ClassConfig(classes=2)), PREPARING)
     comparison = PairedMetrics(conditions, Perceptual.lpips, CPU)  # whose weights nobody asks for
     blank = torch.zeros(1, 3, 32, 32)
-    assert comparison.facts() == {} == comparison.columns(Drawing(blank, blank, {}, [""]), [COLOURS])
+    assert comparison.facts() == {} == comparison.columns(GeneratedBatch(blank, blank, {}, [""]), [COLOURS])

@@ -26,6 +26,7 @@ from train.evaluation.judges.segments import SegmentJudge
 from train.evaluation.reference import reference_of
 from train.latents.provenance import weights_digest
 from train.sampling import run as sampling
+from train.sampling.load import load_model
 
 DISTANCES = {"fd_efficientnet", "fd_efficientnet_low", "fd_efficientnet_high", "fd_efficientnet_floor"}
 DISTANCES |= {"kd_efficientnet", "kd_efficientnet_std", "precision_efficientnet", "recall_efficientnet"}
@@ -181,8 +182,8 @@ def test_file_of_statistics_serves_the_first_extractor_and_the_others_go_without
 def test_measurements_of_other_extractors_are_not_gone_on_with(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     given = ["prompt_following=false", "clip_score=null"], ["prompt_following=false"]
     asked = [config(project, tmp_path, *options) for options in given]
-    drawn = [subjects.GeneratedImages(cfg, runtime, sampling.load_model(cfg, runtime.device), {}) for cfg in asked]
-    folders = {evaluate.chunks_of(cfg, subject).folder for cfg, subject in zip(asked, drawn, strict=True)}
+    drawn = [subjects.GeneratedImages(cfg, runtime, load_model(cfg, runtime.device), {}) for cfg in asked]
+    folders = {evaluate.feature_cache_of(cfg, subject).folder for cfg, subject in zip(asked, drawn, strict=True)}
     assert len(folders) == 2
 
 
@@ -231,7 +232,7 @@ def test_judges_stand_beside_each_other(
 
 def test_captions_are_used_again_with_other_noise(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     cfg = config(project, tmp_path, "prompt_following=false", "clip_score=null", "samples=9")
-    drawn = subjects.GeneratedImages(cfg, runtime, sampling.load_model(cfg, runtime.device), {})
+    drawn = subjects.GeneratedImages(cfg, runtime, load_model(cfg, runtime.device), {})
     assert drawn.captions(range(9))[7:] == drawn.captions(range(2))
     first, again = (drawn.measure(range(start, start + 1))["image"] for start in (0, 7))
     assert not torch.equal(first, again)
@@ -241,7 +242,7 @@ def test_captions_that_are_cut_are_told(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cfg = config(project, tmp_path, "samples=7")
-    drawn = subjects.GeneratedImages(cfg, runtime, sampling.load_model(cfg, runtime.device), {})
+    drawn = subjects.GeneratedImages(cfg, runtime, load_model(cfg, runtime.device), {})
     drawn.say_cut()
     assert capfd.readouterr().out == ""
     monkeypatch.setattr(subjects, "captions_of", lambda *_: ["a red planet", "a red planet " * 40])
@@ -253,7 +254,7 @@ def test_captions_that_are_cut_are_told(
 
 def test_image_is_the_same_in_every_chunk(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     cfg = config(project, tmp_path, "prompt_following=false", "clip_score=null")
-    drawn = subjects.GeneratedImages(cfg, runtime, sampling.load_model(cfg, runtime.device), {})
+    drawn = subjects.GeneratedImages(cfg, runtime, load_model(cfg, runtime.device), {})
     together, alone = drawn.measure(range(0, 4)), drawn.measure(range(3, 4))
     assert (together["image"][3:].int() - alone["image"].int()).abs().max() <= 1
 

@@ -13,7 +13,7 @@ from train.engine.runtime import Runtime
 from train.evaluation import run as evaluate
 from train.evaluation import watch
 from train.evaluation.in_training import evaluate_in_loop, small_evaluation
-from train.sampling.run import load_model
+from train.sampling.load import load_model
 
 SMALL = ["prompt_following=false", "clip_score=null", "samples=4", "watch=true", "watch_s=0.01", "bootstrap=0"]
 

@@ -37,8 +37,7 @@ from models.unet import UNet
 from train.engine.runtime import Runtime
 from train.exporting import export
 from train.latents.provenance import UNetInfo, weights_digest
-from train.sampling import run as sampling
-from train.sampling.load import load_exported
+from train.sampling.load import load_exported, load_model
 
 # of diffusers' scheduler, with numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -103,7 +102,7 @@ def test_pipeline_of_diffusers_draws_our_images(
     export.export_model(config(project, tmp_path / "export", f"unet={unet}"))
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
-    model = sampling.load_model(project.config("sample", "prompts=[x]", f"unet={unet}"), runtime.device)
+    model = load_model(project.config("sample", "prompts=[x]", f"unet={unet}"), runtime.device)
     ours = model(PROMPTS, [0, 0], SamplingConfig(sampler=Sampler(sampler), steps=steps, guidance_scale=3.0))
     noise = noise_of(model, PROMPTS)
     side = ours.shape[-1]
@@ -208,7 +207,7 @@ def test_unconditional_pipeline_of_diffusers_draws_our_images(
     export.export_model(config(project, tmp_path / "export", f"unet={tmp_path}/unet"))
     pipeline = LDMPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
-    model = sampling.load_model(project.config("sample", "prompts=[x]", f"unet={tmp_path}/unet"), runtime.device)
+    model = load_model(project.config("sample", "prompts=[x]", f"unet={tmp_path}/unet"), runtime.device)
     ours = model(["a", "b"], [0, 0], STEPS)
     monkeypatch.setattr(
         sys.modules[LDMPipeline.__module__], "randn_tensor", lambda *_, **__: noise_of(model, ["a", "b"])
@@ -232,7 +231,7 @@ def test_super_resolution_pipeline_of_diffusers_draws_our_images(
     export.export_model(config(project, tmp_path / "export", *given))
     pipeline = LDMSuperResolutionPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
-    own = sampling.load_model(project.config("sample", "prompts=[x]", *given), runtime.device)
+    own = load_model(project.config("sample", "prompts=[x]", *given), runtime.device)
     low = torch.rand(2, 3, 8, 8) * 2 - 1
     ours = own(["a", "b"], [0, 0], STEPS, inputs={"low": low})
     place = sys.modules[LDMSuperResolutionPipeline.__module__]
@@ -251,7 +250,7 @@ def test_inpainting_pipeline_of_diffusers_draws_our_images(project: Any, runtime
     export.export_model(config(project, tmp_path / "export", f"unet={tmp_path}/unet"))
     pipeline = StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
-    model = sampling.load_model(project.config("sample", "prompts=[x]", f"unet={tmp_path}/unet"), runtime.device)
+    model = load_model(project.config("sample", "prompts=[x]", f"unet={tmp_path}/unet"), runtime.device)
     images, masks = torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 32, 32, dtype=torch.bool)
     masks[0, :16], masks[1, :, 8:] = True, True
     means = model.latents(images * ~masks[:, None])

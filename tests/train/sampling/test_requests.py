@@ -9,7 +9,7 @@ from conf.errors import UserError
 from conf.schema import SampleRun
 from data.shards.manifest import Manifest
 from data.shards.shard import ShardWriter
-from train.sampling.requests import Job, Prompt, jobs_of, read_prompts, with_words
+from train.sampling.requests import Job, Prompt, jobs_of, read_prompts, with_text
 
 
 def config(*overrides: str) -> SampleRun:
@@ -34,7 +34,7 @@ def test_prompts_stand_in_the_order_of_command_line_file_and_data_set(tmp_path: 
     expected = [*written, Prompt("a hill", 0), Prompt("a sun", 2), Prompt("a moon", 3)]
 
     def read(*options: str) -> list[Prompt]:
-        return with_words(read_prompts(config(*given, *options)), str(folder))
+        return with_text(read_prompts(config(*given, *options)), str(folder))
 
     assert read("prompts_from_samples=4") == expected
     assert read("prompts_from_samples=0") == [*expected, Prompt("a ring", 4)]
@@ -54,7 +54,7 @@ def test_source_without_a_prompt_is_refused_even_beside_another(tmp_path: Path) 
         with pytest.raises(UserError, match=message):
             read_prompts(config('prompts=["a moon"]', option.format(tmp_path)))
     with pytest.raises(UserError, match=r"^prompts_from=.*/silent: its first 2 captions are empty"):
-        with_words(read_prompts(config(f"prompts_from={tmp_path}/silent")), f"{tmp_path}/silent")
+        with_text(read_prompts(config(f"prompts_from={tmp_path}/silent")), f"{tmp_path}/silent")
 
 
 @pytest.mark.parametrize("caption", ["a [red] planet", "a planet (red", "a cat AND a dog"])

@@ -20,7 +20,8 @@ from models.clip import Clip
 from train.engine.runtime import Runtime
 from train.latents.provenance import weights_digest
 from train.sampling import run as sampling
-from train.sampling.requests import Prompt, Requests
+from train.sampling.load import load_model
+from train.sampling.requests import Prompt, Requests, jobs_of
 from train.sampling.sample_folder import read_parameters, read_png
 
 PROMPTS = ["a red planet", "a green hill, at night", "a sad “square” monster"]
@@ -66,8 +67,8 @@ def test_image_carries_all_that_makes_it_again(project: Any, runtime: Runtime, t
         "unet": weights_digest(str(project.folder / "unet" / "export")),
     }
     again = project.config("sample", f"seed={facts['seed']}", f"steps={facts['steps']}", "guidance_scale=2.5")
-    model = sampling.load_model(again, runtime.device)
-    made = sampling.draw_images(model, again, [{"caption": facts["prompt"]}], [facts["number"]]).images
+    model = load_model(again, runtime.device)
+    made = sampling.generate_images(model, again, [{"caption": facts["prompt"]}], [facts["number"]]).images
     assert largest_step([sampling.to_uint8(made)[0]], images[5:]) <= 1
 
 
@@ -148,7 +149,7 @@ def test_killed_command_goes_on_where_it_was(
     whole = draw(project, runtime, tmp_path / "whole", "images_per_prompt=3", "film_frames=2")
     given = ["images_per_prompt=3", "film_frames=2", "batch_size=2"]
     drawn: list[tuple[str, int]] = []
-    original = sampling.draw_images
+    original = sampling.generate_images
 
     def noted(model: Any, cfg: Any, items: Any, numbers: Any, film: Any = None) -> Any:
         drawn.extend(zip([item["caption"] for item in items], numbers, strict=True))
@@ -159,7 +160,7 @@ def test_killed_command_goes_on_where_it_was(
             raise KeyboardInterrupt
         return noted(*given)
 
-    monkeypatch.setattr(sampling, "draw_images", dies)
+    monkeypatch.setattr(sampling, "generate_images", dies)
     with pytest.raises(KeyboardInterrupt):
         draw(project, runtime, tmp_path / "again", *given)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("0*.png")}
@@ -168,7 +169,7 @@ def test_killed_command_goes_on_where_it_was(
     (tmp_path / "again" / "00001.png").write_bytes(b"damaged")
 
     drawn.clear()
-    monkeypatch.setattr(sampling, "draw_images", noted)
+    monkeypatch.setattr(sampling, "generate_images", noted)
     draw_on_ranks(config(project, tmp_path / "again", *given), runtime, 2)
     jobs = [(prompt, number) for prompt in PROMPTS for number in range(3)]
     assert sorted(drawn) == sorted(job for index, job in enumerate(jobs) if index not in (0, 2))
@@ -183,14 +184,15 @@ def test_second_start_draws_nothing_unless_something_else_is_asked_for(
 ) -> None:
     cfg = config(project, tmp_path)
     sampling.sample(cfg, runtime)
-    monkeypatch.setattr(sampling, "draw_images", lambda *_: pytest.fail("an image was drawn again"))
+    monkeypatch.setattr(sampling, "generate_images", lambda *_: pytest.fail("an image was drawn again"))
     sampling.sample(cfg, runtime)
     assert "all 3 images were there already: " in capsys.readouterr().out.splitlines()[-1]
-    asked = Requests([Prompt(prompt) for prompt in PROMPTS], None)
-    assert sampling.album_of(cfg, asked).holds(2)
+    requests = Requests([Prompt(prompt) for prompt in PROMPTS], None)
+    jobs = jobs_of(requests.prompts, 1)
+    assert sampling.folder_of(cfg, requests, jobs).holds(2)
     low = replace(cfg.runtime, precision=Precision.bf16)
     for change in ({"seed": 1}, {"steps": 5}, {"tile": 16}, {"film_frames": 2}, {"runtime": low}):
-        assert not sampling.album_of(replace(cfg, **change), asked).holds(2)
+        assert not sampling.folder_of(replace(cfg, **change), requests, jobs).holds(2)
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "pndm", "heun", "unipc"])
@@ -207,19 +209,19 @@ def test_film_ends_with_the_image(project: Any, runtime: Runtime, tmp_path: Path
 def test_images_that_are_not_finite_are_left_out_and_their_prompts_named(
     project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = sampling.draw_images
+    original = sampling.generate_images
 
     def broken(model: Any, cfg: Any, items: Any, *given: Any) -> Any:
         drawing = original(model, cfg, items, *given)
         drawing.images[[item["caption"] == PROMPTS[1] for item in items], 0, 5, 5] = torch.nan
         return drawing
 
-    monkeypatch.setattr(sampling, "draw_images", broken)
+    monkeypatch.setattr(sampling, "generate_images", broken)
     with pytest.raises(UserError, match=rf"^images of '{PROMPTS[1]}' are NaN or infinite, 1 in all: set runtime\."):
         draw(project, runtime, tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"00000.png", "00002.png"}
-    all_broken = sampling.Drawing(torch.full((2, 3, 32, 32), torch.inf), torch.zeros(2, 3, 32, 32), {}, ["", ""])
-    monkeypatch.setattr(sampling, "draw_images", lambda *_: all_broken)
+    all_broken = sampling.GeneratedBatch(torch.full((2, 3, 32, 32), torch.inf), torch.zeros(2, 3, 32, 32), {}, ["", ""])
+    monkeypatch.setattr(sampling, "generate_images", lambda *_: all_broken)
     prompts = f"prompts=['{PROMPTS[1]}', b, c, d, e]"
     with pytest.raises(UserError, match=r"^images of 'a green hill, at night', 'b' are NaN or infinite, 2 in all: "):
         draw(project, runtime, tmp_path, prompts, "batch_size=2")  # not even the first batch has a sound one

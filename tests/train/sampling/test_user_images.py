@@ -15,9 +15,18 @@ from conf.errors import UserError
 from conf.schema import ConditionsConfig, SampleRun
 from conf.schema.conditions import BoxesConfig, BoxMapConfig, ClassConfig, LowResolutionConfig, MaskedConfig
 from models.conditions import PREPARING, Conditions
-from train.sampling.requests import Job, Prompt, Requests, jobs_of, labels_in, read_prompts, require_told, samples_of
+from train.sampling.requests import (
+    Job,
+    Prompt,
+    Requests,
+    jobs_of,
+    labels_in,
+    read_prompts,
+    require_conditions,
+    samples_of,
+)
 from train.sampling.sample_folder import together
-from train.sampling.user_images import caption_beside, read_given
+from train.sampling.user_images import caption_beside, read_user_image
 
 
 def image(path: Path, width: int = 12, height: int = 8) -> str:
@@ -34,13 +43,13 @@ def mask(path: Path, width: int = 12, height: int = 8) -> None:
 
 def test_all_that_lies_beside_a_image_is_read(tmp_path: Path) -> None:
     path = image(tmp_path / "photo.jpg")
-    alone = read_given(path)
+    alone = read_user_image(path)
     assert alone.item["image"].shape == (3, 8, 12) and alone.item["labels"].class_id is None
     assert "mask" not in alone.item
     mask(tmp_path / "photo.mask.png")
     (tmp_path / "photo.json").write_text(json.dumps({"class_id": 3, "boxes": [{"box": [0, 0, 1, 1], "class_id": 1}]}))
     (tmp_path / "photo.txt").write_text(" a hill\n")
-    whole = read_given(path)
+    whole = read_user_image(path)
     assert whole.item["mask"].sum() == 8 and whole.item["mask"][2, 5] and not whole.item["mask"][2, 4]
     assert whole.item["labels"].class_id == 3 and len(whole.item["labels"].boxes) == 1
     assert whole.digest != alone.digest
@@ -72,7 +81,7 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, messa
     path = image(tmp_path / "photo.png")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        read_given(path)
+        read_user_image(path)
 
 
 def test_mask_must_be_there_and_of_the_images_size(tmp_path: Path) -> None:
@@ -81,16 +90,16 @@ def test_mask_must_be_there_and_of_the_images_size(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"^inputs=.*: this network paints where .*: put .*/photo\.mask\.png beside it$"
     ):
-        require_told(conditions, read_given(path).item, path)
+        require_conditions(conditions, read_user_image(path).item, path)
     small = Conditions(ConditionsConfig(caption=None, low_resolution=LowResolutionConfig()), PREPARING)
-    require_told(small, read_given(path).item, path)  # needs none
+    require_conditions(small, read_user_image(path).item, path)  # needs none
     mask(tmp_path / "photo.mask.png", width=10)
     with pytest.raises(UserError, match=r"its mask has 10 x 8 pixels, the image 12 x 8; make them equal$"):
-        read_given(path)
+        read_user_image(path)
     with pytest.raises(UserError, match=r"^inputs=.*/nowhere\.png: no such file$"):
-        read_given(str(tmp_path / "nowhere.png"))
+        read_user_image(str(tmp_path / "nowhere.png"))
     with pytest.raises(UserError, match=r"^inputs=.*: a folder: name its files$"):
-        read_given(str(tmp_path))
+        read_user_image(str(tmp_path))
 
 
 def test_a_mask_is_read_as_it_looks_and_refused_where_it_could_mean_either(tmp_path: Path) -> None:
@@ -100,18 +109,18 @@ def test_a_mask_is_read_as_it_looks_and_refused_where_it_could_mean_either(tmp_p
     rgba[..., 3] *= shape
     for values in (shape, shape.astype(np.uint8), shape.astype(np.uint16) * 65535, rgba):
         Image.fromarray(values).save(tmp_path / "photo.mask.png")
-        assert np.array_equal(read_given(path).item["mask"].numpy(), shape)
+        assert np.array_equal(read_user_image(path).item["mask"].numpy(), shape)
     rgba[..., :3] = 120
     Image.fromarray(rgba).save(tmp_path / "photo.mask.png")
     with pytest.raises(
         UserError, match=r"^inputs=.*/photo\.png: its mask is partly transparent, .*make it black and white$"
     ):
-        read_given(path)
+        read_user_image(path)
 
 
 def test_images_of_one_size_share_a_batch(tmp_path: Path) -> None:
     paths = [image(tmp_path / f"{name}.png", width) for name, width in (("a", 12), ("b", 12), ("c", 16))]
-    asked = Requests([Prompt("", file=path) for path in paths], None, {path: read_given(path) for path in paths})
+    asked = Requests([Prompt("", file=path) for path in paths], None, {path: read_user_image(path) for path in paths})
     jobs = jobs_of([*asked.prompts, Prompt("x")], 1)
     assert [job.number for job in jobs] == [0, 1, 2, 0]
     assert asked.batches(jobs, range(4), 8) == [[0, 1], [2], [3]]

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from train.engine.progress import LINE_EVERY_S
 from train.stages import display as progress
-from train.stages.display import QUIET_S, Display, Row, line
+from train.stages.display import QUIET_S, Display, StageRow, line
 
 
 class Clock:
@@ -38,7 +38,7 @@ def wrote(folder: Path, clock: Clock, seen: int, eta_s: float) -> None:
 
 
 def test_time_left_stands_still_while_nothing_moves(clock: Clock, tmp_path: Path) -> None:
-    row = Row("unet", 1000, "running")
+    row = StageRow("unet", 1000, "running")
     wrote(tmp_path, clock, 100, 90.0)
     row.read(tmp_path, "", since=clock.now)
     assert row.cells["left"] == "1:30"
@@ -56,7 +56,7 @@ def test_time_left_stands_still_while_nothing_moves(clock: Clock, tmp_path: Path
 
 
 def test_a_stage_that_tells_of_anything_is_not_quiet(clock: Clock, tmp_path: Path) -> None:
-    row, log = Row("evaluate", 0, "running"), ""
+    row, log = StageRow("evaluate", 0, "running"), ""
     for _ in range(20):
         clock.now += QUIET_S / 2
         log += "evaluation  one more\n"
@@ -65,7 +65,7 @@ def test_a_stage_that_tells_of_anything_is_not_quiet(clock: Clock, tmp_path: Pat
 
 
 def test_without_a_terminal_a_line_is_told_only_when_something_changed(clock: Clock, tmp_path: Path) -> None:
-    row, out = Row("unet", 1000), io.StringIO()
+    row, out = StageRow("unet", 1000), io.StringIO()
     with Display([row], Console(file=out, width=100)) as display:
         row.state = "running"
         display.update()
@@ -83,7 +83,7 @@ def test_without_a_terminal_a_line_is_told_only_when_something_changed(clock: Cl
 
 
 def test_progress_in_each_moment_is_told_now_and_then(clock: Clock, tmp_path: Path) -> None:
-    row, out = Row("unet", 1000, "running"), io.StringIO()
+    row, out = StageRow("unet", 1000, "running"), io.StringIO()
     display = Display([row], Console(file=out, width=100))
     for second in range(100):
         clock.now += 1
@@ -94,7 +94,7 @@ def test_progress_in_each_moment_is_told_now_and_then(clock: Clock, tmp_path: Pa
 
 
 def test_a_line_holds_what_is_known() -> None:
-    assert line(Row("clip", 10, "running", seen=5, left_s=3.0, elapsed_s=2.0)).split("  ")[-3:] == [
+    assert line(StageRow("clip", 10, "running", seen=5, left_s=3.0, elapsed_s=2.0)).split("  ")[-3:] == [
         "samples 5/10",
         "left 0:03",
         "elapsed 0:02",

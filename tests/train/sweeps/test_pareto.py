@@ -27,7 +27,7 @@ Write = Callable[..., None]
 def write(tmp_path: Path) -> Write:
     """Leaves what a member of a sweep leaves, in a folder named after its options."""
 
-    def member(
+    def result(
         metrics: dict[str, float | None],
         sweep: str = "now",
         error: str | None = None,
@@ -45,7 +45,7 @@ def write(tmp_path: Path) -> Write:
             (folder / "protocol.json").write_text(json.dumps(protocol))
             (folder / "metrics.jsonl").write_text('{"samples_seen": 640, "eval/fid": 1.0}\n')
 
-    return member
+    return result
 
 
 def test_dominated_points_are_not_on_the_front() -> None:
@@ -95,7 +95,7 @@ def test_front_is_of_small_distance_and_high_score_or_little_time(
 
 
 @pytest.mark.parametrize(
-    ("metrics", "rivals"),
+    ("metrics", "trade_offs"),
     [
         ({"eval/fd_efficientnet": 5.0, "eval/fd_efficientnet_floor": 4.0}, []),
         ({"eval/fd_clip": 5.0, "perf/pictures_per_s": 2.0}, ["seconds_per_image"]),
@@ -108,19 +108,19 @@ def test_front_is_of_small_distance_and_high_score_or_little_time(
     ids=["neither", "time alone", "score alone", "the probe as score"],
 )
 def test_each_metric_has_its_panel_if_it_is_there(
-    write: Write, tmp_path: Path, metrics: dict[str, float], rivals: list[str]
+    write: Write, tmp_path: Path, metrics: dict[str, float], trade_offs: list[str]
 ) -> None:
     for steps in (2, 4):
         write(metrics, steps=steps)
     sweep = read_sweep(tmp_path, "now")
-    assert sweep.rivals == rivals
+    assert sweep.trade_offs == trade_offs
     assert sweep.distance == next(name for name in ("eval/fid", *metrics) if name in metrics)
     figure = pareto_figure(sweep)
-    assert (len(figure.axes) if figure else 0) == len(rivals)
-    if rivals == ["eval/prompt_following"]:
-        assert sweep.members[0].metrics[rivals[0]] == pytest.approx(0.6)
+    assert (len(figure.axes) if figure else 0) == len(trade_offs)
+    if trade_offs == ["eval/prompt_following"]:
+        assert sweep.results[0].metrics[trade_offs[0]] == pytest.approx(0.6)
     pareto.write_pareto(tmp_path, "now", OFF, "runs/x")
-    assert (tmp_path / "pareto/pareto.png").exists() == bool(rivals)
+    assert (tmp_path / "pareto/pareto.png").exists() == bool(trade_offs)
     assert "4" in (tmp_path / "pareto/table.md").read_text()
 
 
@@ -129,7 +129,7 @@ def test_members_that_lack_a_metric_stay_in_the_other_panels(write: Write, tmp_p
     write(METRICS | {"eval/fid": 10.0}, sampler="heun", steps=10)
     write({"eval/fid": 5.0, "eval/clip_score": None}, sampler="heun", steps=20)
     sweep = read_sweep(tmp_path, "now")
-    assert [len(sweep.having("eval/fid", metric)) for metric in sweep.rivals] == [2, 2]
+    assert [len(sweep.having("eval/fid", metric)) for metric in sweep.trade_offs] == [2, 2]
     pareto.write_pareto(tmp_path, "now", OFF, "runs/x")
     assert "| heun | 10       | 5        |" in (tmp_path / "pareto/table.md").read_text()
 
@@ -141,7 +141,7 @@ def test_sweep_started_again_shows_earlier_members_of_the_same_protocol(write: W
     write(METRICS, guidance_interval="[0.3,5]")  # at the protocol's 30 steps
     sweep = read_sweep(tmp_path, "now")
     assert sweep.varied == ["steps", "guidance_interval"]
-    assert [member.option("steps") for member in sweep.members] == [10, 30, 40]
+    assert [result.option("steps") for result in sweep.results] == [10, 30, 40]
     assert sweep.left_out == {"steps=20": "of an earlier start, with other samples"}
     pareto.write_pareto(tmp_path, "now", OFF, "runs/x")
 
@@ -200,7 +200,7 @@ def test_evaluate_compares_its_members_in_their_wandb_group(tmp_path: Path, monk
 
     told: list[Any] = []
     monkeypatch.setattr(pareto, "write_pareto", lambda *given: told.append(given))
-    register("evaluate", EvaluateRun)
+    register("evaluate", EvaluateRun, [])
     for mine, group in (([], "x/sweep/evaluate"), (["wandb.group=mine"], "mine")):
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             given = ["run_dir=runs/x", "eta=0.5", "wandb.project=p", *mine]

@@ -10,8 +10,8 @@ from gradio.components import Component
 
 from conf.errors import UserError
 from conf.schema import Edit, EditMode, InversionMethod, PlaygroundRun, Sampler
+from train.board.playground.markup import data_url, message, preview, render_sheet
 from train.board.playground.request import request_of
-from train.board.playground.sheet import data_url, message, preview, render_sheet
 from train.board.playground.studio import Studio, examples_of
 from train.board.playground.upload import INPUT, pixels_of
 
@@ -80,17 +80,17 @@ class Events:
             return [gr.skip(), "", gr.update(visible=True), message(str(error))]
         return [data_url(pixels), preview(pixels), gr.update(visible=True), ""]
 
-    def draw(self, given: dict[Component, Any], progress: gr.Progress = PROGRESS) -> tuple[Any, str]:
+    def draw(self, state: dict[Component, Any], progress: gr.Progress = PROGRESS) -> tuple[Any, str]:
         """The images, and what is wrong; what was drawn before stays where a request is wrong."""
-        words = given[self.words]
-        weights = {word: given[slider] for word, slider in zip(words, self.sliders[: len(words)], strict=True)}
-        values = {name: given[control] for name, control in self.controls.items()}
+        words = state[self.words]
+        weights = {word: state[slider] for word, slider in zip(words, self.sliders[: len(words)], strict=True)}
+        values = {name: state[control] for name, control in self.controls.items()}
         try:
             request = request_of(self.cfg, values, weights)
-            drawn = self.studio.draw(request, lambda step, steps: progress((step, steps), unit="steps"))
+            answer = self.studio.draw(request, lambda step, steps: progress((step, steps), unit="steps"))
         except UserError as error:
             return gr.skip(), message(str(error))
-        return render_sheet(drawn), ""
+        return render_sheet(answer), ""
 
 
 def build_page(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
@@ -129,10 +129,10 @@ def build_page(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
             "concurrency_limit": 1,
             "api_visibility": "private",
         }
-        asked = [generate.click, change.click, controls["prompt"].submit, controls["edit"].submit]
-        asked += [slider.release for slider in sliders]
-        gr.on(asked, **drawing)
-        gr.on([*asked, another.click], js=GO_THERE, api_visibility="private")
+        triggers = [generate.click, change.click, controls["prompt"].submit, controls["edit"].submit]
+        triggers += [slider.release for slider in sliders]
+        gr.on(triggers, **drawing)
+        gr.on([*triggers, another.click], js=GO_THERE, api_visibility="private")
         seeded = another.click(lambda: random.randrange(SEEDS), None, controls["seed"], api_visibility="private")
         seeded.then(**drawing)
     page.queue(max_size=cfg.queue)
@@ -158,7 +158,7 @@ def application(cfg: PlaygroundRun, studio: Studio) -> FastAPI:
 
 
 def label(word: str) -> str:
-    """Of a slider: "eyes (2)" is where the word stands for the second time."""
+    """The label of a slider: "eyes (2)" is where the word stands for the second time."""
     text, mark, number = word.partition("#")
     return f"{text} ({number})" if mark else text
 

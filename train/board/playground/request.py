@@ -9,7 +9,7 @@ from conf.schema import Edit, EditMode, InversionMethod, PlaygroundRun, Sampler,
 from models.editing.inversion import unfit
 
 SEEDS = 2**53  # beyond it, not every whole number has one of its own in a browser
-AS_GIVEN = ("replace_until", "self_until", "blend_change", "blend_threshold")  # options of an edit, by their own names
+EDIT_OPTIONS = ("replace_until", "self_until", "blend_change", "blend_threshold")  # their controls bear these names
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,34 +29,34 @@ class Request:
         return self.edit.edited != self.edit.prompt or bool(self.edit.weights) or bool(self.image)
 
 
-def request_of(cfg: PlaygroundRun, given: Mapping[str, Any], weights: Mapping[str, float]) -> Request:
-    """Of the controls' values by name, and weights of words; all that has no control is as in the configuration.
+def request_of(cfg: PlaygroundRun, values: Mapping[str, Any], weights: Mapping[str, float]) -> Request:
+    """The request that the controls say, by name, with weights of words; what has no control is as configured.
 
     Raises:
         UserError: a value that no image can have.
     """
-    prompt, edited = given["prompt"].strip(), given["edit"].strip()
+    prompt, edited = values["prompt"].strip(), values["edit"].strip()
     if not prompt:
         raise UserError("the prompt is empty: write what the image shall show")
     options = {option.name: getattr(cfg, option.name) for option in fields(SamplingConfig)}
-    options |= {"sampler": Sampler(given["sampler"]), "steps": int(given["steps"])}
-    options |= {"guidance_scale": float(given["guidance_scale"])}
+    options |= {"sampler": Sampler(values["sampler"]), "steps": int(values["steps"])}
+    options |= {"guidance_scale": float(values["guidance_scale"])}
     if options["sampler"] is not cfg.sampler:
         options["eta"] = None  # it was meant for the other one
     edit = Edit(
         prompt=prompt,
         edit=edited or None,
-        mode=EditMode(given["mode"]),
+        mode=EditMode(values["mode"]),
         weights={word: weight for word, weight in weights.items() if weight != 1},
-        blend=[word.strip() for word in given["blend"].split(",") if word.strip()],
-        **{name: given[name] for name in AS_GIVEN},
+        blend=[word.strip() for word in values["blend"].split(",") if word.strip()],
+        **{name: values[name] for name in EDIT_OPTIONS},
     )
-    request = Request(edit, seed_of(given["seed"]), SamplingConfig(**options))
-    return of_image(request, given["image"], InversionMethod(given["inversion"])) if given["image"] else request
+    request = Request(edit, seed_of(values["seed"]), SamplingConfig(**options))
+    return of_image(request, values["image"], InversionMethod(values["inversion"])) if values["image"] else request
 
 
 def of_image(request: Request, image: str, inversion: InversionMethod) -> Request:
-    """The same for a given image, with DDIM where the sampler would not find it."""
+    """The request with the visitor's own image, and with DDIM where the sampler would not find it."""
     chosen, sampling = request.sampling.sampler, request.sampling
     if not unfit(sampling, inversion):
         return replace(request, image=image, inversion=inversion)
@@ -64,14 +64,14 @@ def of_image(request: Request, image: str, inversion: InversionMethod) -> Reques
     return replace(request, image=image, inversion=inversion, sampling=sampling, instead_of=chosen)
 
 
-def seed_of(given: float | None) -> int:
-    """Of the number that was written.
+def seed_of(number: float | None) -> int:
+    """The seed in a field of the page.
 
     Raises:
         UserError: none, not a whole one, or one that a browser rounds.
     """
-    if given is None:
+    if number is None:
         raise UserError("the seed is empty: write a whole number")
-    if not 0 <= given < SEEDS or given != int(given):
-        raise UserError(f"seed {given:g}: write a whole number from 0 to {SEEDS - 1}")
-    return int(given)
+    if not 0 <= number < SEEDS or number != int(number):
+        raise UserError(f"seed {number:g}: write a whole number from 0 to {SEEDS - 1}")
+    return int(number)

@@ -13,9 +13,8 @@ from models.pipeline import DiffusionPipeline
 from train.board.playground.studio import Studio
 from train.engine.metric_log import say
 from train.engine.runtime import Runtime
-from train.sampling.load import is_exported, load_exported
+from train.sampling.load import is_exported, load_exported, load_model
 from train.sampling.requests import say_cut
-from train.sampling.run import load_model
 
 if TYPE_CHECKING:  # it comes with gradio
     import uvicorn
@@ -32,7 +31,7 @@ def serve(cfg: PlaygroundRun, runtime: Runtime) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the playground needs the package gradio: pip install 'latentline[playground]'")
     with listen(cfg) as listening:
-        studio = Studio(load(cfg, runtime), runtime.precision, cfg.film_frames)
+        studio = Studio(load_networks(cfg, runtime), runtime.precision, cfg.film_frames)
         say_cut("playground", studio.model, [], cfg)  # of a visitor's long prompt the page says so
         server = server_of(cfg, studio)
         host, port = listening.getsockname()[:2]
@@ -52,7 +51,7 @@ def server_of(cfg: PlaygroundRun, studio: Studio) -> "uvicorn.Server":
     return uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=CLOSING_S))
 
 
-def load(cfg: PlaygroundRun, runtime: Runtime) -> DiffusionPipeline:
+def load_networks(cfg: PlaygroundRun, runtime: Runtime) -> DiffusionPipeline:
     """The networks of a run, or of a folder in diffusers' format."""
     if is_exported(cfg.run_dir):
         return load_exported(cfg.run_dir, runtime.device, cfg.tile)

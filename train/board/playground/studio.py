@@ -26,7 +26,7 @@ from train.sampling.requests import captions_of_shards, require_prompts_alone, s
 
 LARGEST_MAP = 128  # pixels of its sides: maps are smooth
 EXAMPLES = 4  # prompts that the page offers
-Told = Callable[[int, int], object]  # (steps done, all steps)
+OnStep = Callable[[int, int], object]  # (steps done, all steps)
 Made = tuple[str, DrawnImage, Tensor | None]  # prompt, image, and where it may differ from the one before
 
 
@@ -75,7 +75,7 @@ class Studio:
         """
         return [word for word in read_words(self.model, [prompt], sampling)[0].named() if is_word(word)]
 
-    def draw(self, request: Request, told: Told | None = None) -> Drawing:
+    def draw(self, request: Request, on_step: OnStep | None = None) -> Drawing:
         """Draw an image and, if there is anything to be changed, the edited one beside it.
 
         Args:
@@ -90,16 +90,16 @@ class Studio:
 
         def watched(step: int, x: Tensor, x0: Tensor) -> None:
             film(step, x, x0)
-            if told is not None:
-                told(step + 1, steps)
+            if on_step is not None:
+                on_step(step + 1, steps)
 
         with autocast(self.model.device, self.precision):
             made, found = self._made(request, watched)
             images = torch.stack([image.image for _, image, _ in made])
             if not images.isfinite().all():
                 raise UserError("the image is NaN or infinite: set a lower guidance, or runtime.precision=fp32")
-            drawn = images if found is None else torch.stack([found, images[1]])
-            strips = film.frames(self.model, drawn)  # [1 or 2, F, 3, H, W]
+            last = images if found is None else torch.stack([found, images[1]])
+            strips = film.frames(self.model, last)  # [1 or 2, F, 3, H, W]
         before, *after = [as_bytes(*each, to_uint8(strip)) for each, strip in zip(made, strips, strict=True)]
         again = None if found is None else psnr(found[None], images[:1]).item()
         return Drawing(request, before, after[0] if after else None, film.labels, time.monotonic() - began, again)
@@ -133,7 +133,7 @@ class Studio:
 
 
 def as_bytes(prompt: str, image: DrawnImage, region: Tensor | None, film: np.ndarray) -> Shown:
-    """An image as bytes."""
+    """An image with its words and its film, as bytes."""
     words = [(word.partition("#")[0], stretched(heat)) for word, heat in image.maps.items() if is_word(word)]
     where = None if region is None else region.cpu().numpy()
     return Shown(prompt, to_uint8(image.image[None])[0], film, words, where)

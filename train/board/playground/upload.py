@@ -19,7 +19,7 @@ INPUT = """<label class="own"><input type="file" accept="image/*" aria-label="Yo
 
 
 def pixels_of(address: str, height: int, width: int) -> np.ndarray:
-    """Its middle, as uint8 [height, width, 3].
+    """The middle of an upload, as uint8 [height, width, 3].
 
     Raises:
         UserError: too large a file, or not an image.

@@ -14,5 +14,5 @@ JUDGES: dict[JudgeName, type[Judge]] = {
 
 
 def wanted_judges(cfg: EvaluateRun) -> list[type[Judge]]:
-    """In the order of the options."""
+    """The kinds of judges that the options name, in their order."""
     return [CaptionProbe] * cfg.prompt_following + [JUDGES[name] for name in cfg.judges]

@@ -67,9 +67,9 @@ class BoxJudge(Judge):
         return dict(zip(self.columns, counts, strict=True))
 
     def scores(self, columns: dict[str, Tensor]) -> dict[str, float]:
-        """Shares of all boxes."""
+        """Shares of the boxes that are right, over all images."""
         totals = {name: column.sum(dim=0).tolist() for name, column in columns.items()}
-        return {name: right / asked for name, (right, asked) in totals.items() if asked}
+        return {name: right / total for name, (right, total) in totals.items() if total}
 
     def _places(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
         """Number of the image [N], corners [N, 4] and class [N] of every box, and of an empty one in each image."""

@@ -60,7 +60,7 @@ class Judge(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, images: Tensor, items: Sequence[Item], generator: torch.Generator) -> Tensor:
-        """Of the readings of real images [B, 3, H, W] in [-1, 1]."""
+        """Loss of the readings of real images [B, 3, H, W] in [-1, 1]."""
 
     @abstractmethod
     def correct(self, images: Tensor, items: Sequence[Item]) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ class Judge(nn.Module, ABC):
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Self:
-        """What `save` wrote."""
+        """The judge that `save` wrote."""
         with safe_open(path, framework="pt") as file:
             judge = cls(json.loads(file.metadata()["facts"]))
             judge.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118

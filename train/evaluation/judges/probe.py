@@ -48,36 +48,36 @@ class Probe(Judge):
 
     @staticmethod
     @abstractmethod
-    def asked(item: Item) -> dict[str, Any]:
+    def attributes(item: Item) -> dict[str, Any]:
         """The value of each attribute that a sample has."""
 
     @classmethod
     def facts_of(cls, items: Sequence[Item]) -> dict[str, list[Any]]:
         """All values that occur, in order."""
-        asked = [cls.asked(item) for item in items]
-        names = dict.fromkeys(name for values in asked for name in values)
-        return {name: sorted({values[name] for values in asked if name in values}) for name in names}
+        wanted = [cls.attributes(item) for item in items]
+        names = dict.fromkeys(name for values in wanted for name in values)
+        return {name: sorted({values[name] for values in wanted if name in values}) for name in names}
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The attributes."""
+        """Names of the attributes that are read."""
         return tuple(self.facts)
 
     def loss(self, images: Tensor, items: Sequence[Item], generator: torch.Generator) -> Tensor:
         """Cross-entropy, summed over the attributes."""
-        asked = [self.asked(item) for item in items]
+        wanted = [self.attributes(item) for item in items]
         total = torch.zeros((), device=images.device)
         for name, logits in self.network(images).items():
             index = {value: number for number, value in enumerate(self.facts[name])}
-            rows = [row for row, values in enumerate(asked) if name in values]
-            targets = torch.tensor([index[asked[row][name]] for row in rows], device=images.device)
+            rows = [row for row, values in enumerate(wanted) if name in values]
+            targets = torch.tensor([index[wanted[row][name]] for row in rows], device=images.device)
             if rows:
                 total = total + F.cross_entropy(logits[rows], targets)
         return total
 
     @torch.no_grad()
     def log_probability(self, images: Tensor, name: str, value: Any) -> Tensor:
-        """Of a value of an attribute, [B] on the CPU."""
+        """Log-probability of a value of an attribute, [B] on the CPU."""
         return self.network(images)[name].log_softmax(1)[:, self.facts[name].index(value)].cpu()
 
     @torch.no_grad()
@@ -88,12 +88,12 @@ class Probe(Judge):
     @torch.no_grad()
     def correct(self, images: Tensor, items: Sequence[Item]) -> dict[str, Tensor]:
         """Per attribute, whether [B] the image shows what is asked for."""
-        asked, right = [self.asked(item) for item in items], {}
+        wanted, right = [self.attributes(item) for item in items], {}
         for name, logits in self.network(images).items():
             read = [self.facts[name][number] for number in logits.argmax(1).tolist()]
             known = [
                 float(value == values[name]) if name in values else math.nan
-                for value, values in zip(read, asked, strict=True)
+                for value, values in zip(read, wanted, strict=True)
             ]
             right[name] = torch.tensor(known)
         return right
@@ -119,8 +119,8 @@ class CaptionProbe(Probe):
             )
 
     @staticmethod
-    def asked(item: Item) -> dict[str, Any]:
-        """Of the sample's JSON."""
+    def attributes(item: Item) -> dict[str, Any]:
+        """Attributes by the sample's JSON."""
         return {name: item["meta"][name] for name in ATTRIBUTES}
 
 
@@ -131,12 +131,12 @@ class SceneProbe(Probe):
 
     @classmethod
     def require(cls, item: Item) -> None:
-        """As for captions."""
+        """Raise UserError where a sample has no attributes."""
         CaptionProbe.require(item)
 
     @staticmethod
-    def asked(item: Item) -> dict[str, Any]:
-        """Of the sample's JSON."""
+    def attributes(item: Item) -> dict[str, Any]:
+        """Attributes by the sample's JSON."""
         return attributes_of(item["meta"])
 
 
@@ -155,6 +155,6 @@ class ClassProbe(Probe):
             )
 
     @staticmethod
-    def asked(item: Item) -> dict[str, Any]:
-        """Of the labels."""
+    def attributes(item: Item) -> dict[str, Any]:
+        """Attributes by the labels."""
         return {"class": item["labels"].class_id}

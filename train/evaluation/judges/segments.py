@@ -65,7 +65,7 @@ class SegmentJudge(Judge):
 
     @classmethod
     def require(cls, item: Item) -> None:
-        """A map must be there."""
+        """Raise UserError where a sample has no map."""
         if item["labels"].segments is None:
             raise UserError(
                 f"{cls.option}: sample '{item['key']}' has no {MAP}; leave segments out, or build shards with maps"
@@ -90,20 +90,20 @@ class SegmentJudge(Judge):
 
         The last row is for classes that training never saw.
         """
-        read, asked = self.network(images).argmax(1).cpu(), maps(items)  # [B, H, W] each
-        asked_of = torch.where(asked == UNLABELLED, UNLABELLED, asked.clamp(max=len(self.facts))).flatten(1)
-        wanted = F.one_hot(asked_of, UNLABELLED + 1)[..., : len(self.facts) + 1]  # [B, H·W, classes + 1]
-        right = wanted * (read == asked).flatten(1)[..., None]
+        read, truth = self.network(images).argmax(1).cpu(), maps(items)  # [B, H, W] each
+        known = torch.where(truth == UNLABELLED, UNLABELLED, truth.clamp(max=len(self.facts))).flatten(1)
+        wanted = F.one_hot(known, UNLABELLED + 1)[..., : len(self.facts) + 1]  # [B, H·W, classes + 1]
+        right = wanted * (read == truth).flatten(1)[..., None]
         return {"pixel": torch.stack([right.sum(1), wanted.sum(1)], dim=-1)}
 
     def scores(self, columns: dict[str, Tensor]) -> dict[str, float]:
         """Share of all pixels, and the mean of the classes' shares, in which a large background counts as one class."""
-        right, asked = columns["pixel"].sum(dim=0).double().unbind(-1)  # [classes + 1] each
-        occurring = asked > 0
-        shares = right[occurring] / asked[occurring]
-        return {"pixel": (right.sum() / asked.sum()).item(), "segment": shares.mean().item()}
+        right, truth = columns["pixel"].sum(dim=0).double().unbind(-1)  # [classes + 1] each
+        occurring = truth > 0
+        shares = right[occurring] / truth[occurring]
+        return {"pixel": (right.sum() / truth.sum()).item(), "segment": shares.mean().item()}
 
 
 def maps(items: Sequence[Item]) -> Tensor:
-    """int64 [B, H, W]."""
+    """The class of each pixel, int64 [B, H, W]."""
     return torch.from_numpy(np.stack([item["labels"].segments for item in items])).long()

@@ -17,19 +17,19 @@ OPACITY = 0.65  # of a map over the image
 SHEETS = count()  # pages tell their radio buttons apart by it
 
 
-def render_sheet(drawn: Drawing) -> str:
+def render_sheet(drawing: Drawing) -> str:
     """The images side by side. Prompts are escaped."""
-    shown = {"Image": drawn.before} if drawn.after is None else {"Before": drawn.before, "After": drawn.after}
-    request = drawn.request
+    shown = {"Image": drawing.before} if drawing.after is None else {"Before": drawing.before, "After": drawing.after}
+    request = drawing.request
     return PAGES.get_template("sheet.html").render(
         number=next(SHEETS),
         images=[(title, sheet_contents(image)) for title, image in shown.items()],
-        labels=drawn.film_labels,
+        labels=drawing.film_labels,
         weights=", ".join(f"{word} × {weight:g}" for word, weight in request.edit.weights.items()),
         seed=request.seed,
         sampling=request.sampling,
-        seconds=drawn.seconds,
-        psnr=drawn.psnr,
+        seconds=drawing.seconds,
+        psnr=drawing.psnr,
         inversion=request.inversion.value,
         instead_of=request.instead_of.value if request.instead_of else "",
     )

@@ -20,6 +20,7 @@ from train.engine.runtime import Runtime, start
 from train.evaluation.watch import of_checkpoint
 from train.exporting import average
 from train.sampling import run as sampling
+from train.sampling.load import load_model
 from train.training.unet import UNetStage
 
 RUN = ["loop.samples=96", "loop.checkpoint_every=48", "loop.log_every=16", "ema.half_life_samples=50", "optim.lr=1e-2"]
@@ -90,7 +91,7 @@ def test_adapters_are_merged_when_the_base_is_read(project: Any, runtime: Runtim
     export = tuned / "export"
     cfg = project.config("sample", "prompts=[x]", f"lora={export}", f"lora_scale={scale}")
     base, whole = (UNet.from_pretrained(folder).state_dict() for folder in (cfg.unet, export))
-    read = sampling.load_model(cfg, runtime.device).denoiser.unet.state_dict()
+    read = load_model(cfg, runtime.device).denoiser.unet.state_dict()
     for name, tensor in read.items():
         torch.testing.assert_close(tensor, base[name] + scale * (whole[name] - base[name]), rtol=0, atol=1e-6)
     facts = {"lora_sha256": sha256(adapter_file(cfg.lora)), "lora_scale": scale}
@@ -100,7 +101,7 @@ def test_adapters_are_merged_when_the_base_is_read(project: Any, runtime: Runtim
 def test_adapters_do_not_count_twice(project: Any, runtime: Runtime, tuned: Path) -> None:
     cfg = project.config("evaluate", f"lora={tuned}/export", f"unet={tuned}/export")
     with pytest.raises(UserError, match=r"^lora=\S+: already in the weights of unet=\S+; set unet=FOLDER to what it"):
-        sampling.load_model(cfg, runtime.device)
+        load_model(cfg, runtime.device)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import numpy as np, torch
 from conf.entry import compose
 from conf.schema import UNetRun
-from models.conditions import Conditions, Samples, Surroundings
+from models.conditions import ConditionContext, Conditions, Samples
 from models.denoiser import Denoiser
 from models.unet import UNet
 
@@ -19,8 +19,8 @@ given = ["experiment=smoke", "conditions.caption=null", "conditions.mean_colour.
 given += ["model.cross_attention_dim=null"]
 given += ["model.down_block_types=[DownBlock2D,AttnDownBlock2D]", "model.up_block_types=[AttnUpBlock2D,UpBlock2D]"]
 cfg = compose("train_unet", UNetRun, given)
-around = Surroundings.of(cfg.model, downscale=4, latent_mean=torch.zeros(4), latent_std=torch.ones(4))
-network = Denoiser(UNet(cfg.model), Conditions(cfg.conditions, around))
+context = ConditionContext.of(cfg.model, downscale=4, latent_mean=torch.zeros(4), latent_std=torch.ones(4))
+network = Denoiser(UNet(cfg.model), Conditions(cfg.conditions, context))
 colours = torch.linspace(-1, 1, 16).view(16, 1, 1, 1).expand(-1, 3, 32, 32)
 samples = Samples(colours, [], torch.zeros(16, 4), [])
 inputs = network.conditions.prepare(samples, None)
@@ -50,7 +50,7 @@ def test_example_of_the_docs_works(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "conditions.md").read_text(), re.DOTALL)
     condition, kind, section, option = blocks
     images, schema = tmp_path / "models/conditions/images.py", tmp_path / "conf/schema/conditions.py"
-    after(images, "KINDS: Mapping[str, Callable[[Any, Surroundings], Condition]] = {\n", kind)
+    after(images, "KINDS: Mapping[str, Callable[[Any, ConditionContext], Condition]] = {\n", kind)
     images.write_text(images.read_text().replace("\n\nclass LowResolution", f"\n\n{condition}\n\nclass LowResolution"))
     after(schema, "    segments: SegmentsConfig | None = None\n", option)
     schema.write_text(
