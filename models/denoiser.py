@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from conf.errors import UserError
 from conf.schema.networks import UNetConfig
 from models.attention import AttentionControl
-from models.conditions import Conditioning, Conditions, Inputs
+from models.conditions import Conditioning, Embedders, Inputs
 from models.formats.tensor_stream import TensorStream, stream_of
 from models.formats.weights import Weights, check_names, read_tensors, save_file_atomic
 from models.unet import UNet
@@ -24,7 +24,7 @@ UNET, CONDITIONS = "unet.", "conditions."  # what names of parameters begin with
 class Denoiser(nn.Module):
     """One module for the optimiser, the average and the checkpoints; its parts are `unet` and `conditions`."""
 
-    def __init__(self, unet: UNet, conditions: Conditions) -> None:
+    def __init__(self, unet: UNet, conditions: Embedders) -> None:
         super().__init__()
         self.unet, self.conditions = unet, conditions
         latent, beside, inputs = unet.cfg.out_channels, conditions.channels, unet.cfg.in_channels
@@ -92,7 +92,7 @@ class Denoiser(nn.Module):
                 part.load_state_dict(own)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, conditions_of: Callable[[UNetConfig], Conditions]) -> Self:
+    def from_pretrained(cls, folder: str | Path, conditions_of: Callable[[UNetConfig], Embedders]) -> Self:
         """What `save_pretrained` wrote, or a U-Net of others where the conditions have no parameters.
 
         Args:

@@ -51,7 +51,7 @@ def draw_edits(cfg: EditRun, runtime: Runtime) -> None:
     """
     edits = read_edits(cfg)
     model = load_model(cfg, runtime.device)
-    require_prompts_alone(model.denoiser.conditions, "edit.py")
+    require_prompts_alone(model.conditions, "edit.py")
     if runtime.is_main:
         say_cut("edit", model, [], cfg)  # of long prompts an edit is refused
     for edit in edits:
@@ -115,7 +115,7 @@ def draw_batch(model: DiffusionPipeline, cfg: EditRun, jobs: Sequence[EditJob]) 
             indices=numbers,
             watch=cfg.maps,
             inputs=model.prepare(samples),
-            given=torch.stack(images).to(model.device) if images else None,
+            source_images=torch.stack(images).to(model.device) if images else None,
             inversion=cfg.inversion,
         )
 
@@ -155,8 +155,8 @@ def measured_of(made: Edited) -> dict[str, float]:
     if made.region is not None:
         measured["region"] = made.region.float().mean().item()
         measured["changed_outside"] = (change * ~made.region).mean().item()
-    if made.found is not None:
-        measured["reconstruction_psnr"] = psnr(made.found[None], made.source.image[None]).item()
+    if made.reconstruction is not None:
+        measured["reconstruction_psnr"] = psnr(made.reconstruction[None], made.source.image[None]).item()
     return {name: round(value, 5) for name, value in measured.items()}
 
 

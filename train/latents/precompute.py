@@ -25,7 +25,7 @@ from data.latent_record import ChannelStats
 from data.shards.manifest import MANIFEST, Manifest, ShardInfo
 from data.shards.shard import atomic_path, atomic_write
 from models.autoencoder import Autoencoder
-from models.conditions import PREPARING, Conditions
+from models.conditions import Conditions
 from models.text import Cuts, load_text_tower
 from models.tiles import check_tile
 from train.engine.metric_log import MetricLog, say
@@ -213,7 +213,7 @@ def run_precompute(cfg: PrecomputeRun, runtime: Runtime, config: dict[str, Any])
     encoder = LatentEncoder(
         Autoencoder.from_pretrained(cfg.autoencoder).eval().to(runtime.device),
         load_text_tower(cfg.clip).eval().to(runtime.device) if asks_clip(cfg.conditions) else None,
-        Conditions(cfg.conditions, PREPARING),
+        Conditions(cfg.conditions),
         runtime.device,
         runtime.precision,
         cfg.text_states,

@@ -21,7 +21,7 @@ from conf.schema.networks import UNetConfig
 from data.shards.manifest import Manifest
 from data.shards.remote import joined, read_remote
 from data.shards.shard import atomic_write
-from models.conditions import PREPARING, ConditionContext, Conditions
+from models.conditions import ConditionContext, Conditions, Embedders
 from models.diffusion.process import SCHEDULER, differences, meaning, read_scheduler
 from models.formats.lora import Adapters
 from models.formats.weights import WEIGHTS_NAME, metadata_of
@@ -128,21 +128,20 @@ class UNetInfo:
         return _typed(ProcessConfig, self.process)
 
     def conditions_config(self) -> ConditionsConfig:
-        """Likewise that of the conditions."""
+        """The typed conditions again; those that are not named are absent."""
         absent: dict[str, Any] = {option.name: None for option in fields(ConditionsConfig)}
         return _typed(ConditionsConfig, absent | self.conditions)
 
-    def build_conditions(self, model: UNetConfig, downscale: int, null_text: Tensor | None = None) -> Conditions:
+    def build_conditions(self, model: UNetConfig, downscale: int, null_text: Tensor | None = None) -> Embedders:
         """The conditions of a U-Net, untrained; `null_text` [L, D] is for its training."""
-        around = ConditionContext.of(
+        context = ConditionContext.of(
             model,
             downscale=downscale,
             latent_mean=torch.tensor(self.latent_mean),
             latent_std=torch.tensor(self.latent_std),
             null_text=null_text,
-            names=self.names,
         )
-        return Conditions(self.conditions_config(), around)
+        return Embedders(Conditions(self.conditions_config(), self.names), context)
 
     def null_text(self, latents: str) -> Tensor:
         """Text states [L, D] of the empty caption, from the cache."""
@@ -242,7 +241,7 @@ def asks_clip(conditions: ConditionsConfig) -> bool:
 
 def check_conditions(cfg: UNetRun, cached: dict[str, Any]) -> None:
     """Refuse a cache that lacks the arrays of a condition, or has others."""
-    wanted = Conditions(cfg.conditions, PREPARING).facts()
+    wanted = Conditions(cfg.conditions).facts()
     for name, facts in wanted.items():
         if cached.get(name) != facts:
             found = "has none" if name not in cached else f"has one of {cached[name]}, not {facts}"

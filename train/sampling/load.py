@@ -8,7 +8,7 @@ from conf.errors import UserError
 from conf.schema import ConditionsConfig
 from conf.schema.networks import UNetConfig
 from models.autoencoder import Autoencoder
-from models.conditions import ConditionContext, Conditions
+from models.conditions import ConditionContext, Conditions, Embedders
 from models.denoiser import Denoiser
 from models.diffusion.process import SCHEDULER, Process, read_scheduler
 from models.formats.weights import CONFIG_NAME, read_json
@@ -42,9 +42,9 @@ def load_exported(folder: str, device: torch.device, tile: int = 0) -> Diffusion
     channels = autoencoder.cfg.latent_channels
     mean, std = torch.zeros(channels), torch.full((channels,), 1 / scale)
 
-    def conditions(model: UNetConfig) -> Conditions:
-        around = ConditionContext.of(model, downscale=autoencoder.cfg.downscale, latent_mean=mean, latent_std=std)
-        return Conditions(ConditionsConfig(), around)
+    def conditions(model: UNetConfig) -> Embedders:
+        context = ConditionContext.of(model, downscale=autoencoder.cfg.downscale, latent_mean=mean, latent_std=std)
+        return Embedders(Conditions(ConditionsConfig()), context)
 
     denoiser = Denoiser.from_pretrained(path / "unet", conditions)
     process = Process(read_scheduler(path / "scheduler" / SCHEDULER))

@@ -101,7 +101,7 @@ def draw_images(
     film: Film | None = None,
 ) -> Drawing:
     """The images of some items, with their numbers among those of the same caption, all in one batch."""
-    conditions, captions = model.denoiser.conditions, [item["caption"] for item in items]
+    conditions, captions = model.conditions, [item["caption"] for item in items]
     side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale
     samples = samples_of(items, numbers, cfg.seed, side)
     with autocast(model.device, cfg.runtime.precision):
@@ -205,7 +205,7 @@ def fill(
             broken += [index for row, index in enumerate(part) if row not in kept]
             if drawn == 0 and not kept:
                 require_finite(cfg, [album.jobs[index].prompt for index in broken])
-            pixels, shown = to_uint8(drawing.images), model.denoiser.conditions.show(drawing.originals, drawing.inputs)
+            pixels, shown = to_uint8(drawing.images), model.conditions.show(drawing.originals, drawing.inputs)
             sheet = to_uint8(side_by_side([*shown, drawing.images])[..., : -drawing.images.shape[3]]) if shown else None
             finish_writing(written)
             written = [

@@ -11,7 +11,7 @@ from conf.schema import ConditionsConfig, Precision
 from conf.schema.networks import AutoencoderConfig
 from data.images import Cut
 from models.autoencoder import Autoencoder
-from models.conditions import PREPARING, Conditions
+from models.conditions import Conditions
 from train.latents.encoder import LatentEncoder
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ class Clip:
 
 
 def made(autoencoder: Any, precision: Precision, **options: Any) -> LatentEncoder:
-    conditions = Conditions(ConditionsConfig(), PREPARING)
+    conditions = Conditions(ConditionsConfig())
     return LatentEncoder(autoencoder, Clip(), conditions, CPU, precision, seed=0, **options)  # type: ignore[arg-type]
 
 
