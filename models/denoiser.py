@@ -1,4 +1,4 @@
-"""What is trained: a U-Net together with the conditions that it is told."""
+"""The network that is trained: a U-Net together with what embeds its conditions."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -43,17 +43,17 @@ class Denoiser(nn.Module):
         return self.predict(x_t, timesteps, self.conditions(inputs))
 
     def predict(
-        self, x_t: Tensor, timesteps: Tensor, given: Conditioning, attn_control: AttentionControl | None = None
+        self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, attn_control: AttentionControl | None = None
     ) -> Tensor:
-        """The same with what the conditions gave, so that many calls share it."""
-        sample = x_t if given.channels is None else torch.cat([x_t, given.channels.to(x_t.dtype)], dim=1)
-        return self.unet(sample, timesteps, given.context, attn_control, vector=given.vector)
+        """The prediction from conditions that are embedded already, so that many calls share them."""
+        sample = x_t if conditioning.channels is None else torch.cat([x_t, conditioning.channels.to(x_t.dtype)], dim=1)
+        return self.unet(sample, timesteps, conditioning.context, attn_control, vector=conditioning.vector)
 
-    def prepared(self, given: Conditioning) -> Conditioning:
-        """With keys and values of the tokens in their place: computed once for all calls."""
-        if not isinstance(given.context, Tensor):
-            return given
-        return given._replace(context=self.unet.keys_values(given.context))
+    def prepared(self, conditioning: Conditioning) -> Conditioning:
+        """Put keys and values in the place of the tokens: they are computed once for all calls."""
+        if not isinstance(conditioning.context, Tensor):
+            return conditioning
+        return conditioning._replace(context=self.unet.keys_values(conditioning.context))
 
     def save_pretrained(self, folder: str | Path, weights: Weights, metadata: Mapping[str, str] | None = None) -> None:
         """Write weights of this module: the U-Net's in diffusers' format, those of the conditions beside them.
@@ -61,6 +61,7 @@ class Denoiser(nn.Module):
         `metadata`: what the U-Net's file says of itself.
         """
         stream = weights if isinstance(weights, TensorStream) else stream_of(weights)
+        # The weights may come one at a time, gathered from many ranks: the conditions' few are set aside on the way.
         own: dict[str, Tensor] = {}
 
         def of_unet() -> Iterator[Tensor]:
@@ -93,7 +94,7 @@ class Denoiser(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, conditions_of: Callable[[UNetConfig], Embedders]) -> Self:
-        """What `save_pretrained` wrote, or a U-Net of others where the conditions have no parameters.
+        """Read what `save_pretrained` wrote, or a U-Net of others where the conditions have no parameters.
 
         Args:
             conditions_of: builds those of a U-Net.

@@ -183,10 +183,12 @@ class DiffusionPipeline:
                 f"guidance_scale={sampling.guidance_scale}: this network was trained without dropping a condition; "
                 "set guidance_scale=1"
             )
-        given, nulls = self._embedded(images, sampling, inputs or {}, guided, null_texts)
+        conditioning, nulls = self._embedded(images, sampling, inputs or {}, guided, null_texts)
         predict = partial(self.denoiser.predict, attn_control=None if control is None else control.attention)
         # The tokens are the same at every step, so their keys and values are computed once, here, for all calls.
-        bound = [partial(classifier_free, predict, given, null, prepare=self.denoiser.prepared) for null in nulls]
+        bound = [
+            partial(classifier_free, predict, conditioning, null, prepare=self.denoiser.prepared) for null in nulls
+        ]
         scale, rescale = sampling.guidance_scale, sampling.guidance_rescale
         # A null of each step is found by its timestep: a sampler may call twice in a step, or between two levels.
         sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)[:-1].tolist()
@@ -195,7 +197,7 @@ class DiffusionPipeline:
         if sampling.guidance_interval:
             low, high = (self.process.timestep(sigma) if sigma > 0 else -1.0 for sigma in sampling.guidance_interval)
             network = within((low, high), network, bound[0](scale=1.0, joined=joined))
-        return self.process.denoiser(network), self.latent_shape(sampling, given)
+        return self.process.denoiser(network), self.latent_shape(sampling, conditioning)
 
     def _embedded(
         self,
@@ -212,17 +214,17 @@ class DiffusionPipeline:
         repeated = {name: array[owners] for name, array in inputs.items()}
         if takes_text:
             repeated["text"] = self.states([prompt for image in images for prompt in image])
-        given = embed(repeated)
+        conditioning = embed(repeated)
         if not guided:
-            return given, [Conditioning()]
+            return conditioning, [Conditioning()]
         null = embed.null(inputs)
         if not takes_text:
-            return given, [embed(null)]
+            return conditioning, [embed(null)]
         texts = null_texts or [self.states(self._negative(sampling)).expand(len(images), -1, -1)]
-        return given, [embed({**null, "text": states}) for states in texts]
+        return conditioning, [embed({**null, "text": states}) for states in texts]
 
     def cuts(self, texts: Sequence[str], syntax: bool) -> Cuts:
-        """Which of some prompts are longer than the text encoder reads; `syntax`: whether brackets mean weights."""
+        """Count prompts that are longer than the text encoder reads; `syntax`: whether brackets mean weights."""
         if self.text_tower is None or not self.conditions.takes_text:
             return Cuts(0)
         read = parse if syntax else plain
@@ -239,23 +241,23 @@ class DiffusionPipeline:
             raise UserError(f"negative_prompt={sampling.negative_prompt}: takes no AND; separate the words with commas")
         return negative
 
-    def latent_shape(self, sampling: SamplingConfig, given: Conditioning | None = None) -> tuple[int, int, int]:
-        """Channels, height and width: of the size that is asked for, of a condition's image, or as in training."""
-        given = Conditioning() if given is None else given
+    def latent_shape(self, sampling: SamplingConfig, conditioning: Conditioning | None = None) -> tuple[int, int, int]:
+        """Channels, height and width of a latent: of `size`, of a condition's image, or as in training."""
+        conditioning = Conditioning() if conditioning is None else conditioning
         cfg, scale = self.denoiser.unet.cfg, self.autoencoder.cfg.downscale
         height, width = cfg.sample_size, cfg.sample_size
-        if given.channels is not None:
-            height, width = given.channels.shape[2:]
+        if conditioning.channels is not None:
+            height, width = conditioning.channels.shape[2:]
         if sampling.size:
-            asked = (sampling.size[0] // scale, sampling.size[1] // scale)
-            if given.channels is not None and asked != (height, width):
+            wanted = (sampling.size[0] // scale, sampling.size[1] // scale)
+            if conditioning.channels is not None and wanted != (height, width):
                 shown = f"{height * scale} x {width * scale}"
                 raise UserError(f"size={sampling.size}: the image that is given makes {shown}; leave size out")
-            height, width = asked
+            height, width = wanted
         unit = scale * cfg.downscale
         if height % cfg.downscale or width % cfg.downscale or any(side % unit for side in sampling.size):
-            wanted = sampling.size or [height * scale, width * scale]
-            raise UserError(f"images of {wanted[0]} x {wanted[1]} pixels: sides must be multiples of {unit}")
+            sides = sampling.size or [height * scale, width * scale]
+            raise UserError(f"images of {sides[0]} x {sides[1]} pixels: sides must be multiples of {unit}")
         return cfg.out_channels, height, width
 
     def _joined(self, images: list[list[ParsedPrompt]]) -> Joined:
@@ -276,6 +278,7 @@ def image_noise(prompt: str, seed: int, index: int, shape: tuple[int, ...], draw
 
     Draw 0 is what sampling begins with, draw n + 1 what step n adds.
     """
+    # A counter-based generator on the CPU: the same bits on every device, and no state that another image advances.
     key = hashlib.sha256(f"{seed}/{prompt}/{index}".encode()).digest()[:16]
     bits = np.random.Philox(key=int.from_bytes(key, "little"), counter=[0, 0, 0, draw])
     return np.random.Generator(bits).standard_normal(shape, dtype=np.float32)

@@ -41,7 +41,7 @@ REJECTS = "rejects.jsonl"
 
 
 def open_splits(cfg: PrecomputeRun, encoder: LatentEncoder) -> list[LatentSplit]:
-    """Both sides; nothing is written yet.
+    """Open the images of both sides and what was made of them before; nothing is written yet.
 
     Raises:
         UserError: no images, or the folder holds latents of another provenance.
@@ -61,7 +61,7 @@ def open_splits(cfg: PrecomputeRun, encoder: LatentEncoder) -> list[LatentSplit]
 
 
 def latents_provenance(cfg: PrecomputeRun, encoder: LatentEncoder) -> dict[str, Any]:
-    """All that decides what a latent record holds."""
+    """Provenance of a cache: all that decides what a latent record holds."""
     downscale = encoder.autoencoder.cfg.downscale
     shapes = bucket_shapes(cfg.images.resolution, cfg.buckets.max_aspect, cfg.buckets.step)
     for option, pixels in (("images.resolution", cfg.images.resolution), ("buckets.step", cfg.buckets.step)):
@@ -131,7 +131,7 @@ def encode_split(cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit,
     """Encode shards until none is missing; yields the samples of each that this process encoded."""
     worker, workers = place(runtime)
     claims = Claims(split.folder / PARTS / "claims", cfg.lease_s)
-    start = split.shards * worker // workers
+    start = split.shards * worker // workers  # apart, so that processes meet only when little is left
     for index in claims.work(split.shards, lambda item: part_of(split, item) is not None or is_finished(split), start):
         part = encode_shard(cfg, encoder, split, index)
         atomic_write(split.folder / PARTS / f"{index:05d}.json", dumps(part).encode())

@@ -66,7 +66,7 @@ def image_facts(images: ImageConfig) -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class UNetInfo:
-    """What sampling has to know beside the U-Net's weights; kept in `latentline.json` of its export."""
+    """Facts that sampling needs beside the U-Net's weights; kept in `latentline.json` of its export."""
 
     process: dict[str, Any]
     latent_mean: list[float]  # [C], over the whole training set
@@ -120,7 +120,7 @@ class UNetInfo:
         self.conditions_config()
 
     def metadata(self) -> dict[str, str]:
-        """What the weights' own file says, so that no other `latentline.json` is taken for theirs."""
+        """Metadata for the weights' own file, so that no other `latentline.json` is taken for theirs."""
         return {PROCESS: dumps(meaning(self.process_config()))}
 
     def process_config(self) -> ProcessConfig:
@@ -161,18 +161,18 @@ def process_in(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def trained_otherwise(source: str, now: UNetInfo) -> list[str]:
-    """What a U-Net that a run begins from (`init_from`) was trained for and is asked otherwise now, in words.
+    """Differences between what a U-Net (`init_from`) was trained for and what a run asks of it, in words.
 
     By its `latentline.json`, or by the scheduler beside it in a folder of one of diffusers' pipelines.
     """
-    asked = meaning(now.process_config())
+    wanted = meaning(now.process_config())
     if not (Path(source) / INFO).is_file():
         try:
-            return differences(meaning(read_scheduler(Path(source).parent / "scheduler" / SCHEDULER)), asked)
+            return differences(meaning(read_scheduler(Path(source).parent / "scheduler" / SCHEDULER)), wanted)
         except UserError:  # none, or one whose noise levels we have no name for
-            return [f"it does not say what it predicts, which must be process.prediction={asked['prediction']}"]
+            return [f"it does not say what it predicts, which must be process.prediction={wanted['prediction']}"]
     before = UNetInfo.load(source)
-    found = differences(meaning(before.process_config()), asked)
+    found = differences(meaning(before.process_config()), wanted)
     if before.autoencoder != now.autoencoder:
         found.append("its latents were those of another autoencoder, normalised otherwise")
     if None not in (before.clip, now.clip) and before.clip != now.clip:
@@ -185,7 +185,7 @@ def trained_otherwise(source: str, now: UNetInfo) -> list[str]:
 
 
 def info_of_trained(unet: str, autoencoder: str, clip: str) -> UNetInfo:
-    """What is known of an exported U-Net; refuses an autoencoder or CLIP that it was not trained with."""
+    """Facts of an exported U-Net; refuses an autoencoder or CLIP that it was not trained with."""
     info = UNetInfo.load(unet)
     for option, folder, digest in (("autoencoder", autoencoder, info.autoencoder), ("clip", clip, info.clip)):
         if digest is not None and weights_digest(folder) != digest:

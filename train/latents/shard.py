@@ -47,7 +47,7 @@ class LatentSplit:
 
 
 def part_of(split: LatentSplit, index: int) -> dict[str, Any] | None:
-    """What was recorded of a shard that is complete and of this provenance."""
+    """The record of a shard that is complete and of this provenance; None: it is still to be encoded."""
     try:
         part: dict[str, Any] = json.loads((split.folder / PARTS / f"{index:05d}.json").read_text())
         whole = all((split.folder / info["name"]).stat().st_size == info["bytes"] for info in part["shards"])
@@ -120,7 +120,7 @@ def encode_shard(cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit,
         written: Future[None] | None = None
         for batch in decoded_batches(split.images, samples, cfg, rejects):
             encoded = encoder(batch)
-            if written is not None:
+            if written is not None:  # one batch is written at a time, in order; its error ends this shard
                 written.result()
             written = background.submit(write, batch, encoded)
         if written is not None:

@@ -69,7 +69,7 @@ CAPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What to draw, and what to say about it."""
+    """A scene to draw, with its caption."""
 
     attributes: dict[str, str]  # kind, color, background and the words of the caption
     caption: str
@@ -77,7 +77,7 @@ class Scene:
 
     @property
     def kind(self) -> str:
-        """One of KINDS."""
+        """Kind of the scene, one of KINDS."""
         return self.attributes["kind"]
 
     def svg(self) -> str:

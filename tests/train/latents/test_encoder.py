@@ -33,7 +33,7 @@ class Doubling:
         return moments.masked_fill(moments > 100, torch.inf) if torch.is_autocast_enabled("cpu") else moments
 
 
-class Clip:
+class StubClip:
     """A state per token; counts the captions that it is asked for."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Clip:
 
 def made(autoencoder: Any, precision: Precision, **options: Any) -> LatentEncoder:
     conditions = Conditions(ConditionsConfig())
-    return LatentEncoder(autoencoder, Clip(), conditions, CPU, precision, seed=0, **options)  # type: ignore[arg-type]
+    return LatentEncoder(autoencoder, StubClip(), conditions, CPU, precision, seed=0, **options)  # type: ignore[arg-type]
 
 
 def encoder(precision: Precision = Precision.fp32, limit: int = 8, most: int = 100) -> Any:
