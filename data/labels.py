@@ -88,7 +88,7 @@ class Vocabulary:
         return vocabulary
 
     def uses(self) -> list[Use]:
-        """All of it, for another one to learn."""
+        """Every class with its name, for another vocabulary to learn."""
         return [Use(group, group, *entry) for group, names in self.groups.items() for entry in names.items()]
 
     def as_dict(self) -> dict[str, list[str]]:

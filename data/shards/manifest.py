@@ -50,7 +50,7 @@ class Manifest:
         return {**self._head(), "shards": [_shard_dict(shard) for shard in self.shards]}
 
     def _head(self) -> dict[str, Any]:
-        """All but the shards."""
+        """Entries of the manifest without its shards."""
         return {
             "schema": self.schema,
             "kind": self.kind,

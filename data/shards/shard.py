@@ -30,7 +30,7 @@ TWICE = -2  # in place of the size of a member that its sample has already
 
 @dataclass(kw_only=True, slots=True)
 class ShardInfo:
-    """One line of the manifest."""
+    """A shard as the manifest lists it."""
 
     name: str  # file name inside the manifest's folder
     samples: int

@@ -32,8 +32,8 @@ def scan_tar(content: memoryview, path: Path) -> Iterator[tuple[str, int, int]]:
     long_name, long_size, ended = "", -1, False
     while True:
         header = bytes(content[offset : offset + BLOCK])
-        # A block of zeros ends an archive. Reading on after it finds what `cat` has joined; a file that ends without one
-        # was cut off: at the end of the file `header` is empty, which is right only after such a block.
+        # A block of zeros ends an archive. Reading on after it finds what `cat` has joined. A file that ends without
+        # one was cut off: at its end `header` is empty, which is right only after such a block.
         if header == END_OF_ARCHIVE[: len(header)] and (ended or len(header) == BLOCK):
             if not header:
                 return

@@ -179,7 +179,7 @@ def edit_images(
     """Draw sources and their edits, all in one batch; they share the noise, which belongs to the prompt of the source.
 
     Args:
-        model: told a caption.
+        model: one that takes captions.
         edits: E of them; those of one source share its row.
         seeds: one per edit.
         sampling: as for the pipeline.

@@ -37,7 +37,7 @@ def invert(
     """The latents from which sampling ends with given images.
 
     Args:
-        model: told a caption.
+        model: one that takes captions.
         images: [B, 3, H, W] in [-1, 1], as large as the images that are drawn.
         prompts: B descriptions of them.
         sampling: with which they will be drawn.
@@ -125,7 +125,7 @@ def fit_null_text(
     """Null-text inversion (Mokady et al. 2023, algorithm 1): states of no text, with which guidance keeps to the path.
 
     Args:
-        model: whose U-Net is asked.
+        model: the U-Net that guidance leads, with its process.
         denoise: the U-Net with the prompt, without guidance.
         path: of the images, from `walk_back`.
         sigmas: its levels.

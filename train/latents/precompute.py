@@ -101,7 +101,7 @@ def existing_manifest(folder: Path, wanted: dict[str, Any]) -> Manifest | None:
 
 
 def precompute(
-    cfg: PrecomputeRun, encoder: LatentEncoder, splits: list[LatentSplit], runtime: Runtime, journal: MetricLog
+    cfg: PrecomputeRun, encoder: LatentEncoder, splits: list[LatentSplit], runtime: Runtime, metric_log: MetricLog
 ) -> dict[str, float]:
     """Encode all splits together with whoever else does; returns the metrics of the cache.
 
@@ -116,14 +116,14 @@ def precompute(
             for encoded in encode_split(cfg, encoder, split, runtime):
                 samples += encoded
                 done = len(list((split.folder / PARTS).glob("*.json")))
-                journal.log(samples, {"latents/shards_done": float(done), "latents/shards": float(split.shards)})
+                metric_log.log(samples, {"latents/shards_done": float(done), "latents/shards": float(split.shards)})
             split.finished = finish_manifest(cfg, encoder, split)
         metrics[f"latents/{split.name}_samples"] = float(split.finished.samples)
         metrics[f"latents/{split.name}_rejected"] = float(split.finished.stats["rejected"])
         metrics[f"latents/{split.name}_psnr"] = split.finished.stats["psnr"]
     if encoder.conditions.takes_text:
         write_null_text(Path(cfg.output_dir), encoder)
-    journal.log(max(samples, 1), metrics)
+    metric_log.log(max(samples, 1), metrics)
     return metrics
 
 
@@ -225,13 +225,13 @@ def run_precompute(cfg: PrecomputeRun, runtime: Runtime, config: dict[str, Any])
     if cfg.plan:
         print_plan(cfg, encoder, splits)
         return
-    journal = MetricLog(cfg.output_dir, cfg.wandb, "latents", config, place(runtime)[0] == 0)
+    metric_log = MetricLog(cfg.output_dir, cfg.wandb, "latents", config, place(runtime)[0] == 0)
     exit_code = 1
     try:
-        metrics = precompute(cfg, encoder, splits, runtime, journal)
+        metrics = precompute(cfg, encoder, splits, runtime, metric_log)
         exit_code = 0
     finally:
-        journal.finish(exit_code)
+        metric_log.finish(exit_code)
     if runtime.is_main:
         for split in splits:
             say_cut(split)

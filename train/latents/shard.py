@@ -41,7 +41,7 @@ class LatentSplit:
         return len(self.images.manifest.shards)
 
     def samples_of(self, index: int) -> range:
-        """The samples of an image shard."""
+        """Numbers of the samples of an image shard."""
         ends = [0, *accumulate(shard.samples for shard in self.images.manifest.shards)]
         return range(ends[index], ends[index + 1])
 

@@ -88,10 +88,10 @@ class Scene:
 def demo_source(cfg: BuildRun) -> RenderedSource:
     """Scenes, of which each has its kind as its class."""
     names = Vocabulary.of({"classes": KINDS, "segments": SEGMENTS})
-    return RenderedSource(cfg, "scene", drawn_scene, names, "DiceBear scenes", KINDS)
+    return RenderedSource(cfg, "scene", scene_sample, names, "DiceBear scenes", KINDS)
 
 
-def drawn_scene(seed: int, index: int, resolution: int) -> Sample:
+def scene_sample(seed: int, index: int, resolution: int) -> Sample:
     """Scene `index` with its labels."""
     drawn = scene(seed, index)
     svg = drawn.svg()

@@ -110,6 +110,14 @@ def arrays(told: Embedders, labels: list[Labels] = LABELS) -> Inputs:
 
 
 @pytest.mark.parametrize("sections", ALL, ids=lambda sections: next(iter(sections)))
+def test_arrays_are_prepared_without_a_network(sections: dict[str, Any]) -> None:
+    alone = Conditions(ConditionsConfig(**{"caption": None, **sections}))
+    made, inside = (source.prepare(samples(), StubNetworks()) for source in (alone, conditions(**sections).source))
+    assert made.keys() == inside.keys() and all(torch.equal(made[name], inside[name]) for name in made)
+    assert not any(isinstance(part, torch.nn.Module) for part in alone.kinds.values())
+
+
+@pytest.mark.parametrize("sections", ALL, ids=lambda sections: next(iter(sections)))
 def test_dropped_rows_are_told_nothing_and_the_others_all(sections: dict[str, Any]) -> None:
     told = conditions(**sections)
     inputs = arrays(told)
