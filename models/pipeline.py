@@ -185,7 +185,7 @@ class DiffusionPipeline:
             )
         conditioning, nulls = self._embedded(images, sampling, inputs or {}, guided, null_texts)
         predict = partial(self.denoiser.predict, attn_control=None if control is None else control.attention)
-        # The tokens are the same at every step, so their keys and values are computed once, here, for all calls.
+        # Tokens stay the same while sampling: keys and values are computed once, with several nulls once per call.
         bound = [
             partial(classifier_free, predict, conditioning, null, prepare=self.denoiser.prepared) for null in nulls
         ]
