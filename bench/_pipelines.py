@@ -10,7 +10,7 @@ from conf.entry import compose
 from conf.schema import AutoencoderRun, ClipRun, ConditionsConfig, Prediction, ProcessConfig, UNetRun
 from models.autoencoder import Autoencoder
 from models.clip import Clip
-from models.conditions import ConditionContext, Conditions
+from models.conditions import ConditionContext, Conditions, Embedders
 from models.denoiser import Denoiser
 from models.diffusion.process import Process
 from models.pipeline import DiffusionPipeline
@@ -29,8 +29,8 @@ def models(
     autoencoder = Autoencoder(replace(compose("train_autoencoder", AutoencoderRun, DEMO).model, latent_channels=latent))
     clip = Clip.from_config(compose("train_clip", ClipRun, DEMO).model) if conditions.caption else None
     mean, std = torch.zeros(latent), torch.ones(latent)
-    around = ConditionContext.of(cfg, downscale=autoencoder.cfg.downscale, latent_mean=mean, latent_std=std)
-    denoiser = Denoiser(UNet(cfg), Conditions(conditions, around)).requires_grad_(False)
+    context = ConditionContext.of(cfg, downscale=autoencoder.cfg.downscale, latent_mean=mean, latent_std=std)
+    denoiser = Denoiser(UNet(cfg), Embedders(Conditions(conditions), context)).requires_grad_(False)
     for parameter in denoiser.parameters():  # layers that start at zero would make every comparison equal
         parameter.add_(0.02 * torch.randn_like(parameter))
     process = Process(ProcessConfig(prediction=Prediction.eps))

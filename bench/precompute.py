@@ -21,7 +21,7 @@ from data.shards.manifest import Manifest
 from data.shards.shard import ShardWriter
 from models.autoencoder import Autoencoder
 from models.clip import Clip
-from models.conditions import PREPARING, Conditions
+from models.conditions import Conditions
 from train.engine.metric_log import MetricLog
 from train.engine.runtime import start
 from train.latents.encoder import LatentEncoder
@@ -66,7 +66,7 @@ def encoder_of(cfg: PrecomputeRun, runtime: Any) -> LatentEncoder:
     return LatentEncoder(
         autoencoder.eval(),
         clip.eval(),
-        Conditions(cfg.conditions, PREPARING),
+        Conditions(cfg.conditions),
         runtime.device,
         runtime.precision,
         text_states=True,

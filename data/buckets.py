@@ -35,7 +35,7 @@ def nearest_shape(width: int, height: int, shapes: Sequence[Shape]) -> Shape:
 
 
 def suffix_of(shape: Shape) -> str:
-    """What stands behind the number in the name of a bucket's shard."""
+    """End of the name of a bucket's shard, behind its number."""
     return f"-{shape[0]}x{shape[1]}"
 
 
@@ -116,5 +116,5 @@ class BucketedOrder:
         return int(self.starts[bucket][shard] + index - (self.ends[bucket][shard] - self.sizes[bucket][shard]))
 
     def many(self, positions: Sequence[int]) -> list[int]:
-        """Those of several positions."""
+        """Indices of the samples at several positions."""
         return [self(position) for position in positions]

@@ -45,7 +45,7 @@ def caption_rank(caption: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Border:
-    """Where training ends and the held-out side begins."""
+    """The border between training and the held-out side."""
 
     fraction: float  # ranks below it are held out
     by_key: bool = False  # each sample has a rank of its own, because nearly all captions are the same
@@ -55,5 +55,5 @@ class Border:
         return caption_rank(f"{caption}/{key}" if self.by_key else caption)
 
     def side(self, caption: str, key: str) -> str:
-        """Where a sample goes."""
+        """Side that a sample goes to."""
         return "heldout" if self.rank(caption, key) < self.fraction else "train"

@@ -109,7 +109,7 @@ def _beat(path: Path, ended: threading.Event) -> None:
 
 
 def _machine() -> str:
-    """Where process numbers mean the same: a machine, or a container of it."""
+    """Name of the place where process numbers mean the same: a machine, or a container of it."""
     namespace = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()}/{os.readlink(namespace) if namespace.is_symlink() else ''}"
 

@@ -39,8 +39,8 @@ def _mode_of(profile: bytes) -> str | None:
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """To sRGB; None where nobody would see it, or where the profile is of another kind than those of devices."""
     try:
-        given, screen = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-        transform = ImageCms.buildTransform(given, screen, mode, "RGB")
+        source, screen = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(source, screen, mode, "RGB")
         if mode in ("CMYK", "LAB"):
             return transform
         samples = _samples(mode)

@@ -163,7 +163,7 @@ def cut_of(
     rng: np.random.Generator | None = None,  # needed by a random crop or a flip
     aspect: float = 1.0,  # width / height of the cut
 ) -> Cut:
-    """One of the largest parts of an image that have this aspect."""
+    """Cut that is one of the largest parts of an image with this aspect."""
     wide = min(width, max(1, round(height * aspect)))
     high = min(height, max(1, round(width / aspect)))
     left, top = (width - wide) // 2, (height - high) // 2
@@ -225,7 +225,7 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Image.Image:
 
 
 def _decoded(data: bytes, max_pixels: int, convert: Callable[[Image.Image], T], formats: tuple[str, ...] = ANY) -> T:
-    """What `convert` makes of an image; raises ImageError, and no other error."""
+    """Result of `convert` on an image; raises ImageError, and no other error."""
     image = _opened(data, formats)
     width, height = image.size
     if width * height > max_pixels:
@@ -325,7 +325,7 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _white(image: Image.Image, alpha: Image.Image | None) -> np.ndarray:
-    """Where a mask is white; see `open_mask`."""
+    """White pixels of a mask; see `open_mask`."""
     grey = np.asarray(image if image.mode in ("I", "F") else to_srgb(image, None).convert("L"), dtype=np.float64)
     full = {"I": 65535.0, "F": 1.0}.get(image.mode, 255.0)
     if not np.isfinite(grey).all():

@@ -31,7 +31,7 @@ class LabelError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Where something is."""
+    """A box around an object, with its class."""
 
     corners: tuple[float, float, float, float]  # left, top, right, bottom, in fractions of width and height
     class_id: int
@@ -39,14 +39,14 @@ class Box:
 
     @property
     def area(self) -> float:
-        """Its share of the image."""
+        """Share of the image that the box covers."""
         left, top, right, bottom = self.corners
         return (right - left) * (bottom - top)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Labels:
-    """What is known of one image; all of it may be missing."""
+    """Labels of one image; all of them may be missing."""
 
     class_id: int | None = None
     class_name: str = ""
@@ -75,7 +75,7 @@ class Use(NamedTuple):
 
 @dataclass(slots=True)
 class Vocabulary:
-    """What the numbers of a data set mean: names by number in each group; "" where none is known."""
+    """Names of a data set's classes, by number in each group; "" where none is known."""
 
     groups: dict[str, dict[int, str]] = field(default_factory=lambda: {group: {} for group in GROUPS})
     numbers: dict[tuple[str, str], int] = field(default_factory=dict)  # by group and name
@@ -88,7 +88,7 @@ class Vocabulary:
         return vocabulary
 
     def uses(self) -> list[Use]:
-        """All of it, for another one to learn."""
+        """Every class with its name, for another vocabulary to learn."""
         return [Use(group, group, *entry) for group, names in self.groups.items() for entry in names.items()]
 
     def as_dict(self) -> dict[str, list[str]]:

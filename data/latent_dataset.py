@@ -23,7 +23,7 @@ from data.shards.store import RecordStore
 
 @dataclass(frozen=True, slots=True)
 class ArrayLayout:
-    """What an array of every record looks like."""
+    """Form of an array that every record has."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class ArrayLayout:
 
     @classmethod
     def of(cls, member: memoryview) -> Self:
-        """That of a .npy file; `UserError` when it is none."""
+        """Layout of a .npy file; `UserError` when it is none."""
         values = decode_npy(member)
         return cls(values.dtype, values.shape, bytes(member[: len(member) - values.nbytes]), len(member))
 
@@ -55,7 +55,7 @@ Layout = dict[str, ArrayLayout]  # by the name of the array
 
 
 def layout_of(record: Mapping[str, Any]) -> Layout:
-    """That of a record; `UserError` when its moments are not [variants, 2·C, h, w]."""
+    """Layout of a record; `UserError` when its moments are not [variants, 2·C, h, w]."""
     arrays = sorted(name for name in record if name.endswith(".npy"))
     layout = {name.removesuffix(".npy"): ArrayLayout.of(record[name]) for name in arrays}
     shape = layout["moments"].shape
@@ -91,7 +91,7 @@ class LatentDataset:
             self.order = order_of(seed, sizes, stream)
 
     def _layout(self, bucket: str) -> Layout:
-        """What all records of a bucket look like: as its first one, or the first that can be read."""
+        """Layout of all records of a bucket: that of the first one that can be read."""
         problem: UserError | None = None
         for shard in (i for i, name in enumerate(self.buckets) if name == bucket):
             first = self.records.firsts[shard]
@@ -141,6 +141,7 @@ class LatentDataset:
     def _gather(
         self, indices: Sequence[int], variants: Sequence[int], positions: Sequence[int], skip: bool = False
     ) -> Batch:
+        # Straight from the memory maps into the batch: a record that is decoded and stacked would be copied twice.
         layout = self._common_layout(indices)
         shapes = {name: array.shape[name not in SHARED :] for name, array in layout.items()}  # of one variant
         rows = {name: np.empty((len(indices), *shapes[name]), array.dtype) for name, array in layout.items()}

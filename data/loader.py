@@ -20,7 +20,7 @@ from data.order import step_positions
 
 
 class Dataset(Protocol):
-    """What `batches` needs."""
+    """A data set as `batches` reads it."""
 
     samples: int
     digest: str  # identity of all that it holds

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-ROUNDS = 6
+ROUNDS = 6  # of the Feistel network; even, since its halves are mixed in turn
 MASK = (1 << 64) - 1
 MIX_BLOCK = 4096  # positions over which a mix keeps its shares exactly
 
@@ -29,11 +29,11 @@ class Order(Protocol):
     def __call__(self, position: int) -> int: ...
 
     def many(self, positions: Sequence[int]) -> list[int]:
-        """Those of several positions."""
+        """Indices of the samples at several positions."""
 
 
 class FullOrder:
-    """All samples shuffled anew in each epoch."""
+    """A shuffle of all samples, another one in each epoch."""
 
     def __init__(self, seed: int, samples: int) -> None:
         self.seed, self.samples = seed, samples
@@ -43,9 +43,9 @@ class FullOrder:
         return sample_at(self.seed, position, self.samples)
 
     def many(self, positions: Sequence[int]) -> list[int]:
-        """Those of several positions, three times as fast."""
+        """Indices of the samples at several positions, three times as fast as one by one."""
         epochs = {position // self.samples for position in positions}
-        if len(epochs) > 1:
+        if len(epochs) > 1:  # each has a permutation of its own
             return [self(position) for position in positions]
         (epoch,) = epochs
         keys = round_keys(f"order/{self.seed}/{epoch}")
@@ -69,6 +69,7 @@ class WindowedOrder:
         self.samples = int(self.sizes.sum())
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
+    # A cached method cannot travel to a loader process, and its permutations are quickly made there again.
     def __getstate__(self) -> tuple[int, np.ndarray, int]:
         return self.seed, self.sizes, self.window
 
@@ -89,7 +90,7 @@ class WindowedOrder:
         return int(self.starts[shards[place]] + index - (ends[place] - self.sizes[shards[place]]))
 
     def many(self, positions: Sequence[int]) -> list[int]:
-        """Those of several positions."""
+        """Indices of the samples at several positions."""
         return [self(position) for position in positions]
 
     def upcoming(self, position: int) -> list[int]:
@@ -118,7 +119,8 @@ class Mix:
         shares = np.asarray(weights, float) / sum(weights) * MIX_BLOCK
         self.counts = np.floor(shares).astype(int)
         rest = MIX_BLOCK - int(self.counts.sum())
-        self.counts[np.argsort(self.counts - shares, kind="stable")[:rest]] += 1  # largest remainders
+        # Largest remainders: the counts add up to the block, so that no share drifts over an endless stream.
+        self.counts[np.argsort(self.counts - shares, kind="stable")[:rest]] += 1
         self.streams = np.repeat(np.arange(len(weights)), self.counts)
         self.first = np.cumsum(self.counts) - self.counts
 
@@ -143,6 +145,7 @@ def step_positions(step_start: int, global_batch: int, rank: int, world: int, mi
     share, rest = divmod(global_batch, world)
     if rest or micro < 1 or share % micro:
         raise ValueError(f"{world} ranks with micro-batches of {micro} do not divide a global batch of {global_batch}")
+    # Parts end to end: put together by rank, a batch is in the order of the stream at any number of ranks.
     first = step_start + rank * share
     return [list(range(start, start + micro)) for start in range(first, first + share, micro)]
 

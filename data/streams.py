@@ -50,7 +50,7 @@ class Mixed:
 
 
 def image_stream(folder: str, images: ImageConfig, seed: int, stream: StreamConfig) -> ImageDataset | Mixed:
-    """What a training on images and captions sees: FOLDER/train, and its share of each data set of the mix."""
+    """Images and captions for a training: FOLDER/train, and its share of each data set of the mix."""
     members = _members(folder, seed, stream, lambda train, own_seed: ImageDataset(train, images, own_seed, stream))
     return members[0] if len(members) == 1 else Mixed(members, [1.0, *stream.mix.values()], seed)
 
@@ -58,7 +58,7 @@ def image_stream(folder: str, images: ImageConfig, seed: int, stream: StreamConf
 def latent_stream(
     folder: str, seed: int, stream: StreamConfig, global_batch: int
 ) -> tuple[LatentDataset | Mixed, list[Manifest]]:
-    """Likewise for cached latents; with the manifests, which must fit the run."""
+    """Cached latents for a training, and of each data set of the mix; with the manifests, which must fit the run."""
     run = stream.bucket_run or global_batch
     members = _members(folder, seed, stream, lambda train, own_seed: LatentDataset(train, own_seed, stream, run))
     if len(members) > 1 and any(len(member.layouts) > 1 for member in members):

@@ -56,7 +56,7 @@ class Attention(nn.Module):
         return self.to_out[0](h.transpose(1, 2).flatten(2))
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """What queries meet, [B, heads, M, C/heads] each, of `source` [B, M, D]."""
+        """Keys and values, [B, heads, M, C/heads] each, of `source` [B, M, D]."""
         return self._split(self.to_k(source)), self._split(self.to_v(source))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class GEGLU(nn.Module):
 
 
 class GatedLinear(nn.Linear):
-    """Its second half: a linear layer of value · GELU(gate), which keeps only these two for the backward pass."""
+    """The second half of a gated layer: linear in value · GELU(gate), of which only these two are kept for backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., 2·hidden] -> [..., C]."""

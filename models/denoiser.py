@@ -1,4 +1,4 @@
-"""What is trained: a U-Net together with the conditions that it is told."""
+"""The network that is trained: a U-Net together with what embeds its conditions."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from conf.errors import UserError
 from conf.schema.networks import UNetConfig
 from models.attention import AttentionControl
-from models.conditions import Conditioning, Conditions, Inputs
+from models.conditions import Conditioning, Embedders, Inputs
 from models.formats.tensor_stream import TensorStream, stream_of
 from models.formats.weights import Weights, check_names, read_tensors, save_file_atomic
 from models.unet import UNet
@@ -24,7 +24,7 @@ UNET, CONDITIONS = "unet.", "conditions."  # what names of parameters begin with
 class Denoiser(nn.Module):
     """One module for the optimiser, the average and the checkpoints; its parts are `unet` and `conditions`."""
 
-    def __init__(self, unet: UNet, conditions: Conditions) -> None:
+    def __init__(self, unet: UNet, conditions: Embedders) -> None:
         super().__init__()
         self.unet, self.conditions = unet, conditions
         latent, beside, inputs = unet.cfg.out_channels, conditions.channels, unet.cfg.in_channels
@@ -43,17 +43,17 @@ class Denoiser(nn.Module):
         return self.predict(x_t, timesteps, self.conditions(inputs))
 
     def predict(
-        self, x_t: Tensor, timesteps: Tensor, given: Conditioning, attn_control: AttentionControl | None = None
+        self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, attn_control: AttentionControl | None = None
     ) -> Tensor:
-        """The same with what the conditions gave, so that many calls share it."""
-        sample = x_t if given.channels is None else torch.cat([x_t, given.channels.to(x_t.dtype)], dim=1)
-        return self.unet(sample, timesteps, given.context, attn_control, vector=given.vector)
+        """The prediction from conditions that are embedded already, so that many calls share them."""
+        sample = x_t if conditioning.channels is None else torch.cat([x_t, conditioning.channels.to(x_t.dtype)], dim=1)
+        return self.unet(sample, timesteps, conditioning.context, attn_control, vector=conditioning.vector)
 
-    def prepared(self, given: Conditioning) -> Conditioning:
-        """With keys and values of the tokens in their place: computed once for all calls."""
-        if not isinstance(given.context, Tensor):
-            return given
-        return given._replace(context=self.unet.keys_values(given.context))
+    def prepared(self, conditioning: Conditioning) -> Conditioning:
+        """Put keys and values in the place of the tokens: they are computed once for all calls."""
+        if not isinstance(conditioning.context, Tensor):
+            return conditioning
+        return conditioning._replace(context=self.unet.keys_values(conditioning.context))
 
     def save_pretrained(self, folder: str | Path, weights: Weights, metadata: Mapping[str, str] | None = None) -> None:
         """Write weights of this module: the U-Net's in diffusers' format, those of the conditions beside them.
@@ -61,6 +61,7 @@ class Denoiser(nn.Module):
         `metadata`: what the U-Net's file says of itself.
         """
         stream = weights if isinstance(weights, TensorStream) else stream_of(weights)
+        # The weights may come one at a time, gathered from many ranks: the conditions' few are set aside on the way.
         own: dict[str, Tensor] = {}
 
         def of_unet() -> Iterator[Tensor]:
@@ -92,8 +93,8 @@ class Denoiser(nn.Module):
                 part.load_state_dict(own)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, conditions_of: Callable[[UNetConfig], Conditions]) -> Self:
-        """What `save_pretrained` wrote, or a U-Net of others where the conditions have no parameters.
+    def from_pretrained(cls, folder: str | Path, conditions_of: Callable[[UNetConfig], Embedders]) -> Self:
+        """Read what `save_pretrained` wrote, or a U-Net of others where the conditions have no parameters.
 
         Args:
             conditions_of: builds those of a U-Net.

@@ -28,7 +28,7 @@ class Film:
 
     @property
     def labels(self) -> list[str]:
-        """What each frame is."""
+        """Title of each frame."""
         return [f"step {step + 1}" for step in self.steps]
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from conf.schema.networks import UNetConfig, resizes_in_resnet
 
 
 def counted_flops(network: nn.Module, *inputs: Tensor) -> int:
-    """Of one forward pass on `inputs`, which are on the meta device: nothing is computed."""
+    """FLOPs of one forward pass on `inputs`, which are on the meta device: nothing is computed."""
     state = {name: tensor.to("meta") for name, tensor in (*network.named_parameters(), *network.named_buffers())}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         functional_call(network, state, inputs)
@@ -21,7 +21,7 @@ def counted_flops(network: nn.Module, *inputs: Tensor) -> int:
 
 
 def unet_flops(cfg: UNetConfig, height: int, width: int, tokens: int = 0) -> int:
-    """Of one forward pass on one latent; a training step takes three times as many.
+    """FLOPs of one forward pass on one latent; a training step takes three times as many.
 
     Args:
         cfg: the network.
@@ -84,8 +84,8 @@ def _attention(cfg: UNetConfig, level: int, pixels: int, tokens: int, kind: str 
     to_text = 2 * _conv(1, channels, channels, pixels) + 4 * pixels * tokens * channels
     to_text += 2 * _conv(1, cfg.cross_attention_dim, channels, tokens)
     feed_forward = _conv(1, channels, 8 * channels, pixels) + _conv(1, 4 * channels, channels, pixels)
-    around = 2 * _conv(1, channels, channels, pixels)
-    return cfg.depths[level] * (to_pixels + to_text + feed_forward) + around
+    projections = 2 * _conv(1, channels, channels, pixels)
+    return cfg.depths[level] * (to_pixels + to_text + feed_forward) + projections
 
 
 def _vectors(cfg: UNetConfig) -> int:

@@ -15,7 +15,7 @@ FEW_PIXELS = 512  # of a batch, below which a convolution on the CPU reads more 
 
 
 def laid_out(x: Tensor) -> Tensor:
-    """The same [B, C, H, W] in the memory layout that convolutions like best.
+    """Copy [B, C, H, W] into the memory layout that convolutions like best.
 
     That is the channels of a pixel side by side, unless there are so few pixels that rearranging the weights for it
     costs more than it brings. What follows keeps the layout: networks ask at the door and where the size changes.

@@ -1,7 +1,7 @@
 """Holes for inpainting, what trivial methods put into them, and the known pixels put back.
 
 Images are [B, 3, H, W] in [-1, 1]; masks are bool [B, H, W], true in the hole, whose pixels no function looks at.
-Something of each filled must be known.
+Something of each image must be known.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-COVERAGE = (0.02, 0.7)  # least and largest share of the filled that is a hole
+COVERAGE = (0.02, 0.7)  # least and largest share of the image that is a hole
 SEGMENTS = 5  # of a stroke, at most
-SOURCES = 4096  # about as many patches of a filled are compared
+SOURCES = 4096  # about as many patches of an image are compared
 
 
 @dataclass(frozen=True, slots=True)
 class Strokes:
-    """Bounds within which a mask is drawn evenly; lengths are in pixels of a filled with 256 on its shorter side."""
+    """Bounds within which a mask is drawn evenly; lengths are in pixels of an image with 256 on its shorter side."""
 
     strokes: tuple[int, int]
     width: tuple[int, int]
@@ -128,7 +128,7 @@ def nearest_patch(images: Tensor, masks: Tensor, patch: int | None = None) -> Te
 
 
 def _filled(image: Tensor, mask: Tensor, patch: int) -> Tensor:
-    """`nearest_patch` of one filled [3, H, W]; where it knows no patch of this size, with smaller ones."""
+    """`nearest_patch` of one image [3, H, W]; where it knows no patch of this size, with smaller ones."""
     if patch == 1:
         return nearest_pixel(image[None], mask[None])[0]
     radius = patch // 2

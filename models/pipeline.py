@@ -13,7 +13,7 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import SamplingConfig
 from models.autoencoder import Autoencoder, finite_or_fp32, split_moments
-from models.conditions import Conditioning, Inputs, Samples
+from models.conditions import Conditioning, Conditions, Inputs, Samples
 from models.denoiser import Denoiser
 from models.diffusion.guidance import Joined, by_step, classifier_free, within
 from models.diffusion.process import Denoise, Process
@@ -27,24 +27,26 @@ class Control(Protocol):
     """Watches the network while images are drawn, and may change what it does (`models.editing.editing`)."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, name: str, is_cross: bool) -> Tensor:
-        """In place of every layer's attention (`models.attention`); the rows of the prompts are the last ones."""
+        """Replace every layer's attention (`models.attention`); the rows of the prompts are the last ones."""
         ...
 
     def around(self, denoise: Denoise, sigmas: Tensor) -> Denoise:
-        """What samplers call in place of `denoise`, at the levels sigmas [steps + 1] and between them."""
+        """Wrap `denoise` for a sampler that calls it at the levels sigmas [steps + 1] and between them."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    """Where sampling begins in place of noise: what `models.editing.inversion` finds of an image."""
+class SamplingStart:
+    """Latents that sampling begins with in place of noise, as `models.editing.inversion` finds them of an image."""
 
     x: Tensor  # [B, C, h, w] at the first noise level
-    away: tuple[Tensor, ...] = ()  # text states [B, L, D], of all steps or of each; (): of the negative prompt
+    null_texts: tuple[
+        Tensor, ...
+    ] = ()  # states [B, L, D] for guidance, of all steps or each; (): the negative prompt's
 
-    def of(self, rows: Sequence[int]) -> "Start":
-        """That of some rows."""
-        return Start(self.x[rows], tuple(states[rows] for states in self.away))
+    def select(self, rows: Sequence[int]) -> "SamplingStart":
+        """Some rows of the batch, in this order."""
+        return SamplingStart(self.x[rows], tuple(states[rows] for states in self.null_texts))
 
 
 class DiffusionPipeline:
@@ -56,7 +58,7 @@ class DiffusionPipeline:
         text_tower: gives the states of the prompts and of the empty caption; None for a network that asks CLIP nothing.
         process: the one that the U-Net was trained with.
         latent_mean: per channel [C] over the training latents, as in the latents' manifest.
-        latent_std: likewise [C]; the U-Net works on (z - mean) / std.
+        latent_std: per channel [C]; the U-Net works on (z - mean) / std.
         tile: side in pixels of the squares that larger images are decoded in, one image at a time; 0: whole.
     """
 
@@ -81,6 +83,11 @@ class DiffusionPipeline:
         self.latent_mean = latent_mean.to(self.device, torch.float32).view(1, -1, 1, 1)
         self.latent_std = latent_std.to(self.device, torch.float32).view(1, -1, 1, 1)
 
+    @property
+    def conditions(self) -> Conditions:
+        """The arrays that the network is conditioned on; `denoiser.conditions` is what embeds them."""
+        return self.denoiser.conditions.source
+
     @torch.no_grad()
     def __call__(
         self,
@@ -92,7 +99,7 @@ class DiffusionPipeline:
         callback: Callback | None = None,
         inputs: Inputs | None = None,
         noise_of: Sequence[str] | None = None,
-        start: Start | None = None,
+        start: SamplingStart | None = None,
         control: Control | None = None,
     ) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] of B prompts, all in one batch.
@@ -116,7 +123,7 @@ class DiffusionPipeline:
         """
         sampling = SamplingConfig() if sampling is None else sampling
         sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)
-        denoise, shape = self.denoiser_of(prompts, sampling, inputs, control, () if start is None else start.away)
+        denoise, shape = self.denoiser_of(prompts, sampling, inputs, control, () if start is None else start.null_texts)
         indices = [0] * len(prompts) if indices is None else indices
         noise = partial(self._noise, prompts if noise_of is None else noise_of, seeds, indices, shape)
         x = self.process.initial(noise(0), float(sigmas[0])) if start is None else start.x
@@ -137,7 +144,7 @@ class DiffusionPipeline:
 
     def prepare(self, samples: Samples) -> Inputs:
         """Arrays of the conditions, but for the text, of images and what is known of them."""
-        return self.denoiser.conditions.prepare(samples, self)
+        return self.conditions.prepare(samples, self)
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
@@ -157,61 +164,68 @@ class DiffusionPipeline:
         sampling: SamplingConfig,
         inputs: Inputs | None = None,
         control: Control | None = None,
-        away: Sequence[Tensor] = (),
+        null_texts: Sequence[Tensor] = (),
     ) -> tuple[Denoise, tuple[int, int, int]]:
         """The U-Net with its conditions and guidance, as samplers call it, and the shape of a latent.
 
-        Arguments and errors are those of a call; `away` is that of its start.
+        Arguments and errors are those of a call; `null_texts` are those of its start.
         """
         read = parse if sampling.prompt_syntax else plain
-        images = [(read if self.denoiser.conditions.takes_text else plain)(text) for text in prompts]
+        images = [(read if self.conditions.takes_text else plain)(text) for text in prompts]
+        # Only a prompt with AND makes several predictions per image; without one, nothing is joined.
         joined = self._joined(images) if any(len(image) > 1 for image in images) else None
+        # Prompts are joined by what each adds to the null prediction, so they need one even at scale 1.
         guided = sampling.guidance_scale != 1 or joined is not None
-        if sampling.negative_prompt and not self.denoiser.conditions.takes_text:
+        if sampling.negative_prompt and not self.conditions.takes_text:
             raise UserError(f"negative_prompt={sampling.negative_prompt}: this network takes no text; leave it out")
-        if guided and not self.denoiser.conditions.can_drop:
+        if guided and not self.conditions.can_drop:
             raise UserError(
                 f"guidance_scale={sampling.guidance_scale}: this network was trained without dropping a condition; "
                 "set guidance_scale=1"
             )
-        asked, nothing = self._told(images, sampling, inputs or {}, guided, away)
+        conditioning, nulls = self._embedded(images, sampling, inputs or {}, guided, null_texts)
         predict = partial(self.denoiser.predict, attn_control=None if control is None else control.attention)
-        bound = [partial(classifier_free, predict, asked, null, prepare=self.denoiser.prepared) for null in nothing]
+        # Tokens stay the same while sampling: keys and values are computed once, with several nulls once per call.
+        bound = [
+            partial(classifier_free, predict, conditioning, null, prepare=self.denoiser.prepared) for null in nulls
+        ]
         scale, rescale = sampling.guidance_scale, sampling.guidance_rescale
+        # A null of each step is found by its timestep: a sampler may call twice in a step, or between two levels.
         sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)[:-1].tolist()
         levels = [self.process.timestep(sigma) for sigma in sigmas]
         network = by_step(levels, [partial(make, scale=scale, rescale=rescale, joined=joined) for make in bound])
         if sampling.guidance_interval:
             low, high = (self.process.timestep(sigma) if sigma > 0 else -1.0 for sigma in sampling.guidance_interval)
             network = within((low, high), network, bound[0](scale=1.0, joined=joined))
-        return self.process.denoiser(network), self.latent_shape(sampling, asked)
+        return self.process.denoiser(network), self.latent_shape(sampling, conditioning)
 
-    def _told(
+    def _embedded(
         self,
         images: list[list[ParsedPrompt]],
         sampling: SamplingConfig,
         inputs: Inputs,
         guided: bool,
-        away: Sequence[Tensor],
+        null_texts: Sequence[Tensor],
     ) -> tuple[Conditioning, list[Conditioning]]:
-        """What is asked for, by prompt, and what guidance leads away from, by image: in all steps, or in each."""
-        conditions = self.denoiser.conditions
+        """Conditions by prompt, and the nulls that guidance leads away from by image: one for all steps, or each."""
+        embed, takes_text = self.denoiser.conditions, self.conditions.takes_text
         inputs = {name: array.to(self.device) for name, array in inputs.items()}
         owners = torch.tensor([number for number, image in enumerate(images) for _ in image], device=self.device)
-        asked = {name: array[owners] for name, array in inputs.items()}
-        null = conditions.null(inputs) if guided else {}
-        if conditions.takes_text:
-            asked["text"] = self.states([prompt for image in images for prompt in image])
+        repeated = {name: array[owners] for name, array in inputs.items()}
+        if takes_text:
+            repeated["text"] = self.states([prompt for image in images for prompt in image])
+        conditioning = embed(repeated)
         if not guided:
-            return conditions(asked), [Conditioning()]
-        if not conditions.takes_text:
-            return conditions(asked), [conditions(null)]
-        negative = away or [self.states(self._negative(sampling)).expand(len(images), -1, -1)]
-        return conditions(asked), [conditions({**null, "text": states}) for states in negative]
+            return conditioning, [Conditioning()]
+        null = embed.null(inputs)
+        if not takes_text:
+            return conditioning, [embed(null)]
+        texts = null_texts or [self.states(self._negative(sampling)).expand(len(images), -1, -1)]
+        return conditioning, [embed({**null, "text": states}) for states in texts]
 
     def cuts(self, texts: Sequence[str], syntax: bool) -> Cuts:
-        """Which of some prompts are longer than the text encoder reads; `syntax`: whether brackets mean weights."""
-        if self.text_tower is None or not self.denoiser.conditions.takes_text:
+        """Count prompts that are longer than the text encoder reads; `syntax`: whether brackets mean weights."""
+        if self.text_tower is None or not self.conditions.takes_text:
             return Cuts(0)
         read = parse if syntax else plain
         return Cuts.of(self.text_tower, [prompt.text for text in texts for prompt in read(text)])
@@ -227,23 +241,23 @@ class DiffusionPipeline:
             raise UserError(f"negative_prompt={sampling.negative_prompt}: takes no AND; separate the words with commas")
         return negative
 
-    def latent_shape(self, sampling: SamplingConfig, given: Conditioning | None = None) -> tuple[int, int, int]:
-        """Channels, height and width: of the size that is asked for, of a condition's image, or as in training."""
-        given = Conditioning() if given is None else given
+    def latent_shape(self, sampling: SamplingConfig, conditioning: Conditioning | None = None) -> tuple[int, int, int]:
+        """Channels, height and width of a latent: of `size`, of a condition's image, or as in training."""
+        conditioning = Conditioning() if conditioning is None else conditioning
         cfg, scale = self.denoiser.unet.cfg, self.autoencoder.cfg.downscale
         height, width = cfg.sample_size, cfg.sample_size
-        if given.channels is not None:
-            height, width = given.channels.shape[2:]
+        if conditioning.channels is not None:
+            height, width = conditioning.channels.shape[2:]
         if sampling.size:
-            asked = (sampling.size[0] // scale, sampling.size[1] // scale)
-            if given.channels is not None and asked != (height, width):
+            wanted = (sampling.size[0] // scale, sampling.size[1] // scale)
+            if conditioning.channels is not None and wanted != (height, width):
                 shown = f"{height * scale} x {width * scale}"
                 raise UserError(f"size={sampling.size}: the image that is given makes {shown}; leave size out")
-            height, width = asked
+            height, width = wanted
         unit = scale * cfg.downscale
         if height % cfg.downscale or width % cfg.downscale or any(side % unit for side in sampling.size):
-            wanted = sampling.size or [height * scale, width * scale]
-            raise UserError(f"images of {wanted[0]} x {wanted[1]} pixels: sides must be multiples of {unit}")
+            sides = sampling.size or [height * scale, width * scale]
+            raise UserError(f"images of {sides[0]} x {sides[1]} pixels: sides must be multiples of {unit}")
         return cfg.out_channels, height, width
 
     def _joined(self, images: list[list[ParsedPrompt]]) -> Joined:
@@ -264,6 +278,7 @@ def image_noise(prompt: str, seed: int, index: int, shape: tuple[int, ...], draw
 
     Draw 0 is what sampling begins with, draw n + 1 what step n adds.
     """
+    # A counter-based generator on the CPU: the same bits on every device, and no state that another image advances.
     key = hashlib.sha256(f"{seed}/{prompt}/{index}".encode()).digest()[:16]
     bits = np.random.Philox(key=int.from_bytes(key, "little"), counter=[0, 0, 0, draw])
     return np.random.Generator(bits).standard_normal(shape, dtype=np.float32)

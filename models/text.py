@@ -157,13 +157,13 @@ def cut_off(tower: TextTower, text: str) -> str:
 
 
 class _Room:
-    """Which words of a text a context holds, told by the tokens of its beginnings."""
+    """The room that a context has for the words of a text, found by the tokens of its beginnings."""
 
     def __init__(self, tower: TextTower, text: str) -> None:
         self.tower, self.text, self.words = tower, text, list(WORD.finditer(text))
-        self.whole, self.longer, nothing = tower.tokenize([text, text + END, ""])
-        self.start = common(nothing, self.longer)  # tokens before those of the words
-        self.filled = bool(self.whole[-2] != nothing[-2])  # else there is padding
+        self.whole, self.longer, empty = tower.tokenize([text, text + END, ""])
+        self.start = common(empty, self.longer)  # tokens before those of the words
+        self.filled = bool(self.whole[-2] != empty[-2])  # else there is padding
 
     @property
     def exceeded(self) -> bool:
@@ -193,7 +193,7 @@ class Cuts:
 
     @classmethod
     def of(cls, tower: TextTower, texts: Sequence[str], tokens: Tensor | None = None) -> Self:
-        """Of texts, whose tokens [B, L] may be known."""
+        """Count texts that are too long; their tokens [B, L] may be known."""
         if not texts:
             return cls(0)
         tokens = tower.tokenize(list(texts)) if tokens is None else tokens
@@ -206,7 +206,7 @@ class Cuts:
         return Cuts(length, self.texts + other.texts, self.count + other.count, self.lost or other.lost)
 
     def line(self, what: str) -> str:
-        """It in words, for the console; `what` the texts are, in the plural."""
+        """The counts in words, for the console; `what` the texts are, in the plural."""
         lost = self.lost if len(self.lost) <= QUOTED else f"{self.lost[:QUOTED].rstrip()}…"
         return (
             f"{self.count:,} of {self.texts:,} {what} are longer than the {self.context_length} tokens of the text "

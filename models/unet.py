@@ -23,163 +23,6 @@ from models.formats.unet import FORMATS, to_json
 from models.formats.weights import Weights, load_folder, read_config, save_folder
 from models.layers import Downsample, ResBlock, SiluConv2d, Upsample, double, halve, laid_out
 
-# -------------------- what the residual blocks hear of the time and of other vectors ----------------------------------
-
-
-def timestep_embedding(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
-    """Sines and cosines of falling frequencies (Vaswani et al. 2017): `timesteps` [B] -> [B, channels]."""
-    half = channels // 2
-    exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    angles = timesteps[:, None].float() * torch.exp(exponent / (half - freq_shift))  # [B, half]
-    parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
-    return torch.cat(parts, dim=1)
-
-
-class VectorEmbedding(nn.Module):
-    """Two linear layers, on the sinusoidal embedding of a time or on any other vector."""
-
-    def __init__(self, channels: int, time_channels: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(channels, time_channels)
-        self.linear_2 = nn.Linear(time_channels, time_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, channels] -> [B, E]."""
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-# -------------------- levels ------------------------------------------------------------------------------------------
-
-
-class LevelInputs(NamedTuple):
-    """What every level is told."""
-
-    time: Tensor  # [B, E], through its SiLU
-    context: Context | None  # of the text [B, L, D], if the network has one
-    attn_control: AttentionControl | None
-
-
-class Level(nn.Module):
-    """What the levels of all three kinds hold: residual blocks, and attention after each where the level attends.
-
-    Args:
-        level: index into the configuration's lists.
-        inputs: input channels of each residual block.
-        attend: whether attention follows each of them: to the text where the network has one, else to the pixels only.
-    """
-
-    gradient_checkpointing = False  # keep only what a residual block with its attention is given, and compute it again
-
-    def __init__(self, cfg: UNetConfig, level: int, inputs: list[int], attend: bool) -> None:
-        super().__init__()
-        self.cfg, self.channels = cfg, cfg.block_out_channels[level]
-        self.attentions = nn.ModuleList(self._attention(level) for _ in inputs if attend)
-        self.resnets = nn.ModuleList(self._resnet(width) for width in inputs)
-
-    def _attention(self, level: int) -> nn.Module:
-        cfg, heads = self.cfg, self.cfg.heads[level]
-        if cfg.cross_attention_dim is None:
-            return ImageSelfAttention(self.channels, heads, cfg.norm_num_groups, cfg.norm_eps)
-        return SpatialTransformer(
-            self.channels,
-            heads,
-            cfg.cross_attention_dim,
-            cfg.depths[level],
-            cfg.norm_num_groups,
-            cfg.use_linear_projection,
-        )
-
-    def _resnet(self, inputs: int, resample: Callable[[Tensor], Tensor] | None = None) -> ResBlock:
-        cfg = self.cfg
-        time_channels = 4 * cfg.block_out_channels[0]
-        scale_shift = cfg.resnet_time_scale_shift == "scale_shift"
-        return ResBlock(
-            inputs,
-            self.channels,
-            time_channels,
-            cfg.norm_num_groups,
-            cfg.norm_eps,
-            scale_shift=scale_shift,
-            resample=resample,
-        )
-
-    def _block(self, resnet: nn.Module, attention: nn.Module | None, x: Tensor, given: LevelInputs) -> Tensor:
-        """A residual block and its attention."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(_run, resnet, attention, x, given, use_reentrant=False)
-        return _run(resnet, attention, x, given)
-
-
-def _run(resnet: nn.Module, attention: nn.Module | None, x: Tensor, given: LevelInputs) -> Tensor:
-    x = resnet(x, given.time)  # [B, C, h, w]
-    return x if attention is None else attention(x, given.context, given.attn_control)
-
-
-class DownLevel(Level):
-    """A level on the way down; all but the last lead to the next with `downsamplers`."""
-
-    def __init__(self, cfg: UNetConfig, level: int, inputs: list[int]) -> None:
-        kind = cfg.down_block_types[level]
-        super().__init__(cfg, level, inputs, "Attn" in kind)
-        self.downsamplers = nn.ModuleList()
-        in_resnet = resizes_in_resnet(kind, cfg.downsample_type)
-        if level < len(cfg.block_out_channels) - 1:
-            self.downsamplers.append(
-                self._resnet(self.channels, halve) if in_resnet else Downsample(self.channels, padding=1)
-            )
-
-    def forward(self, x: Tensor, given: LevelInputs) -> list[Tensor]:
-        """Every result on the way; the next level goes on from the last one.
-
-        They are returned, not appended to a list that is given: ZeRO stage 3 hands a module a copy of its lists.
-        """
-        results = [x]
-        for resnet, attention in zip_longest(self.resnets, self.attentions):
-            results.append(self._block(resnet, attention, results[-1], given))
-        for downsample in self.downsamplers:
-            results.append(_resized(downsample, results[-1], given.time))  # [B, C, h/2, w/2]
-        return results[1:]
-
-
-class UpLevel(Level):
-    """A level on the way up; all but the last lead to the next with `upsamplers`."""
-
-    def __init__(self, cfg: UNetConfig, level: int, inputs: list[int]) -> None:
-        kind = cfg.up_block_types[-1 - level]
-        super().__init__(cfg, level, inputs, "Attn" in kind)
-        self.upsamplers = nn.ModuleList()
-        in_resnet = resizes_in_resnet(kind, cfg.upsample_type)
-        if level > 0:
-            self.upsamplers.append(self._resnet(self.channels, double) if in_resnet else Upsample(self.channels))
-
-    def forward(self, x: Tensor, skips: list[Tensor], given: LevelInputs) -> Tensor:
-        """`x` [B, C', h, w] -> [B, C, 2h, 2w]; each residual block takes its own of `skips`, the last first."""
-        for resnet, attention in zip_longest(self.resnets, self.attentions):
-            x = self._block(resnet, attention, torch.cat([x, skips.pop()], dim=1), given)
-        for upsample in self.upsamplers:
-            x = _resized(upsample, x, given.time)
-        return x
-
-
-class MidLevel(Level):
-    """Residual block, attention, residual block at the smallest size."""
-
-    def __init__(self, cfg: UNetConfig) -> None:
-        channels = cfg.block_out_channels[-1]
-        super().__init__(cfg, -1, [channels], attend=True)
-        self.resnets.append(self._resnet(channels))
-
-    def forward(self, x: Tensor, given: LevelInputs) -> Tensor:
-        """[B, C, h, w] -> [B, C, h, w]."""
-        for resnet, attention in zip_longest(self.resnets, self.attentions):
-            x = self._block(resnet, attention, x, given)
-        return x
-
-
-def _resized(layer: nn.Module, x: Tensor, time: Tensor) -> Tensor:
-    return layer(x, time) if isinstance(layer, ResBlock) else layer(x)
-
-
 # -------------------- the network -------------------------------------------------------------------------------------
 
 
@@ -187,7 +30,7 @@ class UNet(nn.Module):
     """Predicts from a noisy latent, its timestep and its conditions what the diffusion process asks for."""
 
     class_embedding: nn.Module | None
-    add_embedding: VectorEmbedding | None
+    add_embedding: "VectorEmbedding | None"
 
     def __init__(self, cfg: UNetConfig) -> None:
         super().__init__()
@@ -265,15 +108,17 @@ class UNet(nn.Module):
         if any(side % self.cfg.downscale for side in sample.shape[2:]):
             size = f"{sample.shape[2]} x {sample.shape[3]}"
             raise UserError(f"latents of {size}: both sides must be multiples of {self.cfg.downscale}")
-        given = LevelInputs(self._vector(sample, timesteps, class_labels, pooled, sizes, vector), context, attn_control)
+        inputs = LevelInputs(
+            self._vector(sample, timesteps, class_labels, pooled, sizes, vector), context, attn_control
+        )
         skips = [self.conv_in(laid_out(sample))]  # [B, widths[0], h, w]
         for level in self.down_blocks:
-            skips += level(skips[-1], given)
-        x = self.mid_block(skips[-1], given)  # [B, widths[-1], h/f, w/f]
+            skips += level(skips[-1], inputs)
+        x = self.mid_block(skips[-1], inputs)  # [B, widths[-1], h/f, w/f]
         blocks = self.cfg.layers_per_block + 1  # of a level on the way up
         for level in self.up_blocks:
             skips, taken = skips[:-blocks], skips[-blocks:]
-            x = level(x, taken, given)
+            x = level(x, taken, inputs)
         return self.conv_out(self.conv_norm_out(x))
 
     def _vector(
@@ -285,7 +130,7 @@ class UNet(nn.Module):
         sizes: Tensor | None,
         vector: Tensor | None,
     ) -> Tensor:
-        """What the residual blocks hear [B, E]: time, class, and SDXL's pooled text and sizes; SiLU once for all."""
+        """The vector [B, E] of all residual blocks: time, class, SDXL's pooled text and sizes; SiLU once for all."""
         cfg = self.cfg
         time = self.time_embedding(self._waves(timesteps, cfg.block_out_channels[0], sample))  # [B, E]
         if self.class_embedding is not None:
@@ -305,7 +150,7 @@ class UNet(nn.Module):
         return waves.to(sample.dtype)
 
     def keys_values(self, context: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """What every layer that sees the text [B, L, D] computes of it: to be given in its place, call after call."""
+        """Keys and values of the text [B, L, D] by layer, to be given in its place call after call."""
         layers = (module for module in self.modules() if isinstance(module, Attention) and module.is_cross)
         return {layer.name: layer.keys_values(context) for layer in layers}
 
@@ -322,8 +167,170 @@ class UNet(nn.Module):
         return load_folder(folder, lambda: cls(cfg))
 
 
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+# -------------------- levels ------------------------------------------------------------------------------------------
+
+
+class LevelInputs(NamedTuple):
+    """Inputs that every level shares."""
+
+    time: Tensor  # [B, E], through its SiLU
+    context: Context | None  # of the text [B, L, D], if the network has one
+    attn_control: AttentionControl | None
+
+
+class Level(nn.Module):
+    """Residual blocks, and attention after each where the level attends: common to the levels of all three kinds.
+
+    Args:
+        level: index into the configuration's lists.
+        inputs: input channels of each residual block.
+        attend: whether attention follows each of them: to the text where the network has one, else to the pixels only.
+    """
+
+    gradient_checkpointing = False  # keep only what a residual block with its attention is given, and compute it again
+
+    def __init__(self, cfg: UNetConfig, level: int, inputs: list[int], attend: bool) -> None:
+        super().__init__()
+        self.cfg, self.channels = cfg, cfg.block_out_channels[level]
+        self.attentions = nn.ModuleList(self._attention(level) for _ in inputs if attend)
+        self.resnets = nn.ModuleList(self._resnet(width) for width in inputs)
+
+    def _attention(self, level: int) -> nn.Module:
+        cfg, heads = self.cfg, self.cfg.heads[level]
+        if cfg.cross_attention_dim is None:
+            return ImageSelfAttention(self.channels, heads, cfg.norm_num_groups, cfg.norm_eps)
+        return SpatialTransformer(
+            self.channels,
+            heads,
+            cfg.cross_attention_dim,
+            cfg.depths[level],
+            cfg.norm_num_groups,
+            cfg.use_linear_projection,
+        )
+
+    def _resnet(self, inputs: int, resample: Callable[[Tensor], Tensor] | None = None) -> ResBlock:
+        cfg = self.cfg
+        time_channels = 4 * cfg.block_out_channels[0]
+        scale_shift = cfg.resnet_time_scale_shift == "scale_shift"
+        return ResBlock(
+            inputs,
+            self.channels,
+            time_channels,
+            cfg.norm_num_groups,
+            cfg.norm_eps,
+            scale_shift=scale_shift,
+            resample=resample,
+        )
+
+    def _block(self, resnet: nn.Module, attention: nn.Module | None, x: Tensor, inputs: LevelInputs) -> Tensor:
+        """A residual block and its attention."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(_run, resnet, attention, x, inputs, use_reentrant=False)
+        return _run(resnet, attention, x, inputs)
+
+
+def _run(resnet: nn.Module, attention: nn.Module | None, x: Tensor, inputs: LevelInputs) -> Tensor:
+    x = resnet(x, inputs.time)  # [B, C, h, w]
+    return x if attention is None else attention(x, inputs.context, inputs.attn_control)
+
+
+class DownLevel(Level):
+    """A level on the way down; all but the last lead to the next with `downsamplers`."""
+
+    def __init__(self, cfg: UNetConfig, level: int, inputs: list[int]) -> None:
+        kind = cfg.down_block_types[level]
+        super().__init__(cfg, level, inputs, "Attn" in kind)
+        self.downsamplers = nn.ModuleList()
+        in_resnet = resizes_in_resnet(kind, cfg.downsample_type)
+        if level < len(cfg.block_out_channels) - 1:
+            self.downsamplers.append(
+                self._resnet(self.channels, halve) if in_resnet else Downsample(self.channels, padding=1)
+            )
+
+    def forward(self, x: Tensor, inputs: LevelInputs) -> list[Tensor]:
+        """Every result on the way; the next level goes on from the last one.
+
+        They are returned, not appended to a list that is given: ZeRO stage 3 hands a module a copy of its lists.
+        """
+        results = [x]
+        for resnet, attention in zip_longest(self.resnets, self.attentions):
+            results.append(self._block(resnet, attention, results[-1], inputs))
+        for downsample in self.downsamplers:
+            results.append(_resized(downsample, results[-1], inputs.time))  # [B, C, h/2, w/2]
+        return results[1:]
+
+
+class UpLevel(Level):
+    """A level on the way up; all but the last lead to the next with `upsamplers`."""
+
+    def __init__(self, cfg: UNetConfig, level: int, inputs: list[int]) -> None:
+        kind = cfg.up_block_types[-1 - level]
+        super().__init__(cfg, level, inputs, "Attn" in kind)
+        self.upsamplers = nn.ModuleList()
+        in_resnet = resizes_in_resnet(kind, cfg.upsample_type)
+        if level > 0:
+            self.upsamplers.append(self._resnet(self.channels, double) if in_resnet else Upsample(self.channels))
+
+    def forward(self, x: Tensor, skips: list[Tensor], inputs: LevelInputs) -> Tensor:
+        """`x` [B, C', h, w] -> [B, C, 2h, 2w]; each residual block takes its own of `skips`, the last first."""
+        for resnet, attention in zip_longest(self.resnets, self.attentions):
+            x = self._block(resnet, attention, torch.cat([x, skips.pop()], dim=1), inputs)
+        for upsample in self.upsamplers:
+            x = _resized(upsample, x, inputs.time)
+        return x
+
+
+class MidLevel(Level):
+    """Residual block, attention, residual block at the smallest size."""
+
+    def __init__(self, cfg: UNetConfig) -> None:
+        channels = cfg.block_out_channels[-1]
+        super().__init__(cfg, -1, [channels], attend=True)
+        self.resnets.append(self._resnet(channels))
+
+    def forward(self, x: Tensor, inputs: LevelInputs) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]."""
+        for resnet, attention in zip_longest(self.resnets, self.attentions):
+            x = self._block(resnet, attention, x, inputs)
+        return x
+
+
+def _resized(layer: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+    return layer(x, time) if isinstance(layer, ResBlock) else layer(x)
+
+
+# -------------------- embeddings of the time and of other vectors -----------------------------------------------------
+
+
+def timestep_embedding(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
+    """Sines and cosines of falling frequencies (Vaswani et al. 2017): `timesteps` [B] -> [B, channels]."""
+    half = channels // 2
+    exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps[:, None].float() * torch.exp(exponent / (half - freq_shift))  # [B, half]
+    parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(parts, dim=1)
+
+
+class VectorEmbedding(nn.Module):
+    """Two linear layers, on the sinusoidal embedding of a time or on any other vector."""
+
+    def __init__(self, channels: int, time_channels: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, time_channels)
+        self.linear_2 = nn.Linear(time_channels, time_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels] -> [B, E]."""
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
 def _vector_embeddings(cfg: UNetConfig) -> tuple[nn.Module | None, VectorEmbedding | None]:
-    """What joins the time's embedding: of the class, and of SDXL's pooled text and sizes."""
+    """Layers for what joins the time's embedding: the class, and SDXL's pooled text and sizes."""
     channels = cfg.block_out_channels[0]
     label: nn.Module | None = None
     if cfg.num_class_embeds is not None:
@@ -334,8 +341,3 @@ def _vector_embeddings(cfg: UNetConfig) -> tuple[nn.Module | None, VectorEmbeddi
         label = VectorEmbedding(cfg.projected_width, 4 * channels)
     added = None if cfg.addition_embed_type is None else VectorEmbedding(cfg.projected_width, 4 * channels)
     return label, added
-
-
-def _zero(layer: nn.Module) -> None:
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)

@@ -39,7 +39,7 @@ LINE_EVERY_S = 10.0  # seconds between two lines of progress where there is no t
 
 @dataclass(kw_only=True, slots=True)
 class Built:
-    """What lies in the output folder now."""
+    """Shards that lie in the output folder now."""
 
     train: Manifest
     heldout: Manifest
@@ -138,7 +138,7 @@ def _build(cfg: BuildRun, source: SampleSource, options: dict[str, Any], known: 
 
 
 def _remarks(fraction: float, kept: dict[str, int], border: Border) -> Iterator[str]:
-    """What is unusual about the held-out side, a line each."""
+    """Remarks on what is unusual about the held-out side, a line each."""
     held_out, total = kept["heldout"], sum(kept.values())
     if fraction == 0:
         return
@@ -213,14 +213,14 @@ def _difference(there: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _edited(output: Path, times: str) -> str:
-    """What is to be said of files that were written again, with their names and sizes as before."""
+    """Warning about files that were written again, with their names and sizes as before."""
     before = output / TIMES
     same = not before.is_file() or before.read_text() == times  # an older build has no times
     return "" if same else "files at path were written again since then"
 
 
 def _check_folder(output: Path) -> None:
-    """What is not known to be of a build is never touched."""
+    """Refuse a folder with files that are of no build: they are never touched."""
     for path in (output / side for side in SIDES):
         if not (output / STAGING).exists() and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
             raise UserError(
@@ -247,7 +247,7 @@ def _others(source: dict[str, Any]) -> Counter[str]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One build of a folder at a time; a second one waits, for example for a process whose parent was killed."""
+    """Hold the lock of a folder: one build at a time; a second one waits, as for one whose parent was killed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         if not lock(descriptor):

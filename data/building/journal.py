@@ -33,8 +33,8 @@ HASH = struct.Struct("<qQ")  # number of the sample, perceptual hash
 
 
 @dataclass(slots=True)
-class Report:
-    """What became of the samples of a source."""
+class BuildReport:
+    """Counts of a source's samples: kept, broken, dropped."""
 
     kept: dict[str, int]  # by side
     broken: Counter[str] = field(default_factory=Counter)  # by reason
@@ -42,11 +42,11 @@ class Report:
 
     @property
     def seen(self) -> int:
-        """All samples of the source."""
+        """Number of all samples of the source."""
         return sum(self.kept.values()) + sum(self.broken.values()) + sum(self.dropped.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """For `report.json`, the commonest first."""
+        """Values for `report.json`, the commonest reason first."""
         return {
             "seen": self.seen,
             "kept": self.kept,
@@ -190,9 +190,9 @@ class BuildJournal:
             file.flush()
             os.fsync(file.fileno())
 
-    def report(self, kept: dict[str, int]) -> Report:
-        """What became of all samples; call it after the last one."""
-        report = Report(kept)
+    def report(self, kept: dict[str, int]) -> BuildReport:
+        """Counts of all samples; call it after the last one."""
+        report = BuildReport(kept)
         with open(self.rejects, "rb") as lines:
             for line in map(json.loads, lines):
                 counter, name = (

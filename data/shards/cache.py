@@ -35,7 +35,7 @@ class ShardCache:
         return self.__dict__ | {"_ahead": None}  # a thread stays where it is
 
     def path_of(self, info: ShardInfo) -> Path:
-        """Where a shard lies, fetched if need be; `UserError` when it cannot be had."""
+        """Path of a shard on the local disk, fetched if need be; `UserError` when it cannot be had."""
         path = self.folder / f"{info.sha256[:16]}-{info.name}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -96,11 +96,13 @@ class ShardCache:
         for _, bytes_, path in sorted(kept):
             if used + size <= self.limit:
                 return
-            path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # who has it mapped reads on: its blocks go with the last map
             used -= bytes_
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
+        # The kernel frees this lock when its process is killed. Its file stays: were it removed while another process
+        # waits for it, that one would get a lock which later ones do not see.
         descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             wait_for_lock(descriptor)

@@ -47,11 +47,11 @@ class Manifest:
         return sum(shard.bytes for shard in self.shards)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `manifest.json` holds."""
+        """The content of `manifest.json`."""
         return {**self._head(), "shards": [_shard_dict(shard) for shard in self.shards]}
 
     def _head(self) -> dict[str, Any]:
-        """All but the shards."""
+        """Entries of the manifest without its shards."""
         return {
             "schema": self.schema,
             "kind": self.kind,
@@ -140,7 +140,7 @@ def find_shards(folder: str | Path, kind: str = "images", skip_broken: bool = Fa
 
 
 def folder_of(folder: str | Path) -> str | Path:
-    """Where the shards of a data set lie: `FOLDER/train` and `FOLDER/heldout` of foreign shards both lie in FOLDER."""
+    """Folder of the shards of a data set: `FOLDER/train` and `FOLDER/heldout` of foreign shards both lie in FOLDER."""
     if is_remote(folder):
         return folder
     folder = Path(folder)

@@ -72,7 +72,7 @@ def read_remote(path: str | Path, timeout_s: float = 60.0) -> bytes:
 
 
 def _tried(work: Callable[[], Result]) -> Result:
-    """What the work gives, which fails now and then."""
+    """Result of work that fails now and then, tried several times."""
     for pause in range(TRIES - 1):
         try:
             return work()

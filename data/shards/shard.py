@@ -30,7 +30,7 @@ TWICE = -2  # in place of the size of a member that its sample has already
 
 @dataclass(kw_only=True, slots=True)
 class ShardInfo:
-    """One line of the manifest."""
+    """A shard as the manifest lists it."""
 
     name: str  # file name inside the manifest's folder
     samples: int
@@ -38,7 +38,7 @@ class ShardInfo:
     sha256: str = ""  # of the file, in hex; empty for a shard that was only scanned
 
     def is_sound(self) -> bool:
-        """Whether these are a name, two counts and a digest, as far as types can tell."""
+        """Whether the fields are a name, two counts and a digest, as far as types can tell."""
         counts = type(self.samples) is type(self.bytes) is int and min(self.samples, self.bytes) >= 0
         return counts and isinstance(self.name, str) and isinstance(self.sha256, str)
 
@@ -60,7 +60,7 @@ def without_dots(key: str) -> str:
 
 
 def described(extensions: Collection[str]) -> str:
-    """What a sample has, for messages, and the rule of keys where a dot may be why something is missing."""
+    """Extensions of a sample, for messages, and the rule of keys where a dot may be why one is missing."""
     names = sorted(extension for extension in extensions if extension != "__key__")
     found = f"it has .{', .'.join(names[:8])}{' …' * (len(names) > 8)}"
     dotted = any("." in name and name.rpartition(".")[2] in (*EXTENSIONS, *TEXTS) for name in names)
@@ -190,6 +190,7 @@ class ShardReader:
         self.others: list[str] = []  # names of files that are of no sample
         self._keys: list[str] = []
         self._first: array[int] = array("q")  # first member of each sample, and one past the last
+        # Arrays and no objects: a shard may have tens of thousands of members, and hundreds of shards are open.
         self._offsets: array[int] = array("q")  # of each member, in bytes
         self._sizes: array[int] = array("q")
         self._extension_ids: array[int] = array("I")
@@ -334,16 +335,15 @@ class ShardReader:
 
 
 def _image_stem(extension: str) -> str:
-    """What of an image's extension may belong to its key: "05" of 05.png; "" of png and of our maps."""
+    """The part of an image's extension that may belong to its key: "05" of 05.png; "" of png and of our maps."""
     stem, _, suffix = extension.rpartition(".")
     return stem if suffix in EXTENSIONS and extension != MAP else ""
 
 
 def _stems(extensions: set[str]) -> set[str]:
-    """Those of samples of their own: they have an image and a text."""
-    texts = (
-        ("txt",) if extensions.intersection(EXTENSIONS) else TEXTS
-    )  # depth.png and depth.json may be of the one image
+    """Stems of samples of their own: they have an image and a text."""
+    # beside an image, depth.png and depth.json may be maps of that image and no sample
+    texts = ("txt",) if extensions.intersection(EXTENSIONS) else TEXTS
     found = {_image_stem(extension) for extension in extensions} - {""}
     return {stem for stem in found if any(f"{stem}.{text}" in extensions for text in texts)}
 

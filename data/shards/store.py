@@ -44,6 +44,7 @@ class RecordStore:
             self[0]  # a data set of another form is found before the training starts
 
     def _forget(self) -> None:
+        # Neither maps nor locks can be pickled: a process that gets the store opens by itself what it reads.
         self.readers: dict[int, ShardReader] = {}
         self.opened: deque[int] = deque()
         self.broken: dict[int, tuple[UserError, float]] = {}  # shards that cannot be read, and until when they rest
@@ -106,7 +107,7 @@ class RecordStore:
 
     def _open(self, shard: int) -> ShardReader:
         reader = self.readers.get(shard)
-        if reader is not None and reader.is_open:
+        if reader is not None and reader.is_open:  # without the lock, which decoding threads would queue at
             return reader
         with self.lock:
             return self._opened(shard)
@@ -118,7 +119,7 @@ class RecordStore:
         if shard in self.broken and time.monotonic() < self.broken[shard][1]:
             raise self.broken[shard][0]
         if len(self.opened) == OPEN_SHARDS:
-            self.readers[self.opened.popleft()].release()
+            self.readers[self.opened.popleft()].release()  # its index stays: opening it again scans nothing
         try:
             if reader is None or not reader.path.exists():  # a cached shard may have made room
                 reader = self._checked(shard)

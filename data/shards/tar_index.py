@@ -1,4 +1,4 @@
-"""Where the members of a tar lie: ustar, GNU long names and pax headers, without tarfile's cost per member."""
+"""Offsets of the members of a tar: ustar, GNU long names and pax headers, without tarfile's cost per member."""
 
 import re
 import tarfile
@@ -32,6 +32,8 @@ def scan_tar(content: memoryview, path: Path) -> Iterator[tuple[str, int, int]]:
     long_name, long_size, ended = "", -1, False
     while True:
         header = bytes(content[offset : offset + BLOCK])
+        # A block of zeros ends an archive. Reading on after it finds what `cat` has joined. A file that ends without
+        # one was cut off: at its end `header` is empty, which is right only after such a block.
         if header == END_OF_ARCHIVE[: len(header)] and (ended or len(header) == BLOCK):
             if not header:
                 return
@@ -45,10 +47,11 @@ def scan_tar(content: memoryview, path: Path) -> Iterator[tuple[str, int, int]]:
             checksum = _number(header[148:156])
         except tarfile.HeaderError:
             raise unreadable(path) from None
+        # The checksum counts its own field as spaces. A wrong size is found by it, too: what follows is then no header.
         if sum(header) - sum(header[148:156]) + 8 * 0x20 != checksum:
             raise unreadable(path)
         kind = header[156:157]
-        if long_size >= 0:
+        if long_size >= 0:  # of the pax header before this one, for what the octal field cannot hold
             size = long_size
         if kind in WITHOUT_CONTENT:  # whatever their size says
             size = 0

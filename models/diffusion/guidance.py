@@ -9,13 +9,13 @@ from torch import Tensor
 from models.conditions import Conditioning
 from models.diffusion.process import Network
 
-# (x_t [B, C, h, w], timesteps [B], what it is told of each row) -> prediction [B, C, h, w]
+# (x_t [B, C, h, w], timesteps [B], conditioning of each row) -> prediction [B, C, h, w]
 ConditionalNetwork = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Which prompts make one image together (Liu et al. 2022, "Composable diffusion"): R prompts for B images."""
+    """Prompts that make one image together (Liu et al. 2022, "Composable diffusion"): R prompts for B images."""
 
     images: Tensor  # [R] int64, the image of each prompt
     weights: Tensor  # [R]
@@ -23,10 +23,10 @@ class Joined:
 
 def classifier_free(
     network: ConditionalNetwork,
-    given: Conditioning,
+    conditioning: Conditioning,
     null: Conditioning,
     scale: float,
-    prepare: Callable[[Conditioning], Conditioning] = lambda given: given,
+    prepare: Callable[[Conditioning], Conditioning] = lambda conditioning: conditioning,
     *,
     rescale: float = 0.0,
     joined: Joined | None = None,
@@ -35,17 +35,17 @@ def classifier_free(
 
     Args:
         network: the conditional network.
-        given: what the network is told of the B images, of all R prompts with `joined`.
-        null: what it is told where nothing is asked for, or what guidance leads away from, of the B images.
+        conditioning: of the B images; with `joined` of all R prompts.
+        null: what guidance leads away from, of the B images: dropped conditions, or a negative prompt.
         scale: 1 is the plain conditional network, called once per image; more follows the prompt more closely.
         prepare: what to compute once for all calls, such as `Denoiser.prepared`.
         rescale: 0-1, how far the result gets the standard deviation of the conditional prediction (`rescaled`).
         joined: prompts that share an image; cond is then uncond + sum of weight (cond_i - uncond).
     """
     if scale == 1 and joined is None:
-        prepared = prepare(given)
+        prepared = prepare(conditioning)
         return lambda x_t, timesteps: network(x_t, timesteps, prepared)
-    both = prepare(null.followed_by(given))  # of B + R rows
+    both = prepare(null.followed_by(conditioning))  # of B + R rows
 
     def guided(x_t: Tensor, timesteps: Tensor) -> Tensor:
         count = len(x_t)
@@ -55,7 +55,7 @@ def classifier_free(
         uncond, cond = predictions[:count], predictions[count:]
         if joined is not None:
             apart = joined.weights.to(cond.dtype).view(-1, 1, 1, 1) * (cond - uncond[images])
-            cond = uncond.index_add(0, images, apart)
+            cond = uncond.index_add(0, images, apart)  # each image the sum over its prompts
         return rescaled(uncond + scale * (cond - uncond), cond, rescale)
 
     return guided

@@ -32,12 +32,12 @@ Denoise = Callable[[Tensor, float], Tensor]  # (x [B, ...], sigma) -> x0 [B, ...
 HIGHEST_SIGMA = 65536.0  # where sampling begins if the last timestep is noise alone, whose sigma is infinite
 BETA_NAMES = {BetaSchedule.linear: "linear", BetaSchedule.scaled_linear: "scaled_linear"}  # in diffusers
 BETA_NAMES[BetaSchedule.cosine] = "squaredcos_cap_v2"
+PREDICTION_NAMES = {Prediction.eps: "epsilon", Prediction.v: "v_prediction", Prediction.x0: "sample"}  # in diffusers
 SCHEDULER = "scheduler_config.json"
-PREDICTION_NAMES = {Prediction.eps: "epsilon", Prediction.v: "v_prediction", Prediction.x0: "sample"}  # likewise
 
 
 class Process:
-    """What is common to training (`add_noise`, `target`, `loss`) and sampling (`sigmas`, `initial`, `denoiser`)."""
+    """One process for training (`add_noise`, `target`, `loss`) and sampling (`sigmas`, `initial`, `denoiser`)."""
 
     def __init__(self, cfg: ProcessConfig) -> None:
         self.cfg = cfg
@@ -47,6 +47,7 @@ class Process:
         levels = alphas_cumprod(cfg)  # [T] float64
         self._alpha = torch.from_numpy(np.sqrt(levels))
         self._std = torch.from_numpy(np.sqrt(1.0 - levels))
+        # only here: training may see noise alone at the last timestep, but sampling has to begin at a finite sigma
         levels = np.maximum(levels, 1.0 / (1.0 + HIGHEST_SIGMA**2))
         self._sigma = np.sqrt((1.0 - levels) / levels)  # ascending
         self._log_sigma = np.log(self._sigma)
@@ -74,7 +75,7 @@ class Process:
         return alpha * x0 + std * noise
 
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network shall predict [B, ...]: noise, x0, v (Salimans & Ho 2022, appendix D) or the velocity."""
+        """Target of the prediction [B, ...]: noise, x0, v (Salimans & Ho 2022, appendix D) or the velocity."""
         if self.cfg.prediction is Prediction.eps:
             return noise
         if self.cfg.prediction is Prediction.x0:
@@ -101,6 +102,7 @@ class Process:
 
     def loss(self, prediction: Tensor, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Weighted mean distance to the target per sample [B], in float32 or better."""
+        # autocast may leave the prediction in 16 bits, too few for the square of a small error
         prediction, target = prediction.to(x0.dtype), self.target(x0, noise, timesteps)
         if self.cfg.loss is Distance.huber:
             distance = F.huber_loss(prediction, target, reduction="none", delta=self.cfg.huber_delta)
@@ -231,7 +233,7 @@ def meaning(cfg: ProcessConfig) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two networks' `meaning` disagree about, in words."""
+    """Differences between the `meaning` of two processes, in words."""
     names = [name for name in before if name in now and before[name] != now[name]]
     return [f"process.{name} was {before[name]}, is {now[name]}" for name in names]
 

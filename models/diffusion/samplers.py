@@ -37,7 +37,7 @@ def first_guess(denoise: Denoise, x: Tensor, sigma: float, step: int, callback: 
 
 
 def no_noise(step: int) -> Tensor:
-    """In place of the noise, where a sampler should need none."""
+    """Refuse to make noise: the default of samplers, which need none with eta = 0."""
     raise ValueError("a sampler with eta > 0 needs noise: a function of the step")
 
 
@@ -60,6 +60,7 @@ def sample_ddim(
     """
     for step, sigma, following in intervals(sigmas):
         x0 = first_guess(denoise, x, sigma, step, callback)
+        # variances add: down² + up² = following², so the level after the noise is the one that the step is to end at
         up = eta * following * math.sqrt(1.0 - (following / sigma) ** 2)
         down = math.sqrt(following**2 - up**2)
         x = x0 + (down / sigma) * (x - x0)
@@ -122,7 +123,7 @@ def sample_heun(
     """
     for step, sigma, following in intervals(sigmas):
         x0 = first_guess(denoise, x, sigma, step, callback)
-        if following == 0:
+        if following == 0:  # the slope at 0 divides by 0
             return x0
         slope = slope_of(x, x0, sigma, fade)
         trial = moved(x, sigma, following, slope, fade)
@@ -161,7 +162,7 @@ def sample_pndm(
     for step, sigma, following in intervals(sigmas):
         slope = slope_of(x, first_guess(denoise, x, sigma, step, callback), sigma, fade)
         slopes = [slope, *slopes[:3]]
-        if step == 0 and following > 0:
+        if step == 0 and following > 0:  # one slope alone would make the first step one of first order
             trial = moved(x, sigma, following, slope, fade)
             mean = (slope + slope_of(trial, denoise(trial, following), following, fade)) / 2
         else:
@@ -219,7 +220,7 @@ def sample_dpmpp_2m_sde(
     previous_x0, previous_h = None, 0.0
     for step, sigma, following in intervals(sigmas):
         x0 = first_guess(denoise, x, sigma, step, callback)
-        if following == 0:
+        if following == 0:  # lambda is infinite there
             return x0
         h = math.log(sigma / following)
         middle = x0 if previous_x0 is None else x0 + (h / (2 * previous_h)) * (x0 - previous_x0)

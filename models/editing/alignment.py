@@ -51,9 +51,9 @@ class Words:
         return tokens
 
     def places(self, phrase: str) -> list[int]:
-        """Likewise; none where they are not in the prompt."""
-        asked, _, number = phrase.partition("#")
-        parts = [word.casefold() for word in WORD.findall(asked)]
+        """Tokens of a word or of words in a row, as `find` has them; none where they are not in the prompt."""
+        wanted, _, number = phrase.partition("#")
+        parts = [word.casefold() for word in WORD.findall(wanted)]
         own = [word.casefold() for word in self.words]
         starts = [i for i in range(len(own)) if parts and own[i : i + len(parts)] == parts]
         if number:
@@ -75,6 +75,8 @@ def words_of(tower: TextTower, text: str) -> Words:
             f"hold '{brief(lost)}'; shorten it"
         )
     found = list(WORD.finditer(text))
+    # A word's tokens are those by which the text up to its end is longer than the text up to the last one: this holds
+    # for every tokenizer, where offsets are known to few and joining separately tokenized words gives other tokens.
     pieces = ["", *(text[: match.end()] for match in found), text + END]
     *begun, longer = tower.tokenize(pieces)  # [., L]
     whole, length = begun[-1], len(longer)
@@ -90,7 +92,7 @@ def brief(text: str) -> str:
 
 
 def replacement(source: Words, edited: Words) -> Tensor:
-    """Whose attention the tokens of an edited prompt take when words are swapped, [L of the source, L].
+    """Alignment [L of the source, L] of swapped words: whose attention each token of the edited prompt takes.
 
     The words correspond one to one. A word whose number of tokens changes shares its attention evenly among the new
     ones, so that every row sums to 1.
@@ -110,12 +112,12 @@ def replacement(source: Words, edited: Words) -> Tensor:
 
 
 def refinement(source: Words, edited: Words) -> Tensor:
-    """Likewise when words are added or left out: a column of zeros where a token is new."""
+    """Alignment [L of the source, L] when words are added or left out: a column of zeros where a token is new."""
     return aligned(source, edited, common_words(source, edited))
 
 
 def aligned(source: Words, edited: Words, pairs: list[tuple[int, int]]) -> Tensor:
-    """Tokens that correspond [L of the source, L]: of pairs of words, before all words, the end, and padding."""
+    """Alignment [L of the source, L] of pairs of words, of what stands before all words, the end, and padding."""
     length = len(source.tokens)
     matrix = torch.zeros(length, length)
     for old, new in ((source.spans[i], edited.spans[j]) for i, j in pairs):

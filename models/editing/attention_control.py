@@ -20,26 +20,26 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class TokenControl:
-    """What happens to the attention of one row."""
+    """Changes to the attention of one row."""
 
     source: int  # the row whose attention it takes; of a source its own
     alignment: Tensor  # A [L of the source, L], whose attention each token takes
     until: Tensor  # [L] share of the sampling up to which it does; 0: never
     weights: Tensor  # c [L]
-    self_until: float = 0.0  # the same for self-attention
+    self_until: float = 0.0  # share of the sampling up to which it takes the source's self-attention
 
     @classmethod
     def none(cls, row: int, length: int) -> "TokenControl":
-        """Of a row that is left alone."""
+        """The control of a row that is left alone."""
         return cls(row, torch.eye(length), torch.zeros(length), torch.ones(length))
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What all layers do at one moment: indices of rows and tokens, on the device."""
+    """Indices of rows and tokens that all layers use at one moment, on the device."""
 
     image: Tensor | None  # [R] whose queries and keys self-attention takes; None: the own
-    text: Tensor | None  # [R] likewise of attention to the text
+    text: Tensor | None  # [R] whose queries and keys attention to the text takes; None: the own
     values: Tensor | None  # [R, L, L], what the values of the text are multiplied by; None: the identity
     mixed: Tensor  # [X] rows that also attend by themselves
     rest: Tensor  # [X, L, L], to other values
@@ -63,8 +63,9 @@ class ControlledAttention:
         self.move_to(0.0)
 
     def move_to(self, progress: float) -> None:
-        """Where sampling is, from 0, its first step, to below 1."""
+        """Go to a moment of sampling, from 0, its first step, to below 1."""
         taken, own = progress < self.until, progress >= self.self_until  # [R, L], [R]
+        # A plan changes at a few of the steps and moves to the device; made anew in each, it would hold up the GPU.
         key = torch.cat([taken.flatten(), own]).numpy().tobytes()
         if key not in self.plans:
             ones = torch.ones_like(self.weights)
@@ -109,6 +110,7 @@ class ControlledAttention:
     def _to_text(self, q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> Tensor:
         free = len(q) - len(self.sources)
         batch, own_v = len(q), v
+        # P A diag(a) V* + P* diag(1 - a) V*: such rows stand in the batch twice, and the two results are added.
         again = plan.mixed + free
         if plan.values is not None:
             v = _times(plan.values, v, free)

@@ -39,7 +39,7 @@ class Edited:
     source: DrawnImage
     result: DrawnImage
     region: Tensor | None  # bool [H, W], where it may have changed; None: everywhere
-    found: Tensor | None = None  # [3, H, W], a given source as the network draws it again
+    reconstruction: Tensor | None = None  # [3, H, W], a given source as the network draws it again
 
 
 class Editor:
@@ -55,7 +55,7 @@ class Editor:
         self.regions: dict[int, Tensor] = {}  # bool [h, w] by row
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, name: str, is_cross: bool) -> Tensor:
-        """Of one layer (`models.attention`)."""
+        """Attention of one layer (`models.attention`), under the control of the edits; adds up the heat maps."""
         if not is_cross:
             return self.attending.to_image(q, k, v)
         if self.maps is not None and self.maps.wants(name):
@@ -63,7 +63,7 @@ class Editor:
         return self.attending.to_text(q, k, v)
 
     def around(self, denoise: Denoise, sigmas: Tensor) -> Denoise:
-        """Knows from the noise level where sampling is, and blends the guesses x0."""
+        """A denoiser that follows from the noise level where sampling is, and blends the guesses x0."""
 
         def controlled(x: Tensor, sigma: float) -> Tensor:
             self.step = max(0, int((sigmas[:-1] >= sigma).sum()) - 1)  # also between two levels, and twice at one
@@ -75,6 +75,7 @@ class Editor:
 
     def _blend(self, x0: Tensor) -> Tensor:
         """Guesses [R, C, h, w] that are those of their sources outside the region of their edit."""
+        # The guesses and not the noisy latents: a sampler that extrapolates from earlier guesses then has blended ones.
         guesses = list(x0)
         for row, (source, edit) in self.rows.edits.items():
             if edit.blend_change:
@@ -85,7 +86,7 @@ class Editor:
         return torch.stack(guesses)
 
     def _region(self, row: int, source: int, edit: Edit) -> Tensor:
-        """Where an edit may change the image, bool [h, w]."""
+        """The region in which an edit may change the image, bool [h, w]."""
         regions = []
         if edit.blend and self.maps is not None:
             places = [self.maps.region(place, edit.blend, edit.blend_threshold) for place in (source, row)]
@@ -122,7 +123,7 @@ class Rows:
     edits: dict[int, tuple[int, Edit]]  # row of the source and edit, of those rows that are one
 
     def controls(self) -> list[TokenControl]:
-        """Of each row."""
+        """The control of each row's attention."""
         controls = [TokenControl.none(row, len(words.tokens)) for row, words in enumerate(self.words)]
         for row, (source, edit) in self.edits.items():
             controls[row] = token_control(edit, source, self.words[source], self.words[row])
@@ -142,7 +143,7 @@ class Rows:
 
 
 def token_control(edit: Edit, source: int, before: Words, after: Words) -> TokenControl:
-    """What an edit means for the tokens of its prompts."""
+    """The control of an edit over the tokens of its prompts."""
     replace = edit.mode is EditMode.replace or (edit.mode is EditMode.auto and len(before.words) == len(after.words))
     alignment = (replacement if replace else refinement)(before, after)  # [L, L]
     known = torch.ones(len(alignment)) if replace else (alignment.sum(0) > 0).float()  # [L]
@@ -155,7 +156,7 @@ def token_control(edit: Edit, source: int, before: Words, after: Words) -> Token
 
 
 def factors(words: Words, weights: Mapping[int, float]) -> Tensor:
-    """Factors [L] of tokens: 1 where none is given, and of start, end and padding, which belong to no word."""
+    """Factors [L] of tokens: 1 where none is named, and of start, end and padding, which belong to no word."""
     made = torch.ones(len(words.tokens))
     for token in (token for span in words.spans for token in span):
         made[token] = weights.get(token, 1.0)
@@ -172,23 +173,21 @@ def edit_images(
     watch: bool = False,
     callback: Callback | None = None,
     inputs: Inputs | None = None,
-    given: Tensor | None = None,
+    source_images: Tensor | None = None,
     inversion: InversionMethod = InversionMethod.negative_prompt,
 ) -> list[Edited]:
-    """Sources and their edits, all in one batch; they share the noise, which belongs to the prompt of the source.
-
-    Edits of one source bring it once.
+    """Draw sources and their edits, all in one batch; they share the noise, which belongs to the prompt of the source.
 
     Args:
-        model: told a caption.
-        edits: E of them.
+        model: one that takes captions.
+        edits: E of them; those of one source share its row.
         seeds: one per edit.
         sampling: as for the pipeline.
         indices: number of the source among those of one prompt and seed; None: all 0.
         watch: make the heat maps of all words.
         callback: as for the pipeline; sees the rows of this batch.
         inputs: arrays of the other conditions, E each.
-        given: the sources [E, 3, H, W], of which the prompts say what they show; None: they are drawn.
+        source_images: [E, 3, H, W], of which the prompts say what they show; None: they are drawn.
         inversion: how their noise is found (`models.editing.inversion`).
 
     Raises:
@@ -197,19 +196,23 @@ def edit_images(
     """
     sampling = SamplingConfig() if sampling is None else sampling
     numbers = [0] * len(edits) if indices is None else indices
-    contents = [None] * len(edits) if given is None else [image.cpu().numpy().tobytes() for image in given]
-    bringers, sources = distinct(list(zip([edit.prompt for edit in edits], seeds, numbers, contents, strict=True)))
-    owners = [*bringers, *range(len(edits))]  # edit that each row belongs to
-    prompts = [edits[number].prompt for number in bringers] + [edit.edited for edit in edits]
-    count = len(bringers)
+    # Rows of the batch: each source once, however many edits it has, then the edits. Attention control reads the
+    # source's queries and keys as the network computes them, so both must be in the same forward pass.
+    contents = (
+        [None] * len(edits) if source_images is None else [image.cpu().numpy().tobytes() for image in source_images]
+    )
+    firsts, sources = distinct(list(zip([edit.prompt for edit in edits], seeds, numbers, contents, strict=True)))
+    owners = [*firsts, *range(len(edits))]  # edit that each row belongs to
+    prompts = [edits[number].prompt for number in firsts] + [edit.edited for edit in edits]
+    count = len(firsts)
     changed = {count + number: pair for number, pair in enumerate(zip(sources, edits, strict=True))}
     editor = Editor(Rows(prompts, read_words(model, prompts, sampling), changed), watch, model.device)
     own = {name: array[owners] for name, array in (inputs or {}).items()}
     start = None
-    if given is not None:
-        told = {name: array[:count] for name, array in own.items()}
-        found = invert(model, given[bringers], prompts[:count], sampling, inversion, told)
-        start = found.of([*range(count), *sources])
+    if source_images is not None:
+        of_sources = {name: array[:count] for name, array in own.items()}
+        inverted = invert(model, source_images[firsts], prompts[:count], sampling, inversion, of_sources)
+        start = inverted.select([*range(count), *sources])  # an edit begins where its source does
     drawn = model(
         prompts,
         [seeds[owner] for owner in owners],
@@ -221,10 +224,11 @@ def edit_images(
         start=start,
         control=editor,
     )
-    before = drawn[:count] if given is None else given[bringers].to(drawn)
+    # Outside its region an edit shows the user's own pixels, not what inversion and the decoder make of them.
+    before = drawn[:count] if source_images is None else source_images[firsts].to(drawn)
     images, regions = editor.confined(torch.cat([before, drawn[count:]]))
     made = [editor.image(row, image) for row, image in enumerate(images)]
-    again = dict(enumerate(drawn[:count])) if given is not None else {}
+    again = dict(enumerate(drawn[:count])) if source_images is not None else {}
     return [
         Edited(made[source], made[row], regions.get(row), again.get(source)) for row, (source, _) in changed.items()
     ]
@@ -233,8 +237,8 @@ def edit_images(
 def distinct(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
     """Numbers of the first of all equal keys, in order, and for each key where in that list its equal is."""
     first = {key: number for number, key in reversed(list(enumerate(keys)))}
-    bringers = sorted(first.values())
-    return bringers, [bringers.index(first[key]) for key in keys]
+    firsts = sorted(first.values())
+    return firsts, [firsts.index(first[key]) for key in keys]
 
 
 def watch_images(
@@ -265,7 +269,7 @@ def check_edit(model: DiffusionPipeline, edit: Edit, sampling: SamplingConfig) -
 def read_words(model: DiffusionPipeline, prompts: Sequence[str], sampling: SamplingConfig) -> list[Words]:
     """The words of each prompt as this network and this syntax see them."""
     tower = model.text_tower
-    if tower is None or not model.denoiser.conditions.takes_text:
+    if tower is None or not model.conditions.takes_text:
         raise UserError("this network was trained without conditions.caption: it has no words to edit an image by")
     found = {}
     for text in dict.fromkeys(prompts):

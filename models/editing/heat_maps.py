@@ -37,7 +37,7 @@ class WordMaps:
         self.total: Tensor | None = None  # [R, W, h, w], of telling layers, as large as the latent
 
     def wants(self, layer: str) -> bool:
-        """Whether to add the map of a layer."""
+        """Whether the map of a layer is to be added."""
         return self.detailed or layer.startswith(TELLING)
 
     def add(self, step: int, layer: str, probabilities: Tensor, size: tuple[int, int]) -> None:
@@ -47,6 +47,7 @@ class WordMaps:
         if self.detailed:
             self.maps.setdefault((step, layer), []).append(maps)
         if layer.startswith(TELLING):
+            # summed at once: a map of each call would hold steps x layers latents for the length of the sampling
             large = F.interpolate(maps, size, mode="bilinear")
             self.total = large if self.total is None else self.total + large
 
@@ -62,7 +63,7 @@ class WordMaps:
         return torch.stack(chosen).mean(0)
 
     def region(self, row: int, words: Sequence[str], threshold: float) -> Tensor:
-        """Where words are, bool [h, w] of the latent: beyond this share of the way from least to most attention."""
+        """Region of words, bool [h, w] of the latent: beyond this share of the way from least to most attention."""
         if self.total is None:
             raise UserError(f"blend={','.join(words)}: this network has no attention to words in its {TELLING}")
         columns = [list(self.words[row]).index(word) for word in words]

@@ -17,7 +17,7 @@ from conf.errors import UserError
 from conf.schema import STOCHASTIC, InversionMethod, Sampler, SamplingConfig
 from models.conditions import Inputs
 from models.diffusion.process import Denoise
-from models.pipeline import DiffusionPipeline, Start
+from models.pipeline import DiffusionPipeline, SamplingStart
 from models.prompts import parse, plain
 
 DDIM = Sampler.ddim
@@ -33,11 +33,11 @@ def invert(
     sampling: SamplingConfig,
     method: InversionMethod = InversionMethod.negative_prompt,
     inputs: Inputs | None = None,
-) -> Start:
-    """Where sampling begins so that it ends with given images.
+) -> SamplingStart:
+    """The latents from which sampling ends with given images.
 
     Args:
-        model: told a caption.
+        model: one that takes captions.
         images: [B, 3, H, W] in [-1, 1], as large as the images that are drawn.
         prompts: B descriptions of them.
         sampling: with which they will be drawn.
@@ -47,20 +47,20 @@ def invert(
     Raises:
         UserError: images of another size, a sampler whose steps cannot be walked back, and what the pipeline refuses.
     """
-    unguided = replace(
-        sampling, guidance_scale=1.0, guidance_rescale=0.0, guidance_interval=[], negative_prompt=""
-    )  # with any other guidance the steps hardly have a way back
+    # Guidance multiplies the difference of two predictions, and with it the error of every step that is walked back.
+    unguided = replace(sampling, guidance_scale=1.0, guidance_rescale=0.0, guidance_interval=[], negative_prompt="")
     denoise, shape = model.denoiser_of(prompts, unguided, inputs)
     require_invertible(sampling, method, images, shape, model.autoencoder.cfg.downscale)
     sigmas = model.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)
     path = walk_back(denoise, model.encode(images), sigmas)
     if method is InversionMethod.ddim or sampling.guidance_scale == 1:
-        return Start(path[0])
+        return SamplingStart(path[0])
     read = parse if sampling.prompt_syntax else plain
-    if method is InversionMethod.negative_prompt:
-        return Start(path[0], (model.states([read(prompt)[0] for prompt in prompts]),))
-    nothing = model.states(read(sampling.negative_prompt)).expand(len(prompts), -1, -1)
-    return Start(path[0], fit_null_text(model, denoise, path, sigmas, nothing, sampling.guidance_scale, inputs or {}))
+    if method is InversionMethod.negative_prompt:  # led away from itself, the source's prediction stays as it is
+        return SamplingStart(path[0], (model.states([read(prompt)[0] for prompt in prompts]),))
+    null_text = model.states(read(sampling.negative_prompt)).expand(len(prompts), -1, -1)
+    fitted = fit_null_text(model, denoise, path, sigmas, null_text, sampling.guidance_scale, inputs or {})
+    return SamplingStart(path[0], fitted)
 
 
 def require_invertible(
@@ -78,7 +78,7 @@ def require_invertible(
 
 
 def unfit(sampling: SamplingConfig, method: InversionMethod) -> str:
-    """Why this sampler does not draw a given image again, in one line; empty where it does.
+    """The reason why this sampler does not draw a given image again, in one line; empty where it does.
 
     Those without noise solve the equation whose solution was walked back; null text is fitted to DDIM's very steps.
     """
@@ -118,46 +118,48 @@ def fit_null_text(
     denoise: Denoise,
     path: Sequence[Tensor],
     sigmas: Tensor,
-    nothing: Tensor,
+    null_text: Tensor,
     scale: float,
     inputs: Inputs,
 ) -> tuple[Tensor, ...]:
     """Null-text inversion (Mokady et al. 2023, algorithm 1): states of no text, with which guidance keeps to the path.
 
     Args:
-        model: whose U-Net is asked.
-        denoise: asks it for what the prompt says.
+        model: the U-Net that guidance leads, with its process.
+        denoise: the U-Net with the prompt, without guidance.
         path: of the images, from `walk_back`.
         sigmas: its levels.
-        nothing: states [B, L, D] to begin with, those of the empty caption.
+        null_text: states [B, L, D] to begin with, those of the empty caption.
         scale: of guidance.
         inputs: arrays of the other conditions.
 
     Returns:
         States [B, L, D] of each step.
     """
-    fitted, x, states = list[Tensor](), path[0], nothing
+    fitted, x, states = list[Tensor](), path[0], null_text
     for number, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
-        told, alpha = denoise(x, sigma), model.process.alpha(following)
+        cond, alpha = denoise(x, sigma), model.process.alpha(following)
         states = states.clone().requires_grad_()
         rate = FIT_RATE * (1 - number / (2 * (len(sigmas) - 1)))
         optimizer = torch.optim.Adam([states], lr=rate)
         for _ in range(FIT_STEPS):
             with torch.enable_grad():
-                untold = _untold(model, states, inputs)(x, sigma)
-                missed = step(x, untold + scale * (told - untold), sigma, following) - path[number + 1]
+                uncond = _denoiser_with(model, states, inputs)(x, sigma)
+                missed = step(x, uncond + scale * (cond - uncond), sigma, following) - path[number + 1]
+                # x is in units of sigma here; alpha brings it to those of the paper's latents, which the rate is for
                 loss = (alpha * missed).square().flatten(1).mean(1).sum()
             (states.grad,) = torch.autograd.grad(loss, [states])
             optimizer.step()
         states = states.detach()
-        untold = _untold(model, states, inputs)(x, sigma)
-        x = step(x, untold + scale * (told - untold), sigma, following)
+        uncond = _denoiser_with(model, states, inputs)(x, sigma)
+        # on from where sampling really gets to, not from the path: each step then makes up for the last one's error
+        x = step(x, uncond + scale * (cond - uncond), sigma, following)
         fitted.append(states)
     return tuple(fitted)
 
 
-def _untold(model: DiffusionPipeline, states: Tensor, inputs: Inputs) -> Denoise:
-    """Asks the network with these states in place of the prompt's, and the other conditions dropped."""
-    conditions = model.denoiser.conditions
-    given = conditions({**conditions.null(inputs), "text": states})
+def _denoiser_with(model: DiffusionPipeline, states: Tensor, inputs: Inputs) -> Denoise:
+    """The U-Net with these text states in place of the prompt's, and the other conditions dropped."""
+    embed = model.denoiser.conditions
+    given = embed({**embed.null(inputs), "text": states})
     return model.process.denoiser(lambda x_t, timesteps: model.denoiser.predict(x_t, timesteps, given))

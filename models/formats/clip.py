@@ -45,7 +45,7 @@ def text_to_hugging_face(weights: Mapping[str, Tensor], layers: int) -> dict[str
 
 
 def text_from_hugging_face(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The same, back: the part of open_clip's state dict that the text states need."""
+    """Names of open_clip for weights of Hugging Face: the part of open_clip's state dict that the text states need."""
     made = {ours: weights[f"text_model.{theirs}"] for ours, theirs in WHOLE.items()}
     for layer in range(layers):
         ours, theirs = f"transformer.resblocks.{layer}", f"text_model.encoder.layers.{layer}"

@@ -97,7 +97,7 @@ def _unet_layer(cfg: UNetConfig, theirs: str, ours: str, level: int, layer: int,
 
 
 def _vectors(cfg: UNetConfig) -> list[Pair]:
-    """What joins the time's embedding."""
+    """Their names for what joins the time's embedding."""
     if cfg.num_class_embeds is not None:
         return [Pair("label_emb", "class_embedding")]
     ours = "add_embedding" if cfg.addition_embed_type is not None else "class_embedding"
@@ -144,7 +144,7 @@ def _joined(*names: str) -> str:
 
 
 class Tensors(NamedTuple):
-    """One of their tensors and those of ours that it holds."""
+    """A tensor of theirs and those of ours that it holds."""
 
     theirs: str
     ours: list[str]
@@ -152,7 +152,7 @@ class Tensors(NamedTuple):
 
 
 def _tensors(pairs: Iterable[Pair], weights: Mapping[str, Tensor]) -> Iterator[Tensors]:
-    """By tensor, for all of our state dict `weights`."""
+    """Their tensors, with those of our state dict `weights` that each holds."""
     inside: dict[str, list[str]] = {}  # module -> names of what it and all modules in it hold
     for name in weights:
         parts = name.split(".")

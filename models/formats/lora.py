@@ -94,7 +94,7 @@ def save_adapters(
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """What a file holds for a U-Net."""
+    """Adapters of a U-Net, as a file holds them."""
 
     source: str  # for messages
     layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # names with underscores for dots -> PARTS
@@ -136,7 +136,7 @@ class Adapters:
         return alpha / (math.sqrt(len(a)) if self.options.get("use_rslora") else len(a)) * b @ a
 
     def _alpha(self, layer: str, rank: int) -> float:
-        """That of the layer's own pattern, else that of all layers, else the rank."""
+        """Alpha of the layer's own pattern, else that of all layers, else the rank."""
         patterns = self.options.get("alpha_pattern") or {}
         for pattern, alpha in patterns.items() if isinstance(patterns, dict) else ():
             if re.fullmatch(rf"(.*\.)?({pattern})", layer):
@@ -167,12 +167,12 @@ def load_adapters(source: str) -> Adapters:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata() or {}
-        told = loads_finite(metadata.get(METADATA, "{}"))
+        stored = loads_finite(metadata.get(METADATA, "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"lora={source}: not a readable safetensors file ({error}); copy it again") from None
-    if not isinstance(told, dict):
+    if not isinstance(stored, dict):
         raise UserError(f"lora={source}: its {METADATA} is no JSON object; copy it again")
-    options = {name.removeprefix(PREFIX): value for name, value in told.items() if name.startswith(PREFIX)}
+    options = {name.removeprefix(PREFIX): value for name, value in stored.items() if name.startswith(PREFIX)}
     found = Adapters(source, options=options, metadata=metadata)
     for name, tensor in require_finite(file, tensors).items():
         ending = next((ending for ending in PARTS if name.endswith(f".{ending}")), None)

@@ -68,7 +68,7 @@ def write_stream(path: Path, stream: TensorStream, metadata: Mapping[str, str] |
 
 
 def write_bytes(path: Path, content: bytes) -> Fingerprint:
-    """Likewise a file of any kind."""
+    """Write a file of any kind, atomically."""
     return _write(path, [content])
 
 

@@ -96,7 +96,7 @@ def to_json(cfg: UNetConfig) -> dict[str, Any]:
 
 
 def architecture(cfg: UNetConfig) -> dict[str, Any]:
-    """What two networks must share to share weights, in one form whichever way it was written."""
+    """Options that two networks must share to share weights, in one form whichever way they were written."""
     return {name: value for name, value in to_json(cfg).items() if name != "sample_size"}
 
 

@@ -161,7 +161,7 @@ def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """What a safetensors file says beside its tensors; nothing where there is no such file, or a broken one."""
+    """Metadata of a safetensors file; nothing where there is no such file, or a broken one."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}

@@ -14,7 +14,7 @@ import torch
 from conf.entry import compose
 from conf.experiments import read_experiment
 from conf.schema import AutoencoderRun, Device, EvaluateRun, PipelineRun, UNetRun
-from models.conditions import PREPARING, ConditionContext, Conditions
+from models.conditions import ConditionContext, Conditions, Embedders
 from models.denoiser import Denoiser
 from models.formats.unet import architecture
 from models.unet import UNet
@@ -121,7 +121,7 @@ def autoencoder_of(folder: str, own: str) -> Any:
 def test_the_stages_of_an_experiment_fit_together(experiment: str) -> None:
     latents, unet, evaluate = (composed(COMMANDS[name], experiment) for name in ("latents", "unet", "evaluate"))
     autoencoder = autoencoder_of(latents.autoencoder, experiment)
-    arrays, wanted = (Conditions(command.conditions, PREPARING).facts() for command in (latents, unet))
+    arrays, wanted = (Conditions(command.conditions).facts() for command in (latents, unet))
     assert arrays == wanted
     assert latents.images.resolution == evaluate.images.resolution
     assert unet.model.out_channels == autoencoder.cached_channels
@@ -139,14 +139,14 @@ def test_the_stages_of_an_experiment_fit_together(experiment: str) -> None:
 def test_the_network_of_an_experiment_takes_all_that_it_is_told(experiment: str) -> None:
     unet = composed(COMMANDS["unet"], experiment)
     channels, told = unet.model.out_channels, unet.conditions
-    around = ConditionContext.of(
+    context = ConditionContext.of(
         unet.model,
         downscale=autoencoder_of(unet.autoencoder, experiment).downscale,
         latent_mean=torch.zeros(channels),
         latent_std=torch.ones(channels),
     )
     with torch.device("meta"):
-        Denoiser(UNet(unet.model), Conditions(told, around))
+        Denoiser(UNet(unet.model), Embedders(Conditions(told), context))
     if asks_clip(told) and unet.clip.startswith("runs/"):
         clip = composed(COMMANDS["clip"], maker(unet.clip, experiment)).model
         if clip.pretrained is None:

@@ -11,24 +11,25 @@ PROGRAM = """
 import numpy as np, torch
 from conf.entry import compose
 from conf.schema import UNetRun
-from models.conditions import ConditionContext, Conditions, Samples
+from models.conditions import ConditionContext, Conditions, Embedders, Samples
 from models.denoiser import Denoiser
 from models.unet import UNet
 
-given = ["experiment=smoke", "conditions.caption=null", "conditions.mean_colour.drop=0.5"]
-given += ["model.cross_attention_dim=null"]
-given += ["model.down_block_types=[DownBlock2D,AttnDownBlock2D]", "model.up_block_types=[AttnUpBlock2D,UpBlock2D]"]
-cfg = compose("train_unet", UNetRun, given)
+overrides = ["experiment=smoke", "conditions.caption=null", "conditions.mean_colour.drop=0.5"]
+overrides += ["model.cross_attention_dim=null"]
+overrides += ["model.down_block_types=[DownBlock2D,AttnDownBlock2D]", "model.up_block_types=[AttnUpBlock2D,UpBlock2D]"]
+cfg = compose("train_unet", UNetRun, overrides)
 context = ConditionContext.of(cfg.model, downscale=4, latent_mean=torch.zeros(4), latent_std=torch.ones(4))
-network = Denoiser(UNet(cfg.model), Conditions(cfg.conditions, context))
+conditions = Conditions(cfg.conditions)
+network = Denoiser(UNet(cfg.model), Embedders(conditions, context))
 colours = torch.linspace(-1, 1, 16).view(16, 1, 1, 1).expand(-1, 3, 32, 32)
 samples = Samples(colours, [], torch.zeros(16, 4), [])
-inputs = network.conditions.prepare(samples, None)
+inputs = conditions.prepare(samples, None)
 z = colours[:, :1, :8, :8].expand(-1, 4, -1, -1)  # a latent that the colour alone decides
 optimizer, noise = torch.optim.Adam(network.parameters(), 3e-3), torch.randn(16, 4, 8, 8)
 
-def loss(told):
-    return (network(noise, torch.full((16,), 999.0), told) - z).square().mean()
+def loss(inputs):
+    return (network(noise, torch.full((16,), 999.0), inputs) - z).square().mean()
 
 for _ in range(25):
     optimizer.zero_grad()
@@ -50,8 +51,10 @@ def test_example_of_the_docs_works(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "conditions.md").read_text(), re.DOTALL)
     condition, kind, section, option = blocks
     images, schema = tmp_path / "models/conditions/images.py", tmp_path / "conf/schema/conditions.py"
-    after(images, "KINDS: Mapping[str, Callable[[Any, ConditionContext], Condition]] = {\n", kind)
-    images.write_text(images.read_text().replace("\n\nclass LowResolution", f"\n\n{condition}\n\nclass LowResolution"))
+    after(images, "KINDS: Mapping[str, tuple[type[Condition], type[Embedder]]] = {\n", kind)
+    images.write_text(
+        images.read_text().replace("\n\nclass LowResolution(", f"\n\n{condition}\n\nclass LowResolution(")
+    )
     after(schema, "    segments: SegmentsConfig | None = None\n", option)
     schema.write_text(
         schema.read_text().replace(

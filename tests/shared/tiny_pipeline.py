@@ -9,7 +9,7 @@ import torch
 from conf.schema import ConditionsConfig, Prediction, ProcessConfig
 from conf.schema.networks import AutoencoderConfig, UNetConfig
 from models.autoencoder import Autoencoder
-from models.conditions import ConditionContext, Conditions
+from models.conditions import ConditionContext, Conditions, Embedders
 from models.denoiser import Denoiser
 from models.diffusion.process import Process
 from models.pipeline import DiffusionPipeline
@@ -57,8 +57,8 @@ def tiny_pipeline(
         )
     )
     means, deviations = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
-    around = ConditionContext.of(network.cfg, downscale=2, latent_mean=means, latent_std=deviations)
-    denoiser = Denoiser(network.eval(), Conditions(ConditionsConfig(), around))
+    context = ConditionContext.of(network.cfg, downscale=2, latent_mean=means, latent_std=deviations)
+    denoiser = Denoiser(network.eval(), Embedders(Conditions(ConditionsConfig()), context))
     process = Process(ProcessConfig(prediction=prediction))
     return DiffusionPipeline(denoiser, autoencoder.eval(), tower, process, means, deviations)
 

@@ -62,7 +62,7 @@ def evaluate_edits(cfg: EvaluateEditsRun, runtime: Runtime) -> dict[str, float]:
         UserError: shards of another set, or networks that do not belong together.
     """
     model = load_model(cfg, runtime.device)
-    require_prompts_alone(model.denoiser.conditions, "evaluate_edits.py")
+    require_prompts_alone(model.conditions, "evaluate_edits.py")
     if runtime.is_main:
         say_cut("edits", model, [], cfg)
     side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale

@@ -52,7 +52,7 @@ def draw_edits(cfg: EditRun, runtime: Runtime) -> None:
     """
     edits = read_edits(cfg)
     model = load_model(cfg, runtime.device)
-    require_prompts_alone(model.denoiser.conditions, "edit.py")
+    require_prompts_alone(model.conditions, "edit.py")
     if runtime.is_main:
         say_cut("edit", model, [], cfg)  # of long prompts an edit is refused
     for edit in edits:
@@ -125,7 +125,7 @@ def edit_batch(model: DiffusionPipeline, cfg: EditRun, jobs: Sequence[EditJob]) 
             indices=numbers,
             watch=cfg.maps,
             inputs=model.prepare(samples),
-            given=torch.stack(images).to(model.device) if images else None,
+            source_images=torch.stack(images).to(model.device) if images else None,
             inversion=cfg.inversion,
         )
 
@@ -153,8 +153,8 @@ def measured_of(edited: Edited) -> dict[str, float]:
     if edited.region is not None:
         measured["region"] = edited.region.float().mean().item()
         measured["changed_outside"] = (change * ~edited.region).mean().item()
-    if edited.found is not None:
-        measured["reconstruction_psnr"] = psnr(edited.found[None], edited.source.image[None]).item()
+    if edited.reconstruction is not None:
+        measured["reconstruction_psnr"] = psnr(edited.reconstruction[None], edited.source.image[None]).item()
     return {name: round(value, 5) for name, value in measured.items()}
 
 

@@ -26,8 +26,8 @@ def sheet(made: Edited, before: str, after: str) -> Image.Image:
     At their ends a given image as the network draws it again, and where the image may change.
     """
     rows = [sheet_row(made.source, before), sheet_row(made.result, after)]
-    if made.found is not None:
-        rows[0].append((to_uint8(made.found[None])[0], "drawn again"))
+    if made.reconstruction is not None:
+        rows[0].append((to_uint8(made.reconstruction[None])[0], "drawn again"))
     if made.region is not None:
         shown = torch.where(made.region, made.result.image, 1.0)
         rows[1].append((to_uint8(shown[None])[0], "where it may change"))

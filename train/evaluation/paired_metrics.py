@@ -31,7 +31,7 @@ class PairedMetrics:
     """
 
     def __init__(self, conditions: Conditions, perceptual: Perceptual, device: torch.device) -> None:
-        self.conditions, self.baselines = conditions, conditions.rivals
+        self.conditions, self.baselines = conditions, conditions.baseline_names
         self.kind, self.distance = perceptual, None
         if self.baselines and (distance := perceptual_distance(perceptual)) is not None:
             self.distance = distance.to(device)

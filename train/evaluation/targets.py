@@ -77,7 +77,7 @@ class GeneratedImages:
                 f"images.resolution={cfg.images.resolution}: this U-Net draws {side} pixels, as the real images must "
                 f"have; set images.resolution={side}"
             )
-        labelled = model.denoiser.conditions.need_labels or bool(cfg.judges)
+        labelled = model.conditions.need_labels or bool(cfg.judges)
         self.prompts = ImageDataset(cfg.captions, cfg.images, cfg.seed, labels=labelled)
         self.extractors, self.clip = extractors_of(cfg, runtime.device), None
         if cfg.clip_score is not None:
@@ -88,7 +88,7 @@ class GeneratedImages:
             kind.require(self.prompts.at(0))
             cache = Path(cfg.statistics_dir)
             self.judges.append(cached_judge(kind, f"{cfg.shards}/train", cfg.images, cfg.seed, cache, runtime))
-        self.comparison = PairedMetrics(model.denoiser.conditions, cfg.perceptual, runtime.device)
+        self.comparison = PairedMetrics(model.conditions, cfg.perceptual, runtime.device)
         self.baselines = self.comparison.baselines
         self.facts = {
             "captions": self.prompts.digest,
@@ -123,7 +123,7 @@ class GeneratedImages:
                 columns["clip_text"] = self.clip.encode_text(tokens).cpu()
         for judge in self.judges:
             columns |= {f"right/{name}": column for name, column in judge.correct(images, items).items()}
-        shown = self.model.denoiser.conditions.show(generated.originals, generated.inputs)
+        shown = self.model.conditions.show(generated.originals, generated.inputs)
         return columns | grid_column(numbers, side_by_side([*shown, images, generated.originals]) if shown else images)
 
     def metrics(self, measured: FeatureCache) -> dict[str, float]:
@@ -141,7 +141,7 @@ class GeneratedImages:
 
     def captions(self, numbers: range) -> list[str]:
         """Titles of the images: captions and what else they were made of."""
-        items, conditions = self.items(numbers), self.model.denoiser.conditions
+        items, conditions = self.items(numbers), self.model.conditions
         inputs = self.model.prepare(samples_of(items, numbers, self.cfg.seed, self.cfg.images.resolution))
         return conditions.titles([item["caption"] for item in items], inputs)
 

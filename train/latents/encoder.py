@@ -22,7 +22,7 @@ from train.engine.precision import autocast
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What the networks made of B samples with V squares each."""
+    """Arrays that the networks made of B samples with V variants each."""
 
     moments: np.ndarray  # [B, V, 2·C, h, w] float32
     tokens: np.ndarray | None  # [B, L] int64
@@ -75,10 +75,10 @@ class LatentEncoder:
         """All variants of a batch as samples of their own."""
         images = batch["image"]
         variants = range(images.shape[1])
-        nothing = [[Labels()] * len(variants)] * len(images)
+        unlabelled = [[Labels()] * len(variants)] * len(images)
         return Samples(
             images=images.flatten(0, 1),
-            labels=[labels for row in batch.get("labels", nothing) for labels in row],
+            labels=[labels for row in batch.get("labels", unlabelled) for labels in row],
             framings=torch.tensor(
                 [
                     [size[1], size[0], cut.top, cut.left]
@@ -152,5 +152,6 @@ class LatentEncoder:
                     raise UserError(
                         "out of memory at one sample: take a larger GPU, lower images.resolution or set tile=512"
                     ) from None
+            # Outside the handler, whose traceback keeps the tensors alive that did not fit.
             self.limit = max(1, min(self.limit, len(inputs)) // 2)
             torch.cuda.empty_cache()

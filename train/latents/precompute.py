@@ -25,7 +25,7 @@ from data.image_dataset import ImageDataset
 from data.latent_record import ChannelStats
 from data.shards.manifest import MANIFEST, Manifest, ShardInfo
 from models.autoencoder import Autoencoder
-from models.conditions import PREPARING, Conditions
+from models.conditions import Conditions
 from models.text import Cuts, load_text_tower
 from models.tiles import check_tile
 from train.engine.metric_log import MetricLog, say
@@ -41,7 +41,7 @@ REJECTS = "rejects.jsonl"
 
 
 def open_splits(cfg: PrecomputeRun, encoder: LatentEncoder) -> list[LatentSplit]:
-    """Both sides; nothing is written yet.
+    """Open the images of both sides and what was made of them before; nothing is written yet.
 
     Raises:
         UserError: no images, or the folder holds latents of another provenance.
@@ -61,7 +61,7 @@ def open_splits(cfg: PrecomputeRun, encoder: LatentEncoder) -> list[LatentSplit]
 
 
 def latents_provenance(cfg: PrecomputeRun, encoder: LatentEncoder) -> dict[str, Any]:
-    """All that decides what a latent record holds."""
+    """Provenance of a cache: all that decides what a latent record holds."""
     downscale = encoder.autoencoder.cfg.downscale
     shapes = bucket_shapes(cfg.images.resolution, cfg.buckets.max_aspect, cfg.buckets.step)
     for option, pixels in (("images.resolution", cfg.images.resolution), ("buckets.step", cfg.buckets.step)):
@@ -101,7 +101,7 @@ def existing_manifest(folder: Path, wanted: dict[str, Any]) -> Manifest | None:
 
 
 def precompute(
-    cfg: PrecomputeRun, encoder: LatentEncoder, splits: list[LatentSplit], runtime: Runtime, journal: MetricLog
+    cfg: PrecomputeRun, encoder: LatentEncoder, splits: list[LatentSplit], runtime: Runtime, metric_log: MetricLog
 ) -> dict[str, float]:
     """Encode all splits together with whoever else does; returns the metrics of the cache.
 
@@ -116,14 +116,14 @@ def precompute(
             for encoded in encode_split(cfg, encoder, split, runtime):
                 samples += encoded
                 done = len(list((split.folder / PARTS).glob("*.json")))
-                journal.log(samples, {"latents/shards_done": float(done), "latents/shards": float(split.shards)})
+                metric_log.log(samples, {"latents/shards_done": float(done), "latents/shards": float(split.shards)})
             split.finished = finish_manifest(cfg, encoder, split)
         metrics[f"latents/{split.name}_samples"] = float(split.finished.samples)
         metrics[f"latents/{split.name}_rejected"] = float(split.finished.stats["rejected"])
         metrics[f"latents/{split.name}_psnr"] = split.finished.stats["psnr"]
     if encoder.conditions.takes_text:
         write_null_text(Path(cfg.output_dir), encoder)
-    journal.log(max(samples, 1), metrics)
+    metric_log.log(max(samples, 1), metrics)
     return metrics
 
 
@@ -131,7 +131,7 @@ def encode_split(cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit,
     """Encode shards until none is missing; yields the samples of each that this process encoded."""
     worker, workers = place(runtime)
     claims = Claims(split.folder / PARTS / "claims", cfg.lease_s)
-    start = split.shards * worker // workers
+    start = split.shards * worker // workers  # apart, so that processes meet only when little is left
     for index in claims.work(split.shards, lambda item: part_of(split, item) is not None or is_finished(split), start):
         part = encode_shard(cfg, encoder, split, index)
         atomic_write(split.folder / PARTS / f"{index:05d}.json", dumps(part).encode())
@@ -213,7 +213,7 @@ def run_precompute(cfg: PrecomputeRun, runtime: Runtime, config: dict[str, Any])
     encoder = LatentEncoder(
         Autoencoder.from_pretrained(cfg.autoencoder).eval().to(runtime.device),
         load_text_tower(cfg.clip).eval().to(runtime.device) if asks_clip(cfg.conditions) else None,
-        Conditions(cfg.conditions, PREPARING),
+        Conditions(cfg.conditions),
         runtime.device,
         runtime.precision,
         cfg.text_states,
@@ -225,13 +225,13 @@ def run_precompute(cfg: PrecomputeRun, runtime: Runtime, config: dict[str, Any])
     if cfg.plan:
         print_plan(cfg, encoder, splits)
         return
-    journal = MetricLog(cfg.output_dir, cfg.wandb, "latents", config, place(runtime)[0] == 0)
+    metric_log = MetricLog(cfg.output_dir, cfg.wandb, "latents", config, place(runtime)[0] == 0)
     exit_code = 1
     try:
-        metrics = precompute(cfg, encoder, splits, runtime, journal)
+        metrics = precompute(cfg, encoder, splits, runtime, metric_log)
         exit_code = 0
     finally:
-        journal.finish(exit_code)
+        metric_log.finish(exit_code)
     if runtime.is_main:
         for split in splits:
             say_cut(split)

@@ -20,7 +20,7 @@ from conf.schema import ConditionsConfig, ImageConfig, ProcessConfig, UNetRun
 from conf.schema.networks import UNetConfig
 from data.shards.manifest import Manifest
 from data.shards.remote import joined, read_remote
-from models.conditions import PREPARING, ConditionContext, Conditions
+from models.conditions import ConditionContext, Conditions, Embedders
 from models.diffusion.process import SCHEDULER, differences, meaning, read_scheduler
 from models.formats.lora import Adapters
 from models.formats.weights import WEIGHTS_NAME, metadata_of
@@ -55,7 +55,7 @@ def image_facts(images: ImageConfig) -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class UNetInfo:
-    """What sampling has to know beside the U-Net's weights; kept in `latentline.json` of its export."""
+    """Facts that sampling needs beside the U-Net's weights; kept in `latentline.json` of its export."""
 
     process: dict[str, Any]
     latent_mean: list[float]  # [C], over the whole training set
@@ -109,7 +109,7 @@ class UNetInfo:
         self.conditions_config()
 
     def metadata(self) -> dict[str, str]:
-        """What the weights' own file says, so that no other `latentline.json` is taken for theirs."""
+        """Metadata for the weights' own file, so that no other `latentline.json` is taken for theirs."""
         return {PROCESS: dumps(meaning(self.process_config()))}
 
     def process_config(self) -> ProcessConfig:
@@ -117,21 +117,20 @@ class UNetInfo:
         return _typed(ProcessConfig, self.process)
 
     def conditions_config(self) -> ConditionsConfig:
-        """Likewise that of the conditions."""
+        """The typed conditions again; those that are not named are absent."""
         absent: dict[str, Any] = {option.name: None for option in fields(ConditionsConfig)}
         return _typed(ConditionsConfig, absent | self.conditions)
 
-    def build_conditions(self, model: UNetConfig, downscale: int, null_text: Tensor | None = None) -> Conditions:
+    def build_conditions(self, model: UNetConfig, downscale: int, null_text: Tensor | None = None) -> Embedders:
         """The conditions of a U-Net, untrained; `null_text` [L, D] is for its training."""
-        around = ConditionContext.of(
+        context = ConditionContext.of(
             model,
             downscale=downscale,
             latent_mean=torch.tensor(self.latent_mean),
             latent_std=torch.tensor(self.latent_std),
             null_text=null_text,
-            names=self.names,
         )
-        return Conditions(self.conditions_config(), around)
+        return Embedders(Conditions(self.conditions_config(), self.names), context)
 
     def null_text(self, latents: str) -> Tensor:
         """Text states [L, D] of the empty caption, from the cache."""
@@ -151,18 +150,18 @@ def process_in(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def trained_otherwise(source: str, now: UNetInfo) -> list[str]:
-    """What a U-Net that a run begins from (`init_from`) was trained for and is asked otherwise now, in words.
+    """Differences between what a U-Net (`init_from`) was trained for and what a run asks of it, in words.
 
     By its `latentline.json`, or by the scheduler beside it in a folder of one of diffusers' pipelines.
     """
-    asked = meaning(now.process_config())
+    wanted = meaning(now.process_config())
     if not (Path(source) / INFO).is_file():
         try:
-            return differences(meaning(read_scheduler(Path(source).parent / "scheduler" / SCHEDULER)), asked)
+            return differences(meaning(read_scheduler(Path(source).parent / "scheduler" / SCHEDULER)), wanted)
         except UserError:  # none, or one whose noise levels we have no name for
-            return [f"it does not say what it predicts, which must be process.prediction={asked['prediction']}"]
+            return [f"it does not say what it predicts, which must be process.prediction={wanted['prediction']}"]
     before = UNetInfo.load(source)
-    found = differences(meaning(before.process_config()), asked)
+    found = differences(meaning(before.process_config()), wanted)
     if before.autoencoder != now.autoencoder:
         found.append("its latents were those of another autoencoder, normalised otherwise")
     if None not in (before.clip, now.clip) and before.clip != now.clip:
@@ -175,7 +174,7 @@ def trained_otherwise(source: str, now: UNetInfo) -> list[str]:
 
 
 def info_of_trained(unet: str, autoencoder: str, clip: str) -> UNetInfo:
-    """What is known of an exported U-Net; refuses an autoencoder or CLIP that it was not trained with."""
+    """Facts of an exported U-Net; refuses an autoencoder or CLIP that it was not trained with."""
     info = UNetInfo.load(unet)
     for option, folder, digest in (("autoencoder", autoencoder, info.autoencoder), ("clip", clip, info.clip)):
         if digest is not None and weights_digest(folder) != digest:
@@ -231,7 +230,7 @@ def asks_clip(conditions: ConditionsConfig) -> bool:
 
 def check_conditions(cfg: UNetRun, cached: dict[str, Any]) -> None:
     """Refuse a cache that lacks the arrays of a condition, or has others."""
-    wanted = Conditions(cfg.conditions, PREPARING).facts()
+    wanted = Conditions(cfg.conditions).facts()
     for name, facts in wanted.items():
         if cached.get(name) != facts:
             found = "has none" if name not in cached else f"has one of {cached[name]}, not {facts}"

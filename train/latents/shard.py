@@ -41,13 +41,13 @@ class LatentSplit:
         return len(self.images.manifest.shards)
 
     def samples_of(self, index: int) -> range:
-        """The samples of an image shard."""
+        """Numbers of the samples of an image shard."""
         ends = [0, *accumulate(shard.samples for shard in self.images.manifest.shards)]
         return range(ends[index], ends[index + 1])
 
 
 def part_of(split: LatentSplit, index: int) -> dict[str, Any] | None:
-    """What was recorded of a shard that is complete and of this provenance."""
+    """The record of a shard that is complete and of this provenance; None: it is still to be encoded."""
     try:
         part: dict[str, Any] = json.loads((split.folder / PARTS / f"{index:05d}.json").read_text())
         whole = all((split.folder / info["name"]).stat().st_size == info["bytes"] for info in part["shards"])
@@ -120,7 +120,7 @@ def encode_shard(cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit,
         written: Future[None] | None = None
         for batch in decoded_batches(split.images, samples, cfg, rejects):
             encoded = encoder(batch)
-            if written is not None:
+            if written is not None:  # one batch is written at a time, in order; its error ends this shard
                 written.result()
             written = background.submit(write, batch, encoded)
         if written is not None:

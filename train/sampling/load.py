@@ -12,7 +12,7 @@ from conf.files import sha256
 from conf.schema import ConditionsConfig, ModelRun
 from conf.schema.networks import UNetConfig
 from models.autoencoder import Autoencoder
-from models.conditions import ConditionContext, Conditions
+from models.conditions import ConditionContext, Conditions, Embedders
 from models.denoiser import Denoiser
 from models.diffusion.process import SCHEDULER, Process, read_scheduler
 from models.formats.lora import FILE_NAME as ADAPTERS
@@ -115,9 +115,9 @@ def load_exported(folder: str | Path, device: torch.device | str, tile: int = 0)
     channels = autoencoder.cfg.latent_channels
     mean, std = torch.zeros(channels), torch.full((channels,), 1 / scale)
 
-    def conditions(model: UNetConfig) -> Conditions:
+    def conditions(model: UNetConfig) -> Embedders:
         context = ConditionContext.of(model, downscale=autoencoder.cfg.downscale, latent_mean=mean, latent_std=std)
-        return Conditions(ConditionsConfig(), context)
+        return Embedders(Conditions(ConditionsConfig()), context)
 
     denoiser = Denoiser.from_pretrained(path / "unet", conditions)
     process = Process(read_scheduler(path / "scheduler" / SCHEDULER))

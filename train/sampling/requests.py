@@ -135,7 +135,7 @@ class Requests:
     @classmethod
     def of(cls, cfg: SampleRun, model: DiffusionPipeline, prompts: list[Prompt]) -> Self:
         """The requests of a command; raises UserError for prompts that lack a condition that the network needs."""
-        conditions = model.denoiser.conditions
+        conditions = model.conditions
         if not (conditions.need_labels or conditions.need_images):
             if cfg.inputs:
                 raise UserError(f"inputs={cfg.inputs[0]}: this network is told only text; set prompts instead")
@@ -185,7 +185,7 @@ def labels_in(conditions: Conditions, words: str, side: int) -> Item:
     Raises:
         UserError: a class that the network does not know, or a box that is none.
     """
-    fields = conditions.asked_in(words)
+    fields = conditions.labels_of_prompt(words)
     try:
         return {"labels": read_labels(fields, None, (side, side))} if fields else {}
     except LabelError as error:
@@ -199,7 +199,7 @@ def require_prompts_alone(conditions: Conditions, who: str) -> None:
         UserError: naming the condition.
     """
     for name, part in conditions.kinds.items():
-        if part.needs_image or part.names:
+        if part.needs_image or part.group:
             raise UserError(f"this network was trained with conditions.{name}: {who} knows prompts alone")
 
 
@@ -218,7 +218,7 @@ def samples_of(items: Sequence[Item], numbers: Sequence[int], seed: int, side: i
         framings=torch.tensor([[height, width, 0, 0]], dtype=torch.float32).expand(len(items), -1),
         generators=[rng(seed, number, "conditions of a picture") for number in numbers],
         masks=torch.stack([item["mask"] for item in items]) if "mask" in items[0] else None,
-        as_given="as_given" in items[0],
+        already_small="already_small" in items[0],
         keys=[item.get("key", "") for item in items],
     )
 
@@ -236,5 +236,5 @@ def require_conditions(conditions: Conditions, item: Item, file: str | None) -> 
         if file is not None and part.needs_mask and "mask" not in item:
             mask = Path(file).with_suffix(".mask.png")
             raise UserError(f"inputs={file}: this network paints where a mask is white: put {mask} beside it")
-        if part.names and "labels" not in item:
+        if part.group and "labels" not in item:
             raise UserError(f"this network was trained with conditions.{name}, which is made of labels: {remedy}")

@@ -99,7 +99,7 @@ def generate_images(
     film: Film | None = None,
 ) -> GeneratedBatch:
     """The images of some items, with their numbers among those of the same caption, all in one batch."""
-    conditions, captions = model.denoiser.conditions, [item["caption"] for item in items]
+    conditions, captions = model.conditions, [item["caption"] for item in items]
     side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale
     samples = samples_of(items, numbers, cfg.seed, side)
     with autocast(model.device, cfg.runtime.precision):
@@ -118,7 +118,7 @@ def writable(
         with autocast(model.device, cfg.runtime.precision):
             strips = film.frames(model, images)  # [R, F, 3, H, W]
         frames = {row: to_uint8(strip) for row, strip in zip(film.rows, strips, strict=True)}
-    if shown := model.denoiser.conditions.show(generated.originals, generated.inputs):
+    if shown := model.conditions.show(generated.originals, generated.inputs):
         conditions = to_uint8(side_by_side([*shown, images])[..., : -images.shape[3]])  # as high as the images
     return [
         (pixels, title, frames.get(row), None if conditions is None else conditions[row])

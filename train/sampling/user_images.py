@@ -50,7 +50,7 @@ def read_user_image(path: str, option: str = "inputs") -> UserImage:
     digest = hashlib.sha256(content)
     for name, beside in contents.items():
         digest.update(f"{name} {-1 if beside is None else len(beside)} ".encode() + (beside or b""))
-    item = {"key": path, "image": to_tensor(np.asarray(image)), "labels": labels, "as_given": True, **masks}
+    item = {"key": path, "image": to_tensor(np.asarray(image)), "labels": labels, "already_small": True, **masks}
     return UserImage(item, digest.hexdigest())
 
 

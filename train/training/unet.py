@@ -211,7 +211,7 @@ class UNetStage:
 
         Beside an image stand its condition, where that is one, and the original.
         """
-        cfg, conditions = self.cfg, model.denoiser.conditions
+        cfg, conditions = self.cfg, model.conditions
         alike = [i for i in range(self.heldout.samples) if self.heldout.bucket(i) == self.heldout.bucket(0)]
         batch = self.heldout.batch_at(alike[: cfg.sample_prompts])
         captions, inputs = batch["caption"], self.inputs(batch)

@@ -30,7 +30,7 @@ class Rejected(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """Where one sample is to be found; small, since it travels to the process that makes the sample."""
+    """Reference to one sample; small, since it travels to the process that makes the sample."""
 
     key: str  # of the sample in our shards
     name: str  # what a list of rejects calls it, such as its path
@@ -57,7 +57,7 @@ class SampleSource(Protocol):
         """Classes that are known before the first sample."""
 
     def identity(self) -> dict[str, Any]:
-        """What decides the samples; two builds with equal identities have the same ones."""
+        """Facts that decide the samples; two builds with equal identities have the same ones."""
 
     def times(self) -> str:
         """Digest of when the user's files were written, which tells of edits that keep their sizes; "" without any."""

@@ -69,7 +69,7 @@ CAPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What to draw, and what to say about it."""
+    """A scene to draw, with its caption."""
 
     attributes: dict[str, str]  # kind, color, background and the words of the caption
     caption: str
@@ -77,7 +77,7 @@ class Scene:
 
     @property
     def kind(self) -> str:
-        """One of KINDS."""
+        """Kind of the scene, one of KINDS."""
         return self.attributes["kind"]
 
     def svg(self) -> str:
@@ -88,10 +88,10 @@ class Scene:
 def demo_source(cfg: BuildRun) -> RenderedSource:
     """Scenes, of which each has its kind as its class."""
     names = Vocabulary.of({"classes": KINDS, "segments": SEGMENTS})
-    return RenderedSource(cfg, "scene", drawn_scene, names, "DiceBear scenes", KINDS)
+    return RenderedSource(cfg, "scene", scene_sample, names, "DiceBear scenes", KINDS)
 
 
-def drawn_scene(seed: int, index: int, resolution: int) -> Sample:
+def scene_sample(seed: int, index: int, resolution: int) -> Sample:
     """Scene `index` with its labels."""
     drawn = scene(seed, index)
     svg = drawn.svg()

@@ -46,7 +46,7 @@ class Listing:
         self._times.update(json.dumps([time for _, time in [*found, *map(_status, timed)]]).encode())
 
     def digests(self) -> tuple[str, str]:
-        """Of names and sizes, and of when they were written."""
+        """Digests of names and sizes, and of when the files were written."""
         return self._names.hexdigest(), self._times.hexdigest()
 
 

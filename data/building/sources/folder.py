@@ -95,7 +95,7 @@ class FolderSource:
         return f"{entry.row}: {entry.path}" if entry.row else entry.path
 
     def expected(self) -> int:
-        """All of them."""
+        """Number of all samples."""
         return len(self)
 
     def refs(self, scratch: Path) -> Iterator[Ref]:
@@ -175,7 +175,7 @@ def _folder_name(path: str) -> str:
 
 
 def _captionless(entry: Entry) -> str | None:
-    """Its problem, unless that is the lack of a caption: the class says what the image shows."""
+    """Problem of an entry, unless it is the lack of a caption: the class says what the image shows."""
     return None if entry.problem == _NO_CAPTION else entry.problem
 
 

@@ -53,10 +53,10 @@ class Canvas:
 def layout_source(cfg: BuildRun) -> RenderedSource:
     """Canvases with the kinds of their objects, and their parts."""
     names = Vocabulary.of({"box_classes": OBJECTS, "segments": SEGMENTS})
-    return RenderedSource(cfg, "canvas", drawn_canvas, names, "DiceBear layouts", OBJECTS)
+    return RenderedSource(cfg, "canvas", layout_sample, names, "DiceBear layouts", OBJECTS)
 
 
-def drawn_canvas(seed: int, index: int, resolution: int) -> Sample:
+def layout_sample(seed: int, index: int, resolution: int) -> Sample:
     """Canvas `index` with its labels; each box names the colour of its object, too."""
     drawn = layout(seed, index)
     image, labels = render_canvas(drawn, resolution)

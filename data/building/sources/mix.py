@@ -23,7 +23,7 @@ class MixSource:
         self.taken = dict.fromkeys(sources, 0)
 
     def expected(self) -> int | None:
-        """As many as the source that ends first allows."""
+        """Number of samples that the source that ends first allows."""
         sizes = {name: source.expected() for name, source in self.sources.items()}
         total = sum(self.weights.values())
         allowed = [int(size * total / self.weights[name]) for name, size in sizes.items() if size is not None]
@@ -45,13 +45,13 @@ class MixSource:
             yield Ref(f"{number:09d}", f"{name}: {ref.name}", (name, ref.place), ref.problem)
 
     def sample(self, place: tuple[str, Any]) -> Sample:
-        """As its source makes it; its name is kept as "mixed_from"."""
+        """Sample as its source makes it; that one's name is kept as "mixed_from"."""
         name, inner = place
         sample = self.sources[name].sample(inner)
         return replace(sample, meta={**sample.meta, "mixed_from": name})
 
     def vocabulary(self) -> Vocabulary:
-        """Of all together; raises UserError where two sources number their classes differently."""
+        """Vocabulary of all sources together; raises UserError where two sources number their classes differently."""
         known = Vocabulary()
         for name, source in self.sources.items():
             try:
@@ -61,16 +61,16 @@ class MixSource:
         return known
 
     def identity(self) -> dict[str, Any]:
-        """Those of the sources, and their weights."""
+        """Identities of the sources, and their weights."""
         members = {name: {"weight": self.weights[name], **source.identity()} for name, source in self.sources.items()}
         return {"sources": members, "samples": self.samples}
 
     def times(self) -> str:
-        """Those of the sources."""
+        """Times of the sources' files."""
         return "/".join(source.times() for source in self.sources.values())
 
     def describe(self) -> dict[str, Any]:
-        """Those of the sources, with what was taken of each."""
+        """Descriptions of the sources, with what was taken of each."""
         described = {name: source.describe() for name, source in self.sources.items()}
         texts = [text for part in described.values() if (text := part.get("attribution"))]
         members = {

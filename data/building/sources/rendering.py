@@ -62,7 +62,7 @@ class RenderedSource:
         return self.cfg.samples
 
     def expected(self) -> int:
-        """All of them."""
+        """Number of all samples."""
         return len(self)
 
     def refs(self, scratch: Path) -> Iterator[Ref]:
@@ -74,7 +74,7 @@ class RenderedSource:
         return self.draw(self.cfg.seed, index, self.cfg.resolution)
 
     def vocabulary(self) -> Vocabulary:
-        """What the numbers in the labels mean."""
+        """Names of the classes in the labels."""
         return self.names
 
     def identity(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class RenderedSource:
         return {"samples": self.cfg.samples, "seed": self.cfg.seed}
 
     def times(self) -> str:
-        """It has no files that change."""
+        """No times: there are no files that change."""
         return ""
 
     def describe(self) -> dict[str, Any]:

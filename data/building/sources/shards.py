@@ -40,7 +40,7 @@ class ShardsSource:
         return self.__dict__ | {"_readers": {}}
 
     def expected(self) -> int | None:
-        """What img2dataset wrote beside local shards, if it did."""
+        """Number of samples, as img2dataset wrote it beside local shards, if it did."""
         counts = [_successes(Path(shard)) for shard in self.shards if not is_remote(shard)]
         known = [count for count in counts if count is not None]
         total = sum(known) if len(known) == len(self.shards) else None
@@ -51,7 +51,7 @@ class ShardsSource:
         return islice(self._refs(scratch), self.samples or None)
 
     def _refs(self, scratch: Path) -> Iterator[Ref]:
-        given, spent = 0, deque[tuple[int, Path]]()
+        yielded, spent = 0, deque[tuple[int, Path]]()
         with ThreadPoolExecutor(1) as ahead:
             following: dict[int, Future[Path]] = {}
             for number, shard in enumerate(self.shards):
@@ -59,11 +59,11 @@ class ShardsSource:
                     if near < len(self.shards) and near not in following:
                         following[near] = ahead.submit(self._local, near, scratch)
                 for ref in self._refs_of(number, following.pop(number)):
-                    given += 1
+                    yielded += 1
                     yield ref
                 if is_remote(shard):
-                    spent.append((given, scratch / f"{number}.tar"))
-                while spent and given - spent[0][0] > IN_FLIGHT:
+                    spent.append((yielded, scratch / f"{number}.tar"))
+                while spent and yielded - spent[0][0] > IN_FLIGHT:
                     spent.popleft()[1].unlink(missing_ok=True)
 
     def _refs_of(self, number: int, local: Future[Path]) -> Iterator[Ref]:
@@ -104,7 +104,7 @@ class ShardsSource:
         return Sample(image_of(record), caption_of(record), meta, segments)
 
     def vocabulary(self) -> Vocabulary:
-        """What its samples will say."""
+        """Vocabulary of the samples' labels."""
         return Vocabulary()
 
     def identity(self) -> dict[str, Any]:

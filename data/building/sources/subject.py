@@ -23,11 +23,11 @@ VIEWS = list(itertools.product(MOODS, BACKGROUNDS))  # 21
 def subject_source(cfg: BuildRun) -> RenderedSource:
     """Images of the creature; `cfg.samples` above 21 show the same moods and backgrounds again."""
     return RenderedSource(
-        cfg, "view", drawn_view, Vocabulary.of({"segments": SEGMENTS}), "DiceBear subject", ("monster",)
+        cfg, "view", view_sample, Vocabulary.of({"segments": SEGMENTS}), "DiceBear subject", ("monster",)
     )
 
 
-def drawn_view(seed: int, index: int, resolution: int) -> Sample:
+def view_sample(seed: int, index: int, resolution: int) -> Sample:
     """View `index` of the set `seed`: the first 21 all differ in mood or background."""
     order = rng(seed, 0, "subject").permutation(len(VIEWS))
     mood, background = VIEWS[order[index % len(VIEWS)]]

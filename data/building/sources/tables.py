@@ -37,7 +37,7 @@ class Columns(NamedTuple):
     caption: str
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A row of a table, as far as it says anything about an image."""
 
     image: str | bytes  # path, or contents of the file
@@ -54,8 +54,8 @@ def rows_of(table: Path, columns: Columns) -> Iterator[tuple[int, dict[Any, Any]
     return _rows_of_csv(table, columns)
 
 
-def parse_row(row: dict[Any, Any], columns: Columns) -> Row:
-    """What a row says; raises Rejected."""
+def parse_row(row: dict[Any, Any], columns: Columns) -> TableRow:
+    """Image, caption and labels of a row; raises Rejected."""
     if row.get("status") not in (None, "success") and "error_message" in row:  # a table that img2dataset wrote
         raise Rejected(f"not downloaded: {row['error_message'] or row['status']}")
     image = row[columns.image]
@@ -72,7 +72,7 @@ def parse_row(row: dict[Any, Any], columns: Columns) -> Row:
     if None in row:
         raise Rejected(f"{row[None]} cells more than the header has: put quotes around text that holds the separator")
     meta = {name: value for name, value in row.items() if name not in columns and _is_kept(name, value)}
-    return Row(image, _caption(row[columns.caption]), meta)
+    return TableRow(image, _caption(row[columns.caption]), meta)
 
 
 def _caption(value: Any) -> str:
@@ -144,8 +144,8 @@ def _rows_of_csv(table: Path, columns: Columns) -> Iterator[tuple[int, dict[Any,
             f"path={table}: not a CSV file in UTF-8 (byte {byte:#04x} near row {number + 1}); save it as UTF-8"
         ) from error
     except csv.Error as error:
-        told = {"unexpected end of data": "a quote that is never closed"}.get(str(error), str(error))
-        raise UserError(f"path={table}: not a CSV file in UTF-8 (row {number + 1}: {told})") from error
+        reason = {"unexpected end of data": "a quote that is never closed"}.get(str(error), str(error))
+        raise UserError(f"path={table}: not a CSV file in UTF-8 (row {number + 1}: {reason})") from error
     except OSError as error:
         raise UserError(f"path={table}: cannot be read: {error.strerror or error}") from error
 
@@ -267,7 +267,7 @@ class ParquetImages:
         return Sample(parsed.image, parsed.caption, parsed.meta | ({"path": name} if isinstance(name, str) else {}))
 
     def vocabulary(self) -> Vocabulary:
-        """What its rows will say."""
+        """Vocabulary of the rows' labels."""
         return Vocabulary()
 
     def identity(self) -> dict[str, Any]:
@@ -284,7 +284,7 @@ class ParquetImages:
 
 
 def row_name(tables: Sequence[Path], table: Path, number: int) -> str:
-    """What a list of rejects calls a row."""
+    """Name of a row in a list of rejects."""
     return f"row {number}" if len(tables) == 1 else f"{table.name} row {number}"
 
 

@@ -41,7 +41,7 @@ class TwemojiSource:
         return self.files[index]
 
     def expected(self) -> int:
-        """All of them."""
+        """Number of all samples."""
         return len(self)
 
     def refs(self, scratch: Path) -> Iterator[Ref]:
@@ -67,7 +67,7 @@ class TwemojiSource:
         return {"samples": len(self.files)}
 
     def times(self) -> str:
-        """It has no files that change."""
+        """No times: there are no files that change."""
         return ""
 
     def describe(self) -> dict[str, Any]:

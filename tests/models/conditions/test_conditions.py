@@ -21,7 +21,7 @@ from conf.schema.conditions import (
 )
 from conf.schema.networks import UNetConfig
 from data.labels import Box, Labels
-from models.conditions import ConditionContext, Conditions, Inputs, Samples
+from models.conditions import ConditionContext, Conditions, Embedders, Inputs, Samples
 from models.conditions.labels import UNLABELLED
 from models.denoiser import Denoiser, widened
 from models.unet import UNet
@@ -42,7 +42,7 @@ MODEL = UNetConfig(
 NULL_TEXT = torch.full((4, WIDTH), 7.0)
 
 
-class Frozen:
+class StubNetworks:
     """Networks whose answers show what they were given."""
 
     def latents(self, images: Tensor) -> Tensor:
@@ -53,8 +53,8 @@ class Frozen:
 
 
 @dataclass
-class Draws:
-    """Given uniform numbers, and noise."""
+class RowRng:
+    """A known uniform number for each row, and noise."""
 
     numbers: Tensor
 
@@ -79,19 +79,18 @@ def samples(labels: list[Labels] = LABELS) -> Samples:
     return Samples(images, labels, framings, generators, keys=[f"000{row}" for row in range(len(labels))])
 
 
-def conditions(**sections: Any) -> Conditions:
+def conditions(**sections: Any) -> Embedders:
     torch.manual_seed(0)
     cfg = ConditionsConfig(**{"caption": None, **sections})
     mean, std = torch.tensor([1.0, 0.0, -1.0]), torch.tensor([2.0, 1.0, 0.5])
-    around = ConditionContext.of(
+    context = ConditionContext.of(
         MODEL,
         downscale=DOWNSCALE,
         latent_mean=mean,
         latent_std=std,
         null_text=NULL_TEXT,
-        names={"classes": ["cat", "", "dog"], "box_classes": ["sun"]},
     )
-    return Conditions(cfg, around)
+    return Embedders(Conditions(cfg, {"classes": ["cat", "", "dog"], "box_classes": ["sun"]}), context)
 
 
 CAPTION = {"caption": CaptionConfig(drop=0.5)}
@@ -105,16 +104,24 @@ SEGMENTS = {"segments": SegmentsConfig(classes=4, channels=5, drop=0.5)}
 ALL: list[dict[str, Any]] = [CAPTION, TOKEN, VECTOR, FRAMING, BOXES, BOX_MAP, EMBEDDING, SEGMENTS]
 
 
-def arrays(told: Conditions, labels: list[Labels] = LABELS) -> Inputs:
-    made = told.prepare(samples(labels), Frozen())
+def arrays(told: Embedders, labels: list[Labels] = LABELS) -> Inputs:
+    made = told.source.prepare(samples(labels), StubNetworks())
     return {**made, "text": torch.randn(len(labels), 4, WIDTH, generator=torch.Generator().manual_seed(1))}
+
+
+@pytest.mark.parametrize("sections", ALL, ids=lambda sections: next(iter(sections)))
+def test_arrays_are_prepared_without_a_network(sections: dict[str, Any]) -> None:
+    alone = Conditions(ConditionsConfig(**{"caption": None, **sections}))
+    made, inside = (source.prepare(samples(), StubNetworks()) for source in (alone, conditions(**sections).source))
+    assert made.keys() == inside.keys() and all(torch.equal(made[name], inside[name]) for name in made)
+    assert not any(isinstance(part, torch.nn.Module) for part in alone.kinds.values())
 
 
 @pytest.mark.parametrize("sections", ALL, ids=lambda sections: next(iter(sections)))
 def test_dropped_rows_are_told_nothing_and_the_others_all(sections: dict[str, Any]) -> None:
     told = conditions(**sections)
     inputs = arrays(told)
-    varied = told.vary(inputs, Draws(torch.tensor([0.9, 0.1, 0.9])))
+    varied = told.vary(inputs, RowRng(torch.tensor([0.9, 0.1, 0.9])))
     whole, nothing, mixed = told(inputs), told(told.null(inputs)), told(varied)
     assert sum(part is not None for part in whole) == 1  # tokens, channels or a vector
     for all_of_it, none, some in zip(whole, nothing, mixed, strict=True):
@@ -155,7 +162,7 @@ def test_only_what_can_be_dropped_is_dropped_by_guidance() -> None:
     inputs = arrays(told)
     given, nothing = told(inputs), told(told.null(inputs))
     assert torch.equal(given.channels, nothing.channels) and not torch.equal(given.context, nothing.context)
-    assert not conditions(segments=SegmentsConfig(classes=4, drop=0.0)).can_drop
+    assert not conditions(segments=SegmentsConfig(classes=4, drop=0.0)).source.can_drop
 
 
 def test_largest_boxes_come_first_and_the_rest_is_empty() -> None:
@@ -183,12 +190,12 @@ def test_smaller_boxes_of_a_map_lie_in_front() -> None:
 
 def test_titles_say_what_is_asked_for() -> None:
     told = conditions(**CAPTION, **TOKEN, **BOXES)
-    assert told.titles(["a", "b", ""], arrays(told)) == ["a, dog, sun, class 1", "b", "cat"]
+    assert told.source.titles(["a", "b", ""], arrays(told)) == ["a, dog, sun, class 1", "b", "cat"]
 
 
 def test_conditions_show_what_they_ask_for() -> None:
     told = conditions(**TOKEN, **BOXES, **SEGMENTS)
-    shown = told.show(samples().images, arrays(told))
+    shown = told.source.show(samples().images, arrays(told))
     assert [image.shape for image in shown] == [(3, 3, SIDE, SIDE)] * 2
     frames = shown[0][0]  # of boxes, on white
     assert (frames[:, 0, 0] != 1).any() and (frames[:, 3, 2] == 1).all()
@@ -220,12 +227,12 @@ def test_what_the_network_does_not_know_is_refused(sections: Any, labels: Labels
 
 def test_data_set_with_other_classes_is_refused() -> None:
     told = conditions(**TOKEN)
-    told.check_names({})  # foreign shards do not say
-    told.check_names({"classes": ["a", "b", "c"]})
+    told.source.check_names({})  # foreign shards do not say
+    told.source.check_names({"classes": ["a", "b", "c"]})
     with pytest.raises(UserError, match=r"^conditions\.class_token\.classes=3: this data set has 4 classes; set it to"):
-        told.check_names({"classes": ["a", "b", "c", "d"]})
+        told.source.check_names({"classes": ["a", "b", "c", "d"]})
     with pytest.raises(UserError, match=r"^conditions\.class_token\.classes=3: this data set has 0 classes, so take"):
-        told.check_names({"segments": ["a"]})
+        told.source.check_names({"segments": ["a"]})
 
 
 def test_channels_and_tokens_must_fit_the_network() -> None:

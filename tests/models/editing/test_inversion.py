@@ -102,7 +102,7 @@ def test_null_text_is_fitted_as_published() -> None:
                 missed.square().mean((1, 2, 3)).sum().backward()
             optimizer.step()
         z = moved(z, number)
-        torch.testing.assert_close(start.away[number], null.data, rtol=0, atol=2e-4)
+        torch.testing.assert_close(start.null_texts[number], null.data, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("inversion", list(InversionMethod))
@@ -113,14 +113,14 @@ def test_given_image_is_edited_in_any_batch(inversion: InversionMethod) -> None:
         Edit(prompt=BLUE, weights={"blue": 2.0}),
     ]
     given = GIVEN[[0, 0, 1]]
-    together = edit_images(MODEL, edits, [0, 0, 0], DDIM, given=given, inversion=inversion)
+    together = edit_images(MODEL, edits, [0, 0, 0], DDIM, source_images=given, inversion=inversion)
     for edit, image, one in zip(edits, given, together, strict=True):
-        (alone,) = edit_images(MODEL, [edit], [0], DDIM, given=image[None], inversion=inversion)
+        (alone,) = edit_images(MODEL, [edit], [0], DDIM, source_images=image[None], inversion=inversion)
         assert torch.equal(one.source.image, image)
-        assert one.found is not None and alone.found is not None
-        torch.testing.assert_close(alone.found, one.found, rtol=0, atol=2e-3)
+        assert one.reconstruction is not None and alone.reconstruction is not None
+        torch.testing.assert_close(alone.reconstruction, one.reconstruction, rtol=0, atol=2e-3)
         torch.testing.assert_close(alone.result.image, one.result.image, rtol=0, atol=2e-3)
-        assert (one.result.image - one.found).abs().max() > 1e-3
+        assert (one.result.image - one.reconstruction).abs().max() > 1e-3
     assert together[0].source is together[1].source  # inverted once
     region = together[0].region
     assert region is not None and 0 < region.float().mean() < 1
@@ -128,13 +128,17 @@ def test_given_image_is_edited_in_any_batch(inversion: InversionMethod) -> None:
 
 
 def test_edit_without_a_change_is_the_image_drawn_again() -> None:
-    (made,) = edit_images(MODEL, [Edit(prompt=RED)], [0], DDIM, given=GIVEN[:1])
-    assert made.found is not None
-    torch.testing.assert_close(made.result.image, made.found, rtol=0, atol=1e-4)
+    (made,) = edit_images(MODEL, [Edit(prompt=RED)], [0], DDIM, source_images=GIVEN[:1])
+    assert made.reconstruction is not None
+    torch.testing.assert_close(made.result.image, made.reconstruction, rtol=0, atol=1e-4)
     (unguided,) = edit_images(
-        MODEL, [Edit(prompt=RED)], [0], SamplingConfig(sampler=Sampler.ddim, guidance_scale=1.0), given=GIVEN[:1]
+        MODEL,
+        [Edit(prompt=RED)],
+        [0],
+        SamplingConfig(sampler=Sampler.ddim, guidance_scale=1.0),
+        source_images=GIVEN[:1],
     )
-    assert unguided.found is not None
+    assert unguided.reconstruction is not None
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from conf.schema import (
     SamplingConfig,
 )
 from conf.schema.conditions import MaskedConfig
-from models.conditions import ConditionContext, Conditions
+from models.conditions import ConditionContext, Conditions, Embedders
 from models.pipeline import DiffusionPipeline
 from tiny_pipeline import WIDTH, tiny_pipeline
 from train.board.playground import server
@@ -74,10 +74,10 @@ def untrained(told: ConditionsConfig | None = None) -> DiffusionPipeline:
         up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
     )
     if told is not None:
-        around = ConditionContext.of(
+        context = ConditionContext.of(
             model.denoiser.unet.cfg, downscale=2, latent_mean=torch.zeros(4), latent_std=torch.ones(4)
         )
-        model.denoiser.conditions = Conditions(told, around)
+        model.denoiser.conditions = Embedders(Conditions(told), context)
     return model
 
 

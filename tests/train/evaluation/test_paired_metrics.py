@@ -12,7 +12,7 @@ from torch import Tensor
 from conf.schema import ConditionsConfig, Perceptual
 from conf.schema.conditions import LowResolutionConfig, MaskedConfig
 from data.labels import Labels
-from models.conditions import PREPARING, Conditions, Samples
+from models.conditions import Conditions, Samples
 from models.losses import distance_inside, perceptual_distance, psnr, psnr_inside, ssim
 from train.evaluation.extractors import Extractor
 from train.evaluation.feature_cache import FeatureCache
@@ -30,7 +30,7 @@ COLOURS = Extractor(
 )
 
 
-class Frozen:
+class NoNetworks:
     def latents(self, images: Tensor) -> Tensor:
         return F.avg_pool2d(images, 4)
 
@@ -43,7 +43,7 @@ def drawing(conditions: Conditions, first: int) -> GeneratedBatch:
     random = torch.Generator().manual_seed(first)
     originals = F.interpolate(torch.rand(3, 3, 8, 8, generator=random) * 2 - 1, (32, 32), mode="bicubic").clamp(-1, 1)
     generators = [np.random.default_rng(first + row) for row in range(3)]
-    inputs = conditions.prepare(Samples(originals, [Labels()] * 3, torch.zeros(3, 4), generators), Frozen())
+    inputs = conditions.prepare(Samples(originals, [Labels()] * 3, torch.zeros(3, 4), generators), NoNetworks())
     drawn = originals + 0.1 * torch.randn(originals.shape, generator=random)
     return GeneratedBatch(conditions.finish(drawn, originals, inputs), originals, inputs, [""] * 3)
 
@@ -52,14 +52,14 @@ def compared(
     folder: Path, **sections: Any
 ) -> tuple[dict[str, float], dict[str, float], list[GeneratedBatch], Conditions]:
     """Metrics and distances of rivals over two chunks."""
-    conditions = Conditions(ConditionsConfig(caption=None, **sections), PREPARING)
+    conditions = Conditions(ConditionsConfig(caption=None, **sections))
     comparison = PairedMetrics(conditions, Perceptual.efficientnet, CPU)
     drawings, chunks = [drawing(conditions, first) for first in (0, 3)], FeatureCache(folder, {}, 6, 3)
     for numbers, one in zip(chunks.ranges, drawings, strict=True):
         chunks.write(numbers, comparison.columns(one, [COLOURS]))
     real = FeatureStatistics(3)
     real.update(torch.cat([COLOURS(one.originals)["colours"] for one in drawings]))
-    distances = baseline_distances(conditions.rivals, COLOURS, chunks, real)  # type: ignore[arg-type]
+    distances = baseline_distances(conditions.baseline_names, COLOURS, chunks, real)  # type: ignore[arg-type]
     return comparison.metrics(chunks), distances, drawings, conditions
 
 
@@ -103,7 +103,7 @@ MEASURES = ("psnr", "efficientnet")
 def test_nothing_is_compared_without_rivals() -> None:
     from conf.schema.conditions import ClassConfig
 
-    conditions = Conditions(ConditionsConfig(caption=None, class_vector=ClassConfig(classes=2)), PREPARING)
+    conditions = Conditions(ConditionsConfig(caption=None, class_vector=ClassConfig(classes=2)))
     comparison = PairedMetrics(conditions, Perceptual.lpips, CPU)  # whose weights nobody asks for
     blank = torch.zeros(1, 3, 32, 32)
     assert comparison.facts() == {} == comparison.columns(GeneratedBatch(blank, blank, {}, [""]), [COLOURS])

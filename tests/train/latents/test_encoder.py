@@ -11,7 +11,7 @@ from conf.schema import ConditionsConfig, Precision
 from conf.schema.networks import AutoencoderConfig
 from data.images import Cut
 from models.autoencoder import Autoencoder
-from models.conditions import PREPARING, Conditions
+from models.conditions import Conditions
 from train.latents.encoder import LatentEncoder
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ class Doubling:
         return moments.masked_fill(moments > 100, torch.inf) if torch.is_autocast_enabled("cpu") else moments
 
 
-class Clip:
+class StubClip:
     """A state per token; counts the captions that it is asked for."""
 
     def __init__(self) -> None:
@@ -48,8 +48,8 @@ class Clip:
 
 
 def made(autoencoder: Any, precision: Precision, **options: Any) -> LatentEncoder:
-    conditions = Conditions(ConditionsConfig(), PREPARING)
-    return LatentEncoder(autoencoder, Clip(), conditions, CPU, precision, seed=0, **options)  # type: ignore[arg-type]
+    conditions = Conditions(ConditionsConfig())
+    return LatentEncoder(autoencoder, StubClip(), conditions, CPU, precision, seed=0, **options)  # type: ignore[arg-type]
 
 
 def encoder(precision: Precision = Precision.fp32, limit: int = 8, most: int = 100) -> Any:

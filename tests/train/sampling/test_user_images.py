@@ -1,7 +1,6 @@
 """A user's own images: what is read beside them, how they are put together, and what is refused in one line."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import ConditionsConfig, SampleRun
 from conf.schema.conditions import BoxesConfig, BoxMapConfig, ClassConfig, LowResolutionConfig, MaskedConfig
-from models.conditions import PREPARING, Conditions
+from models.conditions import Conditions
 from train.sampling.requests import (
     Job,
     Prompt,
@@ -86,12 +85,12 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, messa
 
 def test_mask_must_be_there_and_of_the_images_size(tmp_path: Path) -> None:
     path = image(tmp_path / "photo.png")
-    conditions = Conditions(ConditionsConfig(caption=None, masked=MaskedConfig()), PREPARING)
+    conditions = Conditions(ConditionsConfig(caption=None, masked=MaskedConfig()))
     with pytest.raises(
         UserError, match=r"^inputs=.*: this network paints where .*: put .*/photo\.mask\.png beside it$"
     ):
         require_conditions(conditions, read_user_image(path).item, path)
-    small = Conditions(ConditionsConfig(caption=None, low_resolution=LowResolutionConfig()), PREPARING)
+    small = Conditions(ConditionsConfig(caption=None, low_resolution=LowResolutionConfig()))
     require_conditions(small, read_user_image(path).item, path)  # needs none
     mask(tmp_path / "photo.mask.png", width=10)
     with pytest.raises(UserError, match=r"its mask has 10 x 8 pixels, the image 12 x 8; make them equal$"):
@@ -126,8 +125,8 @@ def test_images_of_one_size_share_a_batch(tmp_path: Path) -> None:
     assert asked.batches(jobs, range(4), 8) == [[0, 1], [2], [3]]
     assert asked.batches(jobs, [0, 1], 1) == [[0], [1]]
     made = samples_of([asked.item(job) for job in jobs[:2]], [0, 1], seed=0, side=32)
-    assert made.as_given and made.masks is None and made.images.shape == (2, 3, 8, 12)
-    assert not samples_of([asked.item(Job("x", 0))], [0], seed=0, side=32).as_given
+    assert made.already_small and made.masks is None and made.images.shape == (2, 3, 8, 12)
+    assert not samples_of([asked.item(Job("x", 0))], [0], seed=0, side=32).already_small
 
 
 def test_sheet_shows_images_of_all_sizes() -> None:
@@ -137,7 +136,7 @@ def test_sheet_shows_images_of_all_sizes() -> None:
     assert torch.from_numpy(sheets).sum() == 255 * 3 * (6 + 4)
 
 
-NAMED = replace(PREPARING, names={"classes": ["cat", "old dog"], "box_classes": ["sun", "moon"]})
+NAMED = {"classes": ["cat", "old dog"], "box_classes": ["sun", "moon"]}
 
 
 def test_prompt_names_a_class_or_boxes_where_no_text_is_told() -> None:

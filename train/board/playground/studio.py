@@ -63,8 +63,8 @@ class Studio:
     def __init__(self, model: DiffusionPipeline, precision: Precision, film_frames: int) -> None:
         self.model, self.precision, self.film_frames = model, precision, film_frames
         self.side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale  # pixels
-        require_prompts_alone(model.denoiser.conditions, "the playground")
-        if not model.denoiser.conditions.takes_text:
+        require_prompts_alone(model.conditions, "the playground")
+        if not model.conditions.takes_text:
             raise UserError("this network was trained without conditions.caption: it takes no prompt to play with")
 
     def words(self, prompt: str, sampling: SamplingConfig) -> list[str]:
@@ -121,10 +121,10 @@ class Studio:
             watch=True,
             callback=watched,
             inputs=inputs,
-            given=given,
+            source_images=given,
             inversion=request.inversion,
         )
-        return [(edit.prompt, made.source, None), (edit.edited, made.result, made.region)], made.found
+        return [(edit.prompt, made.source, None), (edit.edited, made.result, made.region)], made.reconstruction
 
     def size(self, sampling: SamplingConfig) -> tuple[int, int]:
         """Height and width of the images that are drawn, in pixels."""
