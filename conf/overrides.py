@@ -19,6 +19,8 @@ from hydra.core.override_parser.types import Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
+from conf.errors import UserError
+
 TEXT = {"text": True}  # metadata of options that are taken as typed
 PATH = {"path": True}  # metadata of options that name files or folders: their values, or the keys of a dictionary
 HYDRA_PATHS = ("hydra.sweep.dir", "hydra.run.dir")
@@ -93,6 +95,8 @@ def readable(override: str, schema: type) -> str:
     option = option_of(schema, name.lstrip("+"))
     if not equals or name.startswith("~"):
         return override
+    if option is not None and option.metadata.get("path") and "\n" in value:
+        raise UserError(f"{name}: {value!r} holds a line break; name a file or folder without one")
     if name in HYDRA_PATHS:
         return f"{name}={_paths(value)}"
     if option is None:
@@ -128,7 +132,7 @@ def _value(option: dataclasses.Field, raw: str) -> str:
             return ",".join(map(_list_of_text, members))
         if all(map(_is_quoted, members)):
             return ",".join(f"[{quoted(unquoted(member))}]" for member in members)
-        return f"[{quoted(raw)}]" if raw else raw
+        return f"[{quoted(raw)}]" if raw else "[]"
     if text:
         if raw == "" or (raw == "null" and type(None) in get_args(option.type)):
             return raw
@@ -310,7 +314,11 @@ def with_typed_keys(node: DictConfig, schema: Any) -> None:
 
 
 def finished(cfg: Config) -> Config:
-    """A configuration object whose paths are expanded and whose texts are as typed."""
+    """A configuration object whose paths are expanded and whose texts are as typed.
+
+    Raises:
+        UserError: a path is empty, as that of a shell's unset variable; it would be the working folder, or the root.
+    """
     for option in dataclasses.fields(cast(Any, cfg)):
         value = getattr(cfg, option.name)
         if dataclasses.is_dataclass(value):
@@ -318,6 +326,8 @@ def finished(cfg: Config) -> Config:
         elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
             for member in value:
                 finished(member)
+        elif option.metadata.get("path") and value == "":
+            raise UserError(f"{option.name}=: is empty; name a file or folder, '.' for the one you are in")
         elif option.metadata.get("text") or option.metadata.get("path"):
             setattr(cfg, option.name, _finished(value, option.metadata))
     return cfg

@@ -28,9 +28,14 @@ def decode_text(content: bytes | bytearray | memoryview) -> str:
 
 
 def clean_caption(text: str) -> str:
-    """NFC without a byte-order mark, white space and control characters collapsed to single spaces; may be empty."""
+    """NFC without a byte-order mark, white space and control characters collapsed to single spaces; may be empty.
+
+    It is empty, too, where nothing can be seen, as of a zero-width space; inside words such characters have a meaning.
+    """
     encodable = _CONTROLS.sub(" ", text).encode("utf-8", "replace").decode()  # JSON may smuggle in lone surrogates
-    return " ".join(unicodedata.normalize("NFC", encodable).split()).lstrip("\ufeff ")
+    cleaned = " ".join(unicodedata.normalize("NFC", encodable).split()).lstrip("\ufeff ")
+    seen = any(unicodedata.category(character) not in ("Cf", "Zs") for character in cleaned)
+    return cleaned if seen else ""
 
 
 def caption_rank(caption: str) -> float:

@@ -12,6 +12,8 @@ MARK = "\ufeff"  # of the byte order; editors put it at the beginning, and conca
 def lines_of(path: str, option: str, form: str) -> list[str]:
     """Lines of a file in UTF-8; they end at LF or CRLF, and at nothing else that Unicode calls a line's end.
 
+    A CR inside a line is text; a file without LF that has CRs inside is an error, since it would be a single line.
+
     Args:
         path: the file.
         option: what errors call it.
@@ -25,10 +27,12 @@ def lines_of(path: str, option: str, form: str) -> list[str]:
         raise UserError(f"{option}={path}: is a folder; name a text file")
     if not Path(path).is_file():
         raise UserError(f"{option}={path}: no such file")
-    lines = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+    content, lines = Path(path).read_bytes(), []
+    if b"\n" not in content and b"\r" in content.rstrip(b"\r"):
+        raise UserError(f"{option}={path}: its lines end at CR alone; save it with LF or CRLF, and {form}")
+    for number, line in enumerate(content.split(b"\n"), start=1):
         try:
-            text = line.removesuffix(b"\r").decode()
+            text = line.rstrip(b"\r").decode()
         except UnicodeDecodeError:
             text = "\0"
         if "\0" in text:  # as all that UTF-16 makes of ASCII

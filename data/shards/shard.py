@@ -372,7 +372,9 @@ def sha256_of(path: Path) -> str:
 
 def missing(path: Path) -> UserError:
     """The error of a shard that is not there."""
-    return UserError(f"shard {path} is missing: rebuild it, or delete manifest.json beside it")
+    listed = (path.parent / "manifest.json").exists()
+    remedy = "rebuild it, or delete manifest.json beside it" if listed else "check its path, or copy it there"
+    return UserError(f"shard {path} is missing: {remedy}")
 
 
 def _map(path: Path) -> memoryview:

@@ -203,3 +203,16 @@ def test_yaml_may_name_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     composed = OmegaConf.merge(OmegaConf.structured(PipelineRun), {"run_dir": "~/runs", "name": "a"})
     assert to_object(composed).run_dir == "/home/me/runs"
+
+
+@pytest.mark.parametrize("option", ["run_dir", "output_dir", "prompts_file"])
+def test_the_path_of_an_unset_variable_is_refused(option: str) -> None:
+    """It would be the working folder, and of what lies in it the root of the disk."""
+    with pytest.raises(UserError, match=rf"^{option}=: is empty; name a file or folder"):
+        compose("sample", SampleRun, ["run_dir=x", "prompts=a", f"{option}="])
+
+
+def test_a_path_with_a_line_break_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"^run_dir: 'runs/a\\nb' holds a line break; name a file or folder") as error:
+        compose("sample", SampleRun, ["run_dir=runs/a\nb"])
+    assert "\n" not in str(error.value)

@@ -126,6 +126,12 @@ def test_cleaning_twice_changes_nothing() -> None:
         assert clean_caption(once) == once == decode_text(once.encode())
 
 
+@pytest.mark.parametrize("caption", ["\u200b", " \u200b \u2060\n", "\ufeff", "\u200e\u200f"])
+def test_a_caption_that_nobody_can_see_is_empty(caption: str) -> None:
+    assert clean_caption(caption) == ""
+    assert clean_caption(f"a{caption.strip()}b").startswith("a")  # inside a text such characters stay
+
+
 def test_numbers_that_json_does_not_know_are_null() -> None:
     assert fields_in(b'{"a": NaN, "b": [Infinity, 1e999, -1e999], "c": 1.5}') == {"a": None, "b": [None] * 3, "c": 1.5}
 

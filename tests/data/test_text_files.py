@@ -14,7 +14,7 @@ from data.text_files import json_object, lines_of
         (b"a\r\nb\nc", ["a", "b", "c"]),
         ("a\u2028b\u0085c\x0bd\x0ce\x1cf\ng".encode(), ["a\u2028b\u0085c\x0bd\x0ce\x1cf", "g"]),
         ("\ufeffa\n\ufeffb\n".encode(), ["a", "b", ""]),
-        (b"a\rb", ["a\rb"]),
+        (b"a\rb\nc\r\r\n", ["a\rb", "c", ""]),
         (b"", [""]),
     ],
 )
@@ -39,6 +39,12 @@ def test_other_encodings_are_named_with_their_line(content: bytes, line: int, tm
     with pytest.raises(
         UserError, match=rf"^prompts_file=\S+: is no UTF-8 text from line {line} on; save it as UTF-8, and"
     ):
+        lines_of(str(tmp_path / "a.txt"), "prompts_file", "write one prompt a line")
+
+
+def test_lines_that_end_at_cr_alone_are_not_taken_for_one(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a red ball\ra blue ball\r")
+    with pytest.raises(UserError, match=r"^prompts_file=\S+: its lines end at CR alone; save it with LF or CRLF, and"):
         lines_of(str(tmp_path / "a.txt"), "prompts_file", "write one prompt a line")
 
 

@@ -11,6 +11,7 @@ import torch
 
 from conf.errors import UserError
 from conf.schema import ImageConfig, SampleRun, SamplingConfig
+from data.captions import clean_caption
 from data.image_dataset import ImageDataset, captions_of
 from data.labels import LabelError, Labels, read_labels
 from data.order import rng
@@ -62,7 +63,7 @@ def read_prompts(cfg: SampleRun) -> list[Prompt]:
 def prompts_of_file(path: str) -> list[str]:
     """Prompts of a file, one a line; empty lines are left out."""
     lines = lines_of(path, "prompts_file", "write one prompt a line")
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in lines if clean_caption(line)]
     if not prompts:
         raise UserError(f"prompts_file={path}: holds no prompt; write one a line")
     return prompts
@@ -78,10 +79,19 @@ def captions_of_shards(folder: str, samples: int) -> list[str]:
 
 
 def with_text(prompts: Sequence[Prompt], folder: str | None) -> list[Prompt]:
-    """The prompts that are not empty, for a network whose only condition is text."""
-    found = [prompt for prompt in prompts if prompt.text]
+    """The prompts that are not empty, for a network whose only condition is text.
+
+    Raises:
+        UserError: a prompt was given that is empty, or all captions are.
+    """
+    found = [prompt for prompt in prompts if clean_caption(prompt.text)]
+    empty = [prompt for prompt in prompts if not clean_caption(prompt.text)]
+    if any(prompt.sample is None and prompt.file is None for prompt in empty):
+        raise UserError("prompts: one of them is empty; write what is to be seen, such as 'a red ball'")
     if not found:
         raise UserError(f"prompts_from={folder}: its first {len(prompts)} captions are empty; take another data set")
+    if empty:
+        say("sample", f"{len(empty)} of {len(prompts)} prompts are empty captions, of which nothing is drawn")
     return found
 
 

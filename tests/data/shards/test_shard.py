@@ -119,7 +119,7 @@ def test_not_a_tar_and_missing(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(os.urandom(5000))
     with pytest.raises(UserError, match="not a readable tar"):
         read(tmp_path / "a.tar")
-    with pytest.raises(UserError, match="missing"):
+    with pytest.raises(UserError, match="missing: check its path"):  # and no file is named that is not there
         read(tmp_path / "b.tar")
 
 

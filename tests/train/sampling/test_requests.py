@@ -57,6 +57,22 @@ def test_source_without_a_prompt_is_refused_even_beside_another(tmp_path: Path) 
         with_text(read_prompts(config(f"prompts_from={tmp_path}/silent")), f"{tmp_path}/silent")
 
 
+@pytest.mark.parametrize("empty", ["", "   ", "\u200b"])
+def test_an_empty_prompt_that_was_written_is_not_left_out(empty: str) -> None:
+    with pytest.raises(UserError, match=r"^prompts: one of them is empty; write what is to be seen"):
+        with_words([Prompt("a moon"), Prompt(empty)], None)
+
+
+def test_captions_that_are_empty_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert with_words([Prompt("a moon", 0), Prompt(" ", 1)], "shards") == [Prompt("a moon", 0)]
+    assert "1 of 2 prompts are empty captions, of which nothing is drawn" in capsys.readouterr().out
+
+
+def test_no_prompt_behind_the_equals_sign_is_none() -> None:
+    with pytest.raises(UserError, match=r"^no prompts: set prompts="):
+        config("prompts=")
+
+
 @pytest.mark.parametrize("caption", ["a [red] planet", "a planet (red", "a cat AND a dog"])
 def test_captions_are_not_read_as_weights_unseen(tmp_path: Path, caption: str) -> None:
     given = f"prompts_from={shards(tmp_path, 'a hill: at night', caption)}"
