@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works where the project is not installed, too
 
 from conf.ending import leave
-from conf.schema import BatchConfig, Device, EmaConfig, OptimConfig, Precision, RuntimeConfig
+from conf.schema import BatchConfig, Device, EmaConfig, OptimConfig, Precision, RuntimeConfig, UNetRuntimeConfig
 from conf.schema.networks import UNetConfig
 from models.unet import UNet
 from train.engine.precision import AUTOCAST
@@ -91,7 +91,7 @@ def _train(setting: Setting, stage: int, runtime: Runtime) -> None:
     network.checkpoint_gradients(setting.checkpointing)
     batch = BatchConfig(global_batch_size=micro * passes * runtime.world, micro_batch_size=micro)
     average = EmaConfig(half_life_samples=100)
-    cfg_of_stage = RuntimeConfig(zero_stage=stage)
+    cfg_of_stage = UNetRuntimeConfig(zero_stage=stage)
     unet = Trainable(runtime, network, OptimConfig(), batch, 1000, cfg_of_stage, average, name="unet")
     sample = torch.randn(micro, cfg.in_channels, cfg.sample_size, cfg.sample_size)
     timesteps, context = torch.linspace(0, 999, micro), torch.randn(micro, TOKENS, cfg.cross_attention_dim or 0)

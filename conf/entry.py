@@ -19,24 +19,29 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from conf.ending import fail, first_line, leave, tell
 from conf.errors import UserError, choices, did_you_mean
-from conf.experiments import register_experiments
-from conf.overrides import UNSAID, argument, finished, form_of, option_of, readable, with_typed_keys
+from conf.experiments import STAGES, register_experiments
+from conf.help import show_help
+from conf.overrides import UNSAID, argument, finished, form_of, option_of, readable, section_of, with_typed_keys
+from conf.schema import COMMANDS, UNetRuntimeConfig
 from conf.slurm_launcher import check_launcher, prepare_launcher
 from conf.sweep import Start, print_members, run_member
 
@@ -75,6 +80,8 @@ def entry(
                 sys.argv[1:] = [readable(given, schema) for given in sys.argv[1:]]
                 register(config_name, schema, overrides)
                 prepare_launcher(overrides)
+                if {"-h", "--help"} & set(flags):
+                    return explain_command(config_name, schema, overrides)
                 if len(flags) > 1 and {"-m", "--multirun"} & set(flags):
                     raise UserError(f"{' '.join(flags)}: a sweep takes no other flag; leave out -m or the rest")
                 if flags in (["-m"], ["--multirun"]):
@@ -94,6 +101,27 @@ def entry(
         return command
 
     return wrap
+
+
+def explain_command(command: str, schema: type, arguments: Sequence[str]) -> None:
+    """Print the help of a command, with the values that its options have by these arguments; raises UserError.
+
+    The first argument without `=` names the only section to show; of the pipeline it may be a stage.
+    """
+    words = [argument for argument in arguments if "=" not in argument]
+    stages = {stage: name for name, stage in STAGES.items() if name != "plan"} if command == "pipeline" else {}
+    if words and words[0] in stages:
+        command = stages[words.pop(0)]
+        schema, stages = COMMANDS[command], {}
+    with composing(command, schema, [argument for argument in arguments if "=" in argument]) as read:
+        composed = hydra.compose(command, read, return_hydra_config=True)
+        chosen = [group for group in composed.hydra.runtime.choices if not group.startswith("hydra/")]
+        told = ["conditions"] if option_of(schema, "conditions") else []  # a group that is added where one wants it
+        list_group = GlobalHydra.instance().config_loader().get_group_options
+        groups = {group: list_group(group) for group in chosen} | {f"+{group}": list_group(group) for group in told}
+    values: Any = OmegaConf.to_container(composed, resolve=False, enum_to_str=True)
+    runs = {stage: COMMANDS[name] for stage, name in stages.items()}
+    show_help(schema, values, groups, words[0] if words else None, runs)
 
 
 def require_text(arguments: Sequence[str]) -> None:
@@ -136,7 +164,22 @@ def register(config_name: str, schema: type, overrides: Sequence[str]) -> None:
     """Let `conf/{config_name}.yaml` start from its dataclass, know its experiments and name the members of a sweep."""
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema, provider="conf.schema")
+    register_runtimes(schema)
     register_experiments(config_name, schema, overrides)
+
+
+def register_runtimes(schema: type) -> None:
+    """Store for Hydra what each file of `runtime/` says to a command, without the options that only others have.
+
+    So one file serves all stages of a run. On a command line such an option is an error: there it was meant.
+    """
+    if (option := option_of(schema, "runtime")) is None:
+        return
+    own, known = ({o.name for o in dataclasses.fields(kind)} for kind in (section_of(option), UNetRuntimeConfig))
+    for path in (CONF / "runtime").glob("*.yaml"):
+        with suppress(YAMLError):  # Hydra reads it again and says what is wrong, if it is chosen
+            node = {key: value for key, value in OmegaConf.load(path).items() if key in own or key not in known}
+            ConfigStore.instance().store(group="runtime", name=path.stem, node=node)
 
 
 def folder_name(overrides: str) -> str:
@@ -154,14 +197,21 @@ def folder_name(overrides: str) -> str:
 
 def compose(config_name: str, schema: type[Run], overrides: list[str]) -> Run:
     """The checked configuration that a command line gives; raises UserError."""
+    with composing(config_name, schema, overrides) as read:
+        composed = hydra.compose(config_name, read)
+    return to_object(composed)
+
+
+@contextmanager
+def composing(config_name: str, schema: type, overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Hydra, ready to compose a command from the overrides as it reads them; its errors become one-line UserErrors."""
     register(config_name, schema, overrides)
     read = [readable(override, schema) for override in overrides]
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra.compose(config_name, read)
+            yield read
     except Exception as error:  # Hydra has no one class for what it cannot read
         raise UserError(explain(error, schema, dict(zip(read, overrides, strict=True)))) from error
-    return to_object(composed)
 
 
 def to_object(composed: DictConfig) -> Any:
@@ -233,6 +283,8 @@ def explain(error: Exception, schema: type, typed: Mapping[str, str]) -> str:
         return no_option(error.__cause__.full_key, options(OmegaConf.structured(schema)))  # type: ignore[union-attr]
     if line.startswith("Could not override") and " not in " in cause:
         return no_option(line.split("'")[1], options(OmegaConf.structured(schema)))
+    if "No match in the defaults list" in line:
+        return no_option(line.split("'")[1], options(OmegaConf.structured(schema)))
     if "Available options in" in str(error):
         listed = str(error).split("Available options in")[1].split("Config search path")[0]
         what = line.split(": ", 1)[-1]
@@ -285,7 +337,12 @@ def several(override: str, schema: type) -> str:
 
 def no_option(name: str, known: list[str]) -> str:
     """What to say of a name that no schema declares."""
-    near = [o for o in known if o.endswith(f".{name}")] or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    near = [o for o in known if o.endswith(f".{name}")]
+    if not near and (others := [command for command, schema in COMMANDS.items() if option_of(schema, name)]):
+        return (
+            f"no option '{name}': this command does not read it; {', '.join(others)} {'do' if others[1:] else 'does'}"
+        )
+    near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the options"
     return f"no option '{name}': {hint}"
 

@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from conf.errors import UserError
 from conf.schema.networks import AutoencoderConfig
@@ -37,6 +38,8 @@ def check_sides(x: Tensor, downscale: int) -> None:
 class CoderLevel(nn.Module):
     """The residual blocks at one size, then the step to the next size, if the network appends one."""
 
+    gradient_checkpointing = False  # keep only what a residual block with its attention is given, and compute it again
+
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, attend: bool) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
@@ -49,11 +52,18 @@ class CoderLevel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for resnet, attention in zip_longest(self.resnets, self.attentions):
-            x = resnet(x)
-            x = x if attention is None else attention(x)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(_run, resnet, attention, x, use_reentrant=False)
+            else:
+                x = _run(resnet, attention, x)
         for layer in (*self.downsamplers, *self.upsamplers):
             x = layer(x)
         return x
+
+
+def _run(resnet: nn.Module, attention: nn.Module | None, x: Tensor) -> Tensor:
+    x = resnet(x)
+    return x if attention is None else attention(x)
 
 
 class MidBlock(nn.Module):
@@ -236,6 +246,16 @@ class Autoencoder(nn.Module):
 
     def _decoded(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(laid_out(z)))
+
+    def levels(self) -> list[nn.Module]:
+        """All levels of encoder and decoder, in which nearly all of the time and memory goes."""
+        encoder, decoder = self.encoder, self.decoder
+        return [*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks]
+
+    def checkpoint_gradients(self) -> None:
+        """Train in less memory and more time: each residual block with its attention is computed again going back."""
+        for level in (*self.encoder.down_blocks, *self.decoder.up_blocks):
+            level.gradient_checkpointing = True
 
     @property
     def last_layer(self) -> Tensor:

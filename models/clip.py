@@ -87,6 +87,10 @@ class Clip(nn.Module):
         if self.description is not None:
             (Path(folder) / DESCRIPTION_NAME).write_text(json.dumps(self.description, indent=2), encoding="utf-8")
 
+    def checkpoint_gradients(self) -> None:
+        """Train in less memory and more time: each block of both towers is computed again in the backward pass."""
+        self.network.set_grad_checkpointing(True)
+
     def tokenize(self, texts: list[str]) -> Tensor:
         """[B, L] int64: start token, byte pairs, end token, zeros; a longer text is cut and keeps its end token."""
         return self.tokenizer(texts)

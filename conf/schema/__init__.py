@@ -50,12 +50,35 @@ from conf.schema.shared import (
     ProcessConfig,
     RuntimeConfig,
     StreamConfig,
+    TrainingRuntimeConfig,
+    UNetRuntimeConfig,
     WandbConfig,
 )
 from conf.schema.tools import DashboardRun, PipelineRun, PlanRun, ReportRun
 from conf.schema.training import AutoencoderLossConfig, AutoencoderRun, ClipRun, LoraConfig, UNetRun
 
+COMMANDS: dict[str, type] = {  # by the name of its script, which is that of its YAML file
+    "build_shards": BuildRun,
+    "precompute_latents": PrecomputeRun,
+    "preview": PreviewRun,
+    "train_autoencoder": AutoencoderRun,
+    "train_clip": ClipRun,
+    "train_unet": UNetRun,
+    "plan": PlanRun,
+    "sample": SampleRun,
+    "evaluate": EvaluateRun,
+    "edit": EditRun,
+    "evaluate_edits": EvaluateEditsRun,
+    "playground": PlaygroundRun,
+    "export": ExportRun,
+    "average": AverageRun,
+    "report": ReportRun,
+    "dashboard": DashboardRun,
+    "pipeline": PipelineRun,
+}
+
 __all__ = [
+    "COMMANDS",
     "DRAWN",
     "STOCHASTIC",
     "Accelerator",
@@ -118,7 +141,9 @@ __all__ = [
     "Spacing",
     "StreamConfig",
     "TimestepSampling",
+    "TrainingRuntimeConfig",
     "UNetRun",
+    "UNetRuntimeConfig",
     "WandbConfig",
     "WandbMode",
 ]

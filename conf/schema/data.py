@@ -19,7 +19,9 @@ class FilterConfig:
     min_caption: int = 0  # characters
     max_caption: int = 0  # characters; 0: any
     min_score: dict[str, float] = field(default_factory=dict)  # by field of the sample's JSON; no field, no sample
-    max_score: dict[str, float] = field(default_factory=dict)  # likewise, such as {pwatermark: 0.5, punsafe: 0.1}
+    max_score: dict[str, float] = field(
+        default_factory=dict
+    )  # the other way round, such as {pwatermark: 0.5, punsafe: 0.1}
     near_duplicates: int = -1  # bits of 64 in which the perceptual hash of a copy may differ; -1: keep copies
 
     def __post_init__(self) -> None:
@@ -52,7 +54,12 @@ class MixedSource:
 
 @dataclass(kw_only=True, slots=True)
 class BuildRun:
-    """`data/build_shards.py`: any source to WebDataset shards, `train/` and `heldout/`."""
+    """`data/build_shards.py`: any source of images to WebDataset shards, `train/` and `heldout/`.
+
+    python data/build_shards.py experiment=demo
+    python data/build_shards.py source=folder path=~/photos resolution=512 format=webp run_dir=RUN
+    python data/build_shards.py source=shards path=/data/laion filters.min_side=256 run_dir=RUN
+    """
 
     run_dir: str = a_path()  # the project's folder; stages find each other's results below it
     name: str = MISSING  # of the project; the default run_dir and the W&B group
@@ -119,7 +126,12 @@ class BucketConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PrecomputeRun:
-    """`data/precompute_latents.py`: image shards to latent shards."""
+    """`data/precompute_latents.py`: image shards to latent shards, once for all trainings.
+
+    python data/precompute_latents.py experiment=demo
+    python data/precompute_latents.py experiment=demo plan=true
+    torchrun --nproc-per-node=8 data/precompute_latents.py run_dir=RUN runtime=gpu
+    """
 
     run_dir: str = a_path()
     name: str = MISSING
@@ -154,7 +166,12 @@ class PrecomputeRun:
 
 @dataclass(kw_only=True, slots=True)
 class PreviewRun:
-    """`data/preview.py`: a contact sheet and the statistics of a data set."""
+    """`data/preview.py`: a contact sheet and the statistics of a data set.
+
+    python data/preview.py run_dir=runs/demo
+    python data/preview.py run_dir=runs/demo data=runs/demo/latents/train
+    python data/preview.py run_dir=runs/demo data=runs/demo/shards/heldout images=16
+    """
 
     run_dir: str = a_path()
     name: str = MISSING

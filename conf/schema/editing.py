@@ -59,7 +59,12 @@ class Edit(EditStrength):
 
 @dataclass(kw_only=True)
 class EditRun(ModelRun, EditStrength):
-    """`train/edit.py`: images before and after edits of their prompts, and what their words look at."""
+    """`train/edit.py`: images before and after edits of their prompts, and what their words look at.
+
+    python train/edit.py run=runs/demo prompt="a red planet" edit="a blue planet" blend=planet
+    python train/edit.py run=runs/demo image=photo.png prompt="a red planet" edit="a blue planet"
+    python train/edit.py run=runs/demo edits_file=edits.jsonl images_per_edit=4
+    """
 
     run: str = a_path()  # the run folder, in short; run_dir=FOLDER says the same
     output_dir: str = a_path()
@@ -93,7 +98,12 @@ class EditRun(ModelRun, EditStrength):
 
 @dataclass(kw_only=True)
 class EvaluateEditsRun(ModelRun):
-    """`train/evaluate_edits.py`: do edits change what they say, and nothing else? On the demo set's captions."""
+    """`train/evaluate_edits.py`: do edits change what they say, and nothing else? On the demo set's captions.
+
+    python train/evaluate_edits.py run=runs/demo
+    python train/evaluate_edits.py run=runs/demo steps=20 edits_per_sort=4
+    python train/evaluate_edits.py run=runs/demo strength={replace_until:0.8}
+    """
 
     run: str = a_path()  # the run folder, in short; run_dir=FOLDER says the same
     shards: str = a_path()  # of the demo set: train/ for the probe, heldout/ for what is edited

@@ -44,7 +44,12 @@ class LoopEvaluationConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateRun(ModelRun):
-    """`train/evaluate.py`: images of held-out prompts, or those that an autoencoder gives back, against real ones."""
+    """`train/evaluate.py`: images of held-out prompts, or those that an autoencoder gives back, against real ones.
+
+    python train/evaluate.py experiment=demo run_dir=runs/demo
+    python train/evaluate.py experiment=demo subject=autoencoder
+    python train/evaluate.py -m experiment=demo guidance_scale=1,3 sampler=ddim,dpmpp_2m
+    """
 
     output_dir: str = a_path()
     subject: EvaluationSubject = EvaluationSubject.unet  # what is evaluated

@@ -100,7 +100,7 @@ class UNetConfig:
     down_block_types: list[str] = field(  # one per level, from the largest
         default_factory=lambda: ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
     )
-    up_block_types: list[str] = field(  # likewise, from the smallest
+    up_block_types: list[str] = field(  # one per level, from the smallest
         default_factory=lambda: ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
     )
     cross_attention_dim: int | None = 768  # D, width of the text states: CLIP's model.text_width; null: no text

@@ -76,7 +76,12 @@ class ModelRun(SamplingConfig):
 
 @dataclass(kw_only=True, slots=True)
 class SampleRun(ModelRun):
-    """`train/sample.py`: prompts to PNGs, a captioned grid and a film strip."""
+    """`train/sample.py`: prompts to PNGs, a captioned grid and a film strip.
+
+    python train/sample.py run_dir=runs/demo prompts="a red planet on a navy background"
+    python train/sample.py run_dir=runs/demo prompts_file=prompts.txt images_per_prompt=4
+    python train/sample.py run_dir=runs/demo prompts_from=runs/demo/shards/heldout sampler=unipc steps=12
+    """
 
     output_dir: str = a_path()
     prompts: list[str] = field(default_factory=list, metadata=TEXT)  # one, or '["one","two"]'; or classes, boxes
@@ -103,9 +108,15 @@ class SampleRun(ModelRun):
 
 @dataclass(kw_only=True, slots=True)
 class PlaygroundRun(ModelRun):
-    """`train/playground.py`: a page on which one draws images and edits them; it begins with these options."""
+    """`train/playground.py`: a page on which one draws images and edits them; it begins with these options.
+
+    python train/playground.py run_dir=runs/demo
+    python train/playground.py run_dir=runs/demo/export
+    python train/playground.py run_dir=runs/demo host=0.0.0.0 port=8000
+    """
 
     run_dir: str = a_path()  # a run, or a folder with a model_index.json: an export, or one in the format of the Hub
+    steps: int = 20
     examples: str = a_path()  # folder of image shards, whose first captions are offered as prompts if it is there
     film_frames: int = 8  # of the strip that shows an image on its way out of the noise
     host: str = "127.0.0.1"  # address to listen on: this machine's own; 0.0.0.0 lets in everybody who can reach it
@@ -121,11 +132,15 @@ class PlaygroundRun(ModelRun):
 
 @dataclass(kw_only=True, slots=True)
 class ExportRun:
-    """`train/export.py`: a trained model as other programs load it."""
+    """`train/export.py`: a trained model as other programs load it.
+
+    python train/export.py run_dir=runs/demo
+    python train/export.py run_dir=runs/demo format=compvis
+    python train/export.py run_dir=runs/demo dtype=fp16 output_dir=weights/demo
+    """
 
     run_dir: str = a_path()
     name: str = MISSING
-    seed: int = 0
     output_dir: str = a_path()
     unet: str = a_path()
     autoencoder: str = a_path()
@@ -136,11 +151,15 @@ class ExportRun:
 
 @dataclass(kw_only=True, slots=True)
 class AverageRun:
-    """`train/average.py`: an export of the U-Net with another average of its weights."""
+    """`train/average.py`: an export of the U-Net with another average of its weights.
+
+    python train/average.py run_dir=runs/demo sigma_rel=0.08
+    python train/average.py run_dir=runs/demo half_life_samples=50000
+    python train/average.py run_dir=runs/demo sigma_rel=0.05 samples_seen=20000
+    """
 
     run_dir: str = a_path()
     name: str = MISSING
-    seed: int = 0
     output_dir: str = a_path()
     trained: str = a_path()  # folder of the U-Net's training, which is finished
     sigma_rel: float | None = None  # width relative to the run, of an average put together from those of ema.posthoc

@@ -33,20 +33,40 @@ def require_positive(cfg: object, *names: str, group: str = "") -> None:
 
 @dataclass(kw_only=True, slots=True)
 class RuntimeConfig:
-    """Where and how a stage computes: the only part that differs between a laptop and a cluster."""
+    """Where and how a command computes: the only part that differs between a laptop and a cluster."""
 
     device: Device = Device.auto  # auto: cuda when there is one
     precision: Precision = Precision.fp32  # of the forward and backward pass; master weights stay fp32
-    backend: BackendName = BackendName.deepspeed  # what shards the U-Net; the other networks train with plain DDP
-    zero_stage: int = 0  # 0-3, of backend=deepspeed: shards 1 the optimizer, 2 gradients too, 3 weights too
-    offload: Offload = Offload.none  # what of the U-Net's training waits in the CPU's memory, for want of a GPU's
-    compile: bool = False  # train the U-Net through torch.compile, which needs a C++ compiler
-    gradient_checkpointing: bool = False  # train the U-Net in half the memory and a quarter more time
     threads: int = 0  # CPU threads per process; 0: torch's own choice
     timeout_s: float = 1800.0  # seconds after which a collective operation that does not return is an error
+
+    def __post_init__(self) -> None:
+        require(self.timeout_s > 0, f"runtime.timeout_s={self.timeout_s}: must be positive")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingRuntimeConfig(RuntimeConfig):
+    """Where and how a training computes: the only part that differs between a laptop and a cluster."""
+
+    compile: bool = False  # train through torch.compile, which needs a C++ compiler
+    gradient_checkpointing: bool = False  # train in about half the memory and a quarter more time
     watchdog_s: float = 600.0  # seconds without a step after which all say what they are doing, and where; 0: off
 
     def __post_init__(self) -> None:
+        RuntimeConfig.__post_init__(self)
+        require(self.watchdog_s >= 0, f"runtime.watchdog_s={self.watchdog_s}: must be 0 (off) or positive")
+
+
+@dataclass(kw_only=True, slots=True)
+class UNetRuntimeConfig(TrainingRuntimeConfig):
+    """Where and how the U-Net's training computes; it alone shards its network, others train with plain DDP."""
+
+    backend: BackendName = BackendName.deepspeed  # what divides the training among the processes
+    zero_stage: int = 2  # 0-3, of backend=deepspeed: shards 1 the optimizer, 2 gradients too, 3 weights too
+    offload: Offload = Offload.none  # what of the training waits in the CPU's memory, for want of a GPU's
+
+    def __post_init__(self) -> None:
+        TrainingRuntimeConfig.__post_init__(self)
         require(self.zero_stage in (0, 1, 2, 3), f"runtime.zero_stage={self.zero_stage}: must be 0, 1, 2 or 3")
         self._check_offload()
         require(
@@ -54,8 +74,6 @@ class RuntimeConfig:
             "runtime.compile=true: ZeRO stage 3 breaks the graph at every layer; set runtime.backend=fsdp or "
             "runtime.zero_stage=2",
         )
-        require(self.timeout_s > 0, f"runtime.timeout_s={self.timeout_s}: must be positive")
-        require(self.watchdog_s >= 0, f"runtime.watchdog_s={self.watchdog_s}: must be 0 (off) or positive")
 
     def _check_offload(self) -> None:
         """Each backend can offload its shards only, and FSDP2 all of them or nothing."""
@@ -82,6 +100,8 @@ class RuntimeConfig:
 
 @dataclass(kw_only=True, slots=True)
 class WandbConfig:
+    """Where Weights & Biases files the run."""
+
     mode: WandbMode = WandbMode.auto  # auto: $WANDB_MODE, else online when logged in, else offline
     project: str = "latentline"  # where W&B files the runs
     entity: str | None = None  # team or user; None: the login's default
@@ -113,6 +133,8 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class BatchConfig:
+    """How many samples a step takes, and who loads them."""
+
     global_batch_size: int = 256  # samples per optimiser step over all processes
     micro_batch_size: int = 0  # samples per process and forward pass; 0: the whole share of the process
     workers: int = 0  # loader processes per training process; 0: load in the training process
@@ -236,7 +258,7 @@ class ProcessConfig:
     train_timesteps: int = 1000  # T of the discrete process (eps, v, x0); scale of the time input (flow)
     schedule: BetaSchedule = BetaSchedule.scaled_linear  # of the noise variances beta (eps, v, x0)
     beta_start: float = 0.00085  # variance of the noise added at the first timestep
-    beta_end: float = 0.012  # likewise at the last; the cosine schedule uses neither
+    beta_end: float = 0.012  # variance of the noise added at the last timestep; the cosine schedule uses neither
     zero_terminal_snr: bool = False  # rescale the schedule so that the last timestep is noise alone (v, x0)
     shift: float = 1.0  # factor of all noise levels std/alpha: for larger images the ratio of the sides, or its root
     timestep_sampling: TimestepSampling = TimestepSampling.uniform  # logit_normal favours the middle

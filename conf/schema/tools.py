@@ -13,7 +13,12 @@ from conf.schema.training import UNetRun
 
 @dataclass(kw_only=True, slots=True)
 class PipelineRun:
-    """`train/pipeline.py`: all stages; each takes its own options as STAGE.option=value."""
+    """`train/pipeline.py`: all stages, each a process of its own; a second start continues.
+
+    python train/pipeline.py experiment=demo
+    python train/pipeline.py experiment=demo stages=[build,autoencoder] run_dir=runs/other
+    python train/pipeline.py experiment=demo seed=1 processes=2 unet.optim.lr=1e-4 wandb.mode=disabled
+    """
 
     run_dir: str = a_path()
     name: str = MISSING
@@ -27,7 +32,14 @@ class PipelineRun:
 
 @dataclass(kw_only=True, slots=True)
 class PlanRun(UNetRun):
-    """`train/plan.py`: the options of `train/train_unet.py`, which it does not start, and those of the machines."""
+    """`train/plan.py`: what a training of the U-Net will cost: memory, time, disk; it reads no data.
+
+    It takes the options of `train/train_unet.py`, which it does not start, and those of the machines.
+
+        python train/plan.py experiment=demo
+        python train/plan.py model=sdxl
+        python train/plan.py accelerator=a100 gpus=256 batch.global_batch_size=2048
+    """
 
     accelerator: Accelerator = Accelerator.h100  # whose peak, memory and links count
     gpus: int = 8  # processes, one per GPU
@@ -69,7 +81,12 @@ class PlanRun(UNetRun):
 
 @dataclass(kw_only=True, slots=True)
 class ReportRun:
-    """`train/report.py`: a run folder as one page that needs nothing else."""
+    """`train/report.py`: a run folder as one page that needs nothing else.
+
+    python train/report.py run_dir=runs/demo
+    python train/report.py run_dir=runs/demo images_mb=3
+    python train/report.py run_dir=runs/demo output_dir=pages/demo
+    """
 
     run_dir: str = a_path()
     name: str = MISSING
@@ -86,11 +103,15 @@ class ReportRun:
 
 @dataclass(kw_only=True, slots=True)
 class DashboardRun:
-    """`train/dashboard.py`: the W&B workspace of a run, as a file and on the server."""
+    """`train/dashboard.py`: the W&B workspace of a run, as a file and on the server.
+
+    python train/dashboard.py run_dir=runs/demo
+    python train/dashboard.py run_dir=runs/demo save=true
+    python train/dashboard.py run_dir=runs/demo save=true wandb.entity=TEAM
+    """
 
     run_dir: str = a_path()
     name: str = MISSING
-    seed: int = 0
     output_dir: str = a_path()  # where dashboard.json is written
     save: bool = False  # put the workspace on the W&B server, too; needs `wandb login`
     wandb: WandbConfig = field(default_factory=WandbConfig)

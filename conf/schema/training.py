@@ -17,8 +17,9 @@ from conf.schema.shared import (
     LoopConfig,
     OptimConfig,
     ProcessConfig,
-    RuntimeConfig,
     StreamConfig,
+    TrainingRuntimeConfig,
+    UNetRuntimeConfig,
     WandbConfig,
     require,
 )
@@ -42,7 +43,12 @@ class AutoencoderLossConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AutoencoderRun:
-    """`train/train_autoencoder.py`."""
+    """`train/train_autoencoder.py`: train the autoencoder, images to latents and back.
+
+    python train/train_autoencoder.py experiment=demo
+    python train/train_autoencoder.py model=kl_f8 images.resolution=256 run_dir=RUN
+    torchrun --nproc-per-node=8 train/train_autoencoder.py model=vq_f4 run_dir=RUN runtime=gpu8
+    """
 
     run_dir: str = a_path()
     name: str = MISSING
@@ -59,7 +65,7 @@ class AutoencoderRun:
     stream: StreamConfig = field(default_factory=StreamConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    runtime: TrainingRuntimeConfig = field(default_factory=TrainingRuntimeConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
@@ -73,7 +79,12 @@ class AutoencoderRun:
 
 @dataclass(kw_only=True, slots=True)
 class ClipRun:
-    """`train/train_clip.py`."""
+    """`train/train_clip.py`: train CLIP, the image and text tower, on pairs of images and captions.
+
+    python train/train_clip.py experiment=demo
+    python train/train_clip.py run_dir=RUN model.pretrained=ViT-B-32/openai optim.lr=1e-5
+    torchrun --nproc-per-node=8 train/train_clip.py run_dir=RUN runtime=gpu8
+    """
 
     run_dir: str = a_path()
     name: str = MISSING
@@ -86,7 +97,7 @@ class ClipRun:
     stream: StreamConfig = field(default_factory=StreamConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    runtime: TrainingRuntimeConfig = field(default_factory=TrainingRuntimeConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
@@ -118,7 +129,12 @@ class LoraConfig:
 
 @dataclass(kw_only=True, slots=True)
 class UNetRun:
-    """`train/train_unet.py`."""
+    """`train/train_unet.py`: train the U-Net on cached latents.
+
+    python train/train_unet.py experiment=demo
+    python train/train_unet.py -m experiment=demo optim.lr=1e-4,3e-4
+    torchrun --nproc-per-node=8 train/train_unet.py experiment=sd1_256 runtime=gpu8
+    """
 
     run_dir: str = a_path()
     name: str = MISSING
@@ -126,7 +142,7 @@ class UNetRun:
     output_dir: str = a_path()
     latents: str = a_path()  # folder that holds train/ and heldout/
     autoencoder: str = a_path()  # must be the one that made the latents; decodes the sample grids
-    clip: str = a_path()  # likewise; encodes the prompts of the sample grids
+    clip: str = a_path()  # must be the one that the latents' captions are of; encodes the prompts of the sample grids
     init_from: str | None = a_path(None)
     sample_prompts: int = 16  # held-out samples whose conditions are drawn at each evaluation
     conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
@@ -140,7 +156,7 @@ class UNetRun:
     stream: StreamConfig = field(default_factory=StreamConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    runtime: UNetRuntimeConfig = field(default_factory=UNetRuntimeConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:

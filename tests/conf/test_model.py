@@ -34,7 +34,7 @@ def chosen(name: str, *overrides: str) -> Any:
     command, schema, kind = ("train_unet", UNetRun, UNetConfig)
     if name.startswith(("kl_", "vq_")):
         command, schema, kind = ("train_autoencoder", AutoencoderRun, AutoencoderConfig)  # type: ignore[assignment]
-    register(command, schema)
+    register(command, schema, overrides)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         node = hydra.compose(command, [f"model={name}", *overrides]).model
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), node))

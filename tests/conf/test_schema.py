@@ -3,16 +3,23 @@
 import ast
 import functools
 import shlex
+import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import hydra
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from conf.entry import compose
+from conf import entry
+from conf.entry import compose, composing
+from conf.errors import UserError
 from conf.experiments import read_experiment
+from conf.schema import COMMANDS as SCHEMAS
 from conf.schema import AutoencoderRun, Device, EvaluateRun, PipelineRun, UNetRun
 from models.conditions import ConditionContext, Conditions, Embedders
 from models.denoiser import Denoiser
@@ -78,6 +85,54 @@ def test_every_runtime_composes_and_says_how_to_launch_it(path: Path) -> None:
     assert (runtime.device is Device.cuda) == (path.stem not in ("auto", "cpu"))
     header = " ".join(line for line in path.read_text().splitlines() if line.startswith("# "))
     assert "# Launch" in header and all(choice in header for choice in ["train/train_unet.py", *chosen])
+
+
+@pytest.mark.parametrize("command", [name for name, schema in SCHEMAS.items() if hasattr(schema, "runtime")])
+def test_every_runtime_serves_every_command(command: str) -> None:
+    """A file may set what only the U-Net's training reads; a command line may not."""
+    schema = SCHEMAS[command]
+    own = {option.name for option in fields(cast(Any, schema).__dataclass_fields__["runtime"].type)}
+    for path in RUNTIMES:
+        with composing(command, schema, [f"runtime={path.stem}"]) as read:
+            runtime = hydra.compose(command, read).runtime
+        said = OmegaConf.load(path)
+        assert runtime.keys() == own
+        assert all(runtime[name].name == said[name] for name in ("device", "precision") if name in said)
+    for option in {"backend=ddp", "zero_stage=1", "offload=none", "compile=true", "watchdog_s=1", "threads=1"}:
+        name = option.partition("=")[0]
+        refusal = pytest.raises(UserError, match=rf"^no option 'runtime\.{name}': .*train_unet")
+        with nullcontext() if name in own else refusal, composing(command, schema, [f"runtime.{option}"]) as read:
+            hydra.compose(command, read)
+
+
+def test_a_runtime_file_with_an_unknown_option_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(CONF, tmp_path / "conf", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    (tmp_path / "conf/runtime/mine.yaml").write_text("zero_stag: 1\n")
+    (tmp_path / "conf/runtime/broken.yaml").write_text("a: [\n")
+    monkeypatch.setattr(entry, "CONF", tmp_path / "conf")
+    with pytest.raises(UserError, match=r"runtime/mine.*zero_stag"):
+        compose("train_unet", UNetRun, ["runtime=mine"])
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        compose("train_unet", UNetRun, ["runtime=broken"])
+    assert compose("train_unet", UNetRun, ["runtime=gpu"]).runtime.zero_stage == 1
+
+
+def test_an_option_has_one_default() -> None:
+    """What is always composed says nothing else than the schema; `plan` alone is of machines that are not here."""
+    for command, schema in SCHEMAS.items():
+        with composing(command, schema, []) as read:
+            composed = OmegaConf.to_container(hydra.compose(command, read), resolve=False)
+        differs = different(OmegaConf.to_container(OmegaConf.structured(schema)), composed)
+        assert differs == (["runtime.device", "runtime.precision", "runtime.zero_stage"] if command == "plan" else [])
+
+
+def different(schema: Any, composed: Any, name: str = "") -> list[str]:
+    """Options with a default that another value takes the place of."""
+    if isinstance(schema, dict) and isinstance(composed, dict):
+        return [
+            d for key in schema for d in different(schema[key], composed.get(key), f"{name}.{key}".removeprefix("."))
+        ]
+    return [name] if schema not in ("???", composed) else []
 
 
 def command_of(experiment: str) -> list[str]:

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))  # works where the project is not installed, too
 
 from conf.ending import leave
-from conf.schema import BackendName, BatchConfig, EmaConfig, Offload, OptimConfig, Precision, RuntimeConfig
+from conf.schema import (
+    BackendName,
+    BatchConfig,
+    EmaConfig,
+    Offload,
+    OptimConfig,
+    Precision,
+    RuntimeConfig,
+    UNetRuntimeConfig,
+)
 from train.engine.backend import distribute as backend
 from train.engine.runtime import Runtime, start, stop
 from train.engine.trainable import Trainable
@@ -79,7 +88,7 @@ def trainable(
         OptimConfig(**OPTIM | optim),
         BatchConfig(global_batch_size=BATCH, micro_batch_size=micro),
         total_samples=BATCH * STEPS,
-        cfg=RuntimeConfig(**LAYOUTS[layout], compile=compiled),
+        cfg=UNetRuntimeConfig(**LAYOUTS[layout], compile=compiled),
         ema=EmaConfig(half_life_samples=HALF_LIFE, warmup_ratio=EMA_WARMUP),
         name="network",
     )

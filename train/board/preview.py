@@ -25,12 +25,13 @@ from data.labels import LabelError, Labels, read_labels
 from data.latent_dataset import LatentDataset
 from data.samples import caption_of, fields_of, image_of
 from data.shards.manifest import MANIFEST, Manifest
-from models.autoencoder import Autoencoder
+from models.autoencoder import Autoencoder, finite_or_fp32
 from train.board.markup import data_uri
 from train.engine.figures import to_png
 from train.engine.fonts import charted
 from train.engine.image_grid import READABLE, boxed, captioned, on_squares, to_uint8
 from train.engine.metric_log import say
+from train.engine.precision import autocast
 from train.engine.runtime import Runtime
 
 REJECTS = "rejects.jsonl"
@@ -133,7 +134,8 @@ def decoded_images(cfg: PreviewRun, dataset: LatentDataset, runtime: Runtime) ->
     images, captions = list[Tensor](), list[str]()
     for batch in dataset.batches_at(spread_indices(dataset.samples, cfg.images), 16):
         means = batch["moments"].chunk(2, dim=1)[0].to(runtime.device).float()  # [B, C, h, w]
-        images += autoencoder.decode(means).cpu()
+        with autocast(runtime.device, runtime.precision):
+            images += finite_or_fp32(autoencoder.decode, means).cpu()
         captions += batch["caption"]
     return to_uint8(on_squares(images)), captions
 

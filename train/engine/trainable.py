@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from conf.schema import BackendName, BatchConfig, EmaConfig, OptimConfig, RuntimeConfig
+from conf.schema import BackendName, BatchConfig, EmaConfig, OptimConfig, UNetRuntimeConfig
 from models.formats.tensor_stream import TensorStream
 from train.engine.backend.distribute import distribute
 from train.engine.contents import Contents, read_into, stream
@@ -27,7 +27,7 @@ from train.engine.runtime import Runtime
 
 WEIGHTS, SCALARS = "weights.safetensors", "optimizer.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
-PLAIN = RuntimeConfig(backend=BackendName.ddp)
+PLAIN = UNetRuntimeConfig(backend=BackendName.ddp)
 
 
 class Trainable:
@@ -47,7 +47,7 @@ class Trainable:
         optim: OptimConfig,
         batch: BatchConfig,
         total_samples: int,
-        cfg: RuntimeConfig | None = None,
+        cfg: UNetRuntimeConfig | None = None,
         ema: EmaConfig | None = None,
         name: str = "model",
     ) -> None:

@@ -26,6 +26,7 @@ from models.discriminator import (
 from models.flops import counted_flops
 from models.formats.single_file import is_single_file, load_autoencoder_file
 from models.losses import perceptual_distance, psnr, ssim
+from train.engine.backend.distribute import require_compiler
 from train.engine.image_grid import grid, to_uint8
 from train.engine.metric_log import MetricLog
 from train.engine.runtime import Runtime
@@ -64,6 +65,14 @@ class AutoencoderStage:
         image = torch.empty(1, cfg.model.in_channels, side, side, device="meta")
         latent = torch.empty(1, *self.latent_shape(image), device="meta")
         self.flops_per_sample = 3.0 * counted_flops(self.autoencoder, image, latent)  # of the autoencoder alone
+        if cfg.runtime.gradient_checkpointing:
+            self.autoencoder.checkpoint_gradients()
+        if cfg.runtime.compile:
+            require_compiler()
+            # Each level by itself: the adaptive weight asks for gradients at the last layer and keeps the graph, which
+            # a compiled one cannot do. Nor has it second derivatives (R1), so that the discriminator stays as it is.
+            for level in self.autoencoder.levels():
+                level.compile()
         self.generator = Trainable(runtime, self.autoencoder, cfg.optim, cfg.batch, total, name="generator")
         self.trainables = {"generator": self.generator}
         self.adversarial = cfg.loss.adversarial_weight > 0

@@ -13,6 +13,7 @@ from data.streams import image_stream
 from models.clip import Clip, contrastive_loss, top1_accuracy
 from models.flops import counted_flops
 from models.text import Cuts
+from train.engine.backend.distribute import require_compiler
 from train.engine.metric_log import MetricLog, say
 from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
@@ -39,6 +40,11 @@ class ClipStage:
         self.clip = Clip.from_config(cfg.model)
         side, tokens = self.clip.config.image_size, self.clip.tokenize([""]).to("meta")
         self.flops_per_sample = 3.0 * counted_flops(self.clip, torch.empty(1, 3, side, side, device="meta"), tokens)
+        if cfg.runtime.gradient_checkpointing:
+            self.clip.checkpoint_gradients()
+        if cfg.runtime.compile:
+            require_compiler()
+            self.clip.compile()  # in place: the parameters keep their names
         self.towers = Trainable(runtime, self.clip, cfg.optim, cfg.batch, cfg.loop.samples, name="clip")
         self.trainables = {"clip": self.towers}
         self.looks_for_cuts = runtime.is_main  # until some captions turn out to be longer than the context

@@ -10,18 +10,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from conf.schema import BackendName, BatchConfig, Device, EmaConfig, OptimConfig, RuntimeConfig
+from conf.schema import BackendName, BatchConfig, Device, EmaConfig, OptimConfig, UNetRuntimeConfig
 from train.engine.contents import HostMemory
 from train.engine.runtime import Runtime, start
 from train.engine.trainable import Trainable
 
-ZERO, FSDP = RuntimeConfig(zero_stage=2), RuntimeConfig(backend=BackendName.fsdp)
+ZERO, FSDP = UNetRuntimeConfig(zero_stage=2), UNetRuntimeConfig(backend=BackendName.fsdp)
 LAYOUTS = pytest.mark.parametrize("cfg", [None, ZERO, FSDP], ids=["ddp", "zero2", "fsdp"])
 
 
 @pytest.fixture
 def runtime() -> Runtime:
-    return start(RuntimeConfig(device=Device.cpu))
+    return start(UNetRuntimeConfig(device=Device.cpu))
 
 
 def network(seed: int = 0, width: int = 5) -> nn.Sequential:
@@ -30,7 +30,7 @@ def network(seed: int = 0, width: int = 5) -> nn.Sequential:
 
 
 def make(
-    runtime: Runtime, module: nn.Module, cfg: RuntimeConfig | None = None, micro: int = 0, **rest: Any
+    runtime: Runtime, module: nn.Module, cfg: UNetRuntimeConfig | None = None, micro: int = 0, **rest: Any
 ) -> Trainable:
     batch = BatchConfig(global_batch_size=4, micro_batch_size=micro)
     return Trainable(runtime, module, OptimConfig(lr=0.01), batch, 100, cfg, **rest)
@@ -45,7 +45,7 @@ def train(t: Trainable, steps: int = 2) -> None:
 
 @LAYOUTS
 def test_checkpoint_carries_weights_moments_and_buffers(
-    runtime: Runtime, tmp_path: Path, cfg: RuntimeConfig | None
+    runtime: Runtime, tmp_path: Path, cfg: UNetRuntimeConfig | None
 ) -> None:
     first = make(runtime, network(), cfg, ema=EmaConfig(half_life_samples=10.0))
     train(first)
@@ -64,7 +64,7 @@ def test_checkpoint_carries_weights_moments_and_buffers(
 
 
 @LAYOUTS
-def test_every_average_is_carried_on(runtime: Runtime, tmp_path: Path, cfg: RuntimeConfig | None) -> None:
+def test_every_average_is_carried_on(runtime: Runtime, tmp_path: Path, cfg: UNetRuntimeConfig | None) -> None:
     ema = EmaConfig(half_life_samples=10.0, more_half_lives=[3.0], posthoc=[0.05, 0.1], on_cpu=True)
     first, second = (make(runtime, network(seed), cfg, ema=ema) for seed in (0, 1))
     train(first)
@@ -95,8 +95,10 @@ def half_frozen(seed: int = 0) -> nn.Sequential:
     return module
 
 
-@pytest.mark.parametrize("cfg", [None, RuntimeConfig(zero_stage=0), RuntimeConfig(zero_stage=1), ZERO])
-def test_frozen_parameters_stay_and_are_not_saved(runtime: Runtime, tmp_path: Path, cfg: RuntimeConfig | None) -> None:
+@pytest.mark.parametrize("cfg", [None, UNetRuntimeConfig(zero_stage=0), UNetRuntimeConfig(zero_stage=1), ZERO])
+def test_frozen_parameters_stay_and_are_not_saved(
+    runtime: Runtime, tmp_path: Path, cfg: UNetRuntimeConfig | None
+) -> None:
     first, second = (make(runtime, half_frozen(), cfg, ema=EmaConfig(half_life_samples=10.0)) for _ in range(2))
     train(first)
     first.save(tmp_path)
@@ -121,7 +123,7 @@ def test_resuming_beside_other_frozen_parameters_is_refused(runtime: Runtime, tm
 
 
 def test_frozen_parameters_cannot_be_sharded(runtime: Runtime) -> None:
-    for cfg in (RuntimeConfig(zero_stage=3), FSDP):
+    for cfg in (UNetRuntimeConfig(zero_stage=3), FSDP):
         with pytest.raises(ValueError, match=r"'0.weight' is frozen"):
             make(runtime, half_frozen(), cfg)
 
@@ -137,7 +139,7 @@ def test_two_networks_train_side_by_side(runtime: Runtime) -> None:
 
 
 @LAYOUTS
-def test_misplaced_last_is_refused(runtime: Runtime, cfg: RuntimeConfig | None) -> None:
+def test_misplaced_last_is_refused(runtime: Runtime, cfg: UNetRuntimeConfig | None) -> None:
     t = make(runtime, nn.Linear(3, 1), cfg, micro=2)
     with pytest.raises(ValueError, match="last"):
         t.backward(t(torch.ones(2, 3)).mean(), last=True)
@@ -154,7 +156,7 @@ def test_missing_compiler_is_one_line(runtime: Runtime, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"runtime\.compile=true: no C\+\+ compiler"):
-        make(runtime, network(), RuntimeConfig(compile=True))
+        make(runtime, network(), UNetRuntimeConfig(compile=True))
 
 
 def test_average_that_is_not_kept_is_refused(runtime: Runtime) -> None:
@@ -196,7 +198,7 @@ def test_foreign_checkpoint_is_refused_by_name(runtime: Runtime, tmp_path: Path,
 
 
 @LAYOUTS
-def test_stream_makes_what_weights_holds(runtime: Runtime, cfg: RuntimeConfig | None) -> None:
+def test_stream_makes_what_weights_holds(runtime: Runtime, cfg: UNetRuntimeConfig | None) -> None:
     t = make(runtime, network(), cfg, ema=EmaConfig(half_life_samples=10.0))
     train(t)
     for ema in (False, True):
@@ -208,7 +210,7 @@ def test_stream_makes_what_weights_holds(runtime: Runtime, cfg: RuntimeConfig | 
 
 @LAYOUTS
 def test_copy_in_memory_is_what_was_when_it_was_made(
-    runtime: Runtime, tmp_path: Path, cfg: RuntimeConfig | None
+    runtime: Runtime, tmp_path: Path, cfg: UNetRuntimeConfig | None
 ) -> None:
     t = make(runtime, network(), cfg, ema=EmaConfig(half_life_samples=10.0))
     memory: HostMemory = {}

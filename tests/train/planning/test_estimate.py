@@ -13,7 +13,7 @@ from torch import nn
 
 from conf.entry import compose
 from conf.errors import UserError
-from conf.schema import BatchConfig, EmaConfig, OptimConfig, PlanRun, RuntimeConfig, UNetRun
+from conf.schema import BatchConfig, EmaConfig, OptimConfig, PlanRun, UNetRun, UNetRuntimeConfig
 from data.latent_record import LatentWriter
 from models.unet import UNet
 from train.engine.runtime import Runtime
@@ -89,7 +89,7 @@ def test_state_on_paper_is_what_a_trainable_holds(runtime: Runtime) -> None:
     cfg = config(*SMALL)
     network = UNet(cfg.model)
     elements = sum(parameter.numel() for parameter in network.parameters())
-    batch, stage_1 = BatchConfig(global_batch_size=1), RuntimeConfig(zero_stage=1)
+    batch, stage_1 = BatchConfig(global_batch_size=1), UNetRuntimeConfig(zero_stage=1)
     t = Trainable(runtime, network, OptimConfig(), batch, 10, stage_1, EmaConfig(), "unet")
     for master in t.backend.masters:
         t._state_of(master)

@@ -60,11 +60,11 @@ def test_source_without_a_prompt_is_refused_even_beside_another(tmp_path: Path) 
 @pytest.mark.parametrize("empty", ["", "   ", "\u200b"])
 def test_an_empty_prompt_that_was_written_is_not_left_out(empty: str) -> None:
     with pytest.raises(UserError, match=r"^prompts: one of them is empty; write what is to be seen"):
-        with_words([Prompt("a moon"), Prompt(empty)], None)
+        with_text([Prompt("a moon"), Prompt(empty)], None)
 
 
 def test_captions_that_are_empty_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert with_words([Prompt("a moon", 0), Prompt(" ", 1)], "shards") == [Prompt("a moon", 0)]
+    assert with_text([Prompt("a moon", 0), Prompt(" ", 1)], "shards") == [Prompt("a moon", 0)]
     assert "1 of 2 prompts are empty captions, of which nothing is drawn" in capsys.readouterr().out
 
 

@@ -60,6 +60,35 @@ def test_discriminator_joins_at_its_start_and_not_before(scenes: Any, runtime: R
     assert not all(torch.equal(tensor, untouched[name]) for name, tensor in stage.critic.weights().items())
 
 
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch, of its own looks
+def test_less_memory_or_a_compiler_change_no_step(
+    scenes: Any, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """Neither what the networks learn nor the adaptive weight, which walks the graph a first time and keeps it."""
+    real, blocks = torch.compile, list[Any]()
+
+    def traced(function: Any) -> Any:  # as torch.compile does, without the minutes of code generation
+        blocks.append(function)
+        return real(function, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    overrides = ["loss.adversarial_start=0", "loss.r1_weight=1", "model.mid_block_add_attention=true"]
+    plain, other = (make(scenes, runtime, *overrides, *more) for more in ([], [f"runtime.{option}=true"]))
+    levels = [other.autoencoder.encoder.down_blocks[0], other.autoencoder.decoder.up_blocks[0]]
+    runs = [0, 0]
+    for number, level in enumerate(levels):
+        level.resnets[0].register_forward_pre_hook(lambda *_, n=number: runs.__setitem__(n, runs[n] + 1))
+    for start in (0, 16):
+        expected, found = (train(stage, start, [list(range(start, start + 16))]) for stage in (plain, other))
+        assert expected.keys() == found.keys() >= {"train/gan_weight", "train/r1"}
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    for name, weight in plain.generator.weights().items():
+        torch.testing.assert_close(other.generator.weights()[name], weight, rtol=1e-5, atol=1e-6)
+    assert (len(blocks), runs) == (8, runs) if option == "compile" else (len(blocks), runs) == (0, [4, 4])
+
+
 def test_discriminator_learns_from_its_own_loss_alone(scenes: Any, runtime: Runtime) -> None:
     stage = make(scenes, runtime, "loss.adversarial_start=0")
     batch = stage.dataset.batch(range(16))

@@ -32,6 +32,33 @@ def test_export_is_read_back_with_its_sizes(towers: Any) -> None:
     assert exported.text_states(exported.tokenize(["a red planet"])).shape == (1, 32, 16)
 
 
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
+def test_less_memory_or_a_compiler_change_no_step(
+    scenes: Any, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    real, compiled = torch.compile, list[Any]()
+
+    def traced(function: Any) -> Any:  # as torch.compile does, without the minutes of code generation
+        compiled.append(function)
+        return real(function, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    plain, other = (ClipStage(scenes.config("clip", *more), runtime) for more in ([], [f"runtime.{option}=true"]))
+    towers = (other.clip.network.transformer, other.clip.network.visual.transformer)
+    runs = [0, 0]
+    for number, tower in enumerate(towers):
+        tower.resblocks[0].register_forward_pre_hook(lambda *_, n=number: runs.__setitem__(n, runs[n] + 1))
+    for start in (0, 32):
+        losses = []
+        for stage in (plain, other):
+            losses.append(stage.micro_step(stage.dataset.batch(range(start, start + 32)), True, start)["train/loss"])
+            stage.finish_step(start + 32)
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    for name, weight in plain.towers.weights().items():
+        torch.testing.assert_close(other.towers.weights()[name], weight, rtol=1e-5, atol=1e-6)
+    assert len(compiled) == 1 if option == "compile" else runs == [4, 4]
+
+
 def test_micro_batches_are_refused_since_they_would_hide_negatives(scenes: Any, runtime: Runtime) -> None:
     with pytest.raises(UserError, match=r"batch\.micro_batch_size: contrastive learning needs the whole global batch"):
         ClipStage(scenes.config("clip", "batch.micro_batch_size=8"), runtime)

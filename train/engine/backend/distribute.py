@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from conf.schema import BackendName, BatchConfig, OptimConfig, RuntimeConfig
+from conf.schema import BackendName, BatchConfig, OptimConfig, UNetRuntimeConfig
 from train.engine.backend.ddp import DdpBackend
 from train.engine.backend.layout import Layout
 from train.engine.precision import LossScale
@@ -30,7 +30,7 @@ class Backend(Protocol):
 
 
 def distribute(
-    runtime: Runtime, module: nn.Module, optim: OptimConfig, batch: BatchConfig, cfg: RuntimeConfig
+    runtime: Runtime, module: nn.Module, optim: OptimConfig, batch: BatchConfig, cfg: UNetRuntimeConfig
 ) -> Backend:
     """The backend that `cfg` asks for; those that are not asked for are not imported.
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from conf.schema import Offload, OptimConfig, RuntimeConfig
+from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
 from train.engine.backend.accumulation import Accumulating
 from train.engine.backend.layout import Layout, Piece, require_cuttable
 from train.engine.optim import adamw, sound_step
@@ -27,7 +27,7 @@ class FsdpBackend(Accumulating):
     """Fully sharded data parallelism. Every micro-batch's gradients are reduced: no process ever holds all of them."""
 
     def __init__(
-        self, runtime: Runtime, module: nn.Module, optim: OptimConfig, accumulation: int, cfg: RuntimeConfig
+        self, runtime: Runtime, module: nn.Module, optim: OptimConfig, accumulation: int, cfg: UNetRuntimeConfig
     ) -> None:
         super().__init__(optim, accumulation, runtime.precision)
         parameters = dict(module.named_parameters())
@@ -64,7 +64,7 @@ class FsdpBackend(Accumulating):
         return math.sqrt(self.runtime.sum({"norm": norm.double().square()})["norm"])
 
 
-def shard(module: nn.Module, runtime: Runtime, cfg: RuntimeConfig) -> None:
+def shard(module: nn.Module, runtime: Runtime, cfg: UNetRuntimeConfig) -> None:
     """Cut the network in place; parts that it holds in lists (blocks, layers) are gathered one at a time.
 
     They are compiled one at a time, too, since gathering between two of them would break a graph of both.

@@ -19,7 +19,7 @@ from accelerate.utils import convert_to_fp32
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from conf.schema import Offload, OptimConfig, RuntimeConfig
+from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
 from train.engine.backend.layout import BUCKET, Layout, Piece, require_cuttable, whole
 from train.engine.optim import adamw, unscale_and_clip
 from train.engine.precision import AUTOCAST, LossScale
@@ -32,7 +32,13 @@ class ZeroBackend:
     """A DeepSpeed engine, without its compiled extensions."""
 
     def __init__(
-        self, runtime: Runtime, module: nn.Module, optim: OptimConfig, micro: int, accumulation: int, cfg: RuntimeConfig
+        self,
+        runtime: Runtime,
+        module: nn.Module,
+        optim: OptimConfig,
+        micro: int,
+        accumulation: int,
+        cfg: UNetRuntimeConfig,
     ) -> None:
         stage = cfg.zero_stage
         # Below stage 3 frozen parameters are whole on every process, and DeepSpeed hears of the others alone.

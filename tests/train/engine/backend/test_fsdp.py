@@ -5,7 +5,7 @@ from collections import Counter
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from conf.schema import Device, RuntimeConfig
+from conf.schema import Device, UNetRuntimeConfig
 from conf.schema.networks import UNetConfig
 from models.unet import UNet
 from train.engine.backend.fsdp import shard
@@ -24,7 +24,7 @@ def test_each_block_of_a_unet_is_gathered_on_its_own() -> None:
         cross_attention_dim=8,
     )
     network = UNet(cfg)
-    shard(network, start(RuntimeConfig(device=Device.cpu)), RuntimeConfig())
+    shard(network, start(UNetRuntimeConfig(device=Device.cpu)), UNetRuntimeConfig())
     assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
     gathered = Counter(type(part).__name__ for part in network.modules() if isinstance(part, FSDPModule))
     assert gathered == {
