@@ -42,7 +42,7 @@ def ranks(runtime: Runtime, world: int) -> list[Runtime]:
 class Toys:
     """A subject whose images are their features."""
 
-    total, prefix, rivals = TOTAL, "", ()
+    total, prefix, baselines = TOTAL, "", ()
     facts: dict[str, Any] = {}  # noqa: RUF012
     extractors = [  # noqa: RUF012
         Extractor(name="toy", size=FEATURES, weights_sha256="", resize="", network=lambda x: {"toy": x})

@@ -345,7 +345,7 @@ def test_images_without_attributes_are_refused_before_a_image_is_drawn(
         shutil.copytree(project.folder / "shards" / side, tmp_path / "shards" / side)
     at = ImageDataset.at
     monkeypatch.setattr(ImageDataset, "at", lambda *given: at(*given) | {"meta": {}})
-    monkeypatch.setattr(subjects, "draw", lambda *_: pytest.fail("images were drawn"))
+    monkeypatch.setattr(subjects, "generate_images", lambda *_: pytest.fail("images were drawn"))
     with pytest.raises(UserError, match=r"^prompt_following=true: sample '.*' names no kind"):
         here = [f"shards={tmp_path}/shards", f"statistics_dir={tmp_path}/statistics"]
         evaluate.evaluate_run(config(project, tmp_path / "out", *here), runtime)

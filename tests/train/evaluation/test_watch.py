@@ -74,7 +74,7 @@ def test_export_is_evaluated_if_its_checkpoint_was_not(
     """The last checkpoint is gone when the evaluation comes to it; an older one was evaluated."""
     (live / "checkpoints" / "000000000960" / "unet" / "ema.safetensors").unlink()
     monkeypatch.setattr(watch, "evaluate", lambda *given: {"seen": given[-1]})
-    monkeypatch.setattr(watch, "run", lambda *_: {"seen": "export"})
+    monkeypatch.setattr(watch, "evaluate_run", lambda *_: {"seen": "export"})
     monkeypatch.setattr(watch.time, "sleep", lambda _: shutil.move(tmp_path / "DONE", live / "DONE"))
     assert watch.watch(config(project, tmp_path), runtime) == {"seen": "export"}
 
@@ -114,7 +114,7 @@ def test_evaluation_in_the_loop_gives_the_commands_numbers(project: Any, runtime
 def test_what_the_first_evaluation_would_miss_ends_the_training_at_its_start(
     project: Any, runtime: Runtime, tmp_path: Path
 ) -> None:
-    assert small_evaluation(project.config("unet"), runtime) is None  # nothing is measured, nothing needed
+    assert small_evaluation(project.config("unet", "evaluation.samples=0"), runtime) is None  # needs nothing
     asked = ["evaluation.samples=10", f"evaluation.shards={project.folder}/shards"]
     assert small_evaluation(project.config("unet", *asked), runtime) is not None
     with pytest.raises(UserError, match=r"^inception=.*/none.pth: no such file"):
