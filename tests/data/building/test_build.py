@@ -361,11 +361,11 @@ def test_a_failing_write_shows_nobody_a_part_and_the_next_start_goes_on(
 KILLED = """
 import sys
 from conf.schema import BuildRun, Source
-from data import building, records
+from data.building import build, records
 records.CHUNK = 1
 if __name__ == "__main__":
     settings = dict(source=Source.demo, samples=100_000, resolution=16, shard_samples=4, workers=2)
-    building.build(BuildRun(run_dir=".", output_dir=sys.argv[1], **settings))
+    build.build_shards(BuildRun(run_dir=".", output_dir=sys.argv[1], **settings))
 """
 
 
@@ -390,13 +390,13 @@ def test_a_killed_build_of_other_options_starts_again_and_leaves_no_process(tmp_
 RESUMED = """
 import sys
 from conf.schema import BuildRun, FilterConfig, Source
-from data import building, records
+from data.building import build, records
 records.CHUNK = 2
 if __name__ == "__main__":
     folder, output, workers = sys.argv[1:]
     settings = dict(source=Source.folder, path=folder, resolution=16, shard_samples=5, workers=int(workers))
     filters = FilterConfig(near_duplicates=4, min_side=6)
-    building.build(BuildRun(run_dir=".", output_dir=output, heldout_fraction=0.3, filters=filters, **settings))
+    build.build_shards(BuildRun(run_dir=".", output_dir=output, heldout_fraction=0.3, filters=filters, **settings))
 """
 
 
