@@ -37,15 +37,15 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, end_at: int = -1) -> None:
         self.images = 0
-        encode = stage.Encoder.__call__
+        encode = stage.LatentEncoder.__call__
 
-        def counted(encoder: stage.Encoder, batch: dict[str, Any]) -> Any:
+        def counted(encoder: stage.LatentEncoder, batch: dict[str, Any]) -> Any:
             self.images += len(batch["key"])
             if 0 <= end_at < self.images:
                 raise KeyboardInterrupt
             return encode(encoder, batch)
 
-        monkeypatch.setattr(stage.Encoder, "__call__", counted)
+        monkeypatch.setattr(stage.LatentEncoder, "__call__", counted)
 
 
 def precompute(project: Any, runtime: Runtime, folder: Path, *overrides: str) -> None:
@@ -240,9 +240,11 @@ def test_images_that_were_not_normalised_are_noticed(
     towers: Any, latents: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = Manifest.load(latents.folder / "latents" / "train").stats["psnr"]
-    encode = stage.Encoder.__call__
+    encode = stage.LatentEncoder.__call__
     monkeypatch.setattr(  # [0, 1] instead of [-1, 1]
-        stage.Encoder, "__call__", lambda encoder, batch: encode(encoder, batch | {"image": (batch["image"] + 1) / 2})
+        stage.LatentEncoder,
+        "__call__",
+        lambda encoder, batch: encode(encoder, batch | {"image": (batch["image"] + 1) / 2}),
     )
     with pytest.raises(UserError, match=rf"decode back at .* dB, less than min_psnr={right - 2:.1f}"):
         precompute(towers, runtime, tmp_path, f"min_psnr={right - 2:.1f}")
