@@ -170,7 +170,7 @@ class PreviewRun:
 
     python data/preview.py run_dir=runs/demo
     python data/preview.py run_dir=runs/demo data=runs/demo/latents/train
-    python data/preview.py run_dir=runs/demo data=runs/demo/shards/heldout images=16
+    python data/preview.py run_dir=runs/demo data=runs/demo/shards/heldout sheet_images=16
     """
 
     run_dir: str = a_path()
@@ -179,9 +179,9 @@ class PreviewRun:
     output_dir: str = a_path()
     data: str = a_path()  # folder of image or latent shards, such as RUN/shards/train
     autoencoder: str = a_path()  # decodes latents for the sheet
-    images: int = 64  # on the contact sheet, spread over the data set
+    sheet_images: int = 64  # on the contact sheet, spread over the data set
     samples: int = 20_000  # behind the statistics, at most
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        require_positive(self, "images", "samples")
+        require_positive(self, "sheet_images", "samples")

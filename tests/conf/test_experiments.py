@@ -8,7 +8,7 @@ import pytest
 from conf import experiments
 from conf.entry import compose, to_plain
 from conf.errors import UserError
-from conf.schema import BuildRun, ClipRun, EditRun, EvaluateRun, ExportRun, PipelineRun, SampleRun, UNetRun
+from conf.schema import COMMANDS, BuildRun, ClipRun, EditRun, EvaluateRun, ExportRun, PipelineRun, SampleRun, UNetRun
 
 Write = Callable[[str, str], object]
 
@@ -31,6 +31,14 @@ def test_options_for_all_reach_every_command_that_has_them(write: Write) -> None
     assert compose("edit", EditRun, [*chosen, "prompt=a"]).steps == 7
     assert compose("export", ExportRun, chosen).autoencoder == "A"
     assert compose("pipeline", PipelineRun, chosen).stages == ["sample"]
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in experiments.STAGES])
+def test_a_command_without_a_section_composes_with_every_experiment(command: str) -> None:
+    """What stands in `all` is also for commands whose option of that name is of another kind."""
+    typed = {"average": ["sigma_rel=0.1"], "edit": ["prompt=a"]}.get(command, [])
+    for name in experiments.names():
+        assert compose(command, COMMANDS[command], [f"experiment={name}", *typed]).name == name
 
 
 def test_the_command_line_wins_over_the_section_and_this_over_all(write: Write) -> None:

@@ -90,7 +90,7 @@ def write_preview(cfg: PreviewRun, runtime: Runtime) -> None:
         survey = survey_latents(dataset, spread_indices(dataset.samples, cfg.samples))
     else:
         dataset = ImageDataset(folder, ImageConfig(resolution=SIDE), cfg.seed, labels=True)
-        images, captions = readable_images(dataset, cfg.images)
+        images, captions = readable_images(dataset, cfg.sheet_images)
         survey = survey_images(dataset, spread_indices(dataset.samples, cfg.samples))
     sheet = captioned(images, captions)
     with charted(name for counts in survey.classes.values() for name in counts):
@@ -132,7 +132,7 @@ def decoded_images(cfg: PreviewRun, dataset: LatentDataset, runtime: Runtime) ->
     """The means of latents as the autoencoder decodes them, with their captions."""
     autoencoder = Autoencoder.from_pretrained(cfg.autoencoder).eval().to(runtime.device)
     images, captions = list[Tensor](), list[str]()
-    for batch in dataset.batches_at(spread_indices(dataset.samples, cfg.images), 16):
+    for batch in dataset.batches_at(spread_indices(dataset.samples, cfg.sheet_images), 16):
         means = batch["moments"].chunk(2, dim=1)[0].to(runtime.device).float()  # [B, C, h, w]
         with autocast(runtime.device, runtime.precision):
             images += finite_or_fp32(autoencoder.decode, means).cpu()

@@ -48,7 +48,7 @@ class TableRow(NamedTuple):
 def rows_of(table: Path, columns: Columns) -> Iterator[tuple[int, dict[Any, Any]]]:
     """The rows of a table with their numbers; raises UserError where it is none or lacks one of the two columns."""
     if table.suffix.lower() not in SUFFIXES:
-        raise UserError(f"path={table}: not a folder, .csv or .parquet file (or .tsv)")
+        raise UserError(f"path={table}: not a folder, .csv, .tsv or .parquet file")
     if table.suffix.lower() == ".parquet":
         return enumerate(ParquetTable(table, columns), 1)
     return _rows_of_csv(table, columns)
@@ -111,7 +111,8 @@ def _check_columns(table: Path, names: Sequence[str], columns: Columns) -> None:
     for option, column in (("image_column", columns.image), ("caption_column", columns.caption)):
         if column not in names:
             shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-            raise UserError(f"{option}={column}: {table} has the columns {shown[:500] or '(none)'}")
+            remedy = f"set {option} to one of them" if names else "its first line must name them"
+            raise UserError(f"{option}={column}: {table} has the columns {shown[:500] or '(none)'}: {remedy}")
     twice = [name for name, count in Counter(names).items() if count > 1 and name]
     if twice:
         raise UserError(f"path={table}: {names.count(twice[0])} columns are called {twice[0]}; rename all but one")

@@ -32,7 +32,7 @@ def preview_of(project: Any, runtime: Runtime, data: Path, output: Path, *overri
 
 def test_images_are_shown_and_measured(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
     data = scenes.folder / "shards" / "train"
-    page = preview_of(scenes, runtime, data, tmp_path, "images=10")
+    page = preview_of(scenes, runtime, data, tmp_path, "sheet_images=10")
     manifest = Manifest.load(data)
     assert f"<td>samples<td>{manifest.samples}" in page and page.count("data:image/png;base64,") == 2
     assert "<td>width<td>32<td>32<td>32<td>32<td>32" in page and "<td>aspect<td>1<td>1" in page
@@ -49,7 +49,7 @@ def test_class_names_are_drawn_as_they_are() -> None:
 
 
 def test_classes_are_counted_and_boxes_drawn(scenes: Any, runtime: Runtime, tmp_path: Path) -> None:
-    page = preview_of(scenes, runtime, scenes.folder / "shards" / "train", tmp_path / "scenes", "images=10")
+    page = preview_of(scenes, runtime, scenes.folder / "shards" / "train", tmp_path / "scenes", "sheet_images=10")
     readers = map(ShardReader, sorted((scenes.folder / "shards" / "train").glob("*.tar")))
     classes = Counter(json.loads(bytes(reader[i]["json"]))["class"] for reader in readers for i in range(len(reader)))
     assert all(f"<tr><td>{name}<td>{count}<td>" in page for name, count in classes.items()) and len(classes) == 4
@@ -57,7 +57,7 @@ def test_classes_are_counted_and_boxes_drawn(scenes: Any, runtime: Runtime, tmp_
     options = {"output_dir": str(tmp_path / "shards"), "samples": 12, "resolution": 64, "workers": 1}
     build_shards(BuildRun(run_dir=".", source=Source.layout, **options))
     data = tmp_path / "shards" / "train"
-    page = preview_of(scenes, runtime, data, tmp_path / "layout", "images=12")
+    page = preview_of(scenes, runtime, data, tmp_path / "layout", "sheet_images=12")
     dataset = ImageDataset(data, ImageConfig(resolution=128), 0, labels=True)
     assert "<h2>Classes of boxes</h2>" in page and "<td>box area<td>" in page
     for image, index in zip(preview.readable_images(dataset, 100)[0], range(dataset.samples), strict=True):
@@ -90,7 +90,7 @@ def test_caption_lengths_are_those_of_all_samples(scenes: Any) -> None:
 
 def test_latents_are_decoded_and_measured_per_channel(latents: Any, runtime: Runtime, tmp_path: Path) -> None:
     data = latents.folder / "latents" / "train"
-    page = preview_of(latents, runtime, data, tmp_path, "images=8")
+    page = preview_of(latents, runtime, data, tmp_path, "sheet_images=8")
     assert all(f"<td>channel {channel}<td>" in page for channel in range(4)) and "<td>tokens<td>" in page
     dataset = LatentDataset(data, 0)
     numbers = preview.survey_latents(dataset, range(dataset.samples)).numbers

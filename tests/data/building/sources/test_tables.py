@@ -88,10 +88,10 @@ def test_a_tsv_is_a_table(tmp_path: Path) -> None:
         (b'path,caption\n0.png,"x"\n1.png,"never closed\n', "row 2: a quote that is never closed"),
         (b'path,caption\n0.png,"x\n1.png,"y"\n', "row 1: "),
         (b"path,caption,caption\n0.png,one,two\n", "2 columns are called caption; rename all but one"),
-        (b"", "has the columns \\(none\\)"),
+        (b"", "has the columns \\(none\\): its first line must name them$"),
         (b"path,caption\n", "no rows in it"),
         (b"path,caption\n0.png," + b"x" * (CELL + 1), "row 1: field larger"),
-        (b"a,b\n" + b"1,2\n", "image_column=path: .* has the columns a, b$"),
+        (b"a,b\n" + b"1,2\n", "image_column=path: .* has the columns a, b: set image_column to one of them$"),
         (",".join(f"column {i}" for i in range(999)).encode(), "column 19 and 979 more$"),
     ],
 )
