@@ -36,8 +36,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from conf.ending import fail, first_line, leave, tell
-from conf.errors import UserError, choices, did_you_mean
+from conf.ending import fail, leave, tell
+from conf.errors import UserError, choices, did_you_mean, first_line
 from conf.experiments import STAGES, register_experiments
 from conf.help import show_help
 from conf.overrides import UNSAID, argument, finished, form_of, option_of, readable, section_of, with_typed_keys

@@ -8,6 +8,11 @@ class UserError(Exception):
     """Something that a person can act on: one line that names the option and the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without the lines that libraries add for those who read their code."""
+    return str(error).strip().split("\n")[0]
+
+
 def choices(wrong: str, known: Iterable[str]) -> str:
     """What to say of a name that is none of those known: these, the nearest first."""
     names = list(known)

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate, a pure function of the samples seen."""
+"""AdamW and its learning rate, a pure function of the samples seen; gradients that add up to a step."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from conf.schema import LrDecay, OptimConfig
+from conf.schema import LrDecay, OptimConfig, Precision
 from train.engine.precision import LossScale
 
 
@@ -73,3 +73,23 @@ def sound_step(
     optimizer.zero_grad(set_to_none=True)
     scale.update(norm)
     return norm
+
+
+class Accumulating:
+    """Gradients that plain torch accumulates, under DDP and FSDP: `accumulation` backward passes, then one step."""
+
+    def __init__(self, optim: OptimConfig, accumulation: int, precision: Precision) -> None:
+        self.grad_clip, self.accumulation = optim.grad_clip, accumulation
+        self.passes = 0  # backward passes since the latest step
+        self.scale = LossScale(precision)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients of the mean over the micro-batches."""
+        self.passes += 1
+        # A count that is off by one exchanges gradients in the wrong pass, or in none, and nothing else would tell.
+        if last != (self.passes == self.accumulation):
+            raise ValueError(f"pass {self.passes} of {self.accumulation} with last={last}: one of them is wrong")
+        (loss * (self.scale.value / self.accumulation)).backward()
+
+    def publish(self) -> None:
+        """Nothing to do: the masters are the weights."""

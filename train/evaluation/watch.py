@@ -10,9 +10,8 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from conf.ending import first_line
 from conf.entry import to_object
-from conf.errors import UserError
+from conf.errors import UserError, first_line
 from conf.schema import EvaluateRun, UNetRun
 from data.shards.manifest import find_shards
 from models.autoencoder import Autoencoder

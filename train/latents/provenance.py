@@ -12,8 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load
 from torch import Tensor
 
-from conf.ending import first_line
-from conf.errors import UserError
+from conf.errors import UserError, first_line
 from conf.files import atomic_write, sha256
 from conf.plain_json import dumps, loads, loads_finite
 from conf.schema import ConditionsConfig, ImageConfig, ProcessConfig, UNetRun

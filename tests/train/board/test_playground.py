@@ -28,7 +28,7 @@ from models.conditions import ConditionContext, Conditions, Embedders
 from models.pipeline import DiffusionPipeline
 from tiny_pipeline import WIDTH, tiny_pipeline
 from train.board.playground import server
-from train.board.playground.markup import data_url, message, render_sheet
+from train.board.playground.fragments import data_url, message, render_sheet
 from train.board.playground.request import EDIT_OPTIONS, request_of
 from train.board.playground.studio import Drawing, Studio
 from train.board.playground.upload import pixels_of

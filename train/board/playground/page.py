@@ -10,7 +10,7 @@ from gradio.components import Component
 
 from conf.errors import UserError
 from conf.schema import Edit, EditMode, InversionMethod, PlaygroundRun, Sampler
-from train.board.playground.markup import data_url, message, preview, render_sheet
+from train.board.playground.fragments import data_url, message, preview, render_sheet
 from train.board.playground.request import request_of
 from train.board.playground.studio import Studio, examples_of
 from train.board.playground.upload import INPUT, pixels_of

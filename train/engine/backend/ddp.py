@@ -8,9 +8,8 @@ from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 
 from conf.schema import OptimConfig
-from train.engine.backend.accumulation import Accumulating
 from train.engine.backend.layout import Layout, whole
-from train.engine.optim import adamw, sound_step
+from train.engine.optim import Accumulating, adamw, sound_step
 from train.engine.precision import autocast
 from train.engine.runtime import Runtime
 

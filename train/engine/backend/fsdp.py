@@ -16,9 +16,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
-from train.engine.backend.accumulation import Accumulating
 from train.engine.backend.layout import Layout, Piece, require_cuttable
-from train.engine.optim import adamw, sound_step
+from train.engine.optim import Accumulating, adamw, sound_step
 from train.engine.precision import AUTOCAST, autocast
 from train.engine.runtime import Runtime
 

@@ -1,4 +1,4 @@
-"""How easy the tree is to enter, in numbers: `python tests/house.py [FOLDER …]` has a column for each checkout."""
+"""How easy the tree is to enter, in numbers: `python tests/shared/house.py [FOLDER …]` has a column for each checkout."""
 
 import ast
 import sys
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("conf", "data", "models", "train")
 MAY_RECUR = {"__init__.py", "run.py"}  # names that say the same in every folder
 ROUTES = {  # what somebody follows who reads it for the first time; names of before and after a module moved
