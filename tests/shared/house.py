@@ -1,4 +1,4 @@
-"""How easy the tree is to enter, in numbers: `python tests/shared/house.py [FOLDER …]` has a column for each checkout."""
+"""How easy the tree is to enter, in numbers: `python tests/shared/house.py [FOLDER …]`, a column for each checkout."""
 
 import ast
 import sys
