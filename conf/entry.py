@@ -34,7 +34,7 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from conf.ending import fail, leave, tell
 from conf.errors import UserError, choices, did_you_mean, first_line
@@ -266,6 +266,8 @@ def explain(error: Exception, schema: type, typed: Mapping[str, str]) -> str:
 
     """
     line = first_line(error)
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: no YAML, {error.problem}"
     if isinstance(error, OverrideParseException):
         override = error.override.removeprefix("++")
         name = override.partition("=")[0]

@@ -1,6 +1,7 @@
 """Every option is explained, and every shipped configuration composes, fits together and says what it costs."""
 
 import ast
+import copy
 import functools
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from typing import Any, cast
 import hydra
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from conf import entry
@@ -110,6 +112,8 @@ def test_a_runtime_file_with_an_unknown_option_is_refused(tmp_path: Path, monkey
     (tmp_path / "conf/runtime/mine.yaml").write_text("zero_stag: 1\n")
     (tmp_path / "conf/runtime/broken.yaml").write_text("a: [\n")
     monkeypatch.setattr(entry, "CONF", tmp_path / "conf")
+    store = ConfigStore.instance()
+    monkeypatch.setattr(store, "repo", copy.deepcopy(store.repo))  # no other test shall be offered these files
     with pytest.raises(UserError, match=r"runtime/mine.*zero_stag"):
         compose("train_unet", UNetRun, ["runtime=mine"])
     with pytest.raises(UserError, match=r"broken\.yaml"):

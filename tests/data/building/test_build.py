@@ -26,7 +26,7 @@ from data.captions import caption_rank
 from data.shards.manifest import find_shards
 from data.shards.shard import ShardWriter
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def photos(folder: Path, count: int = 12) -> None:

@@ -13,7 +13,7 @@ from conf.errors import UserError
 from data.shards.manifest import Manifest, ShardInfo, find_shards
 from data.shards.shard import ShardWriter
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def build(folder: Path, samples: int = 5, kind: str = "images") -> Manifest:

@@ -24,7 +24,7 @@ from data.shards import remote
 from data.shards.manifest import Manifest
 from data.shards.remote import RemoteError, fetch, listed, read_remote
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 SHARDS, SHARD = 8, 5
 SAMPLES = SHARDS * SHARD
 

@@ -168,7 +168,7 @@ def test_killed_writer_leaves_no_half_shard(tmp_path: Path) -> None:
         "    writer.add(str(i), {'txt': bytes(3_000_000)})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=root, check=False)
     assert done.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.glob("[!.]*")] == ["00000.tar"]

@@ -197,7 +197,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
         checkpoints.save({"number": number}, state, wait=False)  # type: ignore[dict-item]
         number.value.fill_(5)
         state.samples_seen = 50
-        wait_for((tmp_path / "checkpoints").is_dir)
+        wait_for((tmp_path / "checkpoints" / ".tmp-000000000010").is_dir)
         assert names(tmp_path) == [".tmp-000000000010"]
         go_on.set()
         checkpoints.wait()

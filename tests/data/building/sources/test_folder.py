@@ -179,7 +179,7 @@ def test_a_row_without_caption_is_a_reject(tmp_path: Path) -> None:
         ("t.csv", b"path,caption\n\xff,2\n", "not a CSV file in UTF-8"),
         ("t.csv", b"path,caption\n", "no rows"),
         ("t.parquet", b"PAR1 broken", "not a readable parquet file"),
-        ("t.xls", b"x", "not a folder, .csv or .parquet"),
+        ("t.xls", b"x", "not a folder, .csv, .tsv or .parquet"),
     ],
 )
 def test_nothing_to_take_is_one_line(tmp_path: Path, name: str | None, content: bytes, message: str) -> None:

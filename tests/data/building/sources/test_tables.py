@@ -92,7 +92,10 @@ def test_a_tsv_is_a_table(tmp_path: Path) -> None:
         (b"path,caption\n", "no rows in it"),
         (b"path,caption\n0.png," + b"x" * (CELL + 1), "row 1: field larger"),
         (b"a,b\n" + b"1,2\n", "image_column=path: .* has the columns a, b: set image_column to one of them$"),
-        (",".join(f"column {i}" for i in range(999)).encode(), "column 19 and 979 more$"),
+        (
+            ",".join(f"column {i}" for i in range(999)).encode(),
+            "column 19 and 979 more: set image_column to one of them$",
+        ),
     ],
 )
 def test_a_csv_that_cannot_be_read_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
