@@ -388,10 +388,19 @@ def test_a_killed_build_of_other_options_starts_again_and_leaves_no_process(tmp_
 
 
 RESUMED = """
-import sys
+import sys, time
 from conf.schema import BuildRun, FilterConfig, Source
 from data.building import build, records
 records.CHUNK = 2
+make = records.RecordMaker.make
+
+
+def slowly(maker, number, ref):
+    time.sleep(0.01)  # so that a kill comes before the end, however busy the machine is
+    return make(maker, number, ref)
+
+
+records.RecordMaker.make = slowly
 if __name__ == "__main__":
     folder, output, workers = sys.argv[1:]
     settings = dict(source=Source.folder, path=folder, resolution=16, shard_samples=5, workers=int(workers))
