@@ -105,7 +105,7 @@ SAMPLE_FAULTS: dict[str, tuple[str, Callable[[Files], Files], str]] = {
     "half a picture": ("images", lambda files: {**files, "png": files["png"][:150]}, "broken picture"),
     "JSON that does not parse": ("images", replaced("json", b"{"), "Expecting property name"),
     "JSON that is no object": ("images", replaced("json", b"[1]"), r"\.json holds no object"),
-    "JSON without end": ("images", replaced("json", b"[" * 100_000), "recursion"),
+    "JSON without end": ("images", replaced("json", b"[" * 100_000), "nested too deeply"),
     "a caption in latin-1": ("images", replaced("txt", b"caf\xe9"), r"its \.txt is not UTF-8"),
     "a caption of latents in latin-1": ("latents", replaced("txt", b"caf\xe9"), r"its \.txt is not UTF-8"),
     "no tokens": ("latents", replaced("tokens.npy", None), r"has no \.tokens\.npy"),

@@ -126,7 +126,7 @@ def test_every_kind_of_image_is_found_and_the_rest_is_told(tmp_path: Path, capsy
     assert len(told) == 2 and all(f"0 rejected, 0 dropped by filters, {rest}" in line for line in told)
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.heic").write_text("x")
-    with pytest.raises(UserError, match=r"no images \(\.png, .*\) in it; it has 1 \.heic$"):
+    with pytest.raises(UserError, match=r"no images \(\.png, .*\) and no parquet tables in it; it has 1 \.heic$"):
         open_source(config(Source.folder, path=str(tmp_path / "none")))
 
 

@@ -144,6 +144,7 @@ def config(folder: Path, micro: int = 0, **loop_options: Any) -> ClipRun:
     }
     return ClipRun(
         run_dir=str(folder),
+        name="line",
         output_dir=str(folder / "line"),
         shards="none",
         optim=OptimConfig(lr=0.05, warmup_samples=16),
