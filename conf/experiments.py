@@ -93,7 +93,7 @@ def node_of(name: str, command: str, schema: type) -> DictConfig:
 
 
 def for_all(options: DictConfig, schema: type) -> dict[str, Any]:
-    """Those options of the section `all` that a command has; one that draws has those of `sampling` at its top."""
+    """Options of the section `all` that a command has; one that draws has those of `sampling` at its top."""
     known = {option.name for option in dataclasses.fields(schema)}
     found = {str(key): value for key, value in options.items() if key in known}
     return {**options.get("sampling", {}), **found} if issubclass(schema, SamplingConfig) else found
