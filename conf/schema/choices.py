@@ -27,6 +27,11 @@ class Offload(Enum):
     parameters = "parameters"  # the weights between their uses, too
 
 
+class OptimizerName(Enum):
+    adamw = "adamw"
+    muon = "muon"
+
+
 class LrDecay(Enum):
     constant = "constant"
     linear = "linear"

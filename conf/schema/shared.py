@@ -12,6 +12,7 @@ from conf.schema.choices import (
     Distance,
     LrDecay,
     Offload,
+    OptimizerName,
     Precision,
     Prediction,
     TimestepSampling,
@@ -111,8 +112,9 @@ class WandbConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and its learning rate as a function of samples seen."""
+    """The optimizer and its learning rate as a function of samples seen."""
 
+    name: OptimizerName = OptimizerName.adamw  # muon: makes steps of hidden matrices orthogonal, AdamW for the rest
     lr: float = 1e-4  # peak learning rate; never scaled by batch or world size behind the user's back
     beta1: float = 0.9  # decay per step of the gradients' running mean, in [0, 1)
     beta2: float = 0.999  # decay per step of their running mean square, in [0, 1)

@@ -22,6 +22,7 @@ from conf.schema import (
     EmaConfig,
     Offload,
     OptimConfig,
+    OptimizerName,
     Precision,
     RuntimeConfig,
     UNetRuntimeConfig,
@@ -185,6 +186,25 @@ def short_runs(report: Report, runtime: Runtime, layout: str) -> None:
     report.weights(f"{layout}-spoiled", t)
 
 
+def muon(report: Report, runtime: Runtime, layout: str) -> None:
+    """Matrices whose steps need all of a parameter, a gradient that is not finite, and the end from a checkpoint."""
+    t = trainable(runtime, layout, name=OptimizerName.muon)
+    history = []
+    for index in range(SHORT):
+        history.append(step(t, runtime, index))
+        if index + 1 == SHORT // 2:
+            step(t, runtime, index, spoil=float("nan"))
+            t.save(report.folder / f"{layout}-muon")
+            runtime.barrier()
+    report.numbers[f"{layout}/muon"] = history
+    report.weights(f"{layout}-muon", t)
+    t = trainable(runtime, layout, seed=1, name=OptimizerName.muon)
+    t.load(report.folder / f"{layout}-muon")
+    for index in range(SHORT // 2, SHORT):
+        step(t, runtime, index)
+    report.weights(f"{layout}-muon-resumed", t)
+
+
 def low_precision(report: Report, runtime: Runtime, layout: str) -> None:
     t = trainable(runtime, layout)
     history = []
@@ -229,6 +249,7 @@ def main(out: Path, previous: Path | None) -> None:
             curve(report, runtime, layout)
         if runtime.world <= 2:
             short_runs(report, runtime, layout)
+        muon(report, runtime, layout)
         if layout == "fsdp-offload":
             report.numbers["deepspeed imported"] = "deepspeed" in sys.modules
     if runtime.world <= 2:

@@ -1,7 +1,8 @@
-"""AdamW and its learning rate, a pure function of the samples seen; gradients that add up to a step."""
+"""AdamW and the learning rate, a pure function of the samples seen; gradients that add up to a step."""
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +27,19 @@ def lr_at(samples_seen: int, cfg: OptimConfig, total_samples: int) -> float:
 
 
 def adamw(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; only matrices and kernels decay, not biases, gains and scalars.
+    """AdamW over the trainable parameters.
 
     The fused implementation exists on CPU and GPU and needs no compiler, unlike DeepSpeed's.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    kinds = [
-        ([p for p in parameters if p.ndim >= 2], cfg.weight_decay),
-        ([p for p in parameters if p.ndim < 2], 0.0),
-    ]
-    groups = [{"params": members, "weight_decay": decay} for members, decay in kinds if members]
+    groups = parameter_groups(module.parameters(), cfg.weight_decay)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable ones in two groups: only matrices and kernels decay, not biases, gains and scalars."""
+    trainable = [p for p in parameters if p.requires_grad]
+    kinds = [([p for p in trainable if p.ndim >= 2], weight_decay), ([p for p in trainable if p.ndim < 2], 0.0)]
+    return [{"params": members, "weight_decay": decay} for members, decay in kinds if members]
 
 
 @torch.no_grad()

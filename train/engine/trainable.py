@@ -19,6 +19,7 @@ from conf.errors import UserError
 from conf.schema import BackendName, BatchConfig, EmaConfig, OptimConfig, UNetRuntimeConfig
 from models.formats.tensor_stream import TensorStream
 from train.engine.backend.distribute import distribute
+from train.engine.backend.muon import Muon
 from train.engine.contents import Contents, read_into, stream
 from train.engine.ema import Ema
 from train.engine.meter import Clock
@@ -58,6 +59,8 @@ class Trainable:
         self.frozen = _digest_of_frozen(module)
         self.skipped_steps = 0  # updates dropped because a gradient was not finite
         self.backend = distribute(runtime, module, optim, batch, cfg or PLAIN)
+        if isinstance(self.backend.optimizer, Muon):
+            self.backend.optimizer.place(self.backend.layout, self.backend.masters)
         self.ema = Ema(ema, self.backend.masters) if ema is not None and ema.half_life_samples > 0 else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

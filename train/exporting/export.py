@@ -97,12 +97,15 @@ def require_expressible(cfg: ExportRun, denoiser: Denoiser, name: str) -> None:
 
 
 def _autoencoder(cfg: ExportRun) -> Autoencoder:
-    try:
-        return Autoencoder.from_pretrained(cfg.autoencoder)
-    except UserError as error:
-        if "VQModel" in (Path(cfg.autoencoder) / CONFIG_NAME).read_text():
-            raise UserError(f"autoencoder={cfg.autoencoder}: diffusers' pipeline takes KL autoencoders only") from error
-        raise
+    autoencoder = Autoencoder.from_pretrained(cfg.autoencoder)
+    if autoencoder.quantize is not None:
+        raise UserError(f"autoencoder={cfg.autoencoder}: diffusers' pipeline takes KL autoencoders only")
+    if autoencoder.cfg.patch_size > 1:
+        raise UserError(
+            f"autoencoder={cfg.autoencoder}: its patch_size is {autoencoder.cfg.patch_size}, and neither diffusers nor "
+            "CompVis know an autoencoder that begins so; train one with model.patch_size=1"
+        )
+    return autoencoder
 
 
 def _clip(cfg: ExportRun) -> Clip:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from conf.schema import OptimConfig
 from train.engine.backend.layout import Layout, whole
-from train.engine.optim import Accumulating, adamw, sound_step
+from train.engine.backend.muon import make_optimizer
+from train.engine.optim import Accumulating, sound_step
 from train.engine.precision import autocast
 from train.engine.runtime import Runtime
 
@@ -23,7 +24,7 @@ class DdpBackend(Accumulating):
         # Gradients of 1 x 1 kernels have strides of either layout of pixels, which differ in name only.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self.wrapped: nn.Module = self.accelerator.prepare_model(module)
-        self.optimizer = adamw(module, optim)
+        self.optimizer = make_optimizer(module, optim)
         self.device, self.precision = runtime.device, runtime.precision
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.masters: list[Tensor] = list(parameters.values())

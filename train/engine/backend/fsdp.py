@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
 from train.engine.backend.layout import Layout, Piece, require_cuttable
-from train.engine.optim import Accumulating, adamw, sound_step
+from train.engine.backend.muon import make_optimizer
+from train.engine.optim import Accumulating, sound_step
 from train.engine.precision import AUTOCAST, autocast
 from train.engine.runtime import Runtime
 
@@ -36,7 +37,7 @@ class FsdpBackend(Accumulating):
         self.runtime, self.module = runtime, module
         self.parameters: dict[str, Any] = dict(module.named_parameters())  # DTensors
         self.masters: list[Tensor] = [_rows(parameter) for parameter in self.parameters.values()]
-        self.optimizer = adamw(module, optim)
+        self.optimizer = make_optimizer(module, optim)
         masters = dict(zip(self.parameters.values(), self.masters, strict=True))
         for group in self.optimizer.param_groups:
             group["params"] = [masters[parameter] for parameter in group["params"]]

@@ -41,8 +41,8 @@ class Layout:
             dist.all_reduce(full.view(torch.int32))
         return full.view(self.shapes[name])
 
-    def collect(self, name: str, shards: Sequence[Tensor]) -> Tensor:
-        """One full fp32 parameter, on the main process alone; collective.
+    def collect(self, name: str, shards: Sequence[Tensor], owner: int = 0) -> Tensor:
+        """One full fp32 parameter, on the process `owner` alone; collective.
 
         It may be on any device, and is no copy where that process holds all of it.
         """
@@ -53,8 +53,8 @@ class Layout:
             return self._held(piece, shards).view(shape)
         full = self._padded(name, shards)
         # A reduction again, since pieces differ in length, which a gathering of equal parts does not allow. Others than
-        # the main process are left with what their part of it came to, and throw that away.
-        dist.reduce(full.view(torch.int32), dst=0)
+        # the owner are left with what their part of it came to, and throw that away.
+        dist.reduce(full.view(torch.int32), dst=owner)
         return full.view(shape)
 
     def _held(self, piece: Piece, shards: Sequence[Tensor]) -> Tensor:

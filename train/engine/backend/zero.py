@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
 from train.engine.backend.layout import BUCKET, Layout, Piece, require_cuttable, whole
-from train.engine.optim import adamw, unscale_and_clip
+from train.engine.backend.muon import make_optimizer
+from train.engine.optim import unscale_and_clip
 from train.engine.precision import AUTOCAST, LossScale
 from train.engine.runtime import Runtime
 
@@ -151,7 +152,7 @@ def start_engine(runtime: Runtime, module: nn.Module, optim: OptimConfig, config
     os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))  # DeepSpeed insists on it
     backend = "nccl" if runtime.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-    optimizer = adamw(module.to(runtime.device), optim)
+    optimizer = make_optimizer(module.to(runtime.device), optim)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return engine
 
