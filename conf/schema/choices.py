@@ -10,6 +10,7 @@ class Device(Enum):
 
 
 class Precision(Enum):
+    auto = "auto"  # bf16 where the device computes in it, else fp32
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"

@@ -37,7 +37,7 @@ class RuntimeConfig:
     """Where and how a command computes: the only part that differs between a laptop and a cluster."""
 
     device: Device = Device.auto  # auto: cuda when there is one
-    precision: Precision = Precision.fp32  # of the forward and backward pass; master weights stay fp32
+    precision: Precision = Precision.fp32  # of forward and backward pass; auto: bf16 where it is fast, else fp32
     threads: int = 0  # CPU threads per process; 0: torch's own choice
     timeout_s: float = 1800.0  # seconds after which a collective operation that does not return is an error
 

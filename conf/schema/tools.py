@@ -6,7 +6,7 @@ from omegaconf import MISSING
 
 from conf.errors import UserError
 from conf.overrides import a_path
-from conf.schema.choices import Accelerator, CacheDtype
+from conf.schema.choices import Accelerator, CacheDtype, Precision
 from conf.schema.shared import WandbConfig, require, require_positive
 from conf.schema.training import UNetRun
 
@@ -53,6 +53,8 @@ class PlanRun(UNetRun):
     tokens: int = 77  # of a caption
 
     def __post_init__(self) -> None:
+        if self.runtime.precision is Precision.auto:
+            self.runtime.precision = Precision.fp32 if self.accelerator is Accelerator.v100 else Precision.bf16
         require_positive(self, "gpus", "gpus_per_machine", "variants", "tokens")
         require(0 <= self.mfu <= 1, f"mfu={self.mfu}: must be in (0, 1], or 0 for what is known of the accelerator")
         for name in ("network_gbps", "cached_samples"):

@@ -16,6 +16,18 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
 
+def resolved(precision: Precision, device: torch.device) -> Precision:
+    """What `auto` is on a device: bf16 where that has instructions for it; without them it is slower than fp32."""
+    if precision is not Precision.auto:
+        return precision
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        known = torch.cpu.get_capabilities()
+        fast = known.get("avx512_bf16", False) or known.get("amx_bf16", False)
+    return Precision.bf16 if fast else Precision.fp32
+
+
 class LossScale:
     """Dynamic loss scale of fp16 (Micikevicius et al. 2018, section 3.2); stays 1 in the other precisions.
 

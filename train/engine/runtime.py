@@ -18,6 +18,7 @@ from torch.distributed import HashStore, PrefixStore, rendezvous  # type: ignore
 
 from conf.errors import UserError
 from conf.schema import Device, Precision, RuntimeConfig
+from train.engine.precision import resolved
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ def start(cfg: RuntimeConfig) -> Runtime:
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
     if cfg.threads > 0:
         torch.set_num_threads(cfg.threads)
+    cfg.precision = resolved(cfg.precision, device)  # in the options, too, which records and protocols keep
     return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, cfg.precision, accelerator)
 
 
