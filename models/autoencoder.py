@@ -15,7 +15,6 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from conf.errors import UserError
@@ -86,8 +85,8 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg: AutoencoderConfig) -> None:
         super().__init__()
-        widths, groups, self.patch_size = cfg.block_out_channels, cfg.norm_num_groups, cfg.patch_size
-        self.conv_in = nn.Conv2d(cfg.in_channels * cfg.patch_size**2, widths[0], 3, padding=1)
+        widths, groups = cfg.block_out_channels, cfg.norm_num_groups
+        self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for number, (previous, width) in enumerate(pairwise([widths[0], *widths])):
             level = CoderLevel(previous, width, cfg.layers_per_block, groups, number in cfg.attention_levels)
@@ -100,7 +99,7 @@ class Encoder(nn.Module):
         self.conv_out = SiluConv2d(widths[-1], outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(laid_out(F.pixel_unshuffle(x, self.patch_size)))  # [B, widths[0], H/patch_size, W/patch_size]
+        x = self.conv_in(x)  # [B, widths[0], H, W]
         for level in self.down_blocks:
             x = level(x)
         x = self.mid_block(x)  # [B, widths[-1], h, w]
@@ -112,7 +111,7 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: AutoencoderConfig) -> None:
         super().__init__()
-        widths, groups, self.patch_size = cfg.block_out_channels[::-1], cfg.norm_num_groups, cfg.patch_size
+        widths, groups = cfg.block_out_channels[::-1], cfg.norm_num_groups
         self.conv_in = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, cfg.mid_block_add_attention)
         self.up_blocks = nn.ModuleList()
@@ -123,13 +122,13 @@ class Decoder(nn.Module):
                 level.upsamplers.append(Upsample(width))
             self.up_blocks.append(level)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = SiluConv2d(widths[-1], cfg.out_channels * cfg.patch_size**2)
+        self.conv_out = SiluConv2d(widths[-1], cfg.out_channels)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))  # [B, widths[0], h, w]
         for level in self.up_blocks:
             x = level(x)
-        return F.pixel_shuffle(self.conv_out(self.conv_norm_out(x)), self.patch_size)
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class Quantised(NamedTuple):
@@ -243,7 +242,7 @@ class Autoencoder(nn.Module):
 
     def _encoded(self, x: Tensor) -> Tensor:
         check_sides(x, self.cfg.downscale)
-        return self.quant_conv(self.encoder(x))
+        return self.quant_conv(self.encoder(laid_out(x)))
 
     def _decoded(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(laid_out(z)))

@@ -46,14 +46,13 @@ class AutoencoderConfig:
     norm_num_groups: int = 32  # groups of each group norm; divides all block_out_channels
     attention_levels: list[int] = field(default_factory=list)  # self-attention in these levels; 0: the image's size
     mid_block_add_attention: bool = True  # self-attention at the smallest size
-    patch_size: int = 1  # pixels per side that the first level sees as the channels of one; diffusers knows 1 only
     num_vq_embeddings: int | None = None  # vectors of the codebook; null: a KL autoencoder
     vq_embed_dim: int | None = None  # channels of a vector; null: latent_channels
 
     @property
     def downscale(self) -> int:
         """Pixels of the image per pixel of the latent, along one side."""
-        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+        return 2 ** (len(self.block_out_channels) - 1)
 
     @property
     def cached_channels(self) -> int:
@@ -61,7 +60,7 @@ class AutoencoderConfig:
         return self.vq_embed_dim or self.latent_channels
 
     def __post_init__(self) -> None:
-        _require_positive(self, *SIZES, "latent_channels", "patch_size", "num_vq_embeddings", "vq_embed_dim")
+        _require_positive(self, *SIZES, "latent_channels", "num_vq_embeddings", "vq_embed_dim")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise UserError(

@@ -52,8 +52,6 @@ def to_json(cfg: AutoencoderConfig) -> dict[str, Any]:
     """`config.json` of an autoencoder."""
     form = KL_FORMAT if cfg.num_vq_embeddings is None else VQ_FORMAT
     values = {name: value for name, value in asdict(cfg).items() if form is VQ_FORMAT or name not in ONLY_VQ}
-    if cfg.patch_size == 1:
-        del values["patch_size"]  # diffusers has no such field, and says so
     attends = values.pop("attention_levels")
     down = [number in attends for number in range(len(cfg.block_out_channels))]
     for option, kinds in (("down_block_types", down), ("up_block_types", down[::-1])):

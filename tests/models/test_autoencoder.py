@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from conf.errors import UserError
 from conf.schema.networks import AutoencoderConfig
@@ -59,25 +58,6 @@ def test_outputs_and_gradients_equal_diffusers(cfg: AutoencoderConfig, tmp_path:
     floor = 1e-3 * max(grad.abs().max() for grad in peers)  # below it a gradient is rounding around 0
     for name, grad, peer in zip(["image", *weights], grads, peers, strict=True):
         assert (grad - peer).abs().max() <= 1e-4 * peer.abs().max().clamp(min=floor), name
-
-
-def test_patches_are_pixel_unshuffled_around_the_same_network(tmp_path: Path) -> None:
-    """With patch_size p it is diffusers' network of 3·p² channels between torch's own rearrangements of pixels."""
-    torch.manual_seed(0)
-    cfg = replace(F4, block_out_channels=[8, 16], patch_size=4, layers_per_block=1)
-    ours = perturbed(cfg)
-    wide = Autoencoder(replace(cfg, in_channels=48, out_channels=48, patch_size=1))
-    wide.load_state_dict(ours.state_dict())
-    wide.save_pretrained(tmp_path)
-    reference = AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False)
-    image = torch.randn(2, 3, 32, 24)
-    posterior = reference.encode(nn.PixelUnshuffle(4)(image)).latent_dist
-    expected = nn.PixelShuffle(4)(reference.decode(posterior.mean).sample)
-    torch.testing.assert_close(ours.encode(image), posterior.parameters)
-    torch.testing.assert_close(ours.decode(posterior.mean), expected)
-    assert cfg.downscale == 8 and posterior.mean.shape == (2, 4, 4, 3)
-    with pytest.raises(UserError, match="32 x 28 pixels: both must be multiples of 8"):
-        ours.encode(torch.randn(1, 3, 32, 28))
 
 
 def test_parameter_count_of_stable_diffusion() -> None:

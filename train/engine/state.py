@@ -18,7 +18,6 @@ from train.engine.metric_log import MetricLog, finite_metrics
 from train.engine.trainable import Trainable
 
 ARCHITECTURE = ("model", "discriminator", "process")  # sections of a configuration that the weights are bound to
-ADDED = {"model.patch_size": 1}  # options that runs of earlier versions do not name, and what stood for them
 DONE = "DONE"
 
 
@@ -101,8 +100,7 @@ def config_digest(content: Any) -> str:
 
 def require_same_run(saved: Mapping[str, Any], now: State, output_dir: Path) -> None:
     """Refuse to continue what another network or other data began; raises UserError naming what differs."""
-    after = json.loads(dumps(now.architecture))
-    before = {name: value for name, value in ADDED.items() if name in after} | saved["architecture"]
+    before, after = saved["architecture"], json.loads(dumps(now.architecture))
     changed = [
         f"{name} was {before.get(name)}, is {after.get(name)}"
         for name in sorted(before.keys() | after.keys())

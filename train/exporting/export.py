@@ -100,11 +100,6 @@ def _autoencoder(cfg: ExportRun) -> Autoencoder:
     autoencoder = Autoencoder.from_pretrained(cfg.autoencoder)
     if autoencoder.quantize is not None:
         raise UserError(f"autoencoder={cfg.autoencoder}: diffusers' pipeline takes KL autoencoders only")
-    if autoencoder.cfg.patch_size > 1:
-        raise UserError(
-            f"autoencoder={cfg.autoencoder}: its patch_size is {autoencoder.cfg.patch_size}, and neither diffusers nor "
-            "CompVis know an autoencoder that begins so; train one with model.patch_size=1"
-        )
     return autoencoder
 
 

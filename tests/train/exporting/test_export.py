@@ -278,24 +278,11 @@ def test_network_without_a_pipeline_in_diffusers_is_refused(project: Any, tmp_pa
         export.export_model(config(project, tmp_path / "export", f"unet={tmp_path}/unet"))
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"num_vq_embeddings": 32}, "diffusers' pipeline takes KL autoencoders only"),
-        (
-            {"patch_size": 2, "block_out_channels": [8, 8]},
-            "its patch_size is 2, and neither diffusers nor",
-        ),
-    ],
-    ids=["codebook", "patches"],
-)
-def test_autoencoder_that_diffusers_has_not_is_refused(
-    project: Any, tmp_path: Path, changed: dict[str, Any], message: str
-) -> None:
-    cfg = AutoencoderConfig(block_out_channels=[8, 8, 8], layers_per_block=1, norm_num_groups=4)
-    Autoencoder(replace(cfg, **changed)).save_pretrained(tmp_path / "autoencoder")
+def test_autoencoder_with_a_codebook_is_refused(project: Any, tmp_path: Path) -> None:
+    cfg = AutoencoderConfig(block_out_channels=[8, 8, 8], layers_per_block=1, norm_num_groups=4, num_vq_embeddings=32)
+    Autoencoder(cfg).save_pretrained(tmp_path / "autoencoder")
     known = {"clip": None, "autoencoder": weights_digest(str(tmp_path / "autoencoder"))}
     untrained(project, tmp_path / "unet", UNCONDITIONAL, {}, **known)
     given = [f"unet={tmp_path}/unet", f"autoencoder={tmp_path}/autoencoder"]
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="diffusers' pipeline takes KL autoencoders only"):
         export.export_model(config(project, tmp_path / "export", *given))
