@@ -1,14 +1,16 @@
-"""Processes: torchrun's command line, signals that ask for an end, locks, and children that end with their parent."""
+"""Processes: torchrun's command line, signals that ask for an end, locks, CPUs, children that end with their parent."""
 
 import ctypes
 import fcntl
+import math
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, parent_process
+from pathlib import Path
 from types import FrameType
 
 SHUTDOWN_S = 600  # that torchrun gives its processes for their checkpoint, before it kills them
@@ -86,3 +88,36 @@ def lock(descriptor: int) -> bool:
 def wait_for_lock(descriptor: int) -> None:
     """Lock an open file or folder once no other process holds it."""
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def usable_cpus() -> set[int]:
+    """Numbers of the CPUs that this process may run on; containers and SLURM may leave it some of the machine's."""
+    return os.sched_getaffinity(0) if sys.platform == "linux" else set(range(os.cpu_count() or 1))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """Seconds of CPU time per second that the control groups of this process grant it; infinite without a limit.
+
+    `docker run --cpus=1` sets such a limit: all CPUs are usable then, yet no more than one at a time on average.
+    """
+    quotas = [math.inf]
+    with suppress(OSError):  # another system than Linux
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)  # those of the second version have no controllers named
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            group = Path(path.lstrip("/"))
+            for folder in (group, *group.parents):  # a container may see the group of its own as the uppermost
+                quotas.append(_quota(root / "sys/fs/cgroup" / ("cpu" if controllers else "") / folder))
+    return min(quotas)
+
+
+def _quota(group: Path) -> float:
+    """The limit of one control group, of either version."""
+    with suppress(OSError, ValueError):  # "max" is no number
+        quota, period = map(int, (group / "cpu.max").read_text().split())
+        return quota / period
+    with suppress(OSError):
+        quota, period = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 else math.inf  # -1: no limit
+    return math.inf
