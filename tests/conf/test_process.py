@@ -10,8 +10,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conf.process import collected_signals, cpu_quota, lock, python, usable_cpus
+from conf.process import BUSY_LOOPS, collected_signals, cpu_quota, lock, python, usable_cpus
 
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+from conf.entry import entry
+from conf.schema import DashboardRun
+
+@entry("dashboard", DashboardRun)
+def main(cfg):
+    import torch
+
+main()
+"""
 PERIOD = {"cpu/a/cpu.cfs_period_us": "100000"}
 NAP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
@@ -105,3 +116,17 @@ def test_the_cpu_time_that_control_groups_grant_is_known(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert cpu_quota(tmp_path) == quota
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another library of OpenMP")
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "7"}], ids=str)
+def test_threads_of_a_command_wait_briefly_unless_the_user_chose(tmp_path: Path, chosen: dict[str, str]) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    inherited = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment = inherited | {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE"} | chosen
+    command = [sys.executable, str(program), f"run_dir={tmp_path}"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    expected = chosen.get("GOMP_SPINCOUNT", "0" if chosen else BUSY_LOOPS)
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
