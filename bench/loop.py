@@ -224,4 +224,4 @@ def quietly(measure: Callable[[], float]) -> Callable[[], float]:
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as name:
-        main(comparisons(Path(name), start(RuntimeConfig())))
+        main(comparisons(Path(name), start(RuntimeConfig(threads=THREADS))))

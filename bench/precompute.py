@@ -83,9 +83,8 @@ def encode_all(cfg: PrecomputeRun, runtime: Any, encoder: LatentEncoder) -> None
 
 def work(folder: Path, output: str, ready: Any) -> None:
     """One of several workers, with one thread."""
-    torch.set_num_threads(1)
     cfg = config(folder, output)
-    cfg.threads = 1
+    cfg.threads = cfg.runtime.threads = 1
     runtime = start(cfg.runtime)
     encoder = encoder_of(cfg, runtime)
     encoder.moments(torch.zeros(1, 3, SIDE, SIDE))

@@ -41,6 +41,7 @@ from conf.errors import UserError, choices, did_you_mean, first_line
 from conf.experiments import STAGES, register_experiments
 from conf.help import show_help
 from conf.overrides import UNSAID, argument, finished, form_of, option_of, readable, section_of, with_typed_keys
+from conf.process import wait_briefly
 from conf.schema import COMMANDS, UNetRuntimeConfig
 from conf.slurm_launcher import check_launcher, prepare_launcher
 from conf.sweep import Start, print_members, run_member
@@ -73,6 +74,7 @@ def entry(
 
         @functools.wraps(main)
         def command() -> None:
+            wait_briefly()
             flags, overrides = ([a for a in sys.argv[1:] if a.startswith("-") is flag] for flag in (True, False))
             start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
             try:

@@ -1,18 +1,21 @@
-"""Processes: torchrun's command line, signals that ask for an end, locks, and children that end with their parent."""
+"""Processes: torchrun's command line, signals that ask for an end, locks, CPUs, children that end with their parent."""
 
 import ctypes
 import fcntl
+import math
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, parent_process
+from pathlib import Path
 from types import FrameType
 
 SHUTDOWN_S = 600  # that torchrun gives its processes for their checkpoint, before it kills them
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+BUSY_LOOPS = "10000"  # before a waiting thread sleeps, of 20 ns or so each; GNU's own choice is 300,000
 
 
 def python(processes: int) -> list[str]:
@@ -86,3 +89,46 @@ def lock(descriptor: int) -> bool:
 def wait_for_lock(descriptor: int) -> None:
     """Lock an open file or folder once no other process holds it."""
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def wait_briefly() -> None:
+    """Have OpenMP's threads wait for each other in a busy loop for some 0.2 ms instead of 6; before torch is imported.
+
+    On a machine of their own they wait less than that. Where another process has the core of one of them, the others
+    then sleep instead of keeping it from a core of theirs. Who has set one of the variables has chosen.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = BUSY_LOOPS
+
+
+def usable_cpus() -> set[int]:
+    """Numbers of the CPUs that this process may run on; containers and SLURM may leave it some of the machine's."""
+    return os.sched_getaffinity(0) if sys.platform == "linux" else set(range(os.cpu_count() or 1))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """Seconds of CPU time per second that the control groups of this process grant it; infinite without a limit.
+
+    `docker run --cpus=1` sets such a limit: all CPUs are usable then, yet no more than one at a time on average.
+    """
+    quotas = [math.inf]
+    with suppress(OSError):  # another system than Linux
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)  # those of the second version have no controllers named
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            group = Path(path.lstrip("/"))
+            for folder in (group, *group.parents):  # a container may see the group of its own as the uppermost
+                quotas.append(_quota(root / "sys/fs/cgroup" / ("cpu" if controllers else "") / folder))
+    return min(quotas)
+
+
+def _quota(group: Path) -> float:
+    """The limit of one control group, of either version."""
+    with suppress(OSError, ValueError):  # "max" is no number
+        quota, period = map(int, (group / "cpu.max").read_text().split())
+        return quota / period
+    with suppress(OSError):
+        quota, period = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 else math.inf  # -1: no limit
+    return math.inf

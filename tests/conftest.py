@@ -1,6 +1,7 @@
 """What tests of several folders share."""
 
 import json
+import os
 import struct
 import time
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch is imported: tests compare bits, and the last ones of a sum depend on how many threads make it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BLOCK = 32768  # bytes of a block in LevelDB's log format
 

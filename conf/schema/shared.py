@@ -38,7 +38,7 @@ class RuntimeConfig:
 
     device: Device = Device.auto  # auto: cuda when there is one
     precision: Precision = Precision.fp32  # of forward and backward pass; auto: bf16 where it is fast, else fp32
-    threads: int = 0  # CPU threads per process; 0: torch's own choice
+    threads: int = 0  # CPU threads per process; 0: one per core, fewer while other processes compute
     timeout_s: float = 1800.0  # seconds after which a collective operation that does not return is an error
 
     def __post_init__(self) -> None:

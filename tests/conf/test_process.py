@@ -1,5 +1,6 @@
-"""Processes end with their parent, hear of signals, and keep out of each other's way."""
+"""Processes end with their parent, hear of signals, know their CPUs, and keep out of each other's way."""
 
+import math
 import os
 import signal
 import subprocess
@@ -9,8 +10,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conf.process import collected_signals, lock, python
+from conf.process import BUSY_LOOPS, collected_signals, cpu_quota, lock, python, usable_cpus
 
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+from conf.entry import entry
+from conf.schema import DashboardRun
+
+@entry("dashboard", DashboardRun)
+def main(cfg):
+    import torch
+
+main()
+"""
+PERIOD = {"cpu/a/cpu.cfs_period_us": "100000"}
 NAP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
@@ -68,3 +81,52 @@ def test_a_lock_is_held_as_long_as_any_has_it_open(tmp_path: Path) -> None:
                 assert not lock(second.fileno())
                 heir.kill()
             assert lock(second.fileno())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others tell nothing of it")
+def test_only_the_cpus_that_are_left_to_a_process_are_usable() -> None:
+    allowed = usable_cpus()
+    one = min(allowed)
+    code = f"import os; os.sched_setaffinity(0, [{one}]); from conf.process import usable_cpus; print(usable_cpus())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{{{one}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quota"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, math.inf),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "400000 100000\n", "cpu.max": "max 1\n"}, 4.0),
+        ("0::/seen/from/outside\n", {"cpu.max": "200000 100000\n"}, 2.0),
+        ("9:memory:/a\n4:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "50000", **PERIOD}, 0.5),
+        ("4:cpu:/a\n0::/\n", {"cpu/a/cpu.cfs_quota_us": "-1", **PERIOD}, math.inf),
+        ("4:cpuset:/\n0::/\n", {}, math.inf),
+        (None, {}, math.inf),
+    ],
+    ids=["v2", "v2, no limit", "v2, group above", "v2, container", "v1", "v1, no limit", "none", "no Linux"],
+)
+def test_the_cpu_time_that_control_groups_grant_is_known(
+    tmp_path: Path, groups: str | None, files: dict[str, str], quota: float
+) -> None:
+    written = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    if groups is not None:
+        written["proc/self/cgroup"] = groups
+    for name, text in written.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu_quota(tmp_path) == quota
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another library of OpenMP")
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "7"}], ids=str)
+def test_threads_of_a_command_wait_briefly_unless_the_user_chose(tmp_path: Path, chosen: dict[str, str]) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    inherited = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment = inherited | {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE"} | chosen
+    command = [sys.executable, str(program), f"run_dir={tmp_path}"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    expected = chosen.get("GOMP_SPINCOUNT", "0" if chosen else BUSY_LOOPS)
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr

@@ -98,6 +98,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Memory of the fullest process", ("perf/memory_gib",), unit="GiB"),
         Panel("Waiting for data", ("perf/data_wait_share",), unit="share"),
         Panel("Lag of the slowest rank", ("perf/slowest_rank_lag",), unit="share"),
+        Panel("CPU threads", ("perf/threads",)),
         Panel("Work so far", ("perf/device_hours",), unit="device hours"),
     ),
     "Data health": (

@@ -95,6 +95,7 @@ def shared(cfg: EvaluateEditsRun, runtime: Runtime, what: str, jobs: Sequence[An
     with Progress("edits", len(jobs), what, shown=runtime.is_main) as progress:
         for start in range(0, len(numbers), cfg.batch_size):
             part = numbers[start : start + cfg.batch_size]
+            runtime.threads.adjust()
             with autocast(runtime.device, cfg.runtime.precision):
                 rows += zip(part, measure(part, [jobs[number] for number in part]), strict=True)
             progress.update(len(jobs) * (start + len(part)) // len(numbers))

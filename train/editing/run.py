@@ -64,6 +64,7 @@ def draw_edits(cfg: EditRun, runtime: Runtime) -> None:
     mine, broken, done = missing[runtime.rank :: runtime.world], list[int](), 0
     with Progress("edit", len(missing), "edits", shown=runtime.is_main) as progress:
         for batch in edit_batches(jobs, mine, cfg.batch_size):
+            runtime.threads.adjust()
             for index, edited in zip(batch, edit_batch(model, cfg, [jobs[index] for index in batch]), strict=True):
                 if all(finite_images(torch.stack([edited.source.image, edited.result.image]))):
                     write_edit(folder, index, jobs[index], edited)

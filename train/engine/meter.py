@@ -65,6 +65,7 @@ class Meter:
             "perf/slowest_rank": float(np.argmax(own)),
             "perf/slowest_rank_lag": max(own) * len(own) / sum(own) - 1 if sum(own) > 0 else 0.0,
             "perf/eta_s": samples_left / images_per_s,
+            "perf/threads": float(torch.get_num_threads()),
         }
         for percent, value in zip(PERCENTILES, np.percentile(self.step_s, PERCENTILES), strict=True):
             perf[f"perf/step_ms_p{percent}"] = 1000 * float(value)

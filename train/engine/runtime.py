@@ -1,13 +1,15 @@
-"""The processes of a run: who am I, on which device, and the few exchanges that stages need."""
+"""The processes of a run: who am I, on which device, with how many threads, and the few exchanges that stages need."""
 
 import os
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
@@ -17,8 +19,113 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from conf.errors import UserError
-from conf.schema import Device, Precision, RuntimeConfig
+from conf.process import cpu_quota, usable_cpus
+from conf.schema import Device, Precision, RuntimeConfig, TrainingRuntimeConfig
+from train.engine.metric_log import say
 from train.engine.precision import resolved
+
+TORCHS_CHOICE = torch.get_num_threads()  # CPU cores that this process may use, before anybody changes it
+CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")  # set by the user, or torchrun
+WINDOW_S = 0.5  # in which CPU time is compared, or the length of a step where that is longer
+CALM = 2  # such windows in a row, after which a core that others left is taken
+TAKEN, LEFT = 0.5, 0.3  # share of a core: others who use more have taken it, those who use less have left it
+IDLE = ("idle", "iowait", "guest", "guest_nice")  # times of no work, and of guests, which are in `user` as well
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """CPU seconds so far: of all processes on the CPUs that this one may use, and of this one.
+
+    A virtual machine counts what its host gave to others as well (`steal`).
+    """
+    allowed, busy = usable_cpus(), 0.0
+    for number, times in enumerate(psutil.cpu_times(percpu=True)):
+        if number in allowed:
+            busy += sum(times) - sum(getattr(times, name, 0.0) for name in IDLE)
+    return busy, time.process_time()
+
+
+class Threads:
+    """The CPU threads that torch computes with: as many as there are cores that other processes leave alone.
+
+    At the end of each operator torch's threads wait for each other in a busy loop. Where one of them shares its core,
+    all wait until it has it again, thousands of times per step: two threads beside one busy process are several times
+    slower than one. So one thread gives way for each core that others keep busy, and comes back when they have ended.
+
+    Args:
+        most: threads on a machine that is idle otherwise; 1 adjusts nothing.
+        cores: that this process and others share.
+        read: as `cpu_seconds`.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        most: int = 1,
+        cores: int = 1,
+        read: Callable[[], tuple[float, float]] = cpu_seconds,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.most, self.cores, self.read, self.clock = most, cores, read, clock
+        self.count = self.told = most
+        self.calm = 0  # windows in a row in which more threads would have had a core
+        self.silence_s, self.silent_until = 1.0, 0.0
+        self.began, (self.busy, self.own) = clock(), read()
+
+    def adjust(self) -> None:
+        """Between two steps, on the thread that computes: give way to others, or take what they have left."""
+        now = self.clock()
+        if self.most == 1 or now - self.began < WINDOW_S:
+            return
+        busy, own = self.read()
+        others = (busy - self.busy - (own - self.own)) / (now - self.began)  # cores
+        self.began, self.busy, self.own = now, busy, own
+        if (fewer := self._fitting(others, TAKEN)) < self.count:
+            self._set(fewer)
+        elif (more := self._fitting(others, LEFT)) > self.count:
+            self.calm += 1
+            if self.calm == CALM:
+                self._set(more)
+        else:
+            self.calm = 0
+        if self.count != self.told and now >= self.silent_until:
+            self._tell(others, now)
+
+    def _fitting(self, others: float, share: float) -> int:
+        """Threads that have a core to themselves, where others have taken one by using more than a share of it."""
+        return max(1, min(self.most, self.cores - int(others + 1 - share)))
+
+    def _set(self, count: int) -> None:
+        torch.set_num_threads(count)
+        self.count, self.calm = count, 0
+
+    def _tell(self, others: float, now: float) -> None:
+        """Each line doubles the time to the next: others who come and go shall not fill the log."""
+        if self.count == self.most:
+            say("cpu", f"{self.most} threads again")
+        else:
+            fewer = f"{self.count} thread{'s' * (self.count > 1)} instead of {self.most}"
+            shared = f"other processes keep {others:.1f} of {self.cores} cores busy"
+            say("cpu", f"{shared}: {fewer}; runtime.threads={self.most} holds the number fixed")
+        self.told, self.silent_until = self.count, now + self.silence_s
+        self.silence_s *= 2
+
+
+def choose_threads(cfg: RuntimeConfig, device: torch.device) -> Threads:
+    """Set the number of CPU threads: as chosen, else torch's choice within the limits of this process.
+
+    Who chose a number, by an option or a variable, keeps it: the last bits of a result depend on it. So does a compiled
+    network, which has it in its code.
+    """
+    if cfg.threads > 0:
+        torch.set_num_threads(cfg.threads)
+    compiled = isinstance(cfg, TrainingRuntimeConfig) and cfg.compile
+    if cfg.threads > 0 or compiled or device.type != "cpu" or any(name in os.environ for name in CHOSEN_BY):
+        return Threads()
+    cores = min(TORCHS_CHOICE, len(usable_cpus()))
+    most = max(1, round(min(cores, cpu_quota())))
+    if most != torch.get_num_threads():  # a member of a sweep before this one may have left another number
+        torch.set_num_threads(most)
+    return Threads(most, cores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +138,7 @@ class Runtime:
     device: torch.device
     precision: Precision
     accelerator: Accelerator
+    threads: Threads = field(default_factory=Threads)
 
     @property
     def is_main(self) -> bool:
@@ -99,10 +207,9 @@ def start(cfg: RuntimeConfig) -> Runtime:
     # Its mixed precision stays off: `Trainable` casts by itself, alike under DDP and DeepSpeed.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
-    if cfg.threads > 0:
-        torch.set_num_threads(cfg.threads)
+    threads = choose_threads(cfg, device)
     cfg.precision = resolved(cfg.precision, device)  # in the options, too, which records and protocols keep
-    return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, cfg.precision, accelerator)
+    return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, cfg.precision, accelerator, threads)
 
 
 def stop() -> None:

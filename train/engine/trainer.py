@@ -124,6 +124,7 @@ def train(
         if due(loop.evaluate_every):
             evaluate(stage, runtime, state, journal, watchdog)
 
+        runtime.threads.adjust()
         step_began, wait_s, sound = time.perf_counter(), 0.0, True
         measured = list[dict[str, Tensor]]()
         for index in range(accumulation):

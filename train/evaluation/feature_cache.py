@@ -50,6 +50,7 @@ class FeatureCache:
         total, done = sum(map(len, todo)), 0
         with Progress(command, total, "images", shown=runtime.is_main) as progress:
             for numbers in todo[runtime.rank :: runtime.world]:
+                runtime.threads.adjust()
                 self.write(numbers, measure(numbers))
                 done += len(numbers)
                 progress.update(min(done * runtime.world, total))  # the others are taken to be as fast

@@ -133,7 +133,7 @@ def encode_split(cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit,
     claims = Claims(split.folder / PARTS / "claims", cfg.lease_s)
     start = split.shards * worker // workers  # apart, so that processes meet only when little is left
     for index in claims.work(split.shards, lambda item: part_of(split, item) is not None or is_finished(split), start):
-        part = encode_shard(cfg, encoder, split, index)
+        part = encode_shard(cfg, encoder, split, index, runtime.threads)
         atomic_write(split.folder / PARTS / f"{index:05d}.json", dumps(part).encode())
         yield len(split.samples_of(index))
 

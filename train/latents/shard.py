@@ -19,6 +19,7 @@ from data.buckets import bucket_shapes, suffix_of
 from data.image_dataset import Batch, ImageDataset, collate
 from data.latent_record import ChannelStats, LatentWriter
 from data.shards.manifest import Manifest, ShardInfo
+from train.engine.runtime import Threads
 from train.latents.encoder import Encoded, LatentEncoder
 
 PARTS = ".parts"
@@ -102,7 +103,9 @@ class LatentWriters:
         self.stack.__exit__(kind, error, trace)
 
 
-def encode_shard(cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit, index: int) -> dict[str, Any]:
+def encode_shard(
+    cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit, index: int, threads: Threads
+) -> dict[str, Any]:
     """Encode one shard; decoding, encoding and writing overlap. Returns what the manifest will need of it."""
     samples, stats = split.samples_of(index), ChannelStats(split.provenance["latent_channels"])
     rejects: list[dict[str, str]] = []
@@ -119,6 +122,7 @@ def encode_shard(cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit,
     with LatentWriters(cfg, split.folder, index, len(samples)) as writers, ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
         for batch in decoded_batches(split.images, samples, cfg, rejects):
+            threads.adjust()
             encoded = encoder(batch)
             if written is not None:  # one batch is written at a time, in order; its error ends this shard
                 written.result()

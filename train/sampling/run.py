@@ -66,6 +66,7 @@ def sample(cfg: SampleRun, runtime: Runtime) -> None:
     with progress, ThreadPoolExecutor(WRITERS) as writers:
         files: list[Future[None]] = []
         for batch in requests.batches(jobs, mine, cfg.batch_size):
+            runtime.threads.adjust()
             film = Film(cfg.film_frames, cfg.steps, [row for row, index in enumerate(batch) if index in folder.filmed])
             items, numbers = [requests.item(jobs[index]) for index in batch], [jobs[index].number for index in batch]
             generated = generate_images(model, cfg, items, numbers, film)

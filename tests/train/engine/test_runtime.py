@@ -1,16 +1,20 @@
-"""Processes, devices and the split of the global batch."""
+"""Processes, devices, threads and the split of the global batch."""
 
+import math
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from conf.errors import UserError
-from conf.schema import BatchConfig, Device, RuntimeConfig
-from train.engine.runtime import pick_device, start
+from conf.schema import BatchConfig, Device, RuntimeConfig, TrainingRuntimeConfig
+from train.engine import runtime as module_under_test
+from train.engine.runtime import CALM, CHOSEN_BY, WINDOW_S, Threads, choose_threads, cpu_seconds, pick_device, start
 
 RESTARTED = """
 import os, sys
@@ -105,3 +109,152 @@ def test_srun_without_torchrun_is_refused() -> None:
     code = "from conf.schema import RuntimeConfig as C; from train.engine.runtime import start; start(C())"
     done = launch("-c", code, SLURM_STEP_NUM_TASKS="2")
     assert "UserError: several processes were started by srun" in done.stderr
+
+
+class Machine:
+    """CPU times of a machine whose other processes use `others` cores, beside this one's busy threads."""
+
+    def __init__(self) -> None:
+        self.now = self.busy = self.own = self.others = 0.0
+
+    def pass_time(self, threads: Threads, windows: int = 1, others: float | None = None) -> int:
+        """So many windows, an adjustment after each; returns the number of threads then."""
+        self.others = self.others if others is None else others
+        for _ in range(windows):
+            self.now += WINDOW_S
+            self.own += WINDOW_S * threads.count
+            self.busy += WINDOW_S * (threads.count + self.others)
+            threads.adjust()
+        assert torch.get_num_threads() == threads.count
+        return threads.count
+
+    def threads(self, most: int, cores: int | None = None) -> Threads:
+        torch.set_num_threads(most)
+        return Threads(most, cores or most, lambda: (self.busy, self.own), lambda: self.now)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    before = torch.get_num_threads()
+    for name in CHOSEN_BY:
+        monkeypatch.delenv(name, raising=False)
+    yield Machine()
+    torch.set_num_threads(before)
+
+
+def test_threads_give_way_at_once_and_come_back_when_others_have_ended(machine: Machine) -> None:
+    threads = machine.threads(2)
+    assert machine.pass_time(threads, 3, others=0.0) == 2
+    assert machine.pass_time(threads, others=0.67) == 1  # three threads share two cores
+    assert machine.pass_time(threads, 5, others=1.0) == 1
+    assert machine.pass_time(threads, CALM - 1, others=0.0) == 1
+    assert machine.pass_time(threads) == 2
+
+
+def test_a_pause_of_others_is_no_end(machine: Machine) -> None:
+    threads = machine.threads(2)
+    machine.pass_time(threads, others=0.7)
+    for _ in range(4):
+        assert machine.pass_time(threads, CALM - 1, others=0.0) == 1
+        assert machine.pass_time(threads, others=1.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"), [(0.1, 8), (0.45, 8), (0.55, 7), (1.0, 7), (1.5, 6), (4.0, 4), (8.0, 1), (30.0, 1)]
+)
+def test_each_core_that_others_use_is_left_to_them(machine: Machine, others: float, expected: int) -> None:
+    threads = machine.threads(8)
+    assert machine.pass_time(threads, others=others) == expected
+    assert [machine.pass_time(threads) for _ in range(10)] == [expected] * 10  # neither back nor further
+
+
+def test_a_neighbour_that_uses_half_a_core_changes_nothing(machine: Machine) -> None:
+    threads = machine.threads(2)
+    assert [machine.pass_time(threads, others=0.4) for _ in range(10)] == [2] * 10
+    machine.pass_time(threads, others=1.0)
+    assert [machine.pass_time(threads, others=0.4) for _ in range(10)] == [1] * 10
+
+
+def test_many_cores_of_a_small_quota_are_enough_beside_others(machine: Machine) -> None:
+    threads = machine.threads(2, cores=16)
+    assert machine.pass_time(threads, others=14.0) == 2
+    assert machine.pass_time(threads, others=15.0) == 1
+
+
+def test_nothing_is_compared_within_a_window(machine: Machine) -> None:
+    threads, reads = machine.threads(2), list[None]()
+    threads.read = lambda: reads.append(None) or (0.0, 0.0)  # type: ignore[func-returns-value]
+    for _ in range(10):
+        machine.now += WINDOW_S / 10.5
+        threads.adjust()
+    assert not reads
+
+
+def test_lines_say_what_changed_and_get_rarer(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = machine.threads(2)
+    machine.pass_time(threads, 3, others=0.7)
+    machine.pass_time(threads, 3, others=0.0)
+    assert capsys.readouterr().out.splitlines() == [
+        "cpu         other processes keep 0.7 of 2 cores busy: 1 thread instead of 2; "
+        "runtime.threads=2 holds the number fixed",
+        "cpu         2 threads again",
+    ]
+    for _ in range(1000):
+        machine.pass_time(threads, 1, others=1.0)
+        machine.pass_time(threads, CALM, others=0.0)
+    machine.pass_time(threads, 1, others=1.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert 5 < len(lines) < 12
+    machine.pass_time(threads, 10000)
+    last = [*lines, *capsys.readouterr().out.splitlines()][-1]
+    assert "1 thread instead of 2" in last  # what is said last is true, however late it came
+
+
+@pytest.mark.parametrize("variable", CHOSEN_BY)
+def test_a_number_that_was_chosen_is_never_changed(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setattr(module_under_test, "TORCHS_CHOICE", 2)
+    monkeypatch.setattr(module_under_test, "usable_cpus", lambda: {0, 1})
+    monkeypatch.setattr(module_under_test, "cpu_quota", lambda: math.inf)
+    cpu = torch.device("cpu")
+    assert choose_threads(RuntimeConfig(), cpu).most == 2
+    chosen = {
+        "option": choose_threads(RuntimeConfig(threads=3), cpu),
+        "compiled": choose_threads(TrainingRuntimeConfig(compile=True), cpu),
+        "gpu": choose_threads(RuntimeConfig(), torch.device("cuda", 0)),
+    }
+    monkeypatch.setenv(variable, "2")
+    chosen["variable"] = choose_threads(RuntimeConfig(), cpu)
+    assert torch.get_num_threads() == 3
+    for name, threads in chosen.items():
+        threads.clock, threads.read = (lambda: 1e9), (lambda: (1e9, 0.0))
+        threads.adjust()
+        assert torch.get_num_threads() == 3, name
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(math.inf, 4), (16.0, 4), (2.0, 2), (1.5, 2), (0.3, 1)])
+def test_no_more_threads_than_a_quota_grants(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, quota: float, expected: int
+) -> None:
+    monkeypatch.setattr(module_under_test, "TORCHS_CHOICE", 8)
+    monkeypatch.setattr(module_under_test, "usable_cpus", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(module_under_test, "cpu_quota", lambda: quota)
+    threads = choose_threads(RuntimeConfig(), torch.device("cpu"))
+    assert (threads.most, threads.cores, torch.get_num_threads()) == (expected, 4, expected)
+
+
+def test_the_work_of_this_process_is_its_own_and_that_of_another_is_not() -> None:
+    """As the system counts them, in whichever share a loaded machine grants."""
+
+    def grown(work: Callable[[], object]) -> tuple[float, float]:
+        before = cpu_seconds()
+        work()
+        return cpu_seconds()[0] - before[0], cpu_seconds()[1] - before[1]
+
+    busy = "import time\nwhile time.process_time() < 1.0: pass"
+    together, own = grown(lambda: subprocess.run([sys.executable, "-c", busy], check=True))
+    assert together > 0.9 and own < 0.5
+    until = time.process_time() + 1.0
+    together, own = grown(lambda: any(time.process_time() > until for _ in iter(int, 1)))
+    assert together > 0.9 and own > 0.9

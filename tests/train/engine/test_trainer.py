@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ from conf.schema import (
 from train.engine import contents, trainer
 from train.engine.contents import Contents
 from train.engine.metric_log import MetricLog
-from train.engine.runtime import Runtime, start, stop
+from train.engine.runtime import Runtime, Threads, start, stop
 from train.engine.state import config_digest
 from train.engine.trainable import Trainable
 
@@ -185,7 +186,7 @@ def test_lines_stand_where_the_options_say(undisturbed: Path) -> None:
     assert {p.name for p in (undisturbed / "line" / "checkpoints").iterdir()} == {"000000000072", "000000000096"}
     assert len(list((undisturbed / "line" / "samples").iterdir())) == 3
     full = json.loads((undisturbed / "line" / "metrics.jsonl").read_text().splitlines()[0])
-    expected = {"images_per_s", "step_ms", "data_wait_share", "memory_gib", "eta_s", "device_hours"}
+    expected = {"images_per_s", "step_ms", "data_wait_share", "memory_gib", "eta_s", "device_hours", "threads"}
     expected |= {"tflops_per_device", "slowest_rank", "slowest_rank_lag", "step_ms_p50", "step_ms_p95", "step_ms_p100"}
     assert {k.removeprefix("perf/") for k in full if k.startswith("perf/")} == expected
     done = json.loads((undisturbed / "line" / "DONE").read_text())
@@ -202,6 +203,19 @@ def test_the_record_names_the_hardware_and_the_digest_of_the_options_does_not(
     assert hardware.keys() == {"device", "processes", "hosts", "torch"} and "core" in hardware["device"]
     state = json.loads((undisturbed / "line" / "checkpoints" / "000000000096" / "state.json").read_text())
     assert state["config"] == config_digest(record)
+
+
+def test_threads_are_adjusted_before_each_step(tmp_path: Path, runtime: Runtime) -> None:
+    adjusted = list[int]()
+
+    class Noted(Threads):
+        def adjust(self) -> None:
+            adjusted.append(stage.net.steps)
+
+    cfg = config(tmp_path)
+    stage = LineStage(cfg, runtime)
+    assert trainer.fit(stage, cfg, replace(runtime, threads=Noted())).finished
+    assert adjusted == list(range(SAMPLES // SIZE))
 
 
 @pytest.mark.parametrize(
