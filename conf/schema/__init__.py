@@ -33,6 +33,7 @@ from conf.schema.choices import (
     Sampler,
     Source,
     Spacing,
+    TerminalImages,
     TimestepSampling,
     WandbMode,
 )
@@ -140,6 +141,7 @@ __all__ = [
     "Source",
     "Spacing",
     "StreamConfig",
+    "TerminalImages",
     "TimestepSampling",
     "TrainingRuntimeConfig",
     "UNetRun",
