@@ -216,11 +216,8 @@ def main() -> None:
     """The process: times what is asked for, and leaves it in the file."""
     path, key, given = sys.argv[1:]
     lines: dict[str, list[str]] = loads(given)
-    configs = {
-        stage.name: compose(stage.script.stem, stage.schema, lines[stage.name])
-        for stage in STAGES
-        if stage.name in lines
-    }
+    stages = [stage for stage in STAGES if stage.name in lines]
+    configs: dict[str, Any] = {s.name: compose(s.script.stem, s.schema, lines[s.name]) for s in stages}
     try:
         costs = {name: asdict(cost) for name, cost in calibrate(configs).items()}
     except UserError:  # nothing is known then: the stage itself says what is wrong, if anything is

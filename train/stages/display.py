@@ -196,7 +196,7 @@ class Display:
         """What is being done, and how long all of it takes."""
         running = next((row for row in self.rows if row.state == "running"), None)
         doing = "" if running is None else f"{running.name}: {running.doing}\n"
-        left = "" if self.rest_s is None else f", about {duration(self.rest_s)} left in all"
+        left = f", about {duration(self.rest_s)} left in all" if self.rest_s else ""
         so_far = f"{duration(sum(row.elapsed_s for row in self.rows))} so far"
         return Text.assemble("\n", doing, (so_far + left, "bold"), overflow="ellipsis", no_wrap=True)
 

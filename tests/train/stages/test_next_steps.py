@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,9 @@ def test_three_commands_with_the_runs_own_paths_and_prompts(tasks: list[Task]) -
     ("folder", "prompt"),
     [
         ("my runs/a=b", "a red planet"),
-        ("runs/[1]", 'it\'s "red", 5 % of ${a}: [x], {y}'),
+        ("runs/[1]", 'it\'s a "fine" red ball, 5 % of ${a}: [x], {y}'),
         ("runs/$HOME's, {a: b}", "red"),
-        ('runs/"x"/é', "(red:1.2) \\ `ls` !"),
+        ('runs/"x"/é', "(a:1.2) red \\ `ls` !"),
     ],
 )
 def test_any_path_and_prompt_comes_through_the_shell(tasks: list[Task], folder: str, prompt: str) -> None:
@@ -72,7 +73,7 @@ def test_any_path_and_prompt_comes_through_the_shell(tasks: list[Task], folder: 
         f"{folder}/{name}/export" for name in ("unet", "autoencoder", "clip")
     )
     draw, edit, playground = map(composed, next_steps(tasks))
-    assert draw.prompts == [prompt] and edit.prompt == prompt and edit.edit == prompt.replace("red", "blue")
+    assert draw.prompts == [prompt] and edit.prompt == prompt and edit.edit == re.sub(r"(?<!\S)red", "blue", prompt)
     assert draw.run_dir == edit.run_dir == playground.run_dir == folder
 
 
