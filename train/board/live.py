@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 NICENESS = 10  # what trains beside it goes first
-SHARE = 0.01  # of this process's time at most that making the page takes
+SHARE = 0.01  # of the time at most that making the page anew takes
 LOOK_EVERY_S = 2.0  # between two looks whether the run has changed
 SHARDS = ("*/*/manifest.json",)
 WATCHED = ("*/metrics.jsonl", "*/samples/*.png", "*/grid.png", "*/DONE", ".stages/*.json", *SHARDS)
@@ -58,20 +58,26 @@ class LivePage:
         return f"{len(files)}-{max((file.st_mtime_ns for file in files), default=0)}"
 
     def _make(self, version: str) -> None:
+        self.look_at_data()
         began = time.process_time()
         self.content, self.version = self.render(version).encode(), version
         self.due_at = time.monotonic() + (time.process_time() - began) / SHARE
 
+    def look_at_data(self) -> None:
+        """Read thousands of images where they are others now; not a part of each making of the page."""
+        from train.board.data_facts import look  # torch comes with it: only for who looks
+        from train.board.run_folder import RunFolder
+
+        shards = self.newest(SHARDS)
+        if shards != self.looked_at_shards:
+            self.data, self.looked_at_shards = look(self.cfg, RunFolder(self.folder)), shards
+
     def render(self, version: str) -> str:
         """The page of the run as it is."""
-        from train.board.data_facts import look  # torch comes with them: only for who looks
         from train.board.report import render_live
         from train.board.run_folder import RunFolder
 
-        run, shards = RunFolder(self.folder), self.newest(SHARDS)
-        if shards != self.looked_at_shards:  # thousands of images are read
-            self.data, self.looked_at_shards = look(self.cfg, run), shards
-        return render_live(self.cfg, run, self.data, version)
+        return render_live(self.cfg, RunFolder(self.folder), self.data, version)
 
     def image(self, path: str) -> bytes | None:
         """A PNG of the run by its path below the folder; None for anything else."""
