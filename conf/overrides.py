@@ -131,7 +131,7 @@ def _value(option: dataclasses.Field, raw: str) -> str:
         if all(map(_bracketed, members)):
             return ",".join(map(_list_of_text, members))
         if all(map(_is_quoted, members)):
-            return ",".join(f"[{quoted(unquoted(member))}]" for member in members)
+            return ",".join(f"[{_kept(member)}]" for member in members)
         return f"[{quoted(raw)}]" if raw else "[]"
     if text:
         if raw == "" or (raw == "null" and type(None) in get_args(option.type)):

@@ -1,14 +1,17 @@
-"""Processes: torchrun's command line, signals that ask for an end, locks, CPUs, children that end with their parent."""
+"""Processes: torchrun's command line, signals that ask for an end, locks, CPUs, and children: progress and end."""
 
 import ctypes
 import fcntl
+import json
 import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import FrameType
@@ -16,6 +19,8 @@ from types import FrameType
 SHUTDOWN_S = 600  # that torchrun gives its processes for their checkpoint, before it kills them
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 BUSY_LOOPS = "10000"  # before a waiting thread sleeps, of 20 ns or so each; GNU's own choice is 300,000
+PROGRESS_FILE = "PROGRESS_FILE"  # in a child's environment: the file in which it tells how far it is
+TELL_EVERY_S = 2.0
 
 
 def python(processes: int) -> list[str]:
@@ -25,6 +30,48 @@ def python(processes: int) -> list[str]:
     # The address: torchrun else asks the name server for this machine's, which may not know it.
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     return [sys.executable, *torchrun, f"--nproc-per-node={processes}", f"--shutdown-timeout={SHUTDOWN_S}"]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How far a process is."""
+
+    doing: str  # in words: "training"
+    done: int  # of `total`
+    total: int  # 0: not known
+    at: float  # seconds of the clock that never jumps; all processes of a machine have the same
+
+    @classmethod
+    def read(cls, path: Path) -> "Told | None":
+        """What the process has told last; None where it has told nothing."""
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+class Heartbeat:
+    """Tells whoever started this process how far it is, every few seconds; to nobody without $PROGRESS_FILE.
+
+    Of several processes of a training the first one tells. No work ends because the file cannot be written.
+    """
+
+    def __init__(self) -> None:
+        self.doing, self.at = "", -math.inf
+
+    def __call__(self, doing: str, done: int = 0, total: int = 0) -> None:
+        """Tell it if something else began, or if it is time to."""
+        path, now = os.environ.get(PROGRESS_FILE), time.monotonic()
+        if not path or os.environ.get("RANK", "0") != "0" or (doing == self.doing and now - self.at < TELL_EVERY_S):
+            return
+        self.doing, self.at = doing, now
+        with suppress(OSError):  # not `atomic_write`: what is lost with the machine is of no use after it
+            draft = Path(f"{path}.tmp")
+            draft.write_text(json.dumps(asdict(Told(doing, done, total, now))))
+            draft.replace(path)
+
+
+tell = Heartbeat()
 
 
 def die_with_parent() -> Callable[[], None]:

@@ -34,6 +34,7 @@ from conf.schema.choices import (
     Sampler,
     Source,
     Spacing,
+    TerminalImages,
     TimestepSampling,
     WandbMode,
 )
@@ -142,6 +143,7 @@ __all__ = [
     "Source",
     "Spacing",
     "StreamConfig",
+    "TerminalImages",
     "TimestepSampling",
     "TrainingRuntimeConfig",
     "UNetRun",

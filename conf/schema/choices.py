@@ -197,3 +197,10 @@ class InversionMethod(Enum):
     ddim = "ddim"  # the noise alone; guidance then leads away from the image
     negative_prompt = "negative_prompt"  # and guidance leads away from the source's prompt, which leaves it as it is
     null_text = "null_text"  # and away from what was fitted to the image at every step
+
+
+class TerminalImages(Enum):
+    auto = "auto"  # as the terminal says of itself that it can; else not at all
+    kitty = "kitty"  # kitty's protocol; Ghostty and Konsole know it, too
+    sixel = "sixel"  # foot, WezTerm, mlterm, mintty, Windows Terminal from 1.22 on
+    none = "none"

@@ -6,7 +6,7 @@ from omegaconf import MISSING
 
 from conf.errors import UserError
 from conf.overrides import a_path
-from conf.schema.choices import Accelerator, CacheDtype, Precision
+from conf.schema.choices import Accelerator, CacheDtype, Precision, TerminalImages
 from conf.schema.shared import WandbConfig, require, require_positive
 from conf.schema.training import UNetRun
 
@@ -27,6 +27,9 @@ class PipelineRun:
     stages: list[str] = field(  # those to run; always in this order
         default_factory=lambda: ["build", "autoencoder", "clip", "latents", "unet", "sample", "evaluate"]
     )
+    calibrate: bool = True  # try the networks' steps for some seconds, so that the time left is known from the start
+    live: bool = True  # on a terminal: serve the run's page on this machine's own address, as train/report.py live=true
+    terminal_images: TerminalImages = TerminalImages.auto  # how new images are shown there
     overrides: dict[str, list[str]] = field(default_factory=dict)  # filled in from STAGE.option=value
 
 
@@ -86,6 +89,7 @@ class ReportRun:
     """`train/report.py`: a run folder as one page that needs nothing else.
 
     python train/report.py run_dir=runs/demo
+    python train/report.py run_dir=runs/demo live=true
     python train/report.py run_dir=runs/demo images_mb=3
     python train/report.py run_dir=runs/demo output_dir=pages/demo
     """
@@ -98,9 +102,12 @@ class ReportRun:
     frames: int = 24  # images behind each slider, at most, spread over the training
     images_mb: float = 9.0  # megabytes of all images on the page; with it they get smaller
     samples: int = 2_000  # behind the statistics of the data set, at most
+    live: bool = False  # serve the page to this machine's own browser, as the run goes on, instead of writing it
+    port: int = 7861  # to listen on with live=true; 0: any free one
 
     def __post_init__(self) -> None:
         require_positive(self, "frames", "images_mb", "samples")
+        require(0 <= self.port < 2**16, f"port={self.port}: must be in [0, 65535]")
 
 
 @dataclass(kw_only=True, slots=True)

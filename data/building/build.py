@@ -18,7 +18,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.files import atomic_write
-from conf.process import lock, wait_for_lock
+from conf.process import lock, tell, wait_for_lock
 from conf.schema import BuildRun, FilterConfig, ImageFormat
 from data.building.journal import ATTRIBUTION, REJECTS, REPORT, SIDES, TIMES, BuildJournal
 from data.building.records import Record, RecordMaker, make_all
@@ -159,7 +159,8 @@ def _write_shards(
     writers = [ShardWriter(journal.staging / side, cfg.shard_samples, len(finished[side])) for side in SIDES]
     copies = journal.copies(cfg.filters.near_duplicates)
     made = make_all(RecordMaker(cfg, source, done), cfg.workers, journal.staging / "fetched")
-    with writers[0] as train, writers[1] as heldout, journal, _progress(source.expected(), done.start) as advance:
+    expected = source.expected()
+    with writers[0] as train, writers[1] as heldout, journal, _progress(expected, done.start) as advance:
         split = Split(train, heldout, cfg.heldout_fraction, journal.shard_finished)
         if done.border is not None:
             split.go_on(done.border)
@@ -173,6 +174,7 @@ def _write_shards(
             elif item is not None:
                 journal.reject(number, item)
             advance()
+            tell("building", number + 1, expected or 0)
         split.settle()
     shards = {side: finished[side] + writer.finished for side, writer in zip(SIDES, writers, strict=True)}
     return shards, split.border

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from conf import process
 from conf.process import BUSY_LOOPS, collected_signals, cpu_quota, lock, python, usable_cpus
 
 ROOT = Path(__file__).parents[2]
@@ -130,3 +131,35 @@ def test_threads_of_a_command_wait_briefly_unless_the_user_chose(tmp_path: Path,
     assert done.returncode == 0, done.stderr
     expected = chosen.get("GOMP_SPINCOUNT", "0" if chosen else BUSY_LOOPS)
     assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
+
+
+def test_a_process_tells_how_far_it_is_now_and_then_and_at_once_when_something_else_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, clock = tmp_path / "progress", [100.0]
+    monkeypatch.setattr(process.time, "monotonic", lambda: clock[0])
+    tell = process.Heartbeat()
+    tell("training", 1, 10)
+    assert process.Told.read(path) is None  # nobody asked
+    monkeypatch.setenv(process.PROGRESS_FILE, str(path))
+    tell("training", 2, 10)
+    clock[0] += process.TELL_EVERY_S / 2
+    tell("training", 3, 10)
+    assert process.Told.read(path) == process.Told("training", 2, 10, 100.0)
+    tell("evaluating")
+    assert process.Told.read(path) == process.Told("evaluating", 0, 0, clock[0])
+    clock[0] += process.TELL_EVERY_S
+    monkeypatch.setenv("RANK", "1")
+    tell("evaluating", 5, 9)
+    assert process.Told.read(path) == process.Told("evaluating", 0, 0, clock[0] - process.TELL_EVERY_S)
+    monkeypatch.setenv("RANK", "0")
+    tell("evaluating", 6, 9)
+    assert process.Told.read(path) == process.Told("evaluating", 6, 9, clock[0])
+
+
+def test_work_goes_on_where_nothing_can_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(process.PROGRESS_FILE, str(tmp_path / "nowhere" / "progress"))
+    process.Heartbeat()("training", 1, 2)
+    for content in ("", "{", "[]", '{"doing": 1}'):
+        (tmp_path / "torn").write_text(content)
+        assert process.Told.read(tmp_path / "torn") is None

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -45,18 +47,26 @@ class FilmFrames:
     frames: list[Frame]
 
 
-def galleries(run: RunFolder, most: int, budget: int) -> dict[str, list[FilmFrames]]:
-    """Section → its films, each of at most `most` frames, all together of at most `budget` bytes of text."""
+def galleries(run: RunFolder, most: int, budget: int | None) -> dict[str, list[FilmFrames]]:
+    """Section → its films, each of at most `most` frames.
+
+    Args:
+        budget: bytes of all images as text; None: they are linked, as `images/` and the path below the run folder.
+    """
     found: dict[str, list[FilmFrames]] = {"samples": [], "strips": [], "reconstructions": [], "pareto": []}
     for stage in run.stages.values():
         for name, images in stage.images.items():
             section = "strips" if name.startswith("film") else name if name in found else "samples"
-            frames = [Frame(path, seen) for seen, path in spread_images(images, most)]
-            found[section].append(FilmFrames(TITLES.get(name, name), f"{stage.name}/samples/{name}", frames))
+            shown = [Frame(path, seen) for seen, path in spread_images(images, most)]
+            found[section].append(FilmFrames(TITLES.get(name, name), f"{stage.name}/samples/{name}", shown))
     for (section, title), patterns in SINGLE.items():
         for path in sorted({path for pattern in patterns for path in run.path.glob(pattern)}):
             found[section].append(FilmFrames(title, str(path.relative_to(run.path)), [Frame(path)]))
-    embed([frame for films in found.values() for film in films for frame in film.frames], budget)
+    frames = [frame for films in found.values() for film in films for frame in film.frames]
+    if budget is None:
+        link(frames, run.path)
+    else:
+        embed(frames, budget)
     for films in found.values():
         for film in films:
             film.frames = [frame for frame in film.frames if frame.source]
@@ -69,6 +79,25 @@ def spread_images(images: Sequence[tuple[int, Path]], most: int) -> list[tuple[i
         return list(images)
     last = len(images) - 1
     return [images[last - round(i * last / max(1, most - 1))] for i in reversed(range(most))]
+
+
+def link(frames: Sequence[Frame], folder: Path) -> None:
+    """Fill in addresses below that of the page."""
+    for frame in frames:
+        try:
+            changed = frame.path.stat().st_mtime_ns
+            frame.width, frame.height, frame.captions = seen(frame.path, changed)
+        except (OSError, ImageError):
+            continue  # still being written, or none that a page should show
+        frame.source = f"images/{quote(str(frame.path.relative_to(folder)))}?{changed}"
+
+
+@lru_cache(maxsize=1000)
+def seen(path: Path, changed: int) -> tuple[int, int, list[str]]:
+    """Width, height and captions of a file as it was at its last change, in ns."""
+    content = path.read_bytes()
+    image = open_image(content, MOST_PIXELS)
+    return image.width, image.height, captions_in(content)
 
 
 def embed(frames: Sequence[Frame], budget: int) -> None:

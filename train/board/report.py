@@ -9,7 +9,7 @@ from markupsafe import Markup
 from conf.files import atomic_write
 from conf.schema import ReportRun
 from train.board import curves, facts
-from train.board.data_facts import look
+from train.board.data_facts import DataFacts, look
 from train.board.images import galleries
 from train.board.markup import templates
 from train.board.run_folder import RunFolder
@@ -41,20 +41,32 @@ def write_report(cfg: ReportRun) -> Path:
 
 
 def render_report(cfg: ReportRun, run: RunFolder) -> str:
-    """The page as text. Whatever stands in captions, configurations and names is escaped."""
+    """The page as text, with everything in it."""
+    return render(run, "", cfg.shards, report_contents(cfg, run, look(cfg, run), round(cfg.images_mb * 1e6)))
+
+
+def render_live(cfg: ReportRun, run: RunFolder, data: DataFacts | None, version: str) -> str:
+    """The page of a run that goes on, or has not begun; it asks its server for images, and for newer versions."""
+    return render(run, version, cfg.shards, report_contents(cfg, run, data, budget=None))
+
+
+def render(run: RunFolder, version: str, shards: str, contents: dict[str, Any]) -> str:
+    """The template with its values. Whatever stands in captions, configurations and names is escaped."""
     environment = templates(PAGE)
     environment.filters["withheld"] = facts.without_credentials
     return environment.get_template("report.html").render(
         title=run.path.resolve().name,
-        made=time.strftime("%Y-%m-%d %H:%M"),
+        made=time.strftime("%Y-%m-%d %H:%M:%S" if version else "%Y-%m-%d %H:%M"),
+        version=version,
         css=Markup((PAGE / "report.css").read_text(encoding="utf-8")),
         script=Markup((PAGE / "report.js").read_text(encoding="utf-8")),
-        **report_contents(cfg, run),
+        shards=shards,
+        **contents,
     )
 
 
-def report_contents(cfg: ReportRun, run: RunFolder) -> dict[str, Any]:
-    """What the template shows."""
+def report_contents(cfg: ReportRun, run: RunFolder, data: DataFacts | None, budget: int | None) -> dict[str, Any]:
+    """What the template shows, with images as of `galleries`."""
     charts = curves.sections(run)
     return {
         "cards": facts.cards(run),
@@ -62,9 +74,8 @@ def report_contents(cfg: ReportRun, run: RunFolder) -> dict[str, Any]:
         "evaluations": facts.last_evaluations(run),
         "quality": [chart for chart in charts.pop("Quality", []) if curves.moves(chart)],
         "curves": charts,
-        "images": galleries(run, cfg.frames, round(cfg.images_mb * 1e6)),
-        "data": look(cfg, run),
-        "shards": cfg.shards,
+        "images": galleries(run, cfg.frames, budget),
+        "data": data,
         "protocols": {name: facts.flat(protocol) for name, protocol in run.protocols.items()},
         "configs": {name: stage.config_text for name, stage in run.stages.items() if stage.config_text},
         "missing": [(what, how) for what, stage, how in MISSING if stage not in run.stages],

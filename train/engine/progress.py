@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from conf.process import tell
+
 LINE_EVERY_S = 10.0  # where there is no terminal
 
 
@@ -19,12 +21,20 @@ class Progress:
         unit: what is counted, in the plural.
         console: where to write; None: the standard output.
         shown: False writes nothing, on all but the main process.
+        doing: what a pipeline is told that it does.
     """
 
     def __init__(
-        self, stage: str, total: int, unit: str, console: Console | None = None, *, shown: bool = True
+        self,
+        stage: str,
+        total: int,
+        unit: str,
+        console: Console | None = None,
+        *,
+        shown: bool = True,
+        doing: str = "drawing",
     ) -> None:
-        self.stage, self.total, self.unit, self.shown = stage, total, unit, shown
+        self.stage, self.total, self.unit, self.shown, self.doing = stage, total, unit, shown, doing
         self.console = console or Console(highlight=False)
         self.live = live_on(self.console, transient=True)
         self.began = self.told_at = time.monotonic()
@@ -33,7 +43,7 @@ class Progress:
     def __enter__(self) -> Self:
         if self.live is not None and self.shown:
             self.live.start()
-            self.update(0)
+        self.update(0)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -44,6 +54,7 @@ class Progress:
         """Tell it if it is time to."""
         if not self.shown:
             return
+        tell(self.doing, done, self.total)
         now = time.monotonic()
         if self.live is not None:
             self.live.update(self.line(done, now - self.began), refresh=True)

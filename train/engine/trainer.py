@@ -19,7 +19,7 @@ from torch import Tensor
 from conf.entry import to_plain
 from conf.errors import UserError
 from conf.files import atomic_folder
-from conf.process import collected_signals
+from conf.process import collected_signals, tell
 from conf.schema import AutoencoderRun, ClipRun, UNetRun
 from data.loader import batches
 from train.engine.checkpoint import Checkpoints
@@ -155,6 +155,7 @@ def train(
             stopping = runtime.any(bool(asked))
             sound = not runtime.any(not sound)
         state.samples_seen += batch_size  # of a step that is left out, too: the order of the data goes on
+        tell("training", state.samples_seen, loop.samples)
 
         # -------------------- the optimiser's step
         # On all processes, sound or not: the gradients' norm is collective under sharding, and one that is not finite
@@ -227,6 +228,7 @@ def evaluate(stage: Stage, runtime: Runtime, state: State, journal: MetricLog, w
     if recorded:
         return recorded
     watchdog.note("evaluating")
+    tell("evaluating")
     metrics = stage.evaluate(state.samples_seen, journal)
     journal.log(state.samples_seen, metrics)
     return metrics

@@ -40,7 +40,7 @@ class FeatureCache:
         self.folder = root / hashlib.sha256(known.encode()).hexdigest()[:16]
         self.ranges = [range(start, min(start + size, total)) for start in range(0, total, size)]
 
-    def fill(self, measure: Measure, runtime: Runtime, command: str) -> int:
+    def fill(self, measure: Measure, runtime: Runtime, command: str, doing: str = "measuring images") -> int:
         """Measure what is not there yet, each process its share of the chunks; returns the images measured by all.
 
         Collective. The main process tells now and then, as `command`, how far it is.
@@ -48,7 +48,7 @@ class FeatureCache:
         # One process looks for all: another one, a moment later, would find other chunks, and both measure the same.
         todo: list[range] = runtime.gather_objects(self.missing() if runtime.is_main else None)[0]
         total, done = sum(map(len, todo)), 0
-        with Progress(command, total, "images", shown=runtime.is_main) as progress:
+        with Progress(command, total, "images", shown=runtime.is_main, doing=doing) as progress:
             for numbers in todo[runtime.rank :: runtime.world]:
                 runtime.threads.adjust()
                 self.write(numbers, measure(numbers))

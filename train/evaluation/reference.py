@@ -70,7 +70,7 @@ def reference_of(
     def measure(numbers: range) -> dict[str, Tensor]:
         return extractor(dataset.batch_at(numbers)["image"])
 
-    cache.fill(measure, runtime, "reference")
+    cache.fill(measure, runtime, "reference", "measuring real images")
     if runtime.is_main and not path.is_file():
         statistics = statistics_of((features for (features,) in cache.columns(extractor.name)), extractor.size)
         tensors = {"mean": statistics.mean, "covariance": statistics.covariance}

@@ -15,6 +15,7 @@ from conf.entry import to_plain
 from conf.errors import UserError
 from conf.files import atomic_path, atomic_write
 from conf.plain_json import dumps
+from conf.process import tell
 from conf.schema import EvaluateRun, EvaluationSubject, WandbConfig, WandbMode
 from train.engine.image_grid import captioned
 from train.engine.inbox import Message, put
@@ -60,6 +61,7 @@ def evaluate(cfg: EvaluateRun, target: Target, runtime: Runtime, trained: Path, 
     measured_s, hardware = time.monotonic() - began, runtime.hardware()
     metrics: dict[str, float] = {}
     if runtime.is_main:
+        tell("computing metrics")
         metrics = metrics_of(target, cache, references, cfg.bootstrap)
         metrics |= {"perf/evaluation_s": time.monotonic() - started}
         if measured:  # else an earlier start has measured all of them

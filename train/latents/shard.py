@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 
 from conf.errors import UserError
+from conf.process import tell
 from conf.schema import PrecomputeRun
 from data.buckets import bucket_shapes, suffix_of
 from data.image_dataset import Batch, ImageDataset, collate
@@ -108,6 +109,7 @@ def encode_shard(
 ) -> dict[str, Any]:
     """Encode one shard; decoding, encoding and writing overlap. Returns what the manifest will need of it."""
     samples, stats = split.samples_of(index), ChannelStats(split.provenance["latent_channels"])
+    encoded_samples = samples.start  # of this side, if this process is the only one
     rejects: list[dict[str, str]] = []
     encoder.forget()
 
@@ -124,6 +126,8 @@ def encode_shard(
         for batch in decoded_batches(split.images, samples, cfg, rejects):
             threads.adjust()
             encoded = encoder(batch)
+            encoded_samples += len(batch["key"])
+            tell("encoding", encoded_samples, split.images.samples)
             if written is not None:  # one batch is written at a time, in order; its error ends this shard
                 written.result()
             written = background.submit(write, batch, encoded)

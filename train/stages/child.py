@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from conf.errors import UserError
-from conf.process import die_with_parent, lock
+from conf.process import PROGRESS_FILE, Told, die_with_parent, lock
 from train.stages.display import tail_text
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -31,12 +31,14 @@ class Child:
         command: program and arguments.
         log: file for its output.
         keep: a descriptor that it inherits, and with it the lock.
+        progress: file in which it tells how far it is; what an earlier start told is removed.
 
     """
 
-    def __init__(self, command: Sequence[str], log: Path, keep: int) -> None:
+    def __init__(self, command: Sequence[str], log: Path, keep: int, progress: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.log, self.stops = log, 0
+        progress.unlink(missing_ok=True)
+        self.log, self.progress, self.stops = log, progress.absolute(), 0
         with log.open("ab") as file:
             file.write(f"--- {time.strftime('%F %T')} {shlex.join(command)}\n".encode())
             file.flush()
@@ -46,7 +48,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"PYTHONUNBUFFERED": "1", PROGRESS_FILE: str(self.progress)},
                 process_group=0,
                 pass_fds=[keep],
                 preexec_fn=die_with_parent(),
@@ -67,6 +69,10 @@ class Child:
         else:
             for pid in [*_descendants(self.process.pid), self.process.pid]:
                 _kill(pid)
+
+    def told(self) -> Told | None:
+        """How far it says that it is."""
+        return Told.read(self.progress)
 
     def text(self) -> str:
         """The end of what it has put out so far."""

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
@@ -23,9 +24,13 @@ from conf.files import atomic_write
 from conf.plain_json import dumps, read_object
 from conf.process import collected_signals
 from conf.schema import PipelineRun
+from train.stages.calibration import Calibration
 from train.stages.child import POLL_S, Child, alone_in, stop_signals
-from train.stages.display import Display, StageRow, print_summary
-from train.stages.tasks import STAGES, StageCommand, Task, origin, plan_tasks
+from train.stages.display import Display, StageRow, print_summary, tail
+from train.stages.live_page import live_page
+from train.stages.next_steps import print_next_steps
+from train.stages.tasks import STAGES, StageCommand, Task, images_of, origin, plan_tasks
+from train.stages.terminal_image import newest_image, protocol_of
 
 SAVE_EVERY_S = 10.0  # a SIGKILL of the pipeline loses no more of a stage's time
 
@@ -52,6 +57,10 @@ class StageRecord:
         """Whether the stage is finished and what it read is still the same."""
         return self.outcome != "" and all(origin(value) == digest for value, digest in self.read.items())
 
+    def is_of(self, task: Task, inputs: str) -> bool:
+        """Whether it is of a finished stage of these inputs, which has lost nothing since."""
+        return self.inputs == inputs and self.outcome == task.outcome() and not task.outdated()
+
     def save(self, path: Path) -> None:
         """Write it, atomically."""
         atomic_write(path, dumps(asdict(self), indent=1).encode())
@@ -75,15 +84,23 @@ def run_stages(
     rows = [StageRow(task.stage.name, task.samples) for task in tasks]
     console = Console(highlight=False)
     with collected_signals(stop_signals()) as received, alone_in(run_dir, received) as lock:
-        with Display(rows, console) as display:
-            chain = _Chain(run_dir, cfg.processes, lock, received, display)
+        calibration = Calibration(run_dir, tasks, cfg.calibrate and cfg.processes == 1)
+        with (
+            live_page(cfg, console, lock),
+            closing(calibration),
+            Display(rows, console, protocol_of(cfg.terminal_images, console)) as display,
+        ):
+            chain = _Chain(run_dir, cfg.processes, lock, received, display, calibration)
+            chain.look_ahead(tasks)
             for task, row in zip(tasks, rows, strict=True):
                 if not received:
                     chain.finish(task, row)
+                    set_work(tasks, rows)
         if received:
             print(f"{received[0].name}: start the same line again to continue", file=sys.stderr, flush=True)
             return 128 + received[0]
         conclude(run_dir, tasks, stages, console)
+        print_next_steps(console, tasks)
     return 0
 
 
@@ -96,6 +113,17 @@ class _Chain:
     lock: int  # descriptor that stages inherit
     received: list[signal.Signals]  # grows
     display: Display
+    calibration: Calibration
+
+    def look_ahead(self, tasks: Sequence[Task]) -> None:
+        """Find out what earlier starts have left to do; what a stage finds when its turn comes counts more."""
+        set_work(tasks, self.display.rows)
+        for task, row in zip(tasks, self.display.rows, strict=True):
+            record = StageRecord.load(record_path(self.run_dir, task.stage))
+            row.finished = record.outcome != "" and record.is_of(task, task.inputs())
+            if task.samples:
+                row.begun = max((known["samples_seen"] for known in tail(task.output_dir / "metrics.jsonl")), default=0)
+        self.display.expect(self.calibration.known())
 
     def finish(self, task: Task, row: StageRow) -> None:
         """Run a stage to its end unless it is there already; returns early after a signal."""
@@ -104,12 +132,14 @@ class _Chain:
         if not task.output_dir.exists():
             record.seconds = 0.0  # of work that somebody deleted
         row.elapsed_s = record.seconds
-        if record.inputs == inputs and record.outcome == task.outcome() and not task.outdated():
+        if record.is_of(task, inputs):
             self._show(row, "skipped")
             return
-        self._show(row, "running")
-        log = self.run_dir / "logs" / f"{task.stage.name}.log"
-        child = Child(task.stage.command(task.arguments, self.processes), log, self.lock)
+        row.begin()
+        self.display.update()
+        log, progress = self.run_dir / "logs" / f"{task.stage.name}.log", path.with_suffix(".progress")
+        child = Child(task.stage.command(task.arguments, self.processes), log, self.lock, progress)
+        self.calibration.start(self.lock)
         try:
             status = self._follow(child, task, row, record)
         except BaseException:
@@ -138,13 +168,22 @@ class _Chain:
             if time.monotonic() - saved > SAVE_EVERY_S:
                 saved = time.monotonic()
                 record.save(record_path(self.run_dir, task.stage))
-            row.read(task.output_dir, child.text(), since)
+            row.read(task.output_dir, child.text(), since, child.told())
+            self.display.expect(self.calibration.known())
+            self.display.show(row.name, newest_image(task.output_dir), since)
             self.display.update()
         return status
 
     def _show(self, row: StageRow, state: str) -> None:
         row.state = state
         self.display.update()
+
+
+def set_work(tasks: Sequence[Task], rows: Sequence[StageRow]) -> None:
+    """Tell rows how much their stages have to do; a build that is finished tells those after it."""
+    images = images_of(tasks)
+    for task, row in zip(tasks, rows, strict=True):
+        row.work = task.work(images)
 
 
 def record_path(run_dir: Path, stage: StageCommand) -> Path:

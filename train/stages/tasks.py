@@ -29,6 +29,7 @@ from conf.schema import (
 )
 from data.building.build import is_outdated
 from train.stages.display import tail
+from train.stages.time_left import Work
 
 ROOT = Path(__file__).parents[2]
 SHARED = ("experiment", "run_dir", "name", "seed")  # options of the pipeline and of every stage
@@ -85,6 +86,17 @@ class Task:
         """Length of a training; 0 for other stages."""
         return self.cfg.loop.samples if self.stage.proof == "DONE" else 0
 
+    def work(self, images: int | None) -> Work:
+        """How much there is to do, of so many images in the data set."""
+        match self.stage.name:
+            case "sample":
+                drawn = len(self.cfg.prompts) + len(self.cfg.inputs)
+                drawn += self.cfg.prompts_from_samples if self.cfg.prompts_from else 0
+                return Work(drawn * self.cfg.images_per_prompt or None)
+            case "evaluate":
+                return Work(self.cfg.samples)
+        return Work(self.samples, self.cfg.loop.evaluate_every) if self.samples else Work(images)
+
     def inputs(self) -> str:
         """Digest of all that may change the result; a moved run folder or another W&B project does not."""
         plain = to_plain(self.cfg)
@@ -125,6 +137,13 @@ class Task:
             for row in tail(self.output_dir / "metrics.jsonl"):
                 recorded = {name: value for name, value in row.items() if name.startswith("latents/")}
         return {name: value for name, value in recorded.items() if value is not None}
+
+
+def images_of(tasks: Sequence[Task]) -> int | None:
+    """Images in the data set of some stages: that are there, else that are asked for; None: nobody knows."""
+    shards = next((Path(task.cfg.shards) for task in tasks if hasattr(task.cfg, "shards")), Path())
+    there = sum(read_object(shards / side / "manifest.json").get("samples", 0) for side in ("train", "heldout"))
+    return there or next((task.cfg.samples for task in tasks if isinstance(task.cfg, BuildRun)), 0) or None
 
 
 def origin(value: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.process import tell
 from conf.schema import AutoencoderRun, Reconstruction
 from conf.schema.networks import AutoencoderConfig
 from data.image_dataset import ImageDataset
@@ -192,6 +193,7 @@ class AutoencoderStage:
         used = torch.zeros(self.cfg.model.num_vq_embeddings or 0, device=device)  # vectors of the codebook that occur
         sums = dict.fromkeys(measures, 0.0)  # a rank without judged joins the sum with the same names
         for index in range(self.runtime.rank, count, self.runtime.world):
+            tell("evaluating", index, count)
             image = self.heldout.at(index)["image"][None].to(device)  # [1, 3, H, W]
             latents = network.encode(image).chunk(2, dim=1)[0]
             output = network.decode(latents).clamp(-1, 1)

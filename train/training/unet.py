@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conf.errors import UserError
+from conf.process import tell
 from conf.schema import UNetRun
 from data.latent_dataset import LatentDataset
 from data.streams import latent_stream
@@ -211,6 +212,7 @@ class UNetStage:
 
         Beside an image stand its condition, where that is one, and the original.
         """
+        tell("drawing images")
         cfg, conditions = self.cfg, model.conditions
         alike = [i for i in range(self.heldout.samples) if self.heldout.bucket(i) == self.heldout.bucket(0)]
         batch = self.heldout.batch_at(alike[: cfg.sample_prompts])

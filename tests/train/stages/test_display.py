@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from conf.process import Told
 from train.engine.progress import LINE_EVERY_S
 from train.stages import display as progress
 from train.stages.display import QUIET_S, Display, StageRow, line
+from train.stages.time_left import Cost, Work
 
 
 class Clock:
@@ -99,3 +101,78 @@ def test_a_line_holds_what_is_known() -> None:
         "left 0:03",
         "elapsed 0:02",
     ]
+
+
+def running(clock: Clock, **options: Any) -> StageRow:
+    row = StageRow("autoencoder", **options)
+    row.begin()
+    return row
+
+
+def test_a_running_stage_is_as_far_as_it_told_last(clock: Clock, tmp_path: Path) -> None:
+    row = running(clock, total=1000, work=Work(1000, 500))
+    wrote(tmp_path, clock, 100, 90.0)
+    for seen in (100, 120, 140):
+        clock.now += 2
+        row.read(tmp_path, "", since=0, told=Told("training", seen, 1000, clock.now))
+    assert row.cells["samples"] == "140/1,000" and row.cells["images/s"] == "10"
+    assert row.cells["left"] == "1:26" and row.cells["loss"] == "0.5"
+    row.read(tmp_path, "", since=0, told=Told("evaluating", 32, 64, clock.now))
+    assert row.doing == "evaluating 32/64" and row.cells["samples"] == "140/1,000"
+    assert "evaluating 32/64" in line(row)
+    row.state = "done"
+    assert row.rest_s == 0 and row.cells["left"] == ""
+
+
+def test_time_left_of_all_stages_is_the_sum_and_only_of_what_is_left(clock: Clock) -> None:
+    rows = [StageRow(name, work=Work(100)) for name in ("autoencoder", "clip", "unet")]
+    display = Display(rows, Console(file=io.StringIO()))
+    assert display.rest_s is None
+    display.expect({name: Cost(5.0, 1.0) for name in ("autoencoder", "clip", "unet")})
+    assert display.rest_s == 315
+    rows[0].finished, rows[1].begun = True, 60
+    assert display.rest_s == 45 + 105
+    rows[1].begin()
+    clock.now += 10
+    rows[1].read(Path("nowhere"), "", 0, Told("training", 60, 100, clock.now))
+    clock.now += 20
+    rows[1].read(Path("nowhere"), "", 0, Told("training", 70, 100, clock.now))
+    display.expect({name: Cost(5.0, 1.0) for name in ("autoencoder", "clip", "unet")})
+    assert display.rest_s == 2 * 30 + 2 * 105  # this machine is half as fast as expected
+
+
+def test_a_stage_whose_cost_nobody_knows_leaves_the_whole_unknown(clock: Clock) -> None:
+    rows = [StageRow("unet", work=Work(100)), StageRow("sample")]
+    display = Display(rows, Console(file=io.StringIO()))
+    display.expect({"unet": Cost(5.0, 1.0), "sample": Cost(5.0, 1.0)})
+    assert display.rest_s is None and "left" not in display.status().plain
+
+
+@pytest.mark.parametrize("state", ["running", "done", "stopped"])
+def test_large_numbers_fit_into_eighty_columns(clock: Clock, state: str) -> None:
+    row = running(clock, total=60_000_000, loss=1234.5678, elapsed_s=987654.0, work=Work(60_000_000))
+    for second in (0, 30):
+        told = Told("training", 12_345_678 + second * 1234, 60_000_000, clock.now + second)
+        row.read(Path("nowhere"), "", 0, told)
+    row.state = state
+    for quiet_s in (0.0, 7200.0):
+        row.quiet_s = quiet_s
+        out = io.StringIO()
+        console = Console(file=out, width=80)
+        display = Display([row, StageRow("evaluate", state="skipped")], console)
+        console.print(display.table(), display.status())
+        lines = out.getvalue().splitlines()
+        assert (
+            "…" not in out.getvalue() and max(map(len, lines)) <= 80 and len(lines) == (6 if state == "running" else 5)
+        )
+        assert "12.38M/60M" in lines[1] and "1,234" in lines[1] and "274:20:54" in lines[1]
+
+
+def test_long_runs_without_a_terminal_get_fewer_lines(clock: Clock, tmp_path: Path) -> None:
+    row, out = StageRow("unet", 10**6, "running"), io.StringIO()
+    display = Display([row], Console(file=out, width=100))
+    for second in range(0, 86_400, 5):
+        clock.now += 5
+        row.read(tmp_path, "", 0, Told("training", second, 10**6, clock.now))
+        display.update()
+    assert len(out.getvalue().splitlines()) < 500

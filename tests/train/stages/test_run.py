@@ -1,5 +1,6 @@
 """The chain of stages, with scripts in place of the stages: what it starts, skips, passes on and reports."""
 
+import io
 import json
 import os
 import shutil
@@ -15,13 +16,17 @@ from typing import Any
 import psutil
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from conf.entry import compose
 from conf.errors import UserError
 from conf.schema import PipelineRun
 from data.building.build import build_shards
-from train.stages.run import run_stages
-from train.stages.tasks import STAGES, StageCommand, Task, separate
+from train.stages.calibration import Calibration, key_of, known_costs
+from train.stages.display import Display, StageRow
+from train.stages.run import _Chain, run_stages
+from train.stages.tasks import STAGES, StageCommand, Task, plan_tasks, separate
+from train.stages.time_left import Cost
 
 ROOT = Path(__file__).parents[3]
 NAMES = [stage.name for stage in STAGES]
@@ -107,7 +112,7 @@ class Chain:
             )
             self.stages.append(replace(stage, script=script))
         (folder / "driver.py").write_text(DRIVER)
-        self.line = [f"run_dir={self.run_dir}", "experiment=smoke"]
+        self.line = [f"run_dir={self.run_dir}", "experiment=smoke", "calibrate=false", "live=false"]
         self.started: list[subprocess.Popen[str]] = []
 
     def run(self, *arguments: str) -> int:
@@ -457,3 +462,60 @@ def test_a_killed_pipeline_ends_the_processes_of_torchrun_too(chain: Chain) -> N
     process.kill()
     assert psutil.wait_procs(family, timeout=WAIT_S)[1] == []
     assert (chain.run_dir / "autoencoder" / "checkpoint").read_text() == "saved"
+
+
+def test_the_first_line_names_the_live_page_and_the_last_ones_what_to_try(
+    chain: Chain, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chain.run("live=true")
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("live page: ") and lines[0].endswith(
+        f"train/report.py run_dir={chain.run_dir} live=true"
+    )
+    assert lines[-4] == "try next"
+    assert [Path(word).stem for line in lines[-3:] for word in line.split() if word.endswith(".py")] == [
+        "sample",
+        "edit",
+        "playground",
+    ]
+    chain.tell("fail", "evaluate")
+    with pytest.raises(UserError):
+        chain.run("evaluate.samples=32")
+    assert "try next" not in capfd.readouterr().out
+    assert "\x1b" not in "".join(lines)
+
+
+def test_what_a_stage_tells_reaches_the_pipeline(chain: Chain, capfd: pytest.CaptureFixture[str]) -> None:
+    script = chain.folder / "train_clip.py"
+    told = 'from conf.process import tell; tell("training", 130, 512)\n'
+    script.write_text(told + script.read_text())
+    chain.run("stages=[clip]", "wandb.mode=disabled")
+    done = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("clip        done"))
+    assert "samples 130/512" in done
+
+
+def test_what_earlier_starts_have_finished_takes_no_time(chain: Chain) -> None:
+    chain.run()
+    own, overrides = separate(chain.line, chain.stages)
+    tasks = plan_tasks(compose("pipeline", PipelineRun, own), overrides, chain.stages)
+    calibration = Calibration(chain.run_dir, tasks, wanted=False)
+    calibration.costs = {name: Cost(1.0, 1.0) for name in NAMES}
+    (chain.run_dir / "unet" / "DONE").unlink()
+    rows = [StageRow(task.stage.name) for task in tasks]
+    display = Display(rows, Console(file=io.StringIO()))
+    _Chain(chain.run_dir, 1, 0, [], display, calibration).look_ahead(tasks)
+    assert [row.name for row in rows if not row.finished] == ["unet", "sample", "evaluate"]  # these read its result
+    assert display.rest_s == (1 + 512 - 128) + (1 + 2) + (1 + 16)  # the training from its last row of metrics on
+
+
+def test_costs_are_kept_for_the_options_and_the_machine_that_they_are_of(chain: Chain) -> None:
+    own, overrides = separate(chain.line, chain.stages)
+    tasks = plan_tasks(compose("pipeline", PipelineRun, own), overrides, chain.stages)
+    path = chain.run_dir / "costs.json"
+    key = key_of(tasks)
+    path.write_text(json.dumps({"key": key, "costs": {"unet": {"fixed_s": 1, "sample_s": 2, "evaluation_s": 3}}}))
+    assert known_costs(path, key) == {"unet": Cost(1, 2, 3)}
+    own, overrides = separate([*chain.line, "unet.batch.global_batch_size=8"], chain.stages)
+    assert known_costs(path, key_of(plan_tasks(compose("pipeline", PipelineRun, own), overrides, chain.stages))) is None
+    path.write_text("{")
+    assert known_costs(path, key) is None

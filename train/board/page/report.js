@@ -1,4 +1,4 @@
-// Charts from the JSON beside them, and films whose frame a slider picks. Nothing is fetched.
+// Charts from the JSON beside them, and films whose frame a slider picks. Nothing is fetched, but by a page that is served.
 "use strict";
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -216,6 +216,9 @@ function startFilm(figure) {
   const show = () => {
     frames.forEach((frame, number) => { frame.hidden = number !== +slider.value; });
     output.textContent = `${(+frames[slider.value].dataset.seen).toLocaleString("en")} samples`;
+    figure.querySelectorAll(".moments button").forEach((moment, number) => {
+      moment.ariaPressed = String(number === +slider.value);
+    });
   };
   const stop = () => {
     clearInterval(timer);
@@ -223,6 +226,16 @@ function startFilm(figure) {
     button.textContent = "▶";
   };
   slider.addEventListener("input", () => { stop(); show(); });
+  const moments = frames.map((frame, number) => { // all of them side by side, which grows with the run
+    const [moment, image] = ["button", "i"].map((name) => document.createElement(name));
+    moment.type = "button";
+    image.style.backgroundImage = `url("${frame.src}")`;
+    image.style.aspectRatio = `${frame.getAttribute("width")} / ${frame.getAttribute("height")}`;
+    moment.append(image, (+frame.dataset.seen).toLocaleString("en"));
+    moment.addEventListener("click", () => { stop(); slider.value = number; show(); });
+    return moment;
+  });
+  figure.querySelector(".moments").append(...moments);
   button.addEventListener("click", () => {
     if (timer) return stop();
     if (+slider.value === frames.length - 1) slider.value = 0;
@@ -254,3 +267,15 @@ addEventListener("resize", drawAll);
 document.querySelectorAll("details.group").forEach((group) => group.addEventListener("toggle", drawAll));
 document.querySelectorAll(".film").forEach(startFilm);
 drawAll();
+
+// A page that is served loads itself again when its server has a newer one.
+const live = document.getElementById("live");
+if (live) setInterval(async () => {
+  try {
+    const version = await (await fetch("version")).text();
+    live.textContent = "it follows the run";
+    if (version !== live.dataset.version) location.reload();
+  } catch {
+    live.textContent = "its server has ended";
+  }
+}, 3000);

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conf.files import atomic_path
+from conf.process import tell
 from conf.schema import ImageConfig
 from data.image_dataset import ImageDataset
 from train.engine.runtime import Runtime
@@ -99,6 +100,7 @@ def cached_judge(
 
 def train_judge(kind: type[Judge], dataset: ImageDataset, seed: int, device: torch.device) -> Judge:
     """Fit a judge; half of each batch is blurred, as decoded images are softer than drawn ones."""
+    tell("reading images for a judge")
     items = [dataset.at(index) for index in range(0, dataset.samples, -(-dataset.samples // MOST))]
     for item in items:
         kind.require(item)
@@ -108,7 +110,8 @@ def train_judge(kind: type[Judge], dataset: ImageDataset, seed: int, device: tor
     judge = kind(kind.facts_of(items)).to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), PEAK_LR, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, kind.steps)
-    for _ in range(kind.steps):
+    for step in range(kind.steps):
+        tell("training a judge", step, kind.steps)
         chosen = torch.randint(len(images), (kind.batch,), generator=generator)
         batch = soften(images[chosen], generator).to(device)
         loss = judge.loss(batch, [items[index] for index in chosen.tolist()], generator)
