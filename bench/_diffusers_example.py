@@ -83,7 +83,8 @@ def comparisons(folder: Path, script: str) -> Iterator[Comparison]:
     never = 10**9
     ours = Command(
         *(sys.executable, "train/train_unet.py", "experiment=demo", f"run_dir={folder}", "output_dir=OUTPUT/unet"),
-        *("process.prediction=eps", "process.timestep_sampling=uniform", "runtime=cpu", "sample_prompts=0"),
+        *("process.prediction=eps", "process.timestep_sampling=uniform", "sample_prompts=0"),
+        *("runtime=cpu", "runtime.backend=deepspeed", "optim.name=adamw"),
         *(f"loop.log_every={never}", f"loop.evaluate_every={never}", f"loop.checkpoint_every={never}", "loop.samples="),
         samples_per_step=BATCH,
     )

@@ -57,8 +57,9 @@ def prepare(folder: Path, runtime: Runtime) -> None:
 
 
 def training(folder: Path, *overrides: str) -> UNetRun:
-    """The demo's U-Net for some steps, with nothing in between."""
-    given = ["runtime=cpu", "wandb.mode=disabled", "sample_prompts=0", *SHORT, *overrides]
+    """The demo's U-Net for some steps, with nothing in between: under DeepSpeed and by AdamW, unless told otherwise."""
+    usual = ["runtime=cpu", "runtime.backend=deepspeed", "optim.name=adamw", "wandb.mode=disabled", "sample_prompts=0"]
+    given = {item.partition("=")[0]: item for item in [*usual, *SHORT, *overrides]}.values()
     return configured("train_unet", UNetRun, folder, *given)
 
 
