@@ -116,7 +116,7 @@ class OptimConfig:
 
     name: OptimizerName = OptimizerName.adamw  # muon: makes steps of hidden matrices orthogonal, AdamW for the rest
     lr: float = 1e-4  # peak learning rate; never scaled by batch or world size behind the user's back
-    beta1: float = 0.9  # decay per step of the gradients' running mean, in [0, 1)
+    beta1: float = 0.9  # AdamW's decay per step of the gradients' running mean, in [0, 1)
     beta2: float = 0.999  # decay per step of their running mean square, in [0, 1)
     eps: float = 1e-8  # added to the root of that mean square
     weight_decay: float = 0.01  # times lr: by which share matrices and kernels shrink per step

@@ -90,7 +90,6 @@ class ReportRun:
 
     python train/report.py run_dir=runs/demo
     python train/report.py run_dir=runs/demo live=true
-    python train/report.py run_dir=runs/demo images_mb=3
     python train/report.py run_dir=runs/demo output_dir=pages/demo
     """
 

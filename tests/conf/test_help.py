@@ -90,7 +90,7 @@ def test_a_section_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 def test_values_are_those_of_the_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     text = help_of("train_unet", capsys, monkeypatch, "optim", "experiment=demo", "optim.eps=0.5")
-    assert re.search(r"\nlr +float +0\.002 ", text) and re.search(r"\neps +float +0\.5 ", text)
+    assert re.search(r"\nlr +float +0\.006 ", text) and re.search(r"\neps +float +0\.5 ", text)
 
 
 def test_an_unknown_section_is_one_line_with_the_nearest() -> None:

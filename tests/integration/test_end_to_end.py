@@ -118,7 +118,9 @@ def test_second_start_skips_everything(smoke: tuple[Path, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file() and path.parent != run_dir}
     summary = (run_dir / "summary.json").read_text()
     output = finish("train/pipeline.py", "experiment=smoke", f"run_dir={run_dir}")
-    assert [line.split()[:2] for line in output.splitlines()[: len(STAGES)]] == [[stage, "skipped"] for stage in STAGES]
+    first, *lines = output.splitlines()
+    assert first.startswith("live page: ")
+    assert [line.split()[:2] for line in lines[: len(STAGES)]] == [[stage, "skipped"] for stage in STAGES]
     assert (run_dir / "summary.json").read_text() == summary
     after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file() and path.parent != run_dir}
     assert after == before

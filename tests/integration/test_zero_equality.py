@@ -186,7 +186,7 @@ def test_other_processes_continue_the_run_again_and_again(runs: dict[int, Run], 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("processes", worker.CHAIN)
 def test_muon_takes_the_same_steps_everywhere(runs: dict[int, Run], processes: int, layout: str) -> None:
-    """As one process alone; that one is compared with torch's Muon in `test_muon.py`."""
+    """As one process alone; that one is compared with torch's Muon in `test_optim_muon.py`."""
     run, alone = runs[processes], runs[1]
     assert relative(run.numbers[f"{layout}/muon"], alone.numbers["ddp/muon"]) < 1e-5
     assert difference(run.weights(f"{layout}-muon"), alone.weights("ddp-muon")) < 1e-5

@@ -19,11 +19,10 @@ from conf.errors import UserError
 from conf.schema import BackendName, BatchConfig, EmaConfig, OptimConfig, UNetRuntimeConfig
 from models.formats.tensor_stream import TensorStream
 from train.engine.backend.distribute import distribute
-from train.engine.backend.muon import Muon
 from train.engine.contents import Contents, read_into, stream
 from train.engine.ema import Ema
 from train.engine.meter import Clock
-from train.engine.optim import lr_at
+from train.engine.optim import Muon, lr_at
 from train.engine.runtime import Runtime
 
 WEIGHTS, SCALARS = "weights.safetensors", "optimizer.json"

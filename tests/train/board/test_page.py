@@ -109,7 +109,7 @@ def test_the_slider_moves_through_the_training(opened: Opened) -> None:
     first = opened.shown("unet/samples/prompts")
     assert first.get_attribute("data-seen") == "200" and first.screenshot() != before
     assert film.locator("output").inner_text() == "200 samples"
-    film.locator("button").click()  # plays on to the end
+    film.get_by_label("play").click()  # plays on to the end
     assert opened.shown("unet/samples/prompts").get_attribute("data-seen") != "200"
     assert opened.trouble == []
 

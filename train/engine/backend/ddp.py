@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from conf.schema import OptimConfig
 from train.engine.backend.layout import Layout, whole
-from train.engine.backend.muon import make_optimizer
-from train.engine.optim import Accumulating, sound_step
+from train.engine.optim import Accumulating, make_optimizer, sound_step
 from train.engine.precision import autocast
 from train.engine.runtime import Runtime
 

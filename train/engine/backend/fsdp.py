@@ -17,8 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
 from train.engine.backend.layout import Layout, Piece, require_cuttable
-from train.engine.backend.muon import make_optimizer
-from train.engine.optim import Accumulating, sound_step
+from train.engine.optim import Accumulating, make_optimizer, sound_step
 from train.engine.precision import AUTOCAST, autocast
 from train.engine.runtime import Runtime
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
 from train.engine.backend.layout import BUCKET, Layout, Piece, require_cuttable, whole
-from train.engine.backend.muon import make_optimizer
-from train.engine.optim import unscale_and_clip
+from train.engine.optim import make_optimizer, unscale_and_clip
 from train.engine.precision import AUTOCAST, LossScale
 from train.engine.runtime import Runtime
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from conf.schema import OptimConfig, OptimizerName
 from train.engine.backend.layout import whole
-from train.engine.backend.muon import LENGTH, MOMENTUM, Muon, hidden_matrices, make_optimizer, orthogonal, step_of
+from train.engine.optim import LENGTH, MOMENTUM, Muon, hidden_matrices, make_optimizer, orthogonal, step_of
 
 
 class Network(nn.Module):
