@@ -3,7 +3,7 @@
 A process of its own, since the pipeline never imports torch, times a step of each network in the CPU time of one
 thread: that is the same whatever runs beside it. It leaves
 
-    run_dir/.stages/costs.json    {"key": what it was made of, "costs": {stage: `Cost`}}
+    run_dir/.stages/costs.json    {"key": what it was made of, "costs": {stage: `StageCost`}}
 
 which a later start reads instead. On a GPU, or of a network that takes long, there is none: times come as stages run.
 """
@@ -25,7 +25,7 @@ from conf.plain_json import dumps, loads, read_object
 from conf.schema import AutoencoderRun, ClipRun, Sampler, SamplingConfig, UNetRun
 from train.stages.child import Child
 from train.stages.tasks import STAGES, Task
-from train.stages.time_left import Cost
+from train.stages.time_left import StageCost
 
 COSTS = "costs.json"
 NETWORKS = ("autoencoder", "clip", "unet")  # stages that say which network there is
@@ -46,10 +46,12 @@ def key_of(tasks: Sequence[Task]) -> str:
     return hashlib.sha256(dumps(plain).encode()).hexdigest()
 
 
-def known_costs(path: Path, key: str) -> dict[str, Cost] | None:
+def known_costs(path: Path, key: str) -> dict[str, StageCost] | None:
     """What a calibration has left; None where there was none of these options on this machine."""
     found = read_object(path)
-    return {name: Cost(**cost) for name, cost in found.get("costs", {}).items()} if found.get("key") == key else None
+    return (
+        {name: StageCost(**cost) for name, cost in found.get("costs", {}).items()} if found.get("key") == key else None
+    )
 
 
 class Calibration:
@@ -77,7 +79,7 @@ class Calibration:
             names = self.run_dir / "logs" / "calibration.log", self.run_dir / ".stages" / "calibration.progress"
             self.child = Child(command, names[0], keep, names[1])
 
-    def known(self) -> Mapping[str, Cost]:
+    def known(self) -> Mapping[str, StageCost]:
         """Costs by stage, as far as they are known by now."""
         if self.child is not None and self.child.wait(0) is not None:
             self.child, self.costs = None, known_costs(self.path, self.key)
@@ -90,7 +92,7 @@ class Calibration:
             self.child.process.wait()
 
 
-def calibrate(configs: Mapping[str, Any]) -> dict[str, Cost]:
+def calibrate(configs: Mapping[str, Any]) -> dict[str, StageCost]:
     """Costs of the stages of these configurations; of none where they would not be true."""
     import torch
 
@@ -104,20 +106,20 @@ def calibrate(configs: Mapping[str, Any]) -> dict[str, Cost]:
     threads = max([cfg.runtime.threads for cfg in networks], default=0) or torch.get_num_threads()
     torch.set_num_threads(1)
     gain = threads**GAIN
-    costs, encode_s, decode_s, forward_s = dict[str, Cost](), 0.0, 0.0, 0.0
+    costs, encode_s, decode_s, forward_s = dict[str, StageCost](), 0.0, 0.0, 0.0
     if cfg := configs.get("autoencoder"):
         step_s, encode_s, decode_s = (seconds / gain for seconds in autoencoder_seconds(cfg))
-        costs["autoencoder"] = Cost(start_s, step_s, HELDOUT * (encode_s + decode_s))
-        costs["latents"] = Cost(start_s, encode_s)
+        costs["autoencoder"] = StageCost(start_s, step_s, HELDOUT * (encode_s + decode_s))
+        costs["latents"] = StageCost(start_s, encode_s)
     if cfg := configs.get("clip"):
         step_s = clip_seconds(cfg) / gain
-        costs["clip"] = Cost(start_s, step_s, HELDOUT * step_s / 3)
+        costs["clip"] = StageCost(start_s, step_s, HELDOUT * step_s / 3)
     if cfg := configs.get("unet"):
         step_s, forward_s = (seconds / gain for seconds in unet_seconds(cfg, tokens_of(configs)))
         drawn = (cfg.sample_prompts + cfg.evaluation.samples) * (passes(cfg.sampling) * forward_s + decode_s)
-        costs["unet"] = Cost(start_s, step_s, HELDOUT * forward_s + drawn)
+        costs["unet"] = StageCost(start_s, step_s, HELDOUT * forward_s + drawn)
         for name in {"sample", "evaluate"} & set(configs):
-            costs[name] = Cost(start_s, passes(configs[name]) * forward_s + decode_s)
+            costs[name] = StageCost(start_s, passes(configs[name]) * forward_s + decode_s)
     if (cfg := configs.get("evaluate")) and "evaluate" in costs:
         judges = cfg.prompt_following + len(cfg.judges)
         judge_s = judges * JUDGED * cfg.images.resolution**2 * JUDGE_S / gain

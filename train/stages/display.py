@@ -17,7 +17,7 @@ from conf.process import Told
 from conf.schema import TerminalImages
 from train.engine.progress import LINE_EVERY_S, duration, live_on
 from train.stages.terminal_image import TerminalImage
-from train.stages.time_left import MAIN, Cost, Pace, Work, correction
+from train.stages.time_left import MAIN, Pace, StageCost, Work, correction
 
 QUIET_S = 60.0  # without a new row or line, after which no time left is told
 LINE_EVERY = 0.02  # of the time so far, where there is no terminal: a training of days needs no 10,000 lines
@@ -42,7 +42,7 @@ class StageRow:
     news: tuple[Any, ...] = ()  # what it told last
     news_at: float = 0.0  # and when that was seen, on the clock that never jumps
     work: Work = field(default_factory=Work)
-    cost: Cost | None = None  # that is expected of it
+    cost: StageCost | None = None  # that is expected of it
     pace: Pace = field(default_factory=Pace)
     began_at: float = 0.0  # this start
     finished: bool = False  # by an earlier start, as far as one can see
@@ -169,7 +169,7 @@ class Display:
         """What of a row is worth a line; not the time that passes."""
         return row.state, row.seen, row.total, row.loss, row.pace.told and row.pace.told.doing, row.quiet
 
-    def expect(self, costs: Mapping[str, Cost]) -> None:
+    def expect(self, costs: Mapping[str, StageCost]) -> None:
         """Say what stages cost, as a calibration found it; what they really took corrects it from now on."""
         factor = correction({row.name: row.pace for row in self.rows}, costs)
         for row in self.rows:

@@ -33,7 +33,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class StageCost:
     """Seconds that the parts of a stage are expected to take on this machine."""
 
     fixed_s: float  # imports, and what does not grow with the samples
@@ -92,7 +92,7 @@ class Pace:
             return None
         return (self.seconds - self.recent[0][0]) / (self.samples - self.recent[0][1])
 
-    def left(self, now: float, work: Work, cost: Cost | None, elapsed_s: float, begun: int = 0) -> float | None:
+    def left(self, now: float, work: Work, cost: StageCost | None, elapsed_s: float, begun: int = 0) -> float | None:
         """Seconds until the stage ends, at a moment of the clock of `Told`; None where nobody can know yet.
 
         Args:
@@ -117,7 +117,7 @@ class Pace:
         return left
 
 
-def correction(paces: Mapping[str, Pace], costs: Mapping[str, Cost]) -> float:
+def correction(paces: Mapping[str, Pace], costs: Mapping[str, StageCost]) -> float:
     """True seconds over expected ones, of all work so far; 1 while there is little of it."""
     true_s = expected_s = 0.0
     for name, cost in costs.items():

@@ -12,7 +12,7 @@ from conf.process import Told
 from train.engine.progress import LINE_EVERY_S
 from train.stages import display as progress
 from train.stages.display import QUIET_S, Display, StageRow, line
-from train.stages.time_left import Cost, Work
+from train.stages.time_left import StageCost, Work
 
 
 class Clock:
@@ -128,7 +128,7 @@ def test_time_left_of_all_stages_is_the_sum_and_only_of_what_is_left(clock: Cloc
     rows = [StageRow(name, work=Work(100)) for name in ("autoencoder", "clip", "unet")]
     display = Display(rows, Console(file=io.StringIO()))
     assert display.rest_s is None
-    display.expect({name: Cost(5.0, 1.0) for name in ("autoencoder", "clip", "unet")})
+    display.expect({name: StageCost(5.0, 1.0) for name in ("autoencoder", "clip", "unet")})
     assert display.rest_s == 315
     rows[0].finished, rows[1].begun = True, 60
     assert display.rest_s == 45 + 105
@@ -137,14 +137,14 @@ def test_time_left_of_all_stages_is_the_sum_and_only_of_what_is_left(clock: Cloc
     rows[1].read(Path("nowhere"), "", 0, Told("training", 60, 100, clock.now))
     clock.now += 20
     rows[1].read(Path("nowhere"), "", 0, Told("training", 70, 100, clock.now))
-    display.expect({name: Cost(5.0, 1.0) for name in ("autoencoder", "clip", "unet")})
+    display.expect({name: StageCost(5.0, 1.0) for name in ("autoencoder", "clip", "unet")})
     assert display.rest_s == 2 * 30 + 2 * 105  # this machine is half as fast as expected
 
 
 def test_a_stage_whose_cost_nobody_knows_leaves_the_whole_unknown(clock: Clock) -> None:
     rows = [StageRow("unet", work=Work(100)), StageRow("sample")]
     display = Display(rows, Console(file=io.StringIO()))
-    display.expect({"unet": Cost(5.0, 1.0), "sample": Cost(5.0, 1.0)})
+    display.expect({"unet": StageCost(5.0, 1.0), "sample": StageCost(5.0, 1.0)})
     assert display.rest_s is None and "left" not in display.status().plain
 
 

@@ -26,7 +26,7 @@ from train.stages.calibration import Calibration, key_of, known_costs
 from train.stages.display import Display, StageRow
 from train.stages.run import _Chain, run_stages
 from train.stages.tasks import STAGES, StageCommand, Task, plan_tasks, separate
-from train.stages.time_left import Cost
+from train.stages.time_left import StageCost
 
 ROOT = Path(__file__).parents[3]
 NAMES = [stage.name for stage in STAGES]
@@ -499,7 +499,7 @@ def test_what_earlier_starts_have_finished_takes_no_time(chain: Chain) -> None:
     own, overrides = separate(chain.line, chain.stages)
     tasks = plan_tasks(compose("pipeline", PipelineRun, own), overrides, chain.stages)
     calibration = Calibration(chain.run_dir, tasks, wanted=False)
-    calibration.costs = {name: Cost(1.0, 1.0) for name in NAMES}
+    calibration.costs = {name: StageCost(1.0, 1.0) for name in NAMES}
     (chain.run_dir / "unet" / "DONE").unlink()
     rows = [StageRow(task.stage.name) for task in tasks]
     display = Display(rows, Console(file=io.StringIO()))
@@ -514,7 +514,7 @@ def test_costs_are_kept_for_the_options_and_the_machine_that_they_are_of(chain: 
     path = chain.run_dir / "costs.json"
     key = key_of(tasks)
     path.write_text(json.dumps({"key": key, "costs": {"unet": {"fixed_s": 1, "sample_s": 2, "evaluation_s": 3}}}))
-    assert known_costs(path, key) == {"unet": Cost(1, 2, 3)}
+    assert known_costs(path, key) == {"unet": StageCost(1, 2, 3)}
     own, overrides = separate([*chain.line, "unet.batch.global_batch_size=8"], chain.stages)
     assert known_costs(path, key_of(plan_tasks(compose("pipeline", PipelineRun, own), overrides, chain.stages))) is None
     path.write_text("{")

@@ -3,10 +3,10 @@
 import pytest
 
 from conf.process import Told
-from train.stages.time_left import WINDOW_S, Cost, Pace, Work, correction
+from train.stages.time_left import WINDOW_S, Pace, StageCost, Work, correction
 
 WORK = Work(samples=1000, evaluate_every=250)
-COST = Cost(fixed_s=5.0, sample_s=0.1, evaluation_s=10.0)
+COST = StageCost(fixed_s=5.0, sample_s=0.1, evaluation_s=10.0)
 
 
 def train(pace: Pace, at: float, start: int, end: int, sample_s: float, step: int = 10) -> float:
@@ -66,7 +66,7 @@ def test_what_was_told_twice_counts_once_and_a_restart_counts_nothing() -> None:
 
 
 def test_a_stage_without_evaluations_is_known_by_its_main_part() -> None:
-    pace, work, cost = Pace("measuring images"), Work(128), Cost(40.0, 0.1)
+    pace, work, cost = Pace("measuring images"), Work(128), StageCost(40.0, 0.1)
     pace.hear(Told("training a judge", 200, 400, 0.0))
     assert pace.left(10.0, work, cost, elapsed_s=10.0) == pytest.approx(42.8)
     pace.hear(Told("measuring images", 32, 128, 20.0))
@@ -80,4 +80,4 @@ def test_true_times_correct_what_is_expected_once_there_are_some() -> None:
     assert correction({"unet": pace}, {"unet": COST}) == 1.0  # two seconds prove nothing
     train(pace, 4.0, 30, 200, sample_s=0.2)
     assert correction({"unet": pace, "clip": Pace()}, {"unet": COST, "sample": COST}) == pytest.approx(2.0)
-    assert COST.times(2.0) == Cost(10.0, 0.2, 20.0)
+    assert COST.times(2.0) == StageCost(10.0, 0.2, 20.0)
