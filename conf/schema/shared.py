@@ -27,7 +27,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(cfg: object, *names: str, group: str = "") -> None:
-    """Likewise for options that must be above zero."""
+    """Raise the one-line error of an option that is not above zero."""
     for name in names:
         require(getattr(cfg, name) > 0, f"{group}{name}={getattr(cfg, name)}: must be positive")
 

@@ -82,7 +82,7 @@ class Muon(torch.optim.AdamW):
         chosen = {id(module.get_parameter(name)) for name in self.matrices}
         hidden = [p for p in module.parameters() if id(p) in chosen]
         others = parameter_groups((p for p in module.parameters() if id(p) not in chosen), cfg.weight_decay)
-        groups = [{"params": hidden, "weight_decay": cfg.weight_decay, "hidden": True}, *others]
+        groups = [{"params": hidden, "weight_decay": cfg.weight_decay, "hidden": True}] * bool(hidden) + others
         super().__init__(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
         self.layout: Layout | None = None
         self.masters: Sequence[Tensor] = ()

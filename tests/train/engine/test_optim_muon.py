@@ -100,3 +100,13 @@ def test_moments_have_the_names_of_adamws() -> None:
     states = [optimizer.state[p] for p in network.parameters() if p.requires_grad]
     assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} and state["step"] == 2 for state in states)
     assert optimizer.state[network.kernel.weight]["exp_avg_sq"].eq(0).all()
+
+
+def test_network_without_hidden_matrices_learns_by_adamw_alone() -> None:
+    network = nn.Sequential(nn.Embedding(5, 8), nn.LayerNorm(8))
+    optimizer = placed(network, OptimConfig(name=OptimizerName.muon))
+    assert not any(group.get("hidden") for group in optimizer.param_groups)
+    before = network[0].weight.detach().clone()
+    for _ in gradients(network, 1):
+        optimizer.step()
+    assert not torch.equal(network[0].weight, before)

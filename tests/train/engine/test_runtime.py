@@ -245,7 +245,7 @@ def test_no_more_threads_than_a_quota_grants(
 
 
 def test_the_work_of_this_process_is_its_own_and_that_of_another_is_not() -> None:
-    """As the system counts them, in whichever share a loaded machine grants."""
+    """CPU seconds as the system counts them, in whichever share a loaded machine grants."""
 
     def grown(work: Callable[[], object]) -> tuple[float, float]:
         before = cpu_seconds()
