@@ -95,8 +95,10 @@ def node_of(name: str, command: str, schema: type) -> DictConfig:
 def for_all(options: DictConfig, schema: type) -> dict[str, Any]:
     """Options of the section `all` that a command has; one that draws has those of `sampling` at its top."""
     known = {option.name for option in dataclasses.fields(schema)}
-    found = {str(key): value for key, value in options.items() if key in known}
-    return {**options.get("sampling", {}), **found} if issubclass(schema, SamplingConfig) else found
+    plain = OmegaConf.to_container(options)  # interpolations stay: they are of the command's configuration
+    assert isinstance(plain, dict)
+    found = {str(key): value for key, value in plain.items() if key in known}
+    return {**plain.get("sampling", {}), **found} if issubclass(schema, SamplingConfig) else found
 
 
 def require_known(where: str, found: Iterable[Any], known: Collection[str]) -> None:

@@ -33,6 +33,12 @@ def test_options_for_all_reach_every_command_that_has_them(write: Write) -> None
     assert compose("pipeline", PipelineRun, chosen).stages == ["sample"]
 
 
+def test_options_for_all_may_name_others_of_the_command(write: Write) -> None:
+    write("mine", '{all: {shards: "${run_dir}/own", sampling: {negative_prompt: "${name}"}}, clip: {}, sample: {}}')
+    assert compose("train_clip", ClipRun, ["experiment=mine", "run_dir=R"]).shards == "R/own"
+    assert compose("sample", SampleRun, ["experiment=mine", "prompts=[a]"]).negative_prompt == "mine"
+
+
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in experiments.STAGES])
 def test_a_command_without_a_section_composes_with_every_experiment(command: str) -> None:
     """What stands in `all` is also for commands whose option of that name is of another kind."""
