@@ -3,7 +3,7 @@
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -15,32 +15,33 @@ from conf.overrides import argument
 from conf.schema import PipelineRun, ReportRun
 from train.stages.child import Child
 from train.stages.next_steps import line
-from train.stages.tasks import ROOT
+from train.stages.tasks import ROOT, Task
 
 SCRIPT = "train/report.py"
 HOST = "127.0.0.1"
 
 
 @contextmanager
-def live_page(cfg: PipelineRun, console: Console, keep: int) -> Iterator[None]:
+def live_page(cfg: PipelineRun, tasks: Sequence[Task], console: Console, keep: int) -> Iterator[None]:
     """Serve the page inside the block and say where; without a terminal say what would serve it.
 
     Args:
         cfg: says whether it is wanted.
+        tasks: say where the images are.
         console: gets the line.
         keep: as of `Child`.
 
     """
-    run_dir = argument("run_dir", cfg.run_dir)
+    what = page_of(cfg, tasks)
     if not cfg.live:
         yield
         return
     if not console.is_terminal:
-        console.print(Text(f"live page: {line(SCRIPT, run_dir, 'live=true')}"), soft_wrap=True)
+        console.print(Text(f"live page: {line(SCRIPT, *what, 'live=true')}"), soft_wrap=True)
         yield
         return
     port, folder = free_port(), Path(cfg.run_dir)
-    command = [sys.executable, str(ROOT / SCRIPT), *shlex.split(run_dir), "live=true", f"port={port}"]
+    command = [sys.executable, str(ROOT / SCRIPT), *shlex.split(" ".join(what)), "live=true", f"port={port}"]
     child = Child(command, folder / "logs" / "live_page.log", keep, folder / ".stages" / "live_page.progress")
     address = f"http://{HOST}:{port}"
     console.print(Text("live page: ").append(address, style=f"link {address}"))
@@ -49,6 +50,12 @@ def live_page(cfg: PipelineRun, console: Console, keep: int) -> Iterator[None]:
     finally:
         child.stop()
         child.process.wait()
+
+
+def page_of(cfg: PipelineRun, tasks: Sequence[Task]) -> list[str]:
+    """Arguments of `train/report.py`, for a shell: the run, and its images where they are another one's."""
+    found = {task.cfg.shards for task in tasks if hasattr(task.cfg, "shards")} - {f"{cfg.run_dir}/shards"}
+    return [argument("run_dir", cfg.run_dir), *(argument("shards", shards) for shards in sorted(found)[:1])]
 
 
 def free_port() -> int:

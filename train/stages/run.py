@@ -86,7 +86,7 @@ def run_stages(
     with collected_signals(stop_signals()) as received, alone_in(run_dir, received) as lock:
         calibration = Calibration(run_dir, tasks, cfg.calibrate and cfg.processes == 1)
         with (
-            live_page(cfg, console, lock),
+            live_page(cfg, tasks, console, lock),
             closing(calibration),
             Display(rows, console, protocol_of(cfg.terminal_images, console)) as display,
         ):
