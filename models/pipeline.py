@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol
 
 import numpy as np
@@ -16,9 +16,9 @@ from models.autoencoder import Autoencoder, finite_or_fp32, split_moments
 from models.conditions import Conditioning, Conditions, Inputs, Samples
 from models.denoiser import Denoiser
 from models.diffusion.guidance import Joined, by_step, classifier_free, within
-from models.diffusion.process import Denoise, Process
+from models.diffusion.process import Denoise, Network, Process
 from models.diffusion.samplers import Callback, sampler_of
-from models.prompts import ParsedPrompt, parse, plain, text_states
+from models.prompts import ParsedPrompt, Term, parse, plain, terms_of, text_states
 from models.text import Cuts, TextTower, image_embeddings
 from models.tiles import check_tile, decode_in_tiles, encode_in_tiles
 
@@ -91,7 +91,7 @@ class DiffusionPipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | ParsedPrompt],
         seeds: Sequence[int],
         sampling: SamplingConfig | None = None,
         *,
@@ -107,7 +107,7 @@ class DiffusionPipeline:
         The image of (prompt, seed, index) is the same whatever else is in the batch, up to float rounding.
 
         Args:
-            prompts: B captions; for a network without text, names that the noise belongs to.
+            prompts: B captions, as text or as words with weights; for a network without text, names of their noise.
             seeds: one per prompt.
             sampling: solver, steps, guidance and size; None: the defaults.
             indices: number of the image among those of one prompt and seed; None: all 0.
@@ -125,12 +125,18 @@ class DiffusionPipeline:
         sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)
         denoise, shape = self.denoiser_of(prompts, sampling, inputs, control, () if start is None else start.null_texts)
         indices = [0] * len(prompts) if indices is None else indices
-        noise = partial(self._noise, prompts if noise_of is None else noise_of, seeds, indices, shape)
-        x = self.process.initial(noise(0), float(sigmas[0])) if start is None else start.x
+        names = [prompt.text if isinstance(prompt, ParsedPrompt) else prompt for prompt in prompts]
+        noise = partial(self.noise, names if noise_of is None else noise_of, seeds, indices, shape)
+        x = self.initial(noise(0), sampling) if start is None else start.x
         sample = sampler_of(sampling.sampler, lambda step: noise(step + 1), sampling.eta, self.process.fade)
         if control is not None:
             denoise = control.around(denoise, sigmas)
         return self.decode(sample(denoise, x, sigmas, callback))
+
+    def initial(self, noise: Tensor, sampling: SamplingConfig) -> Tensor:
+        """Latents [B, C, h, w] that sampling begins with, of standard normal noise of that shape."""
+        sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)
+        return self.process.initial(noise, float(sigmas[0]))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] of normalised latents [B, C, h, w]."""
@@ -160,7 +166,7 @@ class DiffusionPipeline:
 
     def denoiser_of(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | ParsedPrompt],
         sampling: SamplingConfig,
         inputs: Inputs | None = None,
         control: Control | None = None,
@@ -170,12 +176,10 @@ class DiffusionPipeline:
 
         Arguments and errors are those of a call; `null_texts` are those of its start.
         """
-        read = parse if sampling.prompt_syntax else plain
-        images = [(read if self.conditions.takes_text else plain)(text) for text in prompts]
-        # Only a prompt with AND makes several predictions per image; without one, nothing is joined.
-        joined = self._joined(images) if any(len(image) > 1 for image in images) else None
+        images = [self.read(prompt, sampling) for prompt in prompts]
         # Prompts are joined by what each adds to the null prediction, so they need one even at scale 1.
-        guided = sampling.guidance_scale != 1 or joined is not None
+        several = any(len(image) > 1 for image in images)
+        guided = sampling.guidance_scale != 1 or several
         if sampling.negative_prompt and not self.conditions.takes_text:
             raise UserError(f"negative_prompt={sampling.negative_prompt}: this network takes no text; leave it out")
         if guided and not self.conditions.can_drop:
@@ -183,44 +187,76 @@ class DiffusionPipeline:
                 f"guidance_scale={sampling.guidance_scale}: this network was trained without dropping a condition; "
                 "set guidance_scale=1"
             )
-        conditioning, nulls = self._embedded(images, sampling, inputs or {}, guided, null_texts)
+        terms = terms_of(images, sampling.steps, sampling.weighting)
+        conditioning, nulls = self._embedded(terms, len(images), sampling, inputs or {}, guided, null_texts)
         predict = partial(self.denoiser.predict, attn_control=None if control is None else control.attention)
-        # Tokens stay the same while sampling: keys and values are computed once, with several nulls once per call.
-        bound = [
-            partial(classifier_free, predict, conditioning, null, prepare=self.denoiser.prepared) for null in nulls
-        ]
-        scale, rescale = sampling.guidance_scale, sampling.guidance_rescale
-        # A null of each step is found by its timestep: a sampler may call twice in a step, or between two levels.
+        owners = torch.tensor([term.image for term in terms], device=self.device)
+        always = len(terms) - (len(images) if control is not None else 0)  # a control counts on the whole prompts
+
+        @lru_cache(maxsize=2)  # inside and outside of the interval; a step goes on with the last one's, mostly
+        def network(scale: float, null: int, shares: tuple[float, ...]) -> Network:
+            """The network of a step in which the terms have these weights, without those that have none."""
+            used = [row for row, share in enumerate(shares) if share != 0 or row >= always]
+            rows = torch.tensor(used, device=self.device)
+            weights = torch.tensor(shares, device=self.device)[rows]
+            alone = len(rows) == len(images) and bool((weights == 1).all())
+            # Tokens stay the same from call to call: their keys and values are computed once.
+            return classifier_free(
+                predict,
+                conditioning if len(rows) == len(terms) else conditioning.select(rows),
+                nulls[null] if scale != 1 or several else None,
+                scale,
+                prepare=self.denoiser.prepared,
+                rescale=sampling.guidance_rescale,
+                joined=None if alone else Joined(owners[rows], weights),
+            )
+
+        # The terms and the null of each step are found by its timestep: a sampler may call twice in a step, or between
+        # two levels.
         sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)[:-1].tolist()
         levels = [self.process.timestep(sigma) for sigma in sigmas]
-        network = by_step(levels, [partial(make, scale=scale, rescale=rescale, joined=joined) for make in bound])
+        of_steps = list(zip(*(term.weights for term in terms), strict=True))
+        varies = len(nulls) > 1 or len(set(of_steps)) > 1
+        changing = list(enumerate(of_steps)) if varies else [(0, of_steps[0])]
+
+        def bound(scale: float) -> Network:
+            return by_step(levels, [partial(network, scale, step % len(nulls), shares) for step, shares in changing])
+
+        bounded = bound(sampling.guidance_scale)
         if sampling.guidance_interval:
             low, high = (self.process.timestep(sigma) if sigma > 0 else -1.0 for sigma in sampling.guidance_interval)
-            network = within((low, high), network, bound[0](scale=1.0, joined=joined))
-        return self.process.denoiser(network), self.latent_shape(sampling, conditioning)
+            bounded = within((low, high), bounded, bound(1.0))
+        return self.process.denoiser(bounded), self.latent_shape(sampling, conditioning)
+
+    def read(self, prompt: str | ParsedPrompt, sampling: SamplingConfig) -> list[ParsedPrompt]:
+        """The prompts that are joined for an image, by the syntax if that is on."""
+        if isinstance(prompt, ParsedPrompt):
+            return [prompt]
+        return parse(prompt) if sampling.prompt_syntax and self.conditions.takes_text else plain(prompt)
 
     def _embedded(
         self,
-        images: list[list[ParsedPrompt]],
+        terms: list[Term],
+        count: int,
         sampling: SamplingConfig,
         inputs: Inputs,
         guided: bool,
         null_texts: Sequence[Tensor],
     ) -> tuple[Conditioning, list[Conditioning]]:
-        """Conditions by prompt, and the nulls that guidance leads away from by image: one for all steps, or each."""
+        """Conditions by term, and the nulls that guidance leads away from by image: one for all steps, or each."""
         embed, takes_text = self.denoiser.conditions, self.conditions.takes_text
         inputs = {name: array.to(self.device) for name, array in inputs.items()}
-        owners = torch.tensor([number for number, image in enumerate(images) for _ in image], device=self.device)
+        owners = torch.tensor([term.image for term in terms], device=self.device)
         repeated = {name: array[owners] for name, array in inputs.items()}
         if takes_text:
-            repeated["text"] = self.states([prompt for image in images for prompt in image])
+            repeated["text"] = self.states([term.prompt for term in terms])
         conditioning = embed(repeated)
         if not guided:
             return conditioning, [Conditioning()]
         null = embed.null(inputs)
         if not takes_text:
             return conditioning, [embed(null)]
-        texts = null_texts or [self.states(self._negative(sampling)).expand(len(images), -1, -1)]
+        texts = null_texts or [self.states(self._negative(sampling)).expand(count, -1, -1)]
         return conditioning, [embed({**null, "text": states}) for states in texts]
 
     def cuts(self, texts: Sequence[str], syntax: bool) -> Cuts:
@@ -236,7 +272,7 @@ class DiffusionPipeline:
         return text_states(self.text_tower, prompts, self.device)
 
     def _negative(self, sampling: SamplingConfig) -> list[ParsedPrompt]:
-        negative = (parse if sampling.prompt_syntax else plain)(sampling.negative_prompt)
+        negative = self.read(sampling.negative_prompt, sampling)
         if len(negative) > 1:
             raise UserError(f"negative_prompt={sampling.negative_prompt}: takes no AND; separate the words with commas")
         return negative
@@ -260,14 +296,10 @@ class DiffusionPipeline:
             raise UserError(f"images of {sides[0]} x {sides[1]} pixels: sides must be multiples of {unit}")
         return cfg.out_channels, height, width
 
-    def _joined(self, images: list[list[ParsedPrompt]]) -> Joined:
-        owners = [number for number, image in enumerate(images) for _ in image]
-        weights = [prompt.weight for image in images for prompt in image]
-        return Joined(torch.tensor(owners, device=self.device), torch.tensor(weights, device=self.device))
-
-    def _noise(
+    def noise(
         self, prompts: Sequence[str], seeds: Sequence[int], indices: Sequence[int], shape: tuple[int, ...], draw: int
     ) -> Tensor:
+        """The noise [B, *shape] that belongs to B images (`image_noise`)."""
         images = zip(prompts, seeds, indices, strict=True)
         noise = np.stack([image_noise(prompt, seed, index, shape, draw) for prompt, seed, index in images])
         return torch.from_numpy(noise).to(self.device)  # [B, C, h, w]

@@ -37,6 +37,7 @@ from conf.schema.choices import (
     TerminalImages,
     TimestepSampling,
     WandbMode,
+    Weighting,
 )
 from conf.schema.conditions import ConditionsConfig
 from conf.schema.data import BucketConfig, BuildRun, FilterConfig, MixedSource, PrecomputeRun, PreviewRun
@@ -150,4 +151,5 @@ __all__ = [
     "UNetRuntimeConfig",
     "WandbConfig",
     "WandbMode",
+    "Weighting",
 ]

@@ -155,6 +155,13 @@ class Spacing(Enum):
     exponential = "exponential"
 
 
+class Weighting(Enum):
+    """What the weight of a word in a prompt multiplies."""
+
+    difference = "difference"  # that the word makes to the prediction; one prediction more for each weight
+    tokens = "tokens"  # its own tokens: their text states in a prompt, the attention that they get in an edit
+
+
 class EvaluationSubject(Enum):
     unet = "unet"  # by the images that it draws
     autoencoder = "autoencoder"  # by those that it gives back

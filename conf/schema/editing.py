@@ -22,9 +22,10 @@ class EditStrength:
     blend_change: bool = False  # change the image only where the prompts disagree about it
     blend_threshold: float = 0.3  # 0-1, of the largest attention to blend's words, or disagreement: where that is
     blend_from: float = 0.0  # share of the sampling from which on the image changes only there
+    new_noise: float = 0.0  # 0-1: how much of the noise is not the source's; as shapes are in it, new ones can come
 
     def __post_init__(self) -> None:
-        for option in ("replace_until", "self_until", "blend_from", "blend_threshold"):
+        for option in ("replace_until", "self_until", "blend_from", "blend_threshold", "new_noise"):
             value = getattr(self, option)
             require(0 <= value <= 1, f"{option}={value}: must be in [0, 1]")
 
@@ -40,7 +41,8 @@ class Edit(EditStrength):
     prompt: str  # of the source
     edit: str | None = None  # prompt of the edited image; None: the same
     image: str | None = a_path(None)  # file with the source; None: it is drawn
-    weights: Mapping[str, float] = field(default_factory=dict)  # factor of the attention that words get; 0: none
+    weights: Mapping[str, float] = field(default_factory=dict)  # of the effect that words have; 0: as if not there
+    during: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # shares of the sampling: when weights hold
     until: Mapping[str, float] = field(default_factory=dict)  # replace_until of words
     blend: Sequence[str] = ()  # words where the image may change; none: everywhere
 
@@ -50,6 +52,9 @@ class Edit(EditStrength):
             require(math.isfinite(weight), f"weights={word}:{weight}: must be a number, such as 2.0")
         for word, share in self.until.items():
             require(0 <= share <= 1, f"until={word}:{share}: must be in [0, 1]")
+        for word, (begin, end) in self.during.items():
+            require(word in self.weights, f"during={word}: has no weight; name it in weights, too")
+            require(0 <= begin < end <= 1, f"during={word}:{begin}-{end}: must be two shares, such as 0.2-0.5")
 
     @property
     def edited(self) -> str:
@@ -72,7 +77,8 @@ class EditRun(ModelRun, EditStrength):
     edit: str | None = a_text(None)  # prompt of the image after; None: the same
     image: str | None = a_path(None)  # file with the image before, which prompt describes; None: it is drawn
     inversion: InversionMethod = InversionMethod.negative_prompt  # how guidance is kept from changing a given image
-    weights: str = a_text("")  # factor of the attention that words get: "smiling:2.0,navy:0"
+    weights: str = a_text("")  # how much words count: "smiling:2.0,navy:0"; 0: as if they were not there
+    during: str = a_text("")  # when the weights of words hold, shares of the sampling: "smiling:0.5,navy:0.2-0.6"
     until: str = a_text("")  # replace_until of single words: "red:0.4,planet:1"
     blend: str = a_text("")  # words where the image may change: "monster,horns"; "": everywhere
     edits_file: str | None = a_path(None)  # a JSON object a line, with the options above that differ from edit to edit
@@ -94,6 +100,7 @@ class EditRun(ModelRun, EditStrength):
         require(given == 1, 'set prompt="..." and edit="...", or edits_file=FILE with an edit on each line')
         numbers_of("weights", self.weights)
         numbers_of("until", self.until)
+        windows_of("during", self.during)
 
 
 @dataclass(kw_only=True)
@@ -111,14 +118,14 @@ class EvaluateEditsRun(ModelRun):
     output_dir: str = a_path()
     strength: dict[str, Any] = field(default_factory=dict)  # options of all edits; {}: those that suit each sort
     edits_per_sort: int = 20  # colors, backgrounds, kinds, added and removed parts
-    reweighted: int = 40  # prompts of which a word is weighted; 0: none
-    batch_size: int = 10  # edits made together, and prompts re-weighted; changes no image
+    words_per_sort: int = 40  # kinds, colors, backgrounds, moods and parts, whose weight is changed; 0: none
+    batch_size: int = 10  # edits made together, and words weighted; changes no image
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
         ModelRun.__post_init__(self)
         require_positive(self, "edits_per_sort", "batch_size")
-        require(self.reweighted >= 0, f"reweighted={self.reweighted}: must be 0 (off) or positive")
+        require(self.words_per_sort >= 0, f"words_per_sort={self.words_per_sort}: must be 0 (off) or positive")
         known = [option.name for option in fields(EditStrength) if option.name != "mode"]
         for name in self.strength:
             listed = ", ".join(known) + did_you_mean(name, known)
@@ -141,6 +148,25 @@ def numbers_of(option: str, text: str) -> dict[str, float]:
             word = ""
         if not word.strip():
             raise UserError(f'{option}={text}: write {option}="WORD:NUMBER,WORD:NUMBER", such as "smiling:2.0,navy:0"')
+    return found
+
+
+def windows_of(option: str, text: str) -> dict[str, tuple[float, float]]:
+    """Shares of the sampling between which something holds of words, written "smiling:0.5,navy:0.2-0.6".
+
+    Raises:
+        UserError: written otherwise.
+    """
+    found = {}
+    for part in phrases_of(text):
+        word, _, window = part.rpartition(":")
+        begin, _, end = window.rpartition("-")
+        try:
+            found[word.strip()] = (float(begin or 0), float(end))
+        except ValueError:
+            word = ""
+        if not word.strip():
+            raise UserError(f'{option}={text}: write {option}="WORD:SHARE,WORD:SHARE-SHARE", such as "navy:0.2-0.6"')
     return found
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from conf.overrides import PATH, TEXT, a_path, a_text
-from conf.schema.choices import WITH_ETA, CacheDtype, ExportFormat, Sampler, Spacing
+from conf.schema.choices import WITH_ETA, CacheDtype, ExportFormat, Sampler, Spacing, Weighting
 from conf.schema.shared import RuntimeConfig, require, require_positive
 
 
@@ -25,6 +25,7 @@ class SamplingConfig:
     negative_prompt: str = a_text("")  # what guidance leads away from, instead of the empty caption
     size: list[int] = field(default_factory=list)  # pixels, [height, width]; []: as in training, or as a given image
     prompt_syntax: bool = False  # read (words:1.3), [words] and AND in prompts; False: prompts are plain text
+    weighting: Weighting = Weighting.difference  # what a word's weight multiplies: difference it makes, or its tokens
 
     def __post_init__(self) -> None:
         require_positive(self, "steps")

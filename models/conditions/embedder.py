@@ -31,6 +31,14 @@ class Conditioning(NamedTuple):
 
         return Conditioning(*map(both, self, other))
 
+    def select(self, rows: Tensor) -> "Conditioning":
+        """Some rows [R], in this order; before tokens became keys and values."""
+
+        def chosen(own: Any) -> Any:
+            return None if own is None else own[rows]
+
+        return Conditioning(*map(chosen, self))
+
 
 class ConditionRng(Protocol):
     """Random numbers that belong to the samples of a batch."""

@@ -20,11 +20,21 @@ class Joined:
     images: Tensor  # [R] int64, the image of each prompt
     weights: Tensor  # [R]
 
+    def composed(self, cond: Tensor, uncond: Tensor | None, count: int) -> Tensor:
+        """Predictions [B, C, h, w] of B images by those of their prompts: uncond + sum of weight (cond_i - uncond).
+
+        Where the weights of each image have the sum 1, `uncond` falls out and may be None.
+        """
+        weights = self.weights.to(cond.dtype).view(-1, 1, 1, 1)
+        if uncond is None:
+            return cond.new_zeros(count, *cond.shape[1:]).index_add(0, self.images, weights * cond)
+        return uncond.index_add(0, self.images, weights * (cond - uncond[self.images]))
+
 
 def classifier_free(
     network: ConditionalNetwork,
     conditioning: Conditioning,
-    null: Conditioning,
+    null: Conditioning | None,
     scale: float,
     prepare: Callable[[Conditioning], Conditioning] = lambda conditioning: conditioning,
     *,
@@ -36,15 +46,22 @@ def classifier_free(
     Args:
         network: the conditional network.
         conditioning: of the B images; with `joined` of all R prompts.
-        null: what guidance leads away from, of the B images: dropped conditions, or a negative prompt.
+        null: what guidance leads away from, of the B images: dropped conditions, or a negative prompt; None for scale
+            1, where the weights of prompts that are joined have the sum 1 for each image.
         scale: 1 is the plain conditional network, called once per image; more follows the prompt more closely.
         prepare: what to compute once for all calls, such as `Denoiser.prepared`.
         rescale: 0-1, how far the result gets the standard deviation of the conditional prediction (`rescaled`).
         joined: prompts that share an image; cond is then uncond + sum of weight (cond_i - uncond).
     """
-    if scale == 1 and joined is None:
+    if null is None or (scale == 1 and joined is None):
         prepared = prepare(conditioning)
-        return lambda x_t, timesteps: network(x_t, timesteps, prepared)
+
+        def unguided(x_t: Tensor, timesteps: Tensor) -> Tensor:
+            if joined is None:
+                return network(x_t, timesteps, prepared)
+            return joined.composed(network(x_t[joined.images], timesteps[joined.images], prepared), None, len(x_t))
+
+        return unguided
     both = prepare(null.followed_by(conditioning))  # of B + R rows
 
     def guided(x_t: Tensor, timesteps: Tensor) -> Tensor:
@@ -54,8 +71,7 @@ def classifier_free(
         predictions = network(x_t[rows], timesteps[rows], both)  # [B + R, C, h, w]
         uncond, cond = predictions[:count], predictions[count:]
         if joined is not None:
-            apart = joined.weights.to(cond.dtype).view(-1, 1, 1, 1) * (cond - uncond[images])
-            cond = uncond.index_add(0, images, apart)  # each image the sum over its prompts
+            cond = joined.composed(cond, uncond, count)
         return rescaled(uncond + scale * (cond - uncond), cond, rescale)
 
     return guided

@@ -5,6 +5,7 @@ again; start, end and padding belong to no word.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,6 +24,7 @@ class Words:
 
     text: str
     words: tuple[str, ...]
+    places: tuple[tuple[int, int], ...]  # where each word begins and ends in the text
     spans: tuple[range, ...]  # tokens of each word
     tokens: tuple[int, ...]  # [L], of the whole prompt
     start: int  # where the tokens of the words begin
@@ -42,24 +44,38 @@ class Words:
         Raises:
             UserError: they are not in the prompt.
         """
-        tokens = self.places(phrase)
-        if not tokens:
+        return self._tokens(self.require(phrase))
+
+    def find_any(self, phrase: str) -> list[int]:
+        """Tokens as `find` has them; none where the words are not in the prompt."""
+        return self._tokens(self.numbers(phrase))
+
+    def require(self, phrase: str) -> list[int]:
+        """Numbers of the words of a phrase, as `numbers` has them.
+
+        Raises:
+            UserError: they are not in the prompt.
+        """
+        found = self.numbers(phrase)
+        if not found:
             near = did_you_mean(phrase, self.words)
             raise UserError(
                 f"'{phrase}' is not in the prompt '{self.text}': choose among {', '.join(self.words)}{near}"
             )
-        return tokens
+        return found
 
-    def places(self, phrase: str) -> list[int]:
-        """Tokens of a word or of words in a row, as `find` has them; none where they are not in the prompt."""
+    def numbers(self, phrase: str) -> list[int]:
+        """Numbers of the words of a phrase, wherever it stands; of `phrase#2` the second time that it does."""
         wanted, _, number = phrase.partition("#")
         parts = [word.casefold() for word in WORD.findall(wanted)]
         own = [word.casefold() for word in self.words]
         starts = [i for i in range(len(own)) if parts and own[i : i + len(parts)] == parts]
         if number:
             starts = starts[int(number) - 1 :][:1] if number.isdecimal() and int(number) else []
-        spans = (span for start in starts for span in self.spans[start : start + len(parts)])
-        return sorted({token for span in spans for token in span})
+        return sorted({i for start in starts for i in range(start, start + len(parts))})
+
+    def _tokens(self, numbers: Sequence[int]) -> list[int]:
+        return sorted({token for number in numbers for token in self.spans[number]})
 
 
 def words_of(tower: TextTower, text: str) -> Words:
@@ -83,7 +99,8 @@ def words_of(tower: TextTower, text: str) -> Words:
     ends = [min(common(piece, whole), length - 1) for piece in (*begun[:-1], longer)]
     start = common(begun[0], longer)  # tokens before those of the words
     spans = tuple(range(start, max(start, end)) for start, end in pairwise(ends))
-    return Words(text, tuple(match[0] for match in found), spans, tuple(whole.tolist()), start, ends[-1])
+    words, places = tuple(match[0] for match in found), tuple(match.span() for match in found)
+    return Words(text, words, places, spans, tuple(whole.tolist()), start, ends[-1])
 
 
 def brief(text: str) -> str:

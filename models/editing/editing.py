@@ -5,14 +5,15 @@ made.source.image, made.result.image, made.result.maps["monster"]
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from conf.errors import UserError
-from conf.schema import Edit, EditMode, InversionMethod, SamplingConfig
+from conf.schema import Edit, EditMode, InversionMethod, SamplingConfig, Weighting
 from models.conditions import Inputs
 from models.diffusion.process import Denoise
 from models.diffusion.samplers import Callback
@@ -20,8 +21,10 @@ from models.editing.alignment import Words, refinement, replacement, words_of
 from models.editing.attention_control import ControlledAttention, TokenControl
 from models.editing.heat_maps import WordMaps
 from models.editing.inversion import invert
-from models.pipeline import DiffusionPipeline
-from models.prompts import parse, plain
+from models.pipeline import DiffusionPipeline, SamplingStart
+from models.prompts import ParsedPrompt, reweighted, without_masked
+
+NEW = 2**63  # the draw of an image's noise that no step comes to
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +121,15 @@ class Editor:
 class Rows:
     """The rows of a batch."""
 
-    prompts: list[str]
     words: list[Words]
     edits: dict[int, tuple[int, Edit]]  # row of the source and edit, of those rows that are one
+    weighting: Weighting
 
     def controls(self) -> list[TokenControl]:
         """The control of each row's attention."""
         controls = [TokenControl.none(row, len(words.tokens)) for row, words in enumerate(self.words)]
         for row, (source, edit) in self.edits.items():
-            controls[row] = token_control(edit, source, self.words[source], self.words[row])
+            controls[row] = token_control(edit, source, self.words[source], self.words[row], self.weighting)
         return controls
 
     def looked_at(self, watch: bool) -> list[dict[str, list[int]]]:
@@ -134,7 +137,7 @@ class Rows:
         chosen = [words.named() if watch else {} for words in self.words]
         for row, (source, edit) in self.edits.items():
             for phrase in edit.blend:
-                found = {place: self.words[place].places(phrase) for place in (source, row)}
+                found = {place: self.words[place].find_any(phrase) for place in (source, row)}
                 if not any(found.values()):
                     self.words[row].find(phrase)  # says what there is
                 for place, tokens in found.items():
@@ -142,7 +145,7 @@ class Rows:
         return chosen
 
 
-def token_control(edit: Edit, source: int, before: Words, after: Words) -> TokenControl:
+def token_control(edit: Edit, source: int, before: Words, after: Words, weighting: Weighting) -> TokenControl:
     """The control of an edit over the tokens of its prompts."""
     replace = edit.mode is EditMode.replace or (edit.mode is EditMode.auto and len(before.words) == len(after.words))
     alignment = (replacement if replace else refinement)(before, after)  # [L, L]
@@ -151,7 +154,8 @@ def token_control(edit: Edit, source: int, before: Words, after: Words) -> Token
     for word, share in edit.until.items():
         tokens = after.find(word)
         until[tokens] = share * known[tokens]
-    weights = {token: weight for word, weight in edit.weights.items() for token in after.find(word)}
+    weighted = edit.weights if weighting is Weighting.tokens else {}
+    weights = {token: weight for word, weight in weighted.items() for token in after.find(word)}
     return TokenControl(source, alignment, until, factors(after, weights), edit.self_until)
 
 
@@ -203,24 +207,35 @@ def edit_images(
     )
     firsts, sources = distinct(list(zip([edit.prompt for edit in edits], seeds, numbers, contents, strict=True)))
     owners = [*firsts, *range(len(edits))]  # edit that each row belongs to
-    prompts = [edits[number].prompt for number in firsts] + [edit.edited for edit in edits]
+    prompts = [read_prompt(model, edits[number].prompt, sampling) for number in firsts]
+    prompts += [read_edited(model, edit, sampling) for edit in edits]
     count = len(firsts)
     changed = {count + number: pair for number, pair in enumerate(zip(sources, edits, strict=True))}
-    editor = Editor(Rows(prompts, read_words(model, prompts, sampling), changed), watch, model.device)
+    editor = Editor(Rows(read_words(model, prompts), changed, sampling.weighting), watch, model.device)
     own = {name: array[owners] for name, array in (inputs or {}).items()}
     start = None
     if source_images is not None:
+        if sampling.weighting is Weighting.difference and any(len(prompt.pieces) > 1 for prompt in prompts[:count]):
+            raise UserError("the prompt of a given image says what it shows: write weights of words in weights=")
         of_sources = {name: array[:count] for name, array in own.items()}
         inverted = invert(model, source_images[firsts], prompts[:count], sampling, inversion, of_sources)
         start = inverted.select([*range(count), *sources])  # an edit begins where its source does
+    names = [edits[owner].prompt for owner in owners]
+    seeds, numbers = [seeds[owner] for owner in owners], [numbers[owner] for owner in owners]
+    shares = [0.0] * count + [edit.new_noise for edit in edits]
+    if any(shares):
+        noise = partial(model.noise, names, seeds, numbers, model.latent_shape(sampling))
+        start = renewed(
+            start or SamplingStart(model.initial(noise(0), sampling)), model.initial(noise(NEW), sampling), shares
+        )
     drawn = model(
         prompts,
-        [seeds[owner] for owner in owners],
+        seeds,
         sampling,
-        indices=[numbers[owner] for owner in owners],
+        indices=numbers,
         callback=callback,
         inputs=own,
-        noise_of=[edits[owner].prompt for owner in owners],
+        noise_of=names,
         start=start,
         control=editor,
     )
@@ -232,6 +247,12 @@ def edit_images(
     return [
         Edited(made[source], made[row], regions.get(row), again.get(source)) for row, (source, _) in changed.items()
     ]
+
+
+def renewed(start: SamplingStart, new: Tensor, shares: Sequence[float]) -> SamplingStart:
+    """The beginning of rows of which some have, by these shares of their variance, other noise [R, C, h, w]."""
+    share = torch.tensor(shares, device=new.device).view(-1, 1, 1, 1)
+    return replace(start, x=(1 - share).sqrt() * start.x + share.sqrt() * new)
 
 
 def distinct(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
@@ -253,28 +274,46 @@ def watch_images(
 ) -> list[DrawnImage]:
     """The images that the pipeline draws of the same arguments, with the heat maps of all words."""
     sampling = SamplingConfig() if sampling is None else sampling
-    editor = Editor(Rows(list(prompts), read_words(model, prompts, sampling), {}), True, model.device)
-    images = model(prompts, seeds, sampling, indices=indices, callback=callback, inputs=inputs, control=editor)
+    read = [read_prompt(model, prompt, sampling) for prompt in prompts]
+    editor = Editor(Rows(read_words(model, read), {}, sampling.weighting), True, model.device)
+    images = model(
+        read, seeds, sampling, indices=indices, callback=callback, inputs=inputs, noise_of=prompts, control=editor
+    )
     return [editor.image(row, image) for row, image in enumerate(images)]
 
 
 def check_edit(model: DiffusionPipeline, edit: Edit, sampling: SamplingConfig) -> None:
     """Refuse, before anything is drawn, what `edit_images` would refuse of the words of an edit."""
-    prompts = [edit.prompt, edit.edited]
-    rows = Rows(prompts, read_words(model, prompts, sampling), {1: (0, edit)})
+    prompts = [read_prompt(model, edit.prompt, sampling), read_edited(model, edit, sampling)]
+    rows = Rows(read_words(model, prompts), {1: (0, edit)}, sampling.weighting)
     rows.controls()
     rows.looked_at(watch=False)
 
 
-def read_words(model: DiffusionPipeline, prompts: Sequence[str], sampling: SamplingConfig) -> list[Words]:
-    """The words of each prompt as this network and this syntax see them."""
-    tower = model.text_tower
-    if tower is None or not model.conditions.takes_text:
+def read_prompt(model: DiffusionPipeline, text: str, sampling: SamplingConfig) -> ParsedPrompt:
+    """The prompt of an image to be edited or watched, without the words that are masked."""
+    if model.text_tower is None or not model.conditions.takes_text:
         raise UserError("this network was trained without conditions.caption: it has no words to edit an image by")
-    found = {}
-    for text in dict.fromkeys(prompts):
-        joined = (parse if sampling.prompt_syntax else plain)(text)
-        if len(joined) > 1:
-            raise UserError(f"prompt '{text}': an edit takes no AND; write one prompt")
-        found[text] = words_of(tower, joined[0].text)
-    return [found[text] for text in prompts]
+    joined = model.read(text, sampling)
+    if len(joined) > 1:
+        raise UserError(f"prompt '{text}': an edit takes no AND; write one prompt")
+    return joined[0] if sampling.weighting is Weighting.tokens else without_masked(joined[0])
+
+
+def read_edited(model: DiffusionPipeline, edit: Edit, sampling: SamplingConfig) -> ParsedPrompt:
+    """The prompt of an edited image with the weights of its words; attention gets them with `weighting=tokens`."""
+    prompt = read_prompt(model, edit.edited, sampling)
+    if sampling.weighting is Weighting.tokens:
+        return prompt
+    (words,) = read_words(model, [prompt])
+    for phrase, weight in edit.weights.items():
+        for number in words.require(phrase):
+            prompt = reweighted(prompt, words.places[number], weight, edit.during.get(phrase))
+    return without_masked(prompt)
+
+
+def read_words(model: DiffusionPipeline, prompts: Sequence[ParsedPrompt]) -> list[Words]:
+    """The words of each prompt as this network sees them."""
+    assert model.text_tower is not None
+    found = {text: words_of(model.text_tower, text) for text in dict.fromkeys(prompt.text for prompt in prompts)}
+    return [found[prompt.text] for prompt in prompts]

@@ -18,7 +18,7 @@ from conf.schema import STOCHASTIC, InversionMethod, Sampler, SamplingConfig
 from models.conditions import Inputs
 from models.diffusion.process import Denoise
 from models.pipeline import DiffusionPipeline, SamplingStart
-from models.prompts import parse, plain
+from models.prompts import ParsedPrompt
 
 DDIM = Sampler.ddim
 CORRECTIONS = 4  # of the beginning of a step, each of which calls the network
@@ -29,7 +29,7 @@ FIT_STEPS, FIT_RATE = 10, 1e-2  # of Adam at each step (Mokady et al. 2023, sect
 def invert(
     model: DiffusionPipeline,
     images: Tensor,
-    prompts: Sequence[str],
+    prompts: Sequence[str | ParsedPrompt],
     sampling: SamplingConfig,
     method: InversionMethod = InversionMethod.negative_prompt,
     inputs: Inputs | None = None,
@@ -55,10 +55,9 @@ def invert(
     path = walk_back(denoise, model.encode(images), sigmas)
     if method is InversionMethod.ddim or sampling.guidance_scale == 1:
         return SamplingStart(path[0])
-    read = parse if sampling.prompt_syntax else plain
     if method is InversionMethod.negative_prompt:  # led away from itself, the source's prediction stays as it is
-        return SamplingStart(path[0], (model.states([read(prompt)[0] for prompt in prompts]),))
-    null_text = model.states(read(sampling.negative_prompt)).expand(len(prompts), -1, -1)
+        return SamplingStart(path[0], (model.states([model.read(prompt, sampling)[0] for prompt in prompts]),))
+    null_text = model.states(model.read(sampling.negative_prompt, sampling)).expand(len(prompts), -1, -1)
     fitted = fit_null_text(model, denoise, path, sigmas, null_text, sampling.guidance_scale, inputs or {})
     return SamplingStart(path[0], fitted)
 

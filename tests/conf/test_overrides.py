@@ -152,7 +152,7 @@ def options(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fie
 def test_every_option_that_names_a_file_says_so() -> None:
     """A new option of text is a path, or stands here."""
     other = {"name", "project", "entity", "group", "host", "image_column", "caption_column", "background", "keep_best"}
-    texts = {"prompt", "edit", "weights", "until", "blend", "negative_prompt", "prompts"}
+    texts = {"prompt", "edit", "weights", "during", "until", "blend", "negative_prompt", "prompts"}
     for run in (getattr(schema, name) for name in dir(schema) if name.endswith("Run")):
         for name, option in options(run):
             if option.type in (str, str | None, list[str]) and not name.startswith(("model.", "discriminator.")):

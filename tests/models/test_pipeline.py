@@ -120,8 +120,8 @@ def test_noise_of_the_steps_belongs_to_the_image(sampler: Sampler) -> None:
     """With the noise of other steps it would be another image; each step's is drawn once."""
     draws: list[int] = []
     model = build()
-    original = model._noise
-    model._noise = lambda *of, **named: (draws.append(of[-1]), original(*of, **named))[1]  # type: ignore[method-assign,func-returns-value]
+    original = model.noise
+    model.noise = lambda *of, **named: (draws.append(of[-1]), original(*of, **named))[1]  # type: ignore[method-assign,func-returns-value]
     model(["a", "b"], [0, 0], SamplingConfig(sampler=sampler, steps=4))
     assert draws == [0, 1, 2, 3]  # the last step ends without noise
 

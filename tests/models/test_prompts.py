@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from conf.errors import UserError
 from conf.schema.networks import ClipConfig
 from models.clip import Clip
-from models.prompts import ParsedPrompt, parse, plain, text_states, token_weights
+from models.prompts import ParsedPrompt, WeightedText, parse, plain, reweighted, text_states, token_weights
 from models.text import HuggingFaceText, TextTower
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def pieces(text: str) -> list[tuple[str, float]]:
     (prompt,) = parse(text)
-    return [(piece, round(weight, 4)) for piece, weight in prompt.pieces]
+    return [(piece.text, round(piece.weight, 4)) for piece in prompt.pieces]
 
 
 @pytest.mark.parametrize(
@@ -46,15 +46,14 @@ def test_weights_are_read_as_users_write_them(text: str, expected: list[tuple[st
     assert pieces(text) == expected
 
 
+NO_WEIGHT = r"has no weight; write (words:1.3), (words:1.3@0.2-0.5) for some of the steps, or \: for a plain colon"
+NUMBERS = ("1.3.1", "", "nan", "@0.5", "1@", "1@0", "1@0.5-0.2", "1@-0.5", "1@0.2-1.5", "1@0.2-0.3-0.4")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "(red:1.3.1)",
-            r"prompt '(red:1.3.1)': ':1.3.1)' has no weight; write (words:1.3), or \: for a plain colon",
-        ),
-        ("a (red:)", r"prompt 'a (red:)': ':)' has no weight; write (words:1.3), or \: for a plain colon"),
-        ("(red:nan)", r"prompt '(red:nan)': ':nan)' has no weight; write (words:1.3), or \: for a plain colon"),
+        *((f"a (red:{number})", f"prompt 'a (red:{number})': ':{number})' {NO_WEIGHT}") for number in NUMBERS),
         ("a (red", r"prompt 'a (red': '(' is never closed; write \( for a plain bracket"),
         ("a red)", r"prompt 'a red)': ')' closes nothing; write \) for a plain bracket"),
         ("a (red]", r"prompt 'a (red]': ']' closes nothing; write \] for a plain bracket"),
@@ -68,8 +67,30 @@ def test_malformed_weight_is_one_line_with_the_remedy(text: str, message: str) -
 def test_prompts_are_joined_by_and_with_weights() -> None:
     prompts = parse("a (red:2) cat AND a dog :0.7 AND SAND: -1")
     assert [(prompt.text, prompt.weight) for prompt in prompts] == [("a red cat", 1.0), ("a dog", 0.7), ("SAND", -1.0)]
-    assert prompts[0].pieces[1] == ("red", 2.0)
-    assert plain("a (cat) AND (a dog") == [ParsedPrompt((("a (cat) AND (a dog", 1.0),))]
+    assert prompts[0].pieces[1] == WeightedText("red", 2.0)
+    assert plain("a (cat) AND (a dog") == [ParsedPrompt((WeightedText("a (cat) AND (a dog"),))]
+
+
+def test_weights_name_the_steps_in_which_they_hold() -> None:
+    (prompt,) = parse("a (red:1.3@0.5) (big (cat:2@0.2-0.5):3@ .1 - 1) (dog:2)")
+    weighted = [piece for piece in prompt.pieces if piece.weight != 1]
+    assert weighted == [
+        WeightedText("red", 1.3, (0, 0.5)),
+        WeightedText("big ", 3.0, (0.1, 1)),
+        WeightedText("cat", 6.0, (0.2, 0.5)),
+        WeightedText("dog", 2.0),
+    ]
+    assert [WeightedText("a", 0.0, window).masked for window in (None, (0.0, 1.0), (0.0, 0.5))] == [True, True, False]
+
+
+def test_a_span_of_a_prompt_is_weighted_on_top_of_its_weights() -> None:
+    (prompt,) = parse("a (red planet:2@0.5) here")
+    assert reweighted(prompt, (2, 5), 3.0).pieces[1:3] == (
+        WeightedText("red", 6.0, (0, 0.5)),
+        WeightedText(" planet", 2.0, (0, 0.5)),
+    )
+    assert reweighted(prompt, (0, 1), 3.0, (0.1, 0.2)).pieces[0] == WeightedText("a", 3.0, (0.1, 0.2))
+    assert reweighted(prompt, (2, 5), 1.0).text == prompt.text
 
 
 @pytest.fixture(scope="module")

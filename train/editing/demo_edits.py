@@ -11,7 +11,6 @@ from data.building.sources.demo import BACKGROUNDS, COLORS, PARTS, Attributes, d
 from data.order import rng
 
 OBJECTS = ("monster", "plant", "planet")  # kinds that stand on a background
-WEIGHED = ("color", "background", "mood", "body", "plant", "pot", "surface", "hills")  # that one word names
 SORTS: dict[str, dict[str, Any]] = {  # of edits, with the options that suit them (docs/editing.md)
     "color": {"blend_change": True, "blend_threshold": 0.4, "replace_until": 0.4},
     "background": {"blend_change": True, "blend_threshold": 0.4, "replace_until": 0.4},
@@ -46,17 +45,6 @@ def demo_edits(scenes: Sequence[Attributes], each: int, seed: int, **strength: A
         for (before, after, attribute), _ in zip(changes, range(each), strict=False):
             edit = Edit(prompt=describe(before), edit=describe(after), **(strength or suited))
             found.append(DemoEdit(sort, edit, attribute, after[attribute]))
-    return found
-
-
-def weighable(scenes: Sequence[Attributes], count: int) -> list[tuple[str, str, str]]:
-    """Captions of the first scenes, an attribute in turn, and the one word of the caption that names it."""
-    found = list[tuple[str, str, str]]()
-    for scene in scenes[:count]:
-        caption = describe(scene)
-        named = [name for name in WEIGHED if scene.get(name) and caption.split().count(scene[name]) == 1]
-        name = named[len(found) % len(named)]
-        found.append((caption, name, scene[name]))
     return found
 
 

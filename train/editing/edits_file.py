@@ -7,7 +7,7 @@ from typing import Any
 from conf.errors import UserError, choices, did_you_mean
 from conf.overrides import finished
 from conf.schema import Edit, EditRun
-from conf.schema.editing import EditStrength, numbers_of, phrases_of
+from conf.schema.editing import EditStrength, numbers_of, phrases_of, windows_of
 from data.text_files import json_object, lines_of
 
 STRENGTH = {option.name: option for option in fields(EditStrength)}
@@ -21,7 +21,7 @@ def read_edits(cfg: EditRun) -> list[Edit]:
         UserError: no file, or a line of it that is no edit.
     """
     common = {name: getattr(cfg, name) for name in STRENGTH}
-    common |= {"edit": cfg.edit, "image": cfg.image, "weights": cfg.weights, "until": cfg.until, "blend": cfg.blend}
+    common |= {name: getattr(cfg, name) for name in ("edit", "image", "weights", "during", "until", "blend")}
     if cfg.edits_file is None:
         return [edit_of(common | {"prompt": cfg.prompt})]
     path = cfg.edits_file
@@ -56,6 +56,8 @@ def edit_of(options: dict[str, Any]) -> Edit:
     for name in ("weights", "until"):
         if isinstance(made[name], str):
             made[name] = numbers_of(name, made[name])
+    if isinstance(made["during"], str):
+        made["during"] = windows_of("during", made["during"])
     if isinstance(made["blend"], str):
         made["blend"] = phrases_of(made["blend"])
     for name, option in STRENGTH.items():
@@ -65,11 +67,13 @@ def edit_of(options: dict[str, Any]) -> Edit:
         "image": made["image"] is None or isinstance(made["image"], str),
         "weights": is_numbers(made["weights"]),
         "until": is_numbers(made["until"]),
+        "during": is_windows(made["during"]),
         "blend": isinstance(made["blend"], list) and all(isinstance(word, str) for word in made["blend"]),
     }
     for name, right in sound.items():
         if not right:
             raise UserError(f"{name}={made[name]}: of another type than on the command line")
+    made["during"] = {word: (begin, end) for word, (begin, end) in made["during"].items()}
     return finished(Edit(**made))
 
 
@@ -85,6 +89,15 @@ def checked(name: str, value: Any, default: Any) -> Any:
     if not right:
         raise UserError(f"{name}={value}: of another type than on the command line")
     return value
+
+
+def is_windows(value: Any) -> bool:
+    """Whether it gives words a begin and an end."""
+    pairs = list(value.values()) if isinstance(value, dict) else [None]
+    return all(
+        isinstance(pair, list | tuple) and [type(share) in (int, float) for share in pair] == [True] * 2
+        for pair in pairs
+    )
 
 
 def is_numbers(value: Any) -> bool:

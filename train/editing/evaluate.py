@@ -8,20 +8,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from conf.entry import to_plain
 from conf.errors import UserError
 from conf.files import atomic_path, atomic_write
 from conf.plain_json import dumps
-from conf.schema import Edit, EvaluateEditsRun, ImageConfig, Perceptual
+from conf.schema import EvaluateEditsRun, ImageConfig, Perceptual
 from data.building.sources.demo import attributes_of
 from data.image_dataset import ImageDataset
 from models.editing.editing import Edited, edit_images
 from models.losses import distance_inside, perceptual_distance
 from models.pipeline import DiffusionPipeline
-from train.editing.demo_edits import SORTS, DemoEdit, demo_edits, weighable
+from train.editing.demo_edits import SORTS, DemoEdit, demo_edits
+from train.editing.weighted_words import SORTS as SORTS_OF_WORDS
+from train.editing.weighted_words import WEIGHTS, Row, reweighted, weighable, weights_figure, weights_metrics
 from train.engine.figures import to_png
 from train.engine.image_grid import captioned, to_uint8
 from train.engine.metric_log import MetricLog, say
@@ -35,17 +37,15 @@ from train.sampling.requests import require_prompts_alone, say_cut
 from train.sampling.run import finite_images, require_finite
 
 SHOWN = 4  # edits of each sort in edits.png
-WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0)
+WORDS_SHOWN = 2  # words of each sort in words.png
+REPORTED_OF_WORDS = ("rising", "moving", "obeying", "kept", "at_0", "at_1", "at_2")
 REPORTED = ("right", "right_fresh", "lacking/right", "lacking/right_fresh", "distance_ratio", "outside_ratio")
-TOLERANCE = 0.01  # of a log-probability, by which it may fall from one weight to the next and still count as rising
-MOVING = 0.1  # of a probability, by which it must differ between two weights to count as moving
 RIGHT = {"right": "edit", "right_fresh": "own", "right_before": "source"}
 RATIOS = {
     "distance_ratio": ("distance/edit", "distance/same"),
     "distance_ratio_own_noise": ("distance/edit", "distance/own"),
     "outside_ratio": ("outside/edit", "outside/same"),
 }
-Row = dict[str, Any]  # what was measured of one edit, in plain values
 
 
 class Measures(NamedTuple):
@@ -80,7 +80,7 @@ def evaluate_edits(cfg: EvaluateEditsRun, runtime: Runtime) -> dict[str, float]:
     if not edits:
         raise UserError(f"shards={cfg.shards}: no held-out scene can be edited; build more of them")
     rows = shared(cfg, runtime, "edits", edits, partial(measured, model, cfg, measures))
-    weighed = weighable(scenes, cfg.reweighted)
+    weighed = weighable(scenes, cfg.words_per_sort)
     curves = shared(cfg, runtime, "weights", weighed, partial(reweighted, model, cfg, probe))
     if not runtime.is_main:
         return runtime.gather_objects({})[0]  # of the main process, which judges and writes meanwhile
@@ -138,23 +138,6 @@ def measure_edit(measures: Measures, edit: DemoEdit, made: Edited, same: Tensor,
     return row
 
 
-def reweighted(
-    model: DiffusionPipeline,
-    cfg: EvaluateEditsRun,
-    probe: SceneProbe,
-    numbers: Sequence[int],
-    words: list[tuple[str, str, str]],
-) -> Iterator[Row]:
-    """The probability of an attribute by the weight of the word that names it, for some prompts."""
-    for number, (prompt, attribute, word) in zip(numbers, words, strict=True):
-        edits, count = [Edit(prompt=prompt, weights={word: weight}) for weight in WEIGHTS], len(WEIGHTS)
-        made = edit_images(model, edits, [cfg.seed] * count, cfg, indices=[number] * count)
-        images = torch.stack([one.result.image for one in made])
-        require_finite(cfg, [] if all(finite_images(images)) else [prompt])
-        odds = probe.log_probability(images, attribute, word).exp()
-        yield {"prompt": prompt, "attribute": attribute, "word": word, "probabilities": odds.tolist()}
-
-
 def edits_metrics(rows: Sequence[Row]) -> dict[str, float]:
     """Shares and mean ratios of each sort and of all, `eval/edits/SORT/...`, and of those with something to change.
 
@@ -178,57 +161,43 @@ def means(group: str, rows: Sequence[Row]) -> dict[str, float]:
     return {f"{group}/{name}": float(np.mean(value)) for name, value in values.items() if value}
 
 
-def weights_metrics(curves: Sequence[Row]) -> dict[str, float]:
-    """Share of the prompts whose attribute gets more probable with the weight of its word, and of which it moves."""
-    if not curves:
-        return {}
-    odds = np.array([curve["probabilities"] for curve in curves])  # [N, weights]
-    logs = np.log(np.maximum(odds, np.finfo(np.float32).tiny))
-    rises, moves = np.diff(logs, axis=1), np.ptp(odds, axis=1) > MOVING
-    rising = np.all(rises >= -TOLERANCE, axis=1)
-    still = np.ptp(logs, axis=1) <= TOLERANCE  # counts as rising, too
-    found = {"rising": rising, "rising_strictly": np.all(rises > 0, axis=1), "still": still, "moving": moves}
-    for name, which in (("rising_of_moving", moves), ("rising_unless_still", ~still)):
-        if which.any():
-            found[name] = rising[which]
-    return {f"eval/edits/weights/{name}": float(value.mean()) for name, value in found.items()}
-
-
-def write_evaluation(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: list[Row], curves: list[Row]) -> None:
+def write_evaluation(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: list[Row], words: list[Row]) -> None:
     """Files, console and W&B."""
     folder = Path(cfg.output_dir)
     shown = [row for sort in SORTS for row in [row for row in rows if row["sort"] == sort][:SHOWN]]
     titles = [title for row in shown for title in (row["prompt"], row["edit"], f"{row['edit']}, drawn anew")]
     sheet = captioned(np.concatenate([row["images"] for row in shown]), titles, 3 * SHOWN)
-    plain = [{name: value for name, value in row.items() if name != "images"} for row in rows]
     with atomic_path(folder / "edits.png") as path:
         sheet.save(path, "PNG")
-    if curves:
-        atomic_write(folder / "weights.png", to_png(weights_figure(WEIGHTS, curves)))
-    for name, lines in (("edits.jsonl", plain), ("weights.jsonl", curves)):
-        atomic_write(folder / name, "".join(dumps(line) + "\n" for line in lines).encode())
+    for name, lines in (("edits.jsonl", rows), ("weights.jsonl", words)):
+        plain = [{key: value for key, value in line.items() if key != "images"} for line in lines]
+        atomic_write(folder / name, "".join(dumps(line) + "\n" for line in plain).encode())
     atomic_write(folder / "metrics.json", dumps(metrics, indent=1).encode())
     log = MetricLog(folder, cfg.wandb, "edits", {"run_dir": cfg.run_dir, "edits": to_plain(cfg)}, is_main=True)
     log.log(0, metrics)
     log.image("edits", sheet, 0, "before, after, drawn anew with the same noise")
+    if words:
+        atomic_write(folder / "weights.png", to_png(weights_figure(words)))
+        sheet = words_sheet(words)
+        with atomic_path(folder / "words.png") as path:
+            sheet.save(path, "PNG")
+        log.image("words", sheet, 0, "by the weight of one word")
     log.finish()
     for sort in [*SORTS, "all"]:
         measured = {name: metrics.get(f"eval/edits/{sort}/{name}") for name in REPORTED}
         line = "  ".join(f"{name} {value:.2f}" for name, value in measured.items() if value is not None)
         say("edits", f"{sort:10}  {line}")
-    say("edits", f"{folder / 'metrics.json'}, {folder / 'edits.png'}")
+    for sort in [*SORTS_OF_WORDS, "all"]:
+        measured = {name: metrics.get(f"eval/edits/weights/{sort}/{name}") for name in REPORTED_OF_WORDS}
+        line = "  ".join(f"{name} {value:.2f}" for name, value in measured.items() if value is not None)
+        if line:
+            say("weights", f"{sort:10}  {line}")
+    say("edits", f"{folder / 'metrics.json'}, {folder / 'edits.png'}, {folder / 'words.png'}")
 
 
-def weights_figure(weights: Sequence[float], curves: Sequence[dict[str, Any]]) -> Figure:
-    """The probability of what a word names by the weight of the word, a line for each prompt."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    names = sorted({curve["attribute"] for curve in curves})
-    colors = {name: f"C{number}" for number, name in enumerate(names)}
-    for curve in curves:
-        name = curve["attribute"]
-        axes.plot(weights, curve["probabilities"], color=colors[name], label=name, alpha=0.6, linewidth=1.2)
-    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="lower right")
-    axes.set(xlabel="weight of the word", ylabel="probability of what it names", ylim=(-0.02, 1.02))
-    return figure
+def words_sheet(words: Sequence[Row]) -> Image.Image:
+    """Images of the first words of each sort at all weights, those of a word in a row."""
+    sorts = dict.fromkeys(row["sort"] for row in words)
+    shown = [row for sort in sorts for row in [row for row in words if row["sort"] == sort][:WORDS_SHOWN]]
+    titles = [f"{row['value']} × {weight:g}" for row in shown for weight in WEIGHTS]
+    return captioned(np.concatenate([row["images"] for row in shown]), titles, len(WEIGHTS))

@@ -144,6 +144,7 @@ def edit_facts(job: EditJob, cfg: EditRun) -> dict[str, Any]:
     """What an edit is, in plain values."""
     facts = {**asdict(job.edit), "mode": job.edit.mode.value, "number": job.number}
     facts |= {name: list(value) for name, value in facts.items() if isinstance(value, tuple)}  # as JSON reads it back
+    facts["during"] = {word: list(window) for word, window in job.edit.during.items()}
     return facts if job.image is None else {**facts, "image": job.image, "inversion": cfg.inversion.value}
 
 

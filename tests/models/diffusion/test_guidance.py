@@ -95,3 +95,11 @@ def test_prompts_of_one_image_are_composed_with_their_weights(scale: float) -> N
     torch.testing.assert_close(actual[0], uncond[0] + scale * (first[0] - uncond[0]))
     apart = (first[1] - uncond[1]) - 0.5 * (second[0] - uncond[1])
     torch.testing.assert_close(actual[1], uncond[1] + scale * apart)
+
+
+def test_weights_whose_sum_is_one_need_no_prompt_that_is_dropped() -> None:
+    network, joined = Recorder(), Joined(torch.tensor([0, 1, 1]), torch.tensor([1.0, 1.5, -0.5]))
+    actual = classifier_free(network, COND, None, 1.0, joined=joined)(X[:2], T[:2])
+    assert network.batches == [3]
+    expected = classifier_free(network, COND, Conditioning(EMPTY[:2]), 1.0, joined=joined)(X[:2], T[:2])
+    torch.testing.assert_close(actual, expected)

@@ -51,7 +51,7 @@ def test_words_are_found_in_pieces_in_a_row_and_again() -> None:
     assert text_of(words, words.find("a")) == ["a", "a", "a"]
     assert words.find("a#2") == [words.find("a")[1]]
     for missing in ("bell", "a#4", "a#0", "a#x", "", "#1", "monster a"):
-        assert words.places(missing) == []
+        assert words.find_any(missing) == []
         with pytest.raises(UserError, match=r"is not in the prompt 'a bell-shaped .*: choose among a, bell-shaped,"):
             words.find(missing)
 

@@ -4,9 +4,19 @@ import pytest
 import torch
 
 from conf.errors import UserError
-from conf.schema import Edit, EditMode, Prediction, Sampler, SamplingConfig
+from conf.schema import Edit, EditMode, Prediction, Sampler, SamplingConfig, Weighting
 from models.editing.alignment import words_of
-from models.editing.editing import Edited, Editor, Rows, edit_images, factors, token_control, watch_images
+from models.editing.editing import (
+    Edited,
+    Editor,
+    Rows,
+    edit_images,
+    factors,
+    renewed,
+    token_control,
+    watch_images,
+)
+from models.pipeline import SamplingStart
 from tiny_pipeline import LENGTH, SyllableText, worded_pipeline
 
 RED, BLUE, LONG = "a red monster on a hill", "a blue monster on a hill", "a sad red monster on a hill"
@@ -93,10 +103,48 @@ def test_masked_word_has_no_say_and_masked_padding_changes_nothing() -> None:
     padding = dict.fromkeys([0, *range(words.end, LENGTH)], 0.0)
     assert torch.equal(factors(words, padding), torch.ones(LENGTH))
     every = dict.fromkeys(words.words, 0.0)
-    masked = token_control(Edit(prompt=RED, weights=every), 0, words, words).weights
+    masked = token_control(Edit(prompt=RED, weights=every), 0, words, words, Weighting.tokens).weights
     assert masked.tolist() == [0.0 if words.start <= token < words.end else 1.0 for token in range(LENGTH)]
-    (edited,) = made(Edit(prompt=RED, weights={"monster": 0.0}))
+    (edited,) = made(Edit(prompt=RED, weights={"monster": 0.0}), weighting=Weighting.tokens)
     assert (edited.result.image - plain([RED])[0]).abs().max() > 1e-4
+
+
+def test_a_word_of_weight_zero_is_the_edit_that_leaves_it_out() -> None:
+    masked, edited = made(Edit(prompt=LONG, weights={"sad": 0}), Edit(prompt=LONG, edit=RED), watch=True)
+    assert torch.equal(masked.result.image, edited.result.image)
+    assert masked.result.maps.keys() == edited.result.maps.keys()
+
+
+def test_weights_that_take_nothing_are_those_of_a_prompt() -> None:
+    """Beside attention of the source that is taken, a weight of a word acts as it does in a prompt."""
+    weighted = {"weights": {"red": 2.0}, "replace_until": 0, "self_until": 0}
+    windows = ({}, {"red": (0.0, 1.0)})
+    during, always = made(*(Edit(prompt=RED, **weighted, during=window) for window in windows))  # type: ignore[arg-type]
+    for edited, text in ((during, "a (red:2@0.5) monster on a hill"), (always, "a (red:2@1) monster on a hill")):
+        expected = plain([text], prompt_syntax=True)[0]
+        torch.testing.assert_close(edited.result.image, expected, rtol=0, atol=1e-4)
+
+
+def test_a_word_that_is_masked_in_some_steps_keeps_the_rows_in_their_places() -> None:
+    window = {"weights": {"red": 0.0}, "during": {"red": (0.0, 0.5)}}
+    edits = [Edit(prompt=RED, **window), Edit(prompt=LONG, edit=BLUE, mode=EditMode.refine)]  # type: ignore[arg-type]
+    for edit, one in zip(edits, made(*edits, watch=True), strict=True):
+        torch.testing.assert_close(made(edit)[0].result.image, one.result.image, rtol=0, atol=1e-4)
+    taking_nothing = Edit(prompt=RED, **window, replace_until=0, self_until=0)  # type: ignore[arg-type]
+    expected = plain(["a (red:0@0.5) monster on a hill"], prompt_syntax=True)[0]
+    torch.testing.assert_close(made(taking_nothing)[0].result.image, expected, rtol=0, atol=1e-4)
+
+
+def test_new_noise_is_of_the_edit_alone_and_has_the_variance_of_noise() -> None:
+    old, some, all_new = made(*(Edit(prompt=RED, edit=BLUE, new_noise=share) for share in (0.0, 0.5, 1.0)))
+    assert torch.equal(old.source.image, some.source.image) and torch.equal(old.source.image, all_new.source.image)
+    torch.testing.assert_close(old.result.image, made(Edit(prompt=RED, edit=BLUE))[0].result.image, rtol=0, atol=1e-4)
+    nearer, farther = ((edited.result.image - old.result.image).abs().mean() for edited in (some, all_new))
+    assert 1e-3 < nearer < farther
+    start = SamplingStart(torch.randn(3, 4, 64, 64))
+    mixed = renewed(start, torch.randn(3, 4, 64, 64), [0.0, 0.3, 1.0]).x
+    assert torch.equal(mixed[0], start.x[0])
+    torch.testing.assert_close(mixed.std((1, 2, 3)), torch.ones(3), rtol=0, atol=0.03)
 
 
 def test_heat_maps_are_the_mean_attention_of_words() -> None:
@@ -111,7 +159,7 @@ def test_heat_maps_are_the_mean_attention_of_words() -> None:
                 seen[str(of[0])] = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)[0]  # [N, L]
             return original(self, q, k, v, *of)  # type: ignore[arg-type]
 
-    spy = Spy(Rows([RED], [words], {}), True, torch.device("cpu"))
+    spy = Spy(Rows([words], {}, Weighting.difference), True, torch.device("cpu"))
     image = MODEL([RED], [0], sampling, control=spy)
     assert spy.maps is not None and len(seen) == 7
     for name, maps in seen.items():

@@ -13,8 +13,8 @@ from conf.schema import EvaluateEditsRun, Perceptual
 from data.building.sources.demo import PARTS, attributes_of, scene
 from models.editing.editing import DrawnImage, Edited
 from models.losses import perceptual_distance
-from train.editing.demo_edits import SORTS, demo_edits, weighable
-from train.editing.evaluate import Measures, edits_metrics, evaluate_edits, measure_edit, weights_metrics
+from train.editing.demo_edits import SORTS, demo_edits
+from train.editing.evaluate import Measures, edits_metrics, evaluate_edits, measure_edit
 from train.engine.runtime import Runtime
 from train.sampling.sample_folder import read_png
 
@@ -44,13 +44,6 @@ def test_every_sort_of_edit_changes_what_it_says_and_nothing_else() -> None:
 def test_kinds_that_no_scene_has_are_no_edits() -> None:
     plants = [scene for scene in SCENES if scene["kind"] == "plant"]
     assert {edit.sort for edit in demo_edits(plants, 3, seed=0)} == {"color", "background"}
-
-
-def test_words_that_are_weighted_stand_once_in_their_prompt() -> None:
-    found = weighable(SCENES, 30)
-    assert len(found) == 30 and len({attribute for _, attribute, _ in found}) > 4
-    for prompt, _, word in found:
-        assert prompt.split().count(word) == 1
 
 
 class FakeProbe:
@@ -101,31 +94,24 @@ def test_edits_that_had_nothing_to_change_do_not_make_the_others_right() -> None
     assert nothing["eval/edits/all/lacking/share"] == 0 and "eval/edits/all/lacking/right" not in nothing
 
 
-def test_weights_that_let_a_probability_fall_do_not_count_as_rising() -> None:
-    curves = [[0.1, 0.2, 0.5, 0.8, 0.9], [0.9, 0.9, 0.895, 0.9, 0.9], [0.9, 0.5, 0.6, 0.7, 0.8], [0.5] * 5]
-    curves += [[0.009, 0.007, 0.005, 0.003, 0.001]]  # falls to a ninth, by less than 0.01
-    found = weights_metrics([{"probabilities": curve} for curve in curves])
-    expected = {"rising": 0.6, "rising_strictly": 0.2, "still": 0.4, "moving": 0.4, "rising_of_moving": 0.5}
-    assert found.pop("eval/edits/weights/rising_unless_still") == pytest.approx(1 / 3)
-    assert found == {f"eval/edits/weights/{name}": pytest.approx(value) for name, value in expected.items()}
-
-
 def test_command_measures_and_leaves_images(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     options = [f"run={project.folder}", "runtime=cpu", "wandb.mode=disabled", "steps=2", f"output_dir={tmp_path}"]
     found = []
     for batch in (3, 10):
         cfg = compose(
-            "evaluate_edits", EvaluateEditsRun, [*options, "edits_per_sort=2", "reweighted=3", f"batch_size={batch}"]
+            "evaluate_edits",
+            EvaluateEditsRun,
+            [*options, "edits_per_sort=2", "words_per_sort=1", f"batch_size={batch}"],
         )
         found.append(evaluate_edits(cfg, runtime))
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         assert found[1][name] == pytest.approx(value, abs=0.02), name
-    assert {"eval/edits/all/right", "eval/edits/weights/rising", "probe/accuracy/mood"} <= found[0].keys()
+    assert {"eval/edits/all/right", "eval/edits/weights/all/rising", "probe/accuracy/mood"} <= found[0].keys()
     assert json.loads((tmp_path / "metrics.json").read_text()).keys() == found[0].keys()
     assert len((tmp_path / "edits.jsonl").read_text().splitlines()) == 10
-    assert len((tmp_path / "weights.jsonl").read_text().splitlines()) == 3
-    for name in ("edits.png", "weights.png"):
+    assert len((tmp_path / "weights.jsonl").read_text().splitlines()) == 5
+    for name in ("edits.png", "weights.png", "words.png"):
         assert read_png(tmp_path / name).shape[1] > 300
 
 

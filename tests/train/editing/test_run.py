@@ -33,15 +33,19 @@ def test_text_of_the_command_line_needs_no_quotes_for_hydra() -> None:
     (edit,) = read_edits(cfg)
     assert (edit.prompt, edit.edit, edit.blend) == (prompt, None, ["round ears", "monster"])
     assert edit.weights == {"bell-shaped": 2.0, "round ears": -1.0}
+    (edit,) = read_edits(config("prompt=a b", "weights=a:2,b:0", "during=a:0.5,b:0.2-0.6"))
+    assert edit.during == {"a": (0.0, 0.5), "b": (0.2, 0.6)}
     assert config("prompt='a, b'").prompt == "a, b"
     assert cfg.unet == "unused/unet/export"
 
 
 def test_lines_of_a_file_differ_from_the_command_line(tmp_path: Path) -> None:
     first = {"prompt": "a", "edit": "b", "mode": "refine", "weights": {"b": 2}, "blend": "b", "self_until": 1}
+    first["during"] = {"b": [0, 0.5]}
     file = written(tmp_path, json.dumps(first), "", '{"prompt": "c"}')
     one, two = read_edits(config(file, "replace_until=0.9", "until=a:0.1"))
     assert (one.mode, one.weights, one.blend, one.self_until) == (EditMode.refine, {"b": 2}, ["b"], 1)
+    assert one.during == {"b": (0, 0.5)}
     assert (two.mode, two.edited, two.replace_until, two.until) == (EditMode.auto, "c", 0.9, {"a": 0.1})
 
 
@@ -53,6 +57,12 @@ def test_lines_of_a_file_differ_from_the_command_line(tmp_path: Path) -> None:
         ('{"prompt": "a", "weight": {}}', "line 1: no option 'weight': choose among mode, "),
         ('{"prompt": "a", "weights": "sad"}', "line 1: weights=sad: write weights="),
         ('{"prompt": "a", "weights": [1]}', r"line 1: weights=\[1\]: of another type"),
+        ('{"prompt": "a", "weights": {"a": 2}, "during": {"a": [1]}}', r"line 1: during=.*: of another type"),
+        (
+            '{"prompt": "a", "weights": {"a": 2}, "during": {"a": [0.5, 0.2]}}',
+            "line 1: during=a:0.5-0.2: must be two shares",
+        ),
+        ('{"prompt": "a", "during": {"a": [0, 0.5]}}', "line 1: during=a: has no weight; name it in weights, too"),
         ('{"prompt": "a", "mode": "swap"}', "line 1: mode=swap: choose one of auto, replace, refine"),
         ('{"prompt": "a", "replace_until": 2}', r"line 1: replace_until=2: must be in \[0, 1\]"),
         ('{"prompt": "a", "edit": 3}', "line 1: edit=3: of another type"),
@@ -69,6 +79,7 @@ def test_line_that_is_no_edit_is_named(tmp_path: Path, line: str, message: str) 
     [
         ("steps=3", r'^set prompt="\.\.\." and edit="\.\.\.", or edits_file=FILE'),
         ("weights=red", r"^weights=red: write weights=\"WORD:NUMBER"),
+        ("during=red:a", r"^during=red:a: write during=\"WORD:SHARE,WORD:SHARE-SHARE\""),
         ("self_until=1.5", r"^self_until=1.5: must be in \[0, 1\]"),
         ("inversion=null_text", "^inversion=null_text: is for a given image; set image=FILE"),
     ],

@@ -90,6 +90,7 @@ def test_protocol_says_how_they_were_measured(project: Any, evaluated: Path) -> 
         "negative_prompt": "",
         "size": [],
         "prompt_syntax": False,
+        "weighting": "difference",
         "weights": "ema",
         "weights_sha256": weights_digest(str(project.folder / "unet" / "export")),
         "precision": "fp32",

@@ -62,6 +62,7 @@ def test_image_carries_all_that_makes_it_again(project: Any, runtime: Runtime, t
         "negative_prompt": "",
         "size": [],
         "prompt_syntax": True,
+        "weighting": "difference",
         "tile": 0,
         "precision": "fp32",
         "unet": weights_digest(str(project.folder / "unet" / "export")),

@@ -34,6 +34,7 @@ BLEND_HELP = "Words with commas between them, such as: planet. Empty: everywhere
 MODE_HELP = "replace swaps word for word; refine adds or leaves out words; auto: replace if there are as many words."
 REPLACE_HELP = "Share of the steps in which words look where they did before the edit."
 SELF_HELP = "Share of the steps in which shapes are those of before."
+NOISE_HELP = "Shapes are in the noise: more of it lets new ones come."
 OWN_HELP = "It is cut to the middle, and the prompt must say what it shows. It stays in this page alone."
 INVERSION_HELP = "Of your own image: what guidance leads away from. null_text fits it at each step, which takes long."
 THRESHOLD_HELP = "Of the most attention or disagreement: where the image may change. Less: a larger region."
@@ -103,8 +104,8 @@ def build_page(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
                 own, looks, away = own_controls()
                 changes, change = edit_controls()
                 with gr.Accordion("How much each word counts", visible=False, elem_id="weights") as weights:
-                    gr.Markdown("1: as it is; 0: not at all; below 0: the opposite", elem_classes="hint")
-                    sliders = [gr.Slider(-2, 4, 1, step=0.1, visible=False) for _ in range(MOST_WORDS)]
+                    gr.Markdown("1: as written; 0: gone; 2: clearly more; below 0: the opposite", elem_classes="hint")
+                    sliders = [gr.Slider(-1, 3, 1, step=0.1, visible=False) for _ in range(MOST_WORDS)]
                 controls |= own | changes | how_controls(cfg) | strength_controls()
             with gr.Column(scale=3, min_width=340, elem_id="shown"):
                 trouble, result = gr.HTML(elem_id="trouble"), gr.HTML(EMPTY, elem_id="result", min_height=240)
@@ -220,6 +221,7 @@ def strength_controls() -> Controls:
             "mode": gr.Radio(modes, value=usual.mode.value, label="Mode", info=MODE_HELP),
             "replace_until": gr.Slider(0, 1, usual.replace_until, step=0.05, label="Keep places", info=REPLACE_HELP),
             "self_until": gr.Slider(0, 1, usual.self_until, step=0.05, label="Keep shapes", info=SELF_HELP),
+            "new_noise": gr.Slider(0, 1, usual.new_noise, step=0.05, label="New noise", info=NOISE_HELP),
             "blend_threshold": gr.Slider(
                 0, 1, usual.blend_threshold, step=0.05, label="Threshold of the region", info=THRESHOLD_HELP
             ),

@@ -9,7 +9,13 @@ from conf.schema import Edit, EditMode, InversionMethod, PlaygroundRun, Sampler,
 from models.editing.inversion import unfit
 
 SEEDS = 2**53  # beyond it, not every whole number has one of its own in a browser
-EDIT_OPTIONS = ("replace_until", "self_until", "blend_change", "blend_threshold")  # their controls bear these names
+EDIT_OPTIONS = (
+    "replace_until",
+    "self_until",
+    "new_noise",
+    "blend_change",
+    "blend_threshold",
+)  # their controls bear these names
 
 
 @dataclass(frozen=True, slots=True)

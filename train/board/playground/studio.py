@@ -14,7 +14,7 @@ from conf.schema import PlaygroundRun, Precision, SamplingConfig
 from data.images import to_tensor
 from data.shards.manifest import MANIFEST
 from models.diffusion.samplers import Callback
-from models.editing.editing import DrawnImage, edit_images, read_words, watch_images
+from models.editing.editing import DrawnImage, edit_images, read_prompt, read_words, watch_images
 from models.film import Film
 from models.losses import psnr
 from models.pipeline import DiffusionPipeline
@@ -73,7 +73,8 @@ class Studio:
         Raises:
             UserError: a prompt that is too long or has broken syntax.
         """
-        return [word for word in read_words(self.model, [prompt], sampling)[0].named() if is_word(word)]
+        (words,) = read_words(self.model, [read_prompt(self.model, prompt, sampling)])
+        return [word for word in words.named() if is_word(word)]
 
     def draw(self, request: Request, on_step: OnStep | None = None) -> Drawing:
         """Draw an image and, if there is anything to be changed, the edited one beside it.
