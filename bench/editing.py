@@ -36,7 +36,7 @@ KINDS = {
 
 
 WEIGHTED = ("weighted word",)  # costs a prediction more
-WEIGHTS = {"prompt with a weight": "2", "in half of the steps": "2@0.5"}
+WEIGHTS = {"prompt with a weight": "2", "in all steps": "2@1"}
 
 
 def comparisons(folder: Path) -> Iterator[Comparison]:
