@@ -192,7 +192,8 @@ def write_evaluation(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: lis
         line = "  ".join(f"{name} {value:.2f}" for name, value in measured.items() if value is not None)
         if line:
             say("weights", f"{sort:10}  {line}")
-    say("edits", f"{folder / 'metrics.json'}, {folder / 'edits.png'}, {folder / 'words.png'}")
+    sheets = ["edits.png", "words.png"] if words else ["edits.png"]
+    say("edits", ", ".join(str(folder / name) for name in ("metrics.json", *sheets)))
 
 
 def words_sheet(words: Sequence[Row]) -> Image.Image:
