@@ -197,9 +197,9 @@ class DiffusionPipeline:
         def network(scale: float, null: int, shares: tuple[float, ...]) -> Network:
             """The network of a step in which the terms have these weights, without those that have none."""
             used = [row for row, share in enumerate(shares) if share != 0 or row >= always]
-            rows = torch.tensor(used, device=self.device)
+            rows = torch.tensor(used, dtype=torch.long, device=self.device)
             weights = torch.tensor(shares, device=self.device)[rows]
-            alone = len(rows) == len(images) and bool((weights == 1).all())
+            alone = [(terms[row].image, shares[row]) for row in used] == [(number, 1) for number in range(len(images))]
             # Tokens stay the same from call to call: their keys and values are computed once.
             return classifier_free(
                 predict,

@@ -31,13 +31,13 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import Weighting
+from conf.schema.editing import window_of
 from models.text import END, WORD, TextTower, common
 
 STEP = 1.1  # factor of a pair of brackets without a number
 TOKENS = re.compile(r"\\[()\[\]:\\]|[()\[\]]|:[^()\[\]:\\]*(?=\))|[^()\[\]:\\]+|.", re.DOTALL)
 AND = re.compile(r"\bAND\b")
 WEIGHT = re.compile(r"(.*?)\s*(?::\s*([-+]?\d*\.?\d+)\s*)?", re.DOTALL)
-WINDOW = re.compile(r"(?:(\d*\.?\d+)\s*-)?\s*(\d*\.?\d+)")
 Window = tuple[float, float] | None  # shares of the steps between which a weight holds; None: as suits it
 ARTICLES = {"a", "an", "the"}
 PREPOSITIONS = {
@@ -146,15 +146,6 @@ def weight_of(prompt: str, number: str) -> tuple[float, Window]:
             rf"steps, or \: for a plain colon"
         )
     return weight, window
-
-
-def window_of(text: str) -> tuple[float, float]:
-    """Shares of the steps, written `0.5` (up to there) or `0.2-0.5`; raises ValueError."""
-    found = WINDOW.fullmatch(text.strip())
-    begin, end = (float(found[1] or 0), float(found[2])) if found else (1.0, 0.0)
-    if not 0 <= begin < end <= 1:
-        raise ValueError(text)
-    return begin, end
 
 
 def join_pieces(pieces: list[WeightedText]) -> tuple[WeightedText, ...]:

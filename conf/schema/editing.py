@@ -1,6 +1,7 @@
 """What can be changed about an image by its words (`models.editing.editing`), and the command that does."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,6 +11,8 @@ from conf.overrides import a_path, a_text
 from conf.schema.choices import EditMode, InversionMethod
 from conf.schema.sampling import ModelRun
 from conf.schema.shared import WandbConfig, require, require_positive
+
+WINDOW = re.compile(r"(?:(\d*\.?\d+)\s*-)?\s*(\d*\.?\d+)")
 
 
 @dataclass(kw_only=True)
@@ -151,6 +154,15 @@ def numbers_of(option: str, text: str) -> dict[str, float]:
     return found
 
 
+def window_of(text: str) -> tuple[float, float]:
+    """Shares of the steps, written `0.5` (up to there) or `0.2-0.5`; raises ValueError."""
+    found = WINDOW.fullmatch(text.strip())
+    begin, end = (float(found[1] or 0), float(found[2])) if found else (1.0, 0.0)
+    if not 0 <= begin < end <= 1:
+        raise ValueError(text)
+    return begin, end
+
+
 def windows_of(option: str, text: str) -> dict[str, tuple[float, float]]:
     """Shares of the sampling between which something holds of words, written "smiling:0.5,navy:0.2-0.6".
 
@@ -160,9 +172,8 @@ def windows_of(option: str, text: str) -> dict[str, tuple[float, float]]:
     found = {}
     for part in phrases_of(text):
         word, _, window = part.rpartition(":")
-        begin, _, end = window.rpartition("-")
         try:
-            found[word.strip()] = (float(begin or 0), float(end))
+            found[word.strip()] = window_of(window)
         except ValueError:
             word = ""
         if not word.strip():

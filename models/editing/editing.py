@@ -304,6 +304,8 @@ def read_edited(model: DiffusionPipeline, edit: Edit, sampling: SamplingConfig) 
     """The prompt of an edited image with the weights of its words; attention gets them with `weighting=tokens`."""
     prompt = read_prompt(model, edit.edited, sampling)
     if sampling.weighting is Weighting.tokens:
+        if edit.during:
+            raise UserError(f"during={next(iter(edit.during))}: weights of some steps need weighting=difference")
         return prompt
     (words,) = read_words(model, [prompt])
     for phrase, weight in edit.weights.items():

@@ -108,6 +108,15 @@ def test_more_than_is_written_holds_in_the_first_half_by_itself() -> None:
     torch.testing.assert_close(never, drawn(RED)[0], rtol=0, atol=1e-4)
 
 
+def test_images_keep_their_places_whatever_the_weights_of_others() -> None:
+    """Also where a step has one text of weight 1 for each image, but not in the order of the images, or none at all."""
+    prompts = [PLAIN, "a (red:0@0.5) monster on a hill", "a hill :0 AND a monster :0", RED]
+    together = drawn(*prompts)
+    for prompt, image in zip(prompts, together, strict=True):
+        torch.testing.assert_close(drawn(prompt)[0], image, rtol=0, atol=1e-4)
+    assert min((together[i] - together[j]).abs().max() for i in range(4) for j in range(i)) > 1e-4
+
+
 def test_a_weighted_word_costs_one_prediction_more_and_only_in_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, original = list[int](), MODEL.denoiser.predict
 

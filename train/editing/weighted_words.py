@@ -67,7 +67,7 @@ def reweighted(
     numbers: Sequence[int],
     words: Sequence[WeightedWord],
 ) -> Iterator[Row]:
-    """Of some words, what the images show by the weight of the word; those of one word share the noise."""
+    """What images show by the weight of a word, for some words; the images of one word share their noise."""
     for number, word in zip(numbers, words, strict=True):
         edits, count = [word.edit(weight) for weight in WEIGHTS], len(WEIGHTS)
         made = edit_images(model, edits, [cfg.seed] * count, cfg, indices=[number] * count)

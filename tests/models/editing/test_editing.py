@@ -197,5 +197,7 @@ def test_network_without_words_is_refused() -> None:
     model.text_tower = None
     with pytest.raises(UserError, match=r"^this network was trained without conditions\.caption"):
         edit_images(model, [Edit(prompt=RED)], [0])
+    with pytest.raises(UserError, match=r"^during=red: weights of some steps need weighting=difference$"):
+        made(Edit(prompt=RED, weights={"red": 2.0}, during={"red": (0.0, 0.5)}), weighting=Weighting.tokens)
     with pytest.raises(UserError, match=r"an edit takes no AND"):
         made(Edit(prompt="a AND b"), prompt_syntax=True)

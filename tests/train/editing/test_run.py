@@ -80,6 +80,7 @@ def test_line_that_is_no_edit_is_named(tmp_path: Path, line: str, message: str) 
         ("steps=3", r'^set prompt="\.\.\." and edit="\.\.\.", or edits_file=FILE'),
         ("weights=red", r"^weights=red: write weights=\"WORD:NUMBER"),
         ("during=red:a", r"^during=red:a: write during=\"WORD:SHARE,WORD:SHARE-SHARE\""),
+        ("during=red:-0.5", r"^during=red:-0.5: write during=\"WORD:SHARE,WORD:SHARE-SHARE\""),
         ("self_until=1.5", r"^self_until=1.5: must be in \[0, 1\]"),
         ("inversion=null_text", "^inversion=null_text: is for a given image; set image=FILE"),
     ],
