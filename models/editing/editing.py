@@ -215,7 +215,8 @@ def edit_images(
     own = {name: array[owners] for name, array in (inputs or {}).items()}
     start = None
     if source_images is not None:
-        if sampling.weighting is Weighting.difference and any(len(prompt.pieces) > 1 for prompt in prompts[:count]):
+        weighted = any(piece.weight != 1 for prompt in prompts[:count] for piece in prompt.pieces)
+        if weighted and sampling.weighting is Weighting.difference:
             raise UserError("the prompt of a given image says what it shows: write weights of words in weights=")
         of_sources = {name: array[:count] for name, array in own.items()}
         inverted = invert(model, source_images[firsts], prompts[:count], sampling, inversion, of_sources)

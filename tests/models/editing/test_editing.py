@@ -199,5 +199,8 @@ def test_network_without_words_is_refused() -> None:
         edit_images(model, [Edit(prompt=RED)], [0])
     with pytest.raises(UserError, match=r"^during=red: weights of some steps need weighting=difference$"):
         made(Edit(prompt=RED, weights={"red": 2.0}, during={"red": (0.0, 0.5)}), weighting=Weighting.tokens)
+    with pytest.raises(UserError, match=r"^the prompt of a given image says what it shows: write weights of words in"):
+        sampling = SamplingConfig(steps=2, prompt_syntax=True)
+        edit_images(MODEL, [Edit(prompt="(a red monster:2)")], [0], sampling, source_images=torch.zeros(1, 3, 16, 16))
     with pytest.raises(UserError, match=r"an edit takes no AND"):
         made(Edit(prompt="a AND b"), prompt_syntax=True)

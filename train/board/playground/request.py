@@ -9,13 +9,8 @@ from conf.schema import Edit, EditMode, InversionMethod, PlaygroundRun, Sampler,
 from models.editing.inversion import unfit
 
 SEEDS = 2**53  # beyond it, not every whole number has one of its own in a browser
-EDIT_OPTIONS = (
-    "replace_until",
-    "self_until",
-    "new_noise",
-    "blend_change",
-    "blend_threshold",
-)  # their controls bear these names
+# Their controls bear these names.
+EDIT_OPTIONS = ("replace_until", "self_until", "new_noise", "blend_change", "blend_threshold")
 
 
 @dataclass(frozen=True, slots=True)
