@@ -215,11 +215,11 @@ class DiffusionPipeline:
         # two levels.
         sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)[:-1].tolist()
         levels = [self.process.timestep(sigma) for sigma in sigmas]
-        of_steps = list(zip(*(term.weights for term in terms), strict=True))
-        varies = len(nulls) > 1 or len(set(of_steps)) > 1
-        changing = list(enumerate(of_steps)) if varies else [(0, of_steps[0])]
 
         def bound(scale: float) -> Network:
+            of_steps = list(zip(*(term.weights_at(scale) for term in terms), strict=True))
+            varies = len(nulls) > 1 or len(set(of_steps)) > 1
+            changing = list(enumerate(of_steps)) if varies else [(0, of_steps[0])]
             return by_step(levels, [partial(network, scale, step % len(nulls), shares) for step, shares in changing])
 
         bounded = bound(sampling.guidance_scale)

@@ -12,9 +12,11 @@ A word's weight multiplies the difference that the word makes, wherever the text
     prediction = P(prompt) + (w - 1) (P(prompt) - P(prompt without the words))
 
 At weight 0 that is the prompt without the words, whose text is left out from the start; below 0 it leads away from
-them. Words with one weight are left out together: a prompt costs one prediction for each of its weights. It is the
-composition of Liu et al. 2022 ("Compositional visual generation with composable diffusion models"), with weights whose
-sum is 1, which need no prediction without a prompt.
+them. Guidance multiplies all of this by its scale, but for what a word weighs above 1: that is added once, or a weight
+of 2 at scale 7.5 would be one of 8.5 without guidance, and the rest of the image would give way to it. Words with one
+weight are left out together: a prompt costs one prediction for each of its weights. It is the composition of Liu et al.
+2022 ("Compositional visual generation with composable diffusion models"), with weights whose sum is 1, which need no
+prediction without a prompt.
 
 What is read here has meaning for sampling alone; the captions of a data set are plain text.
 """
@@ -178,7 +180,12 @@ class Term:
 
     image: int
     prompt: ParsedPrompt
-    weights: tuple[float, ...]  # at each step
+    weights: tuple[float, ...]  # at each step, without what words weigh above 1
+    above: tuple[float, ...]  # that, at each step
+
+    def weights_at(self, scale: float) -> tuple[float, ...]:
+        """The weights [steps] under guidance of this scale, which does not multiply what words weigh above 1."""
+        return tuple(weight + more / max(scale, 1) for weight, more in zip(self.weights, self.above, strict=True))
 
 
 def terms_of(images: Sequence[Sequence[ParsedPrompt]], steps: int, weighting: Weighting) -> list[Term]:
@@ -187,21 +194,23 @@ def terms_of(images: Sequence[Sequence[ParsedPrompt]], steps: int, weighting: We
     Raises:
         UserError: weights of some steps alone, which tokens cannot have.
     """
-    wholes, differences = list[Term](), list[Term]()
+    wholes, differences, none = list[Term](), list[Term](), (0.0,) * steps
     for image, prompts in enumerate(images):
         for prompt in prompts:
             if weighting is Weighting.tokens:
                 require_all_steps(prompt)
-                wholes.append(Term(image, prompt, (prompt.weight,) * steps))
+                wholes.append(Term(image, prompt, (prompt.weight,) * steps, none))
                 continue
-            shown, weights = without_masked(prompt), [prompt.weight] * steps
+            shown, below, above = without_masked(prompt), [prompt.weight] * steps, [0.0] * steps
             for kind in dict.fromkeys(piece.kind for piece in shown.pieces if piece.weight != 1):
                 weight, (begin, end) = kind
                 more = [prompt.weight * (weight - 1) * (begin <= step / steps < end) for step in range(steps)]
-                weights = [sum(pair) for pair in zip(weights, more, strict=True)]
+                total = above if weight > 1 else below
+                total[:] = [sum(pair) for pair in zip(total, more, strict=True)]
+                less = tuple(-share for share in more)
                 rest = unweighted(without(shown, [piece.kind == kind for piece in shown.pieces]))
-                differences.append(Term(image, rest, tuple(-share for share in more)))
-            wholes.append(Term(image, unweighted(shown), tuple(weights)))
+                differences.append(Term(image, rest, *((none, less) if weight > 1 else (less, none))))
+            wholes.append(Term(image, unweighted(shown), tuple(below), tuple(above)))
     return [*differences, *wholes]
 
 

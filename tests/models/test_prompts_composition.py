@@ -12,9 +12,9 @@ RED, PLAIN = "a red monster on a hill", "a monster on a hill"
 MODEL = worded_pipeline()
 
 
-def terms(text: str, steps: int = 4) -> list[tuple[str, list[float]]]:
+def terms(text: str, steps: int = 4, scale: float = 1.0) -> list[tuple[str, list[float]]]:
     found = terms_of([parse(text)], steps, Weighting.difference)
-    return [(term.prompt.text, [round(weight, 6) for weight in term.weights]) for term in found]
+    return [(term.prompt.text, [round(weight, 6) for weight in term.weights_at(scale)]) for term in found]
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,22 @@ def test_weights_hold_in_their_steps() -> None:
     assert terms("a (red:0@0.5) planet") == [("a planet", [1.0, 1.0, 0, 0]), ("a red planet", [0, 0, 1.0, 1.0])]
 
 
+@pytest.mark.parametrize(("scale", "more"), [(0.0, 1.0), (1.0, 1.0), (4.0, 0.25)])
+def test_guidance_does_not_multiply_what_a_word_weighs_above_one(scale: float, more: float) -> None:
+    assert terms("a (red:2) (planet:0.5)", 1, scale) == [
+        ("a planet", [-more]),
+        ("a red", [0.5]),
+        ("a red planet", [0.5 + more]),
+    ]
+
+
 def test_prompts_that_are_joined_have_weights_of_their_own() -> None:
     assert terms("a (red:2) cat AND a dog :0.5", steps=1) == [("a cat", [-1.0]), ("a red cat", [2.0]), ("a dog", [0.5])]
 
 
 def test_tokens_have_one_weight_in_all_steps() -> None:
     (term,) = terms_of([parse("a (red:2) cat")], 2, Weighting.tokens)
-    assert (term.prompt, term.weights) == (parse("a (red:2) cat")[0], (1.0, 1.0))
+    assert (term.prompt, term.weights_at(3.0)) == (parse("a (red:2) cat")[0], (1.0, 1.0))
     with pytest.raises(UserError, match=r"^'red' is weighted in some of the steps: that needs weighting=difference$"):
         terms_of([parse("a (red:2@0.5) cat")], 2, Weighting.tokens)
 
@@ -88,11 +97,21 @@ def test_weight_zero_is_the_image_without_the_word_and_one_that_of_the_prompt(
     assert (masked - written).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance_scale": 1.0}, {"guidance_interval": [0.5, 1e6]}], ids=str)
-@pytest.mark.parametrize("weight", [-1.0, 0.5, 2.0])
-def test_weights_compose_the_difference_that_a_word_makes(weight: float, options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("weight", "share", "options"),
+    [
+        (-1.0, -1.0, {}),
+        (0.5, 0.5, {"guidance_scale": 1.0}),
+        (0.5, 0.5, {"guidance_interval": [0.5, 1e6]}),
+        (2.0, 2.0, {"guidance_scale": 1.0}),
+        (2.0, 1.25, {"guidance_scale": 4.0}),
+    ],
+)
+def test_weights_compose_the_difference_that_a_word_makes(
+    weight: float, share: float, options: dict[str, object]
+) -> None:
     """As Liu et al. 2022 compose the two prompts, in the same batch as images without weights."""
-    composed = f"{RED} :{weight} AND {PLAIN} :{1 - weight}"
+    composed = f"{RED} :{share} AND {PLAIN} :{1 - share}"
     together = drawn(PLAIN, f"a (red:{weight}@1) monster on a hill", RED, **options)
     torch.testing.assert_close(together[1], drawn(composed, **options)[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(together[::2], drawn(PLAIN, RED, **options), rtol=0, atol=1e-4)

@@ -38,7 +38,7 @@ from train.sampling.run import finite_images, require_finite
 
 SHOWN = 4  # edits of each sort in edits.png
 WORDS_SHOWN = 2  # words of each sort in words.png
-REPORTED_OF_WORDS = ("rising", "moving", "obeying", "kept", "at_0", "at_1", "at_2")
+REPORTED_OF_WORDS = ("rising", "moving", "can_move", "obeying", "kept", "at_0", "at_1", "at_2")
 REPORTED = ("right", "right_fresh", "lacking/right", "lacking/right_fresh", "distance_ratio", "outside_ratio")
 RIGHT = {"right": "edit", "right_fresh": "own", "right_before": "source"}
 RATIOS = {

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from conf.schema import Edit, EvaluateEditsRun
 from data.building.sources.demo import PARTS, Attributes, describe
-from models.editing.editing import edit_images
+from models.editing.editing import edit_images, read_edited
 from models.pipeline import DiffusionPipeline
 from train.engine.image_grid import to_uint8
 from train.evaluation.judges.probe import SceneProbe
@@ -67,19 +67,26 @@ def reweighted(
     numbers: Sequence[int],
     words: Sequence[WeightedWord],
 ) -> Iterator[Row]:
-    """What images show by the weight of a word, for some words; the images of one word share their noise."""
-    for number, word in zip(numbers, words, strict=True):
+    """What images show by the weight of a word, for some words; the images of one word share their noise.
+
+    Beside them one of the prompt without the word, from noise of its own: what it shows of the word, a word that is
+    masked cannot take away.
+    """
+    rest = [read_edited(model, word.edit(0.0), cfg) for word in words]
+    fresh = model(rest, [cfg.seed] * len(words), cfg, indices=numbers)
+    for number, word, alone in zip(numbers, words, fresh, strict=True):
         edits, count = [word.edit(weight) for weight in WEIGHTS], len(WEIGHTS)
         made = edit_images(model, edits, [cfg.seed] * count, cfg, indices=[number] * count)
-        images = torch.stack([one.result.image for one in made])
+        images = torch.stack([*(one.result.image for one in made), alone])
         require_finite(cfg, [] if all(finite_images(images)) else [word.prompt])
-        odds = probe.log_probability(images, word.attribute, word.value).exp()
+        odds = probe.log_probability(images, word.attribute, word.value).exp().tolist()
         read = {name: probe.most_probable(images[[HALF, MORE]], name) for name in word.others}
         yield {
             **word._asdict(),
-            "probabilities": odds.tolist(),
+            "probabilities": odds[:count],
+            "probability_without": odds[count],
             "kept": [half == more for half, more in read.values()],
-            "images": to_uint8(images),
+            "images": to_uint8(images[:count]),
         }
 
 
@@ -88,6 +95,7 @@ def weights_metrics(rows: Sequence[Row]) -> dict[str, float]:
 
     rising    the probability of what the word names never falls by more than 0.01 from one weight to the next
     moving    at weight 0 it is less than half of what it is at weight 1
+    can_move  in a fresh sample of the prompt without the word it is less than half of what it is at weight 1
     obeying   both
     kept      of the other attributes that the probe reads, the share that is the same at weights 0.5 and 2
     at_0, at_1, at_2   the mean probability at these weights
@@ -97,10 +105,12 @@ def weights_metrics(rows: Sequence[Row]) -> dict[str, float]:
         own = [row for row in rows if sort in (row["sort"], "all")]
         odds = np.array([row["probabilities"] for row in own])  # [N, weights]
         rising = (np.diff(odds, axis=1) >= -TOLERANCE).all(1)
-        moving = odds[:, GONE] < 0.5 * odds[:, WRITTEN]
+        without = np.array([row["probability_without"] for row in own])
+        moving, can_move = (gone < 0.5 * odds[:, WRITTEN] for gone in (odds[:, GONE], without))
         values = {
             "rising": rising,
             "moving": moving,
+            "can_move": can_move,
             "obeying": rising & moving,
             "kept": [same for row in own for same in row["kept"]],
             **{f"at_{WEIGHTS[column]:g}": odds[:, column] for column in (GONE, WRITTEN, MORE)},

@@ -22,19 +22,27 @@ def test_words_that_are_weighted_stand_once_in_their_prompt() -> None:
         assert word.edit(2.0).weights == {word.value: 2.0}
 
 
-def row(sort: str, *odds: float, kept: tuple[bool, ...] = (True,)) -> dict[str, Any]:
-    return {"sort": sort, "probabilities": list(odds), "kept": list(kept)}
+def row(sort: str, *odds: float, kept: tuple[bool, ...] = (True,), without: float = 0.0) -> dict[str, Any]:
+    return {"sort": sort, "probabilities": list(odds), "probability_without": without, "kept": list(kept)}
 
 
 def test_a_word_obeys_where_its_probability_never_falls_and_its_absence_shows() -> None:
     rows = [
         row("color", 0.0, 0.1, 0.5, 0.9, 0.95, 0.9401),  # falls by less than 0.01
         row("color", 0.0, 0.1, 0.5, 0.9, 0.95, 0.93, kept=(True, False, False, False)),  # falls
-        row("color", 0.8, 0.8, 0.9, 0.9, 0.95, 0.95),  # hardly moves
+        row("color", 0.8, 0.8, 0.9, 0.9, 0.95, 0.95, without=0.5),  # hardly moves, nor would it without the word
         row("part", 0.3, 0.4, 0.9, 0.79, 0.8, 0.8),  # neither
     ]
     found = weights_metrics(rows)
-    expected = {"rising": 2 / 3, "moving": 2 / 3, "obeying": 1 / 3, "kept": 0.5, "at_0": 1 / 3, "at_1": 0.9}
+    expected = {
+        "rising": 2 / 3,
+        "moving": 2 / 3,
+        "can_move": 2 / 3,
+        "obeying": 1 / 3,
+        "kept": 0.5,
+        "at_0": 1 / 3,
+        "at_1": 0.9,
+    }
     for name, value in expected.items():
         assert found[f"eval/edits/weights/color/{name}"] == pytest.approx(value), name
     assert found["eval/edits/weights/all/obeying"] == 0.25 and found["eval/edits/weights/part/moving"] == 0
