@@ -73,7 +73,7 @@ def our_loop(folder: Path, runtime: Runtime, *overrides: str) -> Callable[[], fl
             stage, ends = UNetStage(cfg, runtime), list[float]()
             finish_step = stage.finish_step
 
-            def noted(samples_seen: int) -> dict[str, float]:
+            def noted(samples_seen: int) -> dict[str, Tensor | float]:
                 found = finish_step(samples_seen)
                 ends.append(time.perf_counter())
                 return found

@@ -38,6 +38,7 @@ def batches(
     start: int,  # samples seen so far: the position of the first sample
     workers: int,  # loader processes; 0: load in this process
     stop: int | None = None,  # samples seen at which no further step begins; None: never ends
+    extend: Callable[[Batch], Batch] | None = None,  # what else a micro-batch holds, made where it is loaded
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches in order; `UserError` when the data set has less than one global batch."""
     if dataset.samples < global_batch:
@@ -47,7 +48,7 @@ def batches(
         )
     steps = takewhile(lambda step: stop is None or step < stop, count(start, global_batch))
     parts = (part for step in steps for part in step_positions(step, global_batch, rank, world, micro_batch))
-    return _load(_Fetch(dataset.batch), parts, workers)
+    return _load(_Fetch(dataset.batch, extend), parts, workers)
 
 
 def sequential(
@@ -61,12 +62,13 @@ def sequential(
 class _Fetch:
     """The part of a dataset that a DataLoader sees: a list of numbers in, a whole batch (or the user's error) out."""
 
-    def __init__(self, get: Callable[[list[int]], Batch]) -> None:
-        self.get = get  # a method of the data set
+    def __init__(self, get: Callable[[list[int]], Batch], extend: Callable[[Batch], Batch] | None = None) -> None:
+        self.get, self.extend = get, extend  # the first is a method of the data set
 
     def __getitems__(self, numbers: list[int]) -> Batch | UserError:
         try:
-            return self.get(numbers)
+            batch = self.get(numbers)
+            return batch if self.extend is None else self.extend(batch)
         except UserError as error:  # raised in the training process: a DataLoader would bury it in a traceback
             return error
 

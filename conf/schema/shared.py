@@ -38,6 +38,8 @@ class RuntimeConfig:
 
     device: Device = Device.auto  # auto: cuda when there is one
     precision: Precision = Precision.fp32  # of forward and backward pass; auto: bf16 where it is fast, else fp32
+    tf32: bool = True  # a GPU multiplies numbers of fp32 with 10 bits of their mantissa, ten times as fast
+    deterministic: bool = False  # a GPU makes the same bits each time, more slowly, and fp32 without TF32
     threads: int = 0  # CPU threads per process; 0: one per core, fewer while other processes compute
     timeout_s: float = 1800.0  # seconds after which a collective operation that does not return is an error
 
@@ -51,6 +53,7 @@ class TrainingRuntimeConfig(RuntimeConfig):
 
     compile: bool = False  # train through torch.compile, which needs a C++ compiler
     gradient_checkpointing: bool = False  # train in about half the memory and a quarter more time
+    profile: bool = False  # write a trace of three steps, and what a GPU did in them
     watchdog_s: float = 600.0  # seconds without a step after which all say what they are doing, and where; 0: off
 
     def __post_init__(self) -> None:
@@ -139,10 +142,11 @@ class BatchConfig:
 
     global_batch_size: int = 256  # samples per optimiser step over all processes
     micro_batch_size: int = 0  # samples per process and forward pass; 0: the whole share of the process
-    workers: int = 0  # loader processes per training process; 0: load in the training process
+    workers: int | None = None  # loader processes per training process; 0: it loads itself; None: as its device wants
 
     def __post_init__(self) -> None:
         require(self.global_batch_size > 0, f"batch.global_batch_size={self.global_batch_size}: must be positive")
+        require((self.workers or 0) >= 0, f"batch.workers={self.workers}: must be 0, positive or null")
         require(self.micro_batch_size >= 0, f"batch.micro_batch_size={self.micro_batch_size}: must be 0 or positive")
 
     def split(self, processes: int) -> tuple[int, int]:

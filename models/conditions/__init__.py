@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conf.errors import UserError
 from conf.schema.conditions import ConditionsConfig
 from models.conditions import images, labels
-from models.conditions.base import ClassNames, Condition, FrozenNetworks, Inputs, Samples
+from models.conditions.base import ClassNames, Condition, FrozenNetworks, Inputs, Samples, Wanted
 from models.conditions.embedder import ConditionContext, Conditioning, ConditionRng, Embedder
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "FrozenNetworks",
     "Inputs",
     "Samples",
+    "Wanted",
 ]
 
 KINDS = {**labels.KINDS, **images.KINDS}
@@ -105,6 +106,13 @@ class Conditions:
     def prepare(self, samples: Samples, frozen: FrozenNetworks) -> Inputs:
         """Make all arrays [B, ...] but the text states."""
         return {key: array for part in self.kinds.values() for key, array in part.prepare(samples, frozen).items()}
+
+    def wanted(self, inputs: Inputs) -> Wanted:
+        """Random numbers of a sample that training asks for: for noise on a condition, and for dropping it."""
+        found = Wanted()
+        for name, part in self.kinds.items():
+            found |= part.wanted(inputs) | ({f"{name}_drop": None} if self.sections[name].drop > 0 else {})
+        return found
 
     def finish(self, images: Tensor, originals: Tensor, inputs: Inputs) -> Tensor:
         """Correct drawn images [B, 3, H, W]: known pixels are put back, small images met."""

@@ -17,6 +17,8 @@ from torch import Tensor
 from conf.errors import UserError
 
 Inputs = dict[str, Tensor]  # arrays of B samples, by name
+# Random numbers of a sample, by purpose: normal ones of a shape; None: one in [0, 1).
+Wanted = dict[str, tuple[int, ...] | None]
 ClassNames = Mapping[str, Sequence[str]]  # by group and number, as the data set has them; "": a class without a name
 
 
@@ -100,6 +102,10 @@ class Condition:
 
     def prepare(self, samples: Samples, frozen: FrozenNetworks) -> Inputs:
         """Make the arrays, once: for the cache, or before an image is drawn."""
+        return {}
+
+    def wanted(self, inputs: Inputs) -> Wanted:
+        """Random numbers that its embedder asks for in training (`embedder.ConditionRng`), to be drawn beforehand."""
         return {}
 
     def finish(self, images: Tensor, originals: Tensor, inputs: Inputs) -> Tensor:

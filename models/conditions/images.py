@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from conf.errors import UserError
 from conf.schema.choices import Degradation, MaskStyle
-from models.conditions.base import Condition, FrozenNetworks, Inputs, Samples
+from models.conditions.base import Condition, FrozenNetworks, Inputs, Samples, Wanted
 from models.conditions.embedder import (
     WAVES,
     ConditionContext,
@@ -91,6 +91,9 @@ class LowResolution(Condition):
             low = degrade(images, cfg.factor, STRENGTHS[cfg.degradation], samples.generators)
         # bytes, as a user's own file has them: else the network would learn from finer shades than it will ever see
         return {"low": ((low.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)}
+
+    def wanted(self, inputs: Inputs) -> Wanted:
+        return {"low_level": None, "low_noise": tuple(inputs["low"].shape[1:])} if self.cfg.noise_levels else {}
 
     def finish(self, images: Tensor, originals: Tensor, inputs: Inputs) -> Tensor:
         if not self.cfg.back_projection:

@@ -45,8 +45,8 @@ class Process:
         # samplers go straight on in (1 - fade tau) x0 + tau noise, which 1 keeps small where sigma is unbounded
         self.fade = 1.0 if self.flow or cfg.zero_terminal_snr else 0.0
         levels = alphas_cumprod(cfg)  # [T] float64
-        self._alpha = torch.from_numpy(np.sqrt(levels))
-        self._std = torch.from_numpy(np.sqrt(1.0 - levels))
+        self._tables = torch.from_numpy(np.stack([np.sqrt(levels), np.sqrt(1.0 - levels)])).float()  # alpha, std [2, T]
+        self._placed: dict[torch.device, Tensor] = {}  # of these, a copy on each device that asked
         # only here: training may see noise alone at the last timestep, but sampling has to begin at a finite sigma
         levels = np.maximum(levels, 1.0 / (1.0 + HIGHEST_SIGMA**2))
         self._sigma = np.sqrt((1.0 - levels) / levels)  # ascending
@@ -215,9 +215,10 @@ class Process:
             std = timesteps.float() / self.cfg.train_timesteps
             alpha = 1.0 - std
         else:
-            index = timesteps.long()
-            alpha = self._alpha.to(index.device, torch.float32)[index]
-            std = self._std.to(index.device, torch.float32)[index]
+            device = timesteps.device
+            if device not in self._placed:
+                self._placed[device] = self._tables.to(device)
+            alpha, std = self._placed[device][:, timesteps.long()]
         shape = (-1,) + (1,) * (like.ndim - 1)
         return alpha.view(shape), std.view(shape)
 

@@ -103,10 +103,10 @@ def step(t: Trainable, runtime: Runtime, index: int, micro: int = 0, spoil: floa
     total = 0.0
     for k in range(passes):
         mine = slice((k * runtime.world + runtime.rank) * micro, (k * runtime.world + runtime.rank + 1) * micro)
-        loss = (t(x[mine]) - y[mine]).square().mean() * spoil
+        loss = (t(x[mine].to(runtime.device)) - y[mine].to(runtime.device)).square().mean() * spoil
         t.backward(loss, last=k == passes - 1)
         total += runtime.mean({"loss": loss})["loss"] / passes
-    return total, t.step((index + 1) * BATCH)
+    return total, float(t.step((index + 1) * BATCH))
 
 
 class Report:
@@ -209,10 +209,10 @@ def low_precision(report: Report, runtime: Runtime, layout: str) -> None:
     t = trainable(runtime, layout)
     history = []
     if runtime.precision is Precision.fp16:
-        t.backend.scale.value = 2.0**26  # overflows until it was halved often enough
+        t.backend.scale.factor.fill_(2.0**26)  # overflows until it was halved often enough
         while t.skipped_steps == len(history) < 30:
             history.append(step(t, runtime, 0))
-        t.backend.scale.value /= 2  # later gradients may be larger
+        t.backend.scale.factor /= 2  # later gradients may be larger
         report.numbers[f"{layout}/fp16/skipped"] = t.skipped_steps
         history = history[-1:]
     history += [step(t, runtime, index) for index in range(len(history), SHORT)]

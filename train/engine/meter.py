@@ -4,12 +4,14 @@ import math
 import resource
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from conf.files import atomic_write
 from train.engine.accelerators import device_name, peak_flops
 from train.engine.metric_log import say
 from train.engine.runtime import Runtime
@@ -88,6 +90,71 @@ class Meter:
 def known(values: Sequence[float | None]) -> list[float]:
     """Numbers as a checkpoint's JSON has them, where null stands for what was not finite."""
     return [math.nan if value is None else value for value in values]
+
+
+class StepProfile:
+    """Three steps of a training as torch.profiler sees them: a trace for its viewers, and a table.
+
+    Args:
+        folder: for `rank-00000.json` (chrome://tracing, ui.perfetto.dev) and `rank-00000.txt`; None: no profile.
+    """
+
+    FIRST, STEPS = 5, 3  # the first steps are compiled, and allocate what the later ones have
+
+    def __init__(self, runtime: Runtime, folder: Path | None) -> None:
+        self.runtime, self.folder, self.steps = runtime, folder, 0
+        self.profiler: torch.profiler.profile | None = None
+        self.began = 0.0
+
+    def step(self) -> None:
+        """Between two steps."""
+        if self.folder is None:
+            return
+        self.steps += 1
+        if self.steps == self.FIRST:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+            self.began = self._now()
+        elif self.profiler is not None and self.steps == self.FIRST + self.STEPS:
+            seconds = self._now() - self.began
+            self.profiler.stop()
+            self._write(self.profiler, self.folder, seconds)
+            self.profiler = None
+
+    def _now(self) -> float:
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _write(self, profiler: torch.profiler.profile, folder: Path, seconds: float) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"rank-{self.runtime.rank:05d}"
+        profiler.export_chrome_trace(f"{path}.json")
+        on_device = self.runtime.device.type == "cuda"
+        order = "self_device_time_total" if on_device else "self_cpu_time_total"
+        head = f"{self.STEPS} steps in {seconds:.3f} s"
+        if on_device:
+            spans = [(one.time_range.start, one.time_range.end) for one in profiler.events() or () if of_device(one)]
+            busy = busy_seconds(spans)
+            head += f", in which the GPU computed for {busy:.3f} s and was idle for {1 - busy / seconds:.0%}"
+        table = profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60)
+        atomic_write(path.with_suffix(".txt"), f"{head}\n{table}\n".encode())
+        if self.runtime.is_main:
+            say("profile", f"{head}: {path}.txt, {path}.json")
+
+
+def of_device(event: Any) -> bool:
+    """Whether an event of a profile is work of the device."""
+    return event.device_type is not torch.autograd.DeviceType.CPU
+
+
+def busy_seconds(spans: Sequence[tuple[float, float]]) -> float:
+    """Seconds in which at least one of some spans lasts, each from one microsecond to another."""
+    busy = until = 0.0
+    for begin, end in sorted(spans):
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return busy / 1e6
 
 
 class Clock:

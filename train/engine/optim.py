@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.schema import LrDecay, OptimConfig, OptimizerName, Precision
+from conf.schema import LrDecay, OptimConfig, OptimizerName
 from train.engine.backend.layout import BUCKET, Layout
 from train.engine.precision import LossScale
+from train.engine.runtime import Runtime
 
 MOMENTUM = 0.95  # decay per step of the gradients' running mean; Nesterov's is taken
 LENGTH = 0.2  # root mean square of a step / learning rate, about that of AdamW
@@ -75,7 +76,13 @@ class Muon(torch.optim.AdamW):
     Whole matrices are needed, wherever they lie: each is brought together on one of the processes, which take turns,
     made orthogonal there, and sent to all. So a step is the same under every backend, and its work is shared. The
     momentum is kept as AdamW's `exp_avg`, so that checkpoints have one form; of these matrices `exp_avg_sq` is 0.
+
+    As the fused AdamW, it divides gradients by `grad_scale` and changes nothing where `found_inf` is 1, without
+    waiting for the device to say which.
     """
+
+    grad_scale: Tensor | None = None  # []
+    found_inf: Tensor | None = None  # [], 0 or 1
 
     def __init__(self, module: nn.Module, cfg: OptimConfig) -> None:
         self.matrices = hidden_matrices(module)
@@ -114,7 +121,8 @@ class Muon(torch.optim.AdamW):
         for master, update in zip(self.masters, updates, strict=True):
             if id(master) in settings:
                 group = settings[id(master)]
-                master.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                taken = self._taken(master)
+                master.mul_(1 - group["lr"] * group["weight_decay"] * taken).addcmul_(update, taken, value=-group["lr"])
 
     def _momentum(self, master: Tensor) -> Tensor:
         """Nesterov's momentum with the gradient of this step, like the master."""
@@ -123,9 +131,19 @@ class Muon(torch.optim.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             state["exp_avg"] = torch.zeros_like(master, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(master, memory_format=torch.preserve_format)
-        state["step"] += 1
-        average = state["exp_avg"].lerp_(master.grad, 1 - MOMENTUM)
-        return torch.lerp(master.grad, average, MOMENTUM)  # type: ignore[arg-type]
+        gradient, taken = master.grad, self._taken(master)
+        assert gradient is not None
+        if self.grad_scale is not None:
+            gradient = gradient / self.grad_scale.to(gradient.device)
+        gradient = torch.where(taken > 0, gradient, 0)
+        state["step"] += taken
+        average = state["exp_avg"].lerp_(gradient, taken * (1 - MOMENTUM))
+        return torch.lerp(gradient, average, MOMENTUM)
+
+    def _taken(self, master: Tensor) -> Tensor:
+        """1 where the step is taken, 0 where it changes nothing, []."""
+        found = torch.zeros(()) if self.found_inf is None else self.found_inf
+        return 1 - found.to(master.device, non_blocking=True)
 
     def _buckets(self, names: Sequence[str]) -> Iterator[list[str]]:
         """As many matrices at a time as one collective operation may move."""
@@ -187,22 +205,35 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def unscale_and_clip(
-    parameters: Iterable[Tensor], limit: float, scale: float, over_processes: Callable[[Tensor], float] = float
-) -> float:
-    """Divide the gradients by the loss scale and bound their global norm; returns that norm before clipping.
+def judge_gradients(
+    optimizer: torch.optim.AdamW,
+    gradients: Iterable[Tensor],
+    limit: float,
+    scale: LossScale,
+    over_processes: Callable[[Tensor], Tensor] = lambda norm: norm,
+) -> Tensor:
+    """Tell an optimizer what to divide the gradients by, and whether to take its next step at all; returns their norm.
+
+    All of it stays on the device, where the fused AdamW reads it (as `torch.amp.GradScaler` has it do): `grad_scale`
+    holds the loss scale and bounds the norm, `found_inf` is 1 where the norm is not finite, and the step then changes
+    nothing.
 
     Args:
         limit: largest norm; 0 for no clipping.
-        scale: what the loss was multiplied by.
+        scale: what the loss was multiplied by; it learns from this step.
         over_processes: from the norm of this process's gradients to that of all, where each has a part of them.
 
+    Returns:
+        The norm before clipping, [].
+
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = over_processes(nn.utils.get_total_norm(gradients)) / scale
-    factor = (min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0) / scale
-    if factor != 1.0:
-        torch._foreach_mul_(gradients, factor)
+    norm = over_processes(nn.utils.get_total_norm(gradients)) / scale.factor
+    finite = norm.isfinite()
+    divisor = scale.factor * ((norm + 1e-6) / limit).clamp(min=1) if limit > 0 else scale.factor
+    reader: Any = optimizer  # the attributes are those that torch looks for
+    reader.grad_scale = torch.where(finite, divisor, 1).float() if limit > 0 or scale.enabled else None
+    reader.found_inf = (~finite).float()
+    scale.update(finite)
     return norm
 
 
@@ -211,24 +242,23 @@ def sound_step(
     parameters: Iterable[Tensor],
     limit: float,
     scale: LossScale,
-    over_processes: Callable[[Tensor], float] = float,
-) -> float:
-    """Clip as `unscale_and_clip`, update, clear; returns the norm. Not finite: the update was skipped."""
-    norm = unscale_and_clip(parameters, limit, scale.value, over_processes)
-    if math.isfinite(norm):
-        optimizer.step()
+    over_processes: Callable[[Tensor], Tensor] = lambda norm: norm,
+) -> Tensor:
+    """Clip, update, clear; returns the norm as `judge_gradients`. Not finite: the update is left out."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = judge_gradients(optimizer, gradients, limit, scale, over_processes)
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    scale.update(norm)
     return norm
 
 
 class Accumulating:
     """Gradients that plain torch accumulates, under DDP and FSDP: `accumulation` backward passes, then one step."""
 
-    def __init__(self, optim: OptimConfig, accumulation: int, precision: Precision) -> None:
+    def __init__(self, optim: OptimConfig, accumulation: int, runtime: Runtime) -> None:
         self.grad_clip, self.accumulation = optim.grad_clip, accumulation
         self.passes = 0  # backward passes since the latest step
-        self.scale = LossScale(precision)
+        self.scale = LossScale(runtime.precision, runtime.device)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate gradients of the mean over the micro-batches."""
@@ -236,7 +266,7 @@ class Accumulating:
         # A count that is off by one exchanges gradients in the wrong pass, or in none, and nothing else would tell.
         if last != (self.passes == self.accumulation):
             raise ValueError(f"pass {self.passes} of {self.accumulation} with last={last}: one of them is wrong")
-        (loss * (self.scale.value / self.accumulation)).backward()
+        self.scale.scaled(loss / self.accumulation).backward()
 
     def publish(self) -> None:
         """Nothing to do: the masters are the weights."""

@@ -1,8 +1,7 @@
 """Low precision, alike under every way of distributing a network: autocast, and the loss scale that fp16 needs."""
 
-import math
-
 import torch
+from torch import Tensor
 
 from conf.schema import Precision
 
@@ -31,30 +30,39 @@ def resolved(precision: Precision, device: torch.device) -> Precision:
 class LossScale:
     """Dynamic loss scale of fp16 (Micikevicius et al. 2018, section 3.2); stays 1 in the other precisions.
 
-    Halved after a step whose gradients overflowed, doubled after `GROWTH_STEPS` sound ones in a row.
+    Halved after a step whose gradients overflowed, doubled after `GROWTH_STEPS` sound ones in a row. It lies on the
+    device, so that a step need not wait for what became of the one before.
     """
 
-    def __init__(self, precision: Precision) -> None:
+    def __init__(self, precision: Precision, device: torch.device) -> None:
         self.enabled = precision is Precision.fp16
-        self.value = INITIAL_SCALE if self.enabled else 1.0
-        self.sound_steps = 0
+        self.factor = torch.tensor(INITIAL_SCALE if self.enabled else 1.0, device=device)  # []
+        self.sound_steps = torch.zeros((), dtype=torch.int32, device=device)
 
-    def update(self, norm: float) -> None:
-        """Learn from the gradient norm of a step."""
+    @property
+    def value(self) -> float:
+        """The scale now; waits for the device."""
+        return float(self.factor)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss that is to be differentiated."""
+        return loss * self.factor if self.enabled else loss
+
+    def update(self, finite: Tensor) -> None:
+        """Learn from a step whether its gradients were finite, bool []."""
         if not self.enabled:
             return
-        if not math.isfinite(norm):
-            self.value, self.sound_steps = self.value / 2, 0
-            return
-        self.sound_steps += 1
-        if self.sound_steps == GROWTH_STEPS:
-            self.value, self.sound_steps = self.value * 2, 0
+        sound = torch.where(finite, self.sound_steps + 1, 0)
+        grown = torch.where(sound == GROWTH_STEPS, self.factor * 2, self.factor)
+        self.factor = torch.where(finite, grown, self.factor / 2)
+        self.sound_steps = torch.where(sound == GROWTH_STEPS, 0, sound)
 
     def state(self) -> dict[str, float]:
         """For the checkpoint."""
-        return {"value": self.value, "sound_steps": self.sound_steps}
+        return {"value": self.value, "sound_steps": int(self.sound_steps)}
 
     def load(self, state: dict[str, float]) -> None:
         """Counterpart of `state`; what another precision left is not taken over."""
         if self.enabled and state["value"] != 1.0:
-            self.value, self.sound_steps = state["value"], int(state["sound_steps"])
+            self.factor.fill_(state["value"])
+            self.sound_steps.fill_(int(state["sound_steps"]))

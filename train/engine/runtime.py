@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, rendezvous  # type: ignore[attr-defined]
 
@@ -26,6 +25,7 @@ from train.engine.precision import resolved
 
 TORCHS_CHOICE = torch.get_num_threads()  # CPU cores that this process may use, before anybody changes it
 CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")  # set by the user, or torchrun
+MOST_LOADERS = 8  # processes that load for one that trains
 WINDOW_S = 0.5  # in which CPU time is compared, or the length of a step where that is longer
 CALM = 2  # such windows in a row, after which a core that others left is taken
 TAKEN, LEFT = 0.5, 0.3  # share of a core: others who use more have taken it, those who use less have left it
@@ -128,6 +128,30 @@ def choose_threads(cfg: RuntimeConfig, device: torch.device) -> Threads:
     return Threads(most, cores)
 
 
+class Late:
+    """Numbers of the device on their way to this process, which reads them when it needs them.
+
+    A process that asks at once waits until the device has done all that was launched, and the device then waits for
+    what is launched next. One step later they are there.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.arrived: torch.Event | None = None
+        if values.device.type == "cpu":
+            self.values = values.detach().clone()
+            return
+        self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self.values.copy_(values.detach(), non_blocking=True)
+        self.arrived = torch.Event(values.device)
+        self.arrived.record()
+
+    def read(self) -> list[float]:
+        """The numbers [N]; waits for them, and for nothing that was launched later."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return [float(value) for value in self.values.tolist()]
+
+
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """This process among all processes of the run. Every method but `is_main` must be called by all of them."""
@@ -145,6 +169,16 @@ class Runtime:
         """Whether this process writes files and logs."""
         return self.rank == 0
 
+    def loaders(self, chosen: int | None) -> int:
+        """Processes that load for this one: as chosen, or where a GPU computes one for each core that is left.
+
+        A CPU that computes has no core left.
+        """
+        if chosen is not None or self.device.type == "cpu":
+            return chosen or 0
+        cores = min(len(usable_cpus()), cpu_quota()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return max(1, min(MOST_LOADERS, int(cores) - 1))
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world > 1:
@@ -159,18 +193,44 @@ class Runtime:
         if not values:
             return {}
         numbers = [torch.as_tensor(value).detach().to(self.device, torch.float64) for value in values.values()]
-        stacked = torch.stack(numbers)
-        if self.world > 1:
-            dist.all_reduce(stacked)
-        return dict(zip(values, stacked.tolist(), strict=True))
+        return dict(zip(values, self.summed(torch.stack(numbers)).tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
-        if self.world == 1:
-            return flag
-        raised = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-        return bool(raised.item())
+        """Whether the flag is set on any process; waits for all of them."""
+        return bool(self.raised([flag]).item())
+
+    def raised(self, flags: Sequence[bool | Tensor]) -> Tensor:
+        """For each flag 1 where it is set on any process, else 0: float32 [N] on the device, for which nobody waits."""
+        own = torch.zeros(len(flags), pin_memory=self.device.type != "cpu")
+        for place, flag in enumerate(flags):
+            own[place] = 0.0 if isinstance(flag, Tensor) else float(flag)
+        found = self.moved(own)
+        for place, flag in enumerate(flags):
+            if isinstance(flag, Tensor):
+                found[place] = flag
+        if self.world > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; of page-locked memory, nobody waits for the copy."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A loader's batch with its tensors on the device, but for the positions, which only this process reads."""
+
+        def placed(name: str, value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: placed(key, part) for key, part in value.items()}
+            return self.moved(value) if isinstance(value, Tensor) and name != "position" else value
+
+        return {name: placed(name, value) for name, value in batch.items()}
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The tensor, on the device, as the sum of those of all processes; for it nobody waits."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The value of every process, in rank order, on every process."""
@@ -200,16 +260,26 @@ def start(cfg: RuntimeConfig) -> Runtime:
     device = pick_device(cfg)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     os.environ["DS_ACCELERATOR"] = device.type  # or DeepSpeed takes a GPU wherever there is one
+    set_numerics(cfg, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _join("nccl" if device.type == "cuda" else "gloo", timedelta(seconds=cfg.timeout_s), device)
     # Its mixed precision stays off: `Trainable` casts by itself, alike under DDP and DeepSpeed.
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     threads = choose_threads(cfg, device)
     cfg.precision = resolved(cfg.precision, device)  # in the options, too, which records and protocols keep
     return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, cfg.precision, accelerator, threads)
+
+
+def set_numerics(cfg: RuntimeConfig, device: torch.device) -> None:
+    """How exact a GPU is in fp32, and whether it makes the same bits each time; a CPU does so anyway."""
+    exact = cfg.deterministic or not cfg.tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
+    torch.backends.cudnn.deterministic = cfg.deterministic
+    if cfg.deterministic:  # of cuBLAS, before it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(cfg.deterministic and device.type != "cpu")
 
 
 def stop() -> None:
@@ -252,9 +322,9 @@ def _join(backend: str, timeout: timedelta, device: torch.device) -> None:
 
     Each torchrun restart writes under its own prefix of the store: keys of the attempt that died would otherwise
     be taken for this one's. The time limit is also made the default of later groups, since DeepSpeed clones the
-    world without naming one and a hung process would go unnoticed for half an hour.
+    world without naming one: half an hour by itself, ten minutes over NCCL.
     """
-    c10d.default_pg_timeout = timeout
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     if "RANK" in os.environ:
         store, rank, world = next(rendezvous("env://", timeout=timeout))
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.files import atomic_write
 from conf.plain_json import dumps, read_object
+from data.image_dataset import Batch
 from data.loader import Dataset
 from train.engine.metric_log import MetricLog, finite_metrics
 from train.engine.trainable import Trainable
@@ -29,17 +30,24 @@ class Stage(Protocol):
     flops_per_sample: float  # of a training step's forward and backward passes; 0: nobody counted them
 
     @property
+    def extend(self) -> Callable[[Batch], Batch]:
+        """Adds to a loaded micro-batch what else can be made of it on the CPU; goes to the loader's processes."""
+
+    @property
     def dataset(self) -> Dataset:
         """What the loop draws batches from."""
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
-        """Forward and backward pass of a micro-batch of the step that begins at `samples_seen`; metrics, the same
-        names on all processes; numbers, or tensors [2] of a sum and its weight. The step is left out where one whose
-        name ends in `loss` is not finite.
+        """Forward and backward pass of a micro-batch, on the device, of the step that begins at `samples_seen`.
+
+        Returns metrics, the same names on all processes: numbers, or tensors [2] of a sum and its weight. The step is
+        left out where one whose name ends in `loss` is not finite.
         """
 
-    def finish_step(self, samples_seen: int) -> dict[str, float]:
-        """Optimiser steps; `samples_seen` includes this step. Returns `train/lr`, `train/grad_norm`."""
+    def finish_step(self, samples_seen: int) -> dict[str, Tensor | float]:
+        """Optimiser steps; `samples_seen` includes this step. Returns `train/lr`, `train/grad_norm`; nobody waits for
+        numbers of the device, which are not finite where the step changed nothing.
+        """
 
     def evaluate(self, samples_seen: int, journal: MetricLog) -> dict[str, float]:
         """Metrics `eval/…` over all processes, which the loop logs; images go to the journal."""

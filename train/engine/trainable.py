@@ -23,7 +23,7 @@ from train.engine.contents import Contents, read_into, stream
 from train.engine.ema import Ema
 from train.engine.meter import Clock
 from train.engine.optim import Muon, lr_at
-from train.engine.runtime import Runtime
+from train.engine.runtime import Late, Runtime
 
 WEIGHTS, SCALARS = "weights.safetensors", "optimizer.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
@@ -56,7 +56,8 @@ class Trainable:
         self.lr = 0.0  # of the latest step
         self.clock = Clock(runtime.device)  # of forward passes, in which a process waits for no other
         self.frozen = _digest_of_frozen(module)
-        self.skipped_steps = 0  # updates dropped because a gradient was not finite
+        self._skipped_steps = 0
+        self.latest: tuple[int, Late] | None = None  # samples seen and gradient norm of a step not yet told of
         self.backend = distribute(runtime, module, optim, batch, cfg or PLAIN)
         if isinstance(self.backend.optimizer, Muon):
             self.backend.optimizer.place(self.backend.layout, self.backend.masters)
@@ -71,25 +72,42 @@ class Trainable:
         """Backward pass of one micro-batch; `loss` is its mean. `last`: the step follows."""
         self.backend.backward(loss, last)
 
-    def step(self, samples_seen: int) -> float:
-        """Clip, update the weights and their average, clear the gradients.
+    def step(self, samples_seen: int) -> Tensor:
+        """Clip, update the weights, clear the gradients.
+
+        The average of the weights follows at the next step, or when it is asked for: until then nobody has to know
+        whether this one was taken.
 
         Args:
             samples_seen: by the whole run, those of this step included.
 
         Returns:
-            The global gradient norm before clipping; not finite when the update was skipped.
+            The global gradient norm before clipping, []; not finite when the update was skipped.
 
         """
+        self.settle()
         self.lr = lr_at(samples_seen, self.optim, self.total_samples)
         for group in self.backend.optimizer.param_groups:
             group["lr"] = self.lr
         norm = self.backend.step()
-        if not math.isfinite(norm):
-            self.skipped_steps += 1
+        self.latest = samples_seen, Late(norm.view(1))
+        return norm
+
+    def settle(self) -> None:
+        """Find out whether the latest step was taken: then the average moves, else the step is counted."""
+        if self.latest is None:
+            return
+        (samples_seen, norm), self.latest = self.latest, None
+        if not all(map(math.isfinite, norm.read())):
+            self._skipped_steps += 1
         elif self.ema is not None:
             self.ema.update(self.backend.masters, samples_seen, self.batch.global_batch_size)
-        return norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates that were dropped because a gradient was not finite."""
+        self.settle()
+        return self._skipped_steps
 
     @property
     def steps(self) -> int:
@@ -109,6 +127,7 @@ class Trainable:
 
     def contents(self) -> Contents:
         """The whole state as it is while the streams are asked for; collective then."""
+        self.settle()
         layout, states = self.backend.layout, [self._state_of(master) for master in self.backend.masters]
         streams = {WEIGHTS: stream(layout, self.backend.masters, self._buffers())}
         for key in MOMENTS:
@@ -147,6 +166,7 @@ class Trainable:
         scalars = json.loads((folder / SCALARS).read_bytes())
         if scalars.get("frozen", "") != self.frozen:
             raise UserError(f"{folder}: was trained beside other frozen weights; resume with what init_from held then")
+        self.latest = None
         states = [self._state_of(master) for master in self.backend.masters]
         read_into(folder / WEIGHTS, layout, self.backend.masters, self._buffers())
         for key in MOMENTS:
@@ -155,12 +175,13 @@ class Trainable:
             read_into(folder / f"{average}.safetensors", layout, shards, {})
         for state in states:
             state["step"].fill_(scalars["step"])
-        self.skipped_steps = scalars["skipped_steps"]
+        self._skipped_steps = scalars["skipped_steps"]
         self.backend.scale.load(scalars["loss_scale"])
         self.backend.publish()
         self.runtime.barrier()
 
     def _shards(self, ema: bool) -> list[Tensor]:
+        self.settle()
         if not ema:
             return self.backend.masters
         if self.ema is None:

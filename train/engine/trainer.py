@@ -8,12 +8,15 @@ about one of these is therefore either a function of `samples_seen`, the same ev
 
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from conf.entry import to_plain
@@ -23,9 +26,9 @@ from conf.process import collected_signals, tell
 from conf.schema import AutoencoderRun, ClipRun, UNetRun
 from data.loader import batches
 from train.engine.checkpoint import Checkpoints
-from train.engine.meter import Meter, left_out
+from train.engine.meter import Meter, StepProfile, left_out, peak_memory_gib
 from train.engine.metric_log import MetricLog, say
-from train.engine.runtime import Runtime
+from train.engine.runtime import Late, Runtime
 from train.engine.state import (
     Outcome,
     Stage,
@@ -57,6 +60,55 @@ class Diverged(UserError):
         )
 
 
+class Verdict(NamedTuple):
+    """How a step went, on all processes but for `finite`."""
+
+    asked: bool  # whether a signal asked for a stop
+    failed: bool  # whether a checkpoint could not be written
+    unsound: bool  # whether a loss was not finite
+    finite: list[bool]  # whether those of this process's micro-batches were
+    metrics: dict[str, float]  # of the optimiser's step
+
+    @property
+    def taken(self) -> bool:
+        """Whether it changed the weights."""
+        return not self.unsound and all(map(math.isfinite, self.metrics.values()))
+
+
+class Begun:
+    """A step that was launched; one step later the device has told how it went, and nobody waits for it.
+
+    Args:
+        samples_seen: with it.
+        measured: metrics of each micro-batch.
+        keys: samples of each micro-batch.
+        finite: of each micro-batch, whether its losses are, [accumulation].
+        raised: the first three of a verdict, [3].
+        metrics: of the optimiser's step.
+    """
+
+    def __init__(
+        self,
+        samples_seen: int,
+        measured: list[dict[str, Tensor]],
+        keys: list[list[str]],
+        finite: Tensor,
+        raised: Tensor,
+        metrics: Mapping[str, Tensor | float],
+    ) -> None:
+        self.samples_seen, self.measured, self.keys, self.metrics = samples_seen, measured, keys, metrics
+        self.names = [name for name, value in metrics.items() if isinstance(value, Tensor)]
+        told = [metrics[name].double().view(1) for name in self.names]  # type: ignore[union-attr]
+        self.numbers = Late(torch.cat([raised.double(), finite.double(), *told]))
+
+    def verdict(self) -> Verdict:
+        """How it went; waits until that is known."""
+        asked, failed, unsound, *rest = self.numbers.read()
+        finite, told = rest[: len(self.keys)], dict(zip(self.names, rest[len(self.keys) :], strict=True))
+        metrics = {name: told[name] if name in told else float(value) for name, value in self.metrics.items()}
+        return Verdict(bool(asked), bool(failed), bool(unsound), [bool(one) for one in finite], metrics)
+
+
 def fit(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
     """Train a stage to `loop.samples`, from its newest checkpoint if there is one.
 
@@ -82,6 +134,8 @@ def fit(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
             try:
                 with journal:
                     return train(stage, cfg, runtime, state, checkpoints, journal, asked, watchdog)
+            except torch.OutOfMemoryError as error:
+                raise UserError(out_of_memory(stage, cfg, runtime, error)) from None
             except Diverged as error:
                 # Once more from the last checkpoint: a machine's fault does not come again, one of the data does, and
                 # what no sound step has interrupted is the same one, however many checkpoints were made meanwhile.
@@ -106,9 +160,13 @@ def train(
     """From `state` to the end of the run, or to a signal."""
     loop, batch_size = cfg.loop, cfg.batch.global_batch_size
     micro_batch_size, accumulation = cfg.batch.split(runtime.world)
-    place = (runtime.rank, runtime.world, state.samples_seen, cfg.batch.workers)
-    source = batches(stage.dataset, batch_size, micro_batch_size, *place)  # refuses too few samples
+    place = (runtime.rank, runtime.world, state.samples_seen, runtime.loaders(cfg.batch.workers))
+    source = batches(
+        stage.dataset, batch_size, micro_batch_size, *place, extend=stage.extend
+    )  # refuses too few samples
+    profile = StepProfile(runtime, Path(cfg.output_dir) / "profile" if cfg.runtime.profile else None)
     meter = Meter(state.interval)  # the log line that the last checkpoint fell into goes on
+    begun: Begun | None = None  # the step before, until it is known how that went
     skipped_in_a_row, suspects = 0, list[str]()  # suspects: samples of this process whose loss was not finite
     state.wandb_run_id, clock = journal.run_id, time.monotonic()
     if runtime.is_main and state.samples_seen:
@@ -118,6 +176,29 @@ def train(
         """Whether the step before this moment passed a multiple of `every` samples."""
         return state.samples_seen > 0 and state.samples_seen // every > (state.samples_seen - batch_size) // every
 
+    def settle(step: Begun) -> bool:
+        """Count a step by how it went, the same on all processes; returns whether one of them was asked to stop."""
+        nonlocal skipped_in_a_row, suspects
+        verdict = step.verdict()
+        if verdict.failed:
+            checkpoints.wait()  # raises on all processes what went wrong in the main process's thread
+        for values in () if verdict.unsound else step.measured:  # by all or none: the meter sums over them by name
+            meter.add(values)
+        meter.add({name: value for name, value in verdict.metrics.items() if math.isfinite(value)})
+        if verdict.taken:
+            skipped_in_a_row, suspects = 0, []
+            return verdict.asked
+        skipped_in_a_row += 1
+        suspects += [key for keys, finite in zip(step.keys, verdict.finite, strict=True) if not finite for key in keys]
+        if runtime.is_main:
+            left = f"step left out, it was not finite ({skipped_in_a_row} in a row)"
+            say(stage.name, f"{step.samples_seen:>11,}  {left}")
+        if skipped_in_a_row >= loop.most_skipped_steps:
+            named = [key for part in runtime.gather_objects(suspects[: NAMED + 1]) for key in part]
+            began = step.samples_seen - skipped_in_a_row * batch_size
+            raise Diverged(stage.name, skipped_in_a_row, began, step.samples_seen, named)
+        return verdict.asked
+
     while state.samples_seen < loop.samples:
         # -------------------- evaluate
         # Before the step and after the checkpoint of the one before: a kill during an evaluation costs only that.
@@ -125,8 +206,9 @@ def train(
             evaluate(stage, runtime, state, journal, watchdog)
 
         runtime.threads.adjust()
-        step_began, wait_s, sound = time.perf_counter(), 0.0, True
-        measured = list[dict[str, Tensor]]()
+        profile.step()
+        step_began, wait_s = time.perf_counter(), 0.0
+        measured, finite, keys = list[dict[str, Tensor]](), list[Tensor](), list[list[str]]()
         for index in range(accumulation):
             # -------------------- data
             watchdog.note("waiting for data")
@@ -137,50 +219,31 @@ def train(
             meter.add(left_out(stage.name, batch, micro_batch_size))
 
             # -------------------- forward and backward
-            values = stage.micro_step(batch, index == accumulation - 1, state.samples_seen)
+            values = stage.micro_step(runtime.batch(batch), index == accumulation - 1, state.samples_seen)
             measured.append(values)
-            # A process that found its loss not finite goes on all the same: the others wait for it in the backward
-            # pass of the last micro-batch, where gradients are exchanged.
-            if not all(bool(loss.isfinite().all()) for name, loss in values.items() if name.endswith("loss")):
-                sound = False
-                suspects += list(batch.get("key", map(str, batch["position"].tolist())))
-        meter.tick(batch_size, time.perf_counter() - step_began, wait_s)
-
-        # -------------------- agree
-        # A signal, a loss or a full disk may be one process's alone. One exchange tells in an ordinary step that there
-        # is none; only when there is one do further exchanges find out which, in the same order everywhere.
-        stopping = False
-        if runtime.any(bool(asked) or not sound or checkpoints.failed):
-            checkpoints.wait()  # raises on all processes what went wrong in the main process's thread
-            stopping = runtime.any(bool(asked))
-            sound = not runtime.any(not sound)
+            found = [loss.isfinite().all() for name, loss in values.items() if name.endswith("loss")]
+            finite.append(torch.stack(found).all())
+            keys.append(list(batch.get("key", map(str, batch["position"].tolist()))))
         state.samples_seen += batch_size  # of a step that is left out, too: the order of the data goes on
-        tell("training", state.samples_seen, loop.samples)
 
-        # -------------------- the optimiser's step
-        # On all processes, sound or not: the gradients' norm is collective under sharding, and one that is not finite
-        # makes every backend leave its weights as they are.
-        step_began = time.perf_counter()
-        for values in measured if sound else ():  # by all or by none, since the meter sums over the processes by name
-            meter.add(values)
-        norms = stage.finish_step(state.samples_seen)
-        meter.step_s[-1] += time.perf_counter() - step_began
-        meter.add({name: value for name, value in norms.items() if math.isfinite(value)})
-        if sound and all(map(math.isfinite, norms.values())):
-            skipped_in_a_row, suspects = 0, []
-        else:
-            skipped_in_a_row += 1
-            if runtime.is_main:
-                left = f"step left out, it was not finite ({skipped_in_a_row} in a row)"
-                say(stage.name, f"{state.samples_seen:>11,}  {left}")
-            if skipped_in_a_row >= loop.most_skipped_steps:  # on all processes at once, as `sound` and norms are
-                named = [key for part in runtime.gather_objects(suspects[: NAMED + 1]) for key in part]
-                began = state.samples_seen - skipped_in_a_row * batch_size
-                raise Diverged(stage.name, skipped_in_a_row, began, state.samples_seen, named)
+        # -------------------- agree, and the optimiser's step
+        # A signal, a loss or a full disk may be one process's alone: one exchange tells all of them, who read it one
+        # step later. A process whose loss is not finite goes on all the same, as the others wait for it in the backward
+        # pass of the last micro-batch and in the norm; that is not finite either, and every backend then leaves its
+        # weights as they are.
+        losses = torch.stack(finite)  # [accumulation]
+        raised = runtime.raised([bool(asked), checkpoints.failed, ~losses.all()])
+        stepped = stage.finish_step(state.samples_seen)
+        before, begun = begun, Begun(state.samples_seen, measured, keys, losses, raised, stepped)
+        over = state.samples_seen >= loop.samples
+        stopping = before is not None and settle(before)
+        if over or stopping or any(map(due, (loop.log_every, loop.checkpoint_every, loop.evaluate_every))):
+            stopping, begun = settle(begun) or stopping, None
+        meter.tick(batch_size, time.perf_counter() - step_began, wait_s)
+        tell("training", state.samples_seen, loop.samples)
         now = time.monotonic()
         state.pass_time(now - clock, runtime.world)
         clock = now
-        over = state.samples_seen >= loop.samples
 
         # -------------------- log
         if over or due(loop.log_every):
@@ -246,6 +309,20 @@ def require_learned(stage: Stage, metrics: Mapping[str, float]) -> None:
             f"{stage.name}: no value of the last evaluation is finite ({', '.join(metrics)}), so nothing is exported: "
             "lower optim.lr or set runtime.precision=fp32, and begin anew in another output_dir"
         )
+
+
+def out_of_memory(stage: Stage, cfg: Cfg, runtime: Runtime, error: torch.OutOfMemoryError) -> str:
+    """What was asked of the GPU, what it has, and which options need less."""
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    most, micro = peak_memory_gib(runtime.device), cfg.batch.split(runtime.world)[0]
+    less = [f"batch.micro_batch_size={micro // 2}, which changes no step"] if micro > 1 else []
+    less += [] if cfg.runtime.gradient_checkpointing else ["runtime.gradient_checkpointing=true"]
+    less += ["on several GPUs runtime.backend=fsdp"] if stage.name == "unet" else []
+    return (
+        f"{stage.name}: batch.micro_batch_size={micro} is too much for the GPU: it held {most:.1f} GiB at most, and "
+        f"{asked[1] if asked else 'more'} was asked for; set {' or '.join(less) or 'a smaller model'}; "
+        "`python train/plan.py` says what a network needs"
+    )
 
 
 def gauges(stage: Stage) -> dict[str, float]:

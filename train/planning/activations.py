@@ -30,6 +30,7 @@ class Activations:
 
     alone: int  # where the gradients of the weights are taken away as they come, or have their place already
     with_gradients: int  # where these come to life while the activations die
+    operators: int = 0  # that made a new tensor
 
 
 def unet_activations(
@@ -76,7 +77,7 @@ def unet_activations(
         stand_in.end_forward()
         # `loss.backward()` steps out of the mode, in which checkpointing computes once more.
         run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
-    return Activations(counter.most, counter.most_with_gradients)
+    return Activations(counter.most, counter.most_with_gradients, counter.made)
 
 
 class StorageCounter(TorchDispatchMode):
@@ -85,7 +86,7 @@ class StorageCounter(TorchDispatchMode):
     def __init__(self, device: str) -> None:
         super().__init__()
         self.device = device
-        self.live, self.most = 0, 0
+        self.live, self.most, self.made = 0, 0, 0  # bytes, bytes, and storages so far
         self.known: set[int] = set()
 
     def __torch_dispatch__(
@@ -102,6 +103,7 @@ class StorageCounter(TorchDispatchMode):
         key = storage._cdata
         if key not in self.known:
             self.known.add(key)
+            self.made += 1
             self.live += storage.nbytes()
             self.most = max(self.most, self.live)
             weakref.finalize(storage, self._forget, key, storage.nbytes())

@@ -26,6 +26,8 @@ def print_cost(cfg: PlanRun, cost: Cost, console: Console | None = None) -> None
     for table in (facts(cfg, cost), memory(cfg, cost)):
         console.print(table)
     console.print(verdict(cfg, cost), soft_wrap=True)
+    if advice := advised(cost):
+        console.print(advice, soft_wrap=True)
     if refusal := cfg.refusal():
         console.print(f"train_unet.py refuses this training: {refusal}", soft_wrap=True)
     console.print(Text(str(path)), soft_wrap=True)
@@ -33,10 +35,11 @@ def print_cost(cfg: PlanRun, cost: Cost, console: Console | None = None) -> None
 
 def facts(cfg: PlanRun, cost: Cost) -> Table:
     """Arithmetic, time, reading and disk."""
-    gpu, step_s = SPECIFICATIONS[cfg.accelerator], cost.compute_s + cost.exchange_s
+    gpu, step_s, travel = SPECIFICATIONS[cfg.accelerator], cost.compute_s + cost.exchange.waited_s, cost.exchange
     hours = timedelta(seconds=round(cfg.loop.samples / cost.images_per_s))
     reached = cost.mfu * cost.compute_s / step_s
     peak = gpu.flops_per_s(cfg.runtime.precision) / 1e12
+    slow = cost.host_s > cost.compute_s and not cfg.runtime.compile
     rows = {
         "U-Net": f"{cost.parameters:,} parameters, latents of {cfg.model.sample_size} x {cfg.model.sample_size}",
         "machines": f"{cfg.gpus} x {cfg.accelerator.value}, {peak:,.0f} TFLOP/s at {cost.mfu:.2f} MFU, "
@@ -45,7 +48,14 @@ def facts(cfg: PlanRun, cost: Cost) -> Table:
         f" x accumulation of {cost.accumulation}",
         "arithmetic": f"{cost.flops_per_sample / 1e12:,.3f} TFLOP per sample, forwards and backwards",
         "step": f"{1000 * step_s:,.0f} ms: {1000 * cost.compute_s:,.0f} of arithmetic, "
-        f"{1000 * cost.exchange_s:,.0f} of exchange between GPUs ({reached:.2f} MFU in all)",
+        f"{1000 * travel.waited_s:,.0f} of waiting for other GPUs ({reached:.2f} MFU in all)",
+        "exchange": f"{gb(travel.beside_bytes)} beside the arithmetic, {gb(travel.after_bytes)} after it, in "
+        f"{travel.operations:,} operations: {1000 * (travel.beside_s + travel.after_s):,.0f} ms, of which "
+        f"{1000 * min(travel.beside_s, travel.hidden_s):,.0f} are hidden",
+        "host": f"{1000 * cost.host_s:,.0f} ms to launch the operators one by one"
+        + (", more than the arithmetic takes: set runtime.compile=true" if slow else ""),
+        "assumed": "MFU, links and network as makers and published runs have them; 10 us per operator and per hop; "
+        "nothing of it was measured here",
         "throughput": f"{cost.images_per_s:,.0f} images/s",
         "run": f"{cfg.loop.samples:,} samples in {hours}: {cost.gpu_hours:,.0f} GPU-hours",
         "reading": f"{cost.read_bytes_per_s / 1e6:,.1f} MB/s of latents, {cost.tokens_per_s:,.0f} tokens/s",
@@ -90,6 +100,17 @@ def verdict(cfg: PlanRun, cost: Cost) -> str:
     if chosen.footprint.total <= cost.budget:
         return f"Fits: {needed:.1f} of {budget}. Largest micro-batch: {chosen.largest_micro_batch}."
     return f"Does not fit: {needed:.1f}, there are {budget}. {' or '.join(remedies(cfg, cost, chosen))}."
+
+
+def advised(cost: Cost) -> str:
+    """The backend to take, of those that fit; empty where none does."""
+    fitting = [way for way in cost.ways if way.fits]
+    if not fitting:
+        return ""
+    best, *others = fitting
+    waits = [f"{way.name} {1000 * way.waited_s:,.0f} ms" for way in others]
+    compared = f" ({', '.join(waits)})" if waits else ", and is the only one that fits without offload"
+    return f"Waits least for other GPUs: {best.name}, {1000 * best.waited_s:,.0f} ms per step{compared}."
 
 
 def remedies(cfg: PlanRun, cost: Cost, chosen: Option) -> list[str]:

@@ -2,7 +2,8 @@
 
 import tempfile
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil, log2
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from data.latent_record import LatentWriter
 from models.flops import unet_flops
 from models.unet import UNet
 from train.engine.accelerators import SPECIFICATIONS
+from train.engine.backend.fsdp import parts_of
+from train.engine.backend.layout import BUCKET
 from train.engine.precision import AUTOCAST
 from train.planning.activations import Activations, unet_activations
 from train.planning.memory import FP32, Footprint, Sharding
@@ -20,6 +23,10 @@ RESERVE = 0.1  # share of the memory left to the CUDA context, the libraries' wo
 LARGEST = 1 << 20  # micro-batch that is looked for
 CAPTION = "a photograph of something that takes about as many words as most captions do"
 HALF = 2  # bytes of a number that travels under autocast
+BACKWARD = 2 / 3  # of the arithmetic of a step, without gradient checkpointing
+HOP_S = 10e-6  # of a collective operation from one GPU to the next, an assumption
+LAUNCH_S = 10e-6  # of the host for one operator, an assumption
+FP32_BUCKET = 150e6 / FP32  # elements that DDP lets travel together
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,22 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """A backend that could train the network."""
+
+    backend: str
+    stage: int  # of ZeRO, or the one that shards as much
+    fits: bool
+    waited_s: float  # of a step, for other GPUs
+
+    @property
+    def name(self) -> str:
+        """As options of a command."""
+        stage = f" runtime.zero_stage={self.stage}" if self.backend == BackendName.deepspeed.value else ""
+        return f"runtime.backend={self.backend}{stage}"
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """Cost of the whole run, and of its parts."""
 
@@ -42,9 +65,11 @@ class Cost:
     accumulation: int  # forward passes per step
     budget: int  # bytes of the GPU's memory that may be used
     options: list[Option]
+    ways: list[Way]  # the one that waits least first, of those that fit
     mfu: float  # that was reckoned with
     compute_s: float  # of one step
-    exchange_s: float  # of one step, if nothing of it hides behind the arithmetic
+    exchange: "Exchange"
+    host_s: float  # of one step, in which Python launches its operators; counts where it is longer than the arithmetic
     images_per_s: float  # of all GPUs
     gpu_hours: float
     record_bytes: float  # of a cached sample
@@ -69,16 +94,19 @@ def estimate(cfg: PlanRun) -> Cost:
     micro, accumulation = cfg.batch.split(cfg.gpus)
     elements, record, images_per_s = parameters(cfg), record_bytes(cfg), images_per_second(cfg)
     budget = int((1 - RESERVE) * SPECIFICATIONS[cfg.accelerator].memory_gib * 2**30)
+    options = sharding_options(cfg, elements, budget)
     return Cost(
         parameters=elements,
         flops_per_sample=training_flops(cfg),
         micro_batch=micro,
         accumulation=accumulation,
         budget=budget,
-        options=sharding_options(cfg, elements, budget),
+        options=options,
+        ways=ways(cfg, elements, options, budget),
         mfu=utilisation(cfg),
         compute_s=compute_seconds(cfg),
-        exchange_s=exchange_seconds(cfg, elements),
+        exchange=exchange(cfg, elements),
+        host_s=host_seconds(cfg),
         images_per_s=images_per_s,
         gpu_hours=cfg.gpus * cfg.loop.samples / images_per_s / 3600,
         record_bytes=record,
@@ -91,7 +119,7 @@ def estimate(cfg: PlanRun) -> Cost:
 
 def images_per_second(cfg: PlanRun) -> float:
     """Images per second of all GPUs."""
-    return cfg.batch.global_batch_size / (compute_seconds(cfg) + exchange_seconds(cfg, parameters(cfg)))
+    return cfg.batch.global_batch_size / step_seconds(compute_seconds(cfg), exchange(cfg, parameters(cfg)))
 
 
 def utilisation(cfg: PlanRun) -> float:
@@ -143,6 +171,18 @@ def sharding_options(cfg: PlanRun, elements: int, budget: int) -> list[Option]:
     return found
 
 
+def ways(cfg: PlanRun, elements: int, options: list[Option], budget: int) -> list[Way]:
+    """The backends without offload, those that fit first, of these the one that waits least for other GPUs."""
+    totals = {option.stage: option.footprint.total for option in options if not option.offload}
+    kinds = [(BackendName.ddp, 0), *((BackendName.deepspeed, stage) for stage in (1, 2)), (BackendName.fsdp, 3)]
+    found = []
+    for backend, stage in kinds:
+        runtime = replace(cfg.runtime, backend=backend, zero_stage=max(1, stage), offload=Offload.none)
+        waited_s = exchange(replace(cfg, runtime=runtime), elements).waited_s
+        found.append(Way(backend.value, stage, totals[stage] <= budget, waited_s))
+    return sorted(found, key=lambda way: (not way.fits, way.waited_s))
+
+
 def activations(cfg: PlanRun, batch: int) -> Activations:
     """Activations of a micro-batch of the configured network."""
     side, runtime = cfg.model.sample_size, cfg.runtime
@@ -161,28 +201,81 @@ def on_the_line(once: Activations, twice: Activations, factor: float, gradients:
         return max(0, round(one + (factor - 1) * (two - one)))
 
     alone = line(once.alone, twice.alone)
-    return Activations(alone, max(line(once.with_gradients, twice.with_gradients), alone, gradients))
+    return Activations(alone, max(line(once.with_gradients, twice.with_gradients), alone, gradients), once.operators)
 
 
-def exchange_seconds(cfg: PlanRun, elements: int) -> float:
-    """Seconds per step in which gradients and weights travel; a ring within each machine and one across them.
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What travels between the GPUs in one step."""
 
-    A sum over all processes moves each number twice, handing out shares or collecting them once.
+    beside_bytes: float  # by each GPU, while others are computed: gradients, and weights that are gathered ahead
+    after_bytes: float  # when nothing is computed: weights after the optimiser's step
+    operations: int  # collective ones
+    beside_s: float
+    after_s: float
+    hidden_s: float  # at most, behind the arithmetic
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds of a step in which the GPUs wait for it."""
+        return max(0.0, self.beside_s - self.hidden_s) + self.after_s
+
+
+def exchange(cfg: PlanRun, elements: int) -> Exchange:
+    """The exchange as the backends do it: a ring within each machine and one across them.
+
+    A sum over all processes moves each number twice, handing out shares or collecting them once. Gradients are summed
+    in fp32 everywhere but at ZeRO 3, whose layers travel in 16 bits under autocast, both ways; so do the weights that
+    FSDP gathers.
     """
-    gpu, number = SPECIFICATIONS[cfg.accelerator], FP32 if cfg.runtime.precision is Precision.fp32 else HALF
-    _, accumulation = cfg.batch.split(cfg.gpus)
-    reductions = accumulation if stage_of(cfg) >= 2 else 1
-    moved = {
-        0: 2 * number,
-        1: 2 * number + FP32,
-        2: 2 * number * reductions + FP32,
-        3: 3 * number * reductions,
-    }[stage_of(cfg)] * elements  # bytes
-    inside = min(cfg.gpus, cfg.gpus_per_machine)
-    machines = cfg.gpus // inside
-    network = (cfg.network_gbps or gpu.network_gbps) * 1e9 / 8
+    low = FP32 if cfg.runtime.precision is Precision.fp32 else HALF
+    _, passes = cfg.batch.split(cfg.gpus)
+    compute_s = compute_seconds(cfg)
+    backward_s, sharded = BACKWARD * compute_s, cfg.runtime.backend is BackendName.fsdp
+    beside, after, hidden_s = {  # bytes of an element, and seconds
+        0: (2.0 * FP32, 0.0, backward_s / passes if cfg.runtime.backend is BackendName.ddp else 0.0),
+        1: (2.0 * FP32, FP32, backward_s / passes),
+        2: (2.0 * FP32 * passes, FP32, backward_s),
+        3: ((2.0 * low + (FP32 if sharded else low)) * passes, 0.0, compute_s),
+    }[stage_of(cfg)]
+    bucket = FP32_BUCKET if stage_of(cfg) == 0 else BUCKET
+    times = passes if stage_of(cfg) == 2 else 1
+    operations = times * ceil(elements / bucket) + (stage_of(cfg) in (1, 2)) * ceil(elements / BUCKET)
+    if stage_of(cfg) == 3:
+        operations = 3 * passes * units(cfg)
+    after_s = travel_seconds(cfg, after * elements)
+    beside_s = travel_seconds(cfg, beside * elements) + latency_seconds(cfg) * operations
+    return Exchange(beside * elements, after * elements, operations, beside_s, after_s, hidden_s)
+
+
+def travel_seconds(cfg: PlanRun, moved: float) -> float:
+    """Seconds in which each GPU sends so many bytes of a ring, inside its machine and to the others."""
+    gpu, inside = SPECIFICATIONS[cfg.accelerator], min(cfg.gpus, cfg.gpus_per_machine)
+    machines, network = cfg.gpus // inside, (cfg.network_gbps or gpu.network_gbps) * 1e9 / 8
     within = moved * (inside - 1) / inside / (gpu.link_gb_per_s * 1e9)
     return within + moved / inside * (machines - 1) / machines / network
+
+
+def latency_seconds(cfg: PlanRun) -> float:
+    """Seconds that a collective operation takes however little it moves: a tree over all GPUs, up and down."""
+    return 2 * HOP_S * log2(cfg.gpus)
+
+
+def units(cfg: PlanRun) -> int:
+    """Parts of the network that FSDP gathers one at a time."""
+    with torch.device("meta"):
+        return sum(1 for _ in parts_of(UNet(cfg.model)))
+
+
+def step_seconds(compute_s: float, exchanged: Exchange) -> float:
+    """Seconds of a step whose operators are launched in time."""
+    return compute_s + exchanged.waited_s
+
+
+def host_seconds(cfg: PlanRun) -> float:
+    """Seconds of a step in which Python launches its operators, one by one; a compiled network needs fewer."""
+    _, passes = cfg.batch.split(cfg.gpus)
+    return passes * activations(cfg, 1).operators * LAUNCH_S
 
 
 def record_bytes(cfg: PlanRun) -> float:

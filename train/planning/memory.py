@@ -41,7 +41,7 @@ class Sharding:
     offload: bool = False  # optimiser and average in the machine's memory; stages 1-3
     average: bool = True  # whether there is one
     accumulate: bool = False  # several forward passes per step
-    low_precision: bool = True  # autocast: DeepSpeed then has a second bucket
+    low_precision: bool = True  # autocast: stage 3 then has a second bucket
 
     def footprint(self, activations: Activations) -> Footprint:
         """Bytes of a process, given the activations of a micro-batch."""
@@ -74,5 +74,5 @@ class Sharding:
         if self.stage == 0:
             return 0
         if self.stage < 3:
-            return FP32 * precisions * bucket
+            return FP32 * 2 * bucket  # one is filled while the other travels
         return (FP32 + 2 * (precisions - 1)) * bucket + FP32 * bucket

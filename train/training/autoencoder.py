@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from conf.errors import UserError
 from conf.process import tell
 from conf.schema import AutoencoderRun, Reconstruction
 from conf.schema.networks import AutoencoderConfig
-from data.image_dataset import ImageDataset
+from data.image_dataset import Batch, ImageDataset
 from data.streams import image_stream
 from models.autoencoder import Autoencoder, Quantised, codebook_use, kl
+from models.conditions import Wanted
 from models.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -31,7 +33,7 @@ from train.engine.backend.distribute import require_compiler
 from train.engine.image_grid import grid, to_uint8
 from train.engine.metric_log import MetricLog
 from train.engine.runtime import Runtime
-from train.engine.sample_rng import normal
+from train.engine.sample_rng import Draws, SampleRng
 from train.engine.trainable import Trainable
 from train.latents.provenance import require_same
 
@@ -49,6 +51,16 @@ def pretrained_autoencoder(source: str, cfg: AutoencoderConfig) -> Autoencoder:
     return network
 
 
+def latent_shape(images: Tensor, cfg: AutoencoderConfig) -> tuple[int, int, int]:
+    """(C, h, w) of one latent of images [B, 3, H, W]."""
+    return cfg.cached_channels, images.shape[2] // cfg.downscale, images.shape[3] // cfg.downscale
+
+
+def wanted_of(batch: Batch, cfg: AutoencoderConfig) -> Wanted:
+    """The random numbers that training asks for of a batch."""
+    return {"posterior": latent_shape(batch["image"], cfg)}
+
+
 class AutoencoderStage:
     """Generator and discriminator, each a network with its own optimiser."""
 
@@ -58,13 +70,14 @@ class AutoencoderStage:
         self.cfg, self.runtime = cfg, runtime
         self.dataset = image_stream(cfg.shards, cfg.images, cfg.seed, cfg.stream)
         self.heldout = ImageDataset(f"{cfg.shards}/heldout", cfg.images, cfg.seed, cfg.stream)
+        self.extend = Draws(cfg.seed, partial(wanted_of, cfg=cfg.model))
         torch.manual_seed(cfg.seed)  # initial weights
         self.autoencoder = Autoencoder(cfg.model)
         if cfg.init_from is not None:
             self.autoencoder = pretrained_autoencoder(cfg.init_from, cfg.model)
         side, total = cfg.images.resolution, cfg.loop.samples
         image = torch.empty(1, cfg.model.in_channels, side, side, device="meta")
-        latent = torch.empty(1, *self.latent_shape(image), device="meta")
+        latent = torch.empty(1, *latent_shape(image, cfg.model), device="meta")
         self.flops_per_sample = 3.0 * counted_flops(self.autoencoder, image, latent)  # of the autoencoder alone
         if cfg.runtime.gradient_checkpointing:
             self.autoencoder.checkpoint_gradients()
@@ -93,15 +106,11 @@ class AutoencoderStage:
         if self.perceptual is not None:
             self.perceptual.to(runtime.device)
 
-    def latent_shape(self, images: Tensor) -> tuple[int, int, int]:
-        """(C, h, w) of one latent of images [B, 3, H, W]."""
-        factor = self.cfg.model.downscale
-        return self.cfg.model.cached_channels, images.shape[2] // factor, images.shape[3] // factor
-
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of one micro-batch through both networks."""
-        images = batch["image"].to(self.runtime.device)  # [B, 3, H, W]
-        noise = normal(self.cfg.seed, batch["position"], self.latent_shape(images), "posterior").to(images.device)
+        images = batch["image"]  # [B, 3, H, W]
+        draws = SampleRng.of(batch, self.cfg.seed, images.device)
+        noise = draws.normal("posterior", latent_shape(images, self.cfg.model))
         reconstruction, latents = self.generator(images, noise)
         metrics, likelihood, loss = self.reconstruction_loss(images, reconstruction, latents)
         self.judging = self.adversarial and samples_seen >= self.cfg.loss.adversarial_start
@@ -141,12 +150,10 @@ class AutoencoderStage:
 
     def follow_verdicts(self) -> None:
         """Move the discriminator's running means by this step's verdicts, those of all processes."""
-        real, fake = torch.stack(self.verdicts).mean(dim=0).tolist()
-        total = self.runtime.sum({"real": real, "fake": fake})
+        now = self.runtime.summed(torch.stack(self.verdicts).mean(dim=0)) / self.runtime.world  # [2]
         keep = 0.5 ** (self.cfg.batch.global_batch_size / LECAM_HALF_LIFE)
-        now = torch.tensor([total["real"], total["fake"]], device=self.runtime.device) / self.runtime.world
-        if now.isfinite().all():  # a step that is left out leaves no trace
-            self.verdict_means.lerp_(now, 1 - keep)
+        # A step that is left out leaves no trace.
+        self.verdict_means.lerp_(torch.where(now.isfinite().all(), now, self.verdict_means), 1 - keep)
         self.verdicts.clear()
 
     def reconstruction_loss(
@@ -173,9 +180,10 @@ class AutoencoderStage:
         metrics |= {"train/loss": loss.detach(), "train/psnr": psnr(output.detach().float(), images).mean()}
         return metrics, likelihood, loss
 
-    def finish_step(self, samples_seen: int) -> dict[str, float]:
+    def finish_step(self, samples_seen: int) -> dict[str, Tensor | float]:
         """One optimiser step of each network that learned something."""
-        metrics = {"train/grad_norm": self.generator.step(samples_seen), "train/lr": self.generator.lr}
+        norm = self.generator.step(samples_seen)
+        metrics: dict[str, Tensor | float] = {"train/grad_norm": norm, "train/lr": self.generator.lr}
         if self.judging:
             metrics["train/grad_norm_discriminator"] = self.critic.step(samples_seen)
             if self.verdicts:

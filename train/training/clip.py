@@ -1,5 +1,7 @@
 """The second training: image and text towers whose matrix of similarities is trained towards the identity."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import ClipRun
-from data.image_dataset import ImageDataset
+from data.image_dataset import Batch, ImageDataset
 from data.streams import image_stream
 from models.clip import Clip, contrastive_loss, top1_accuracy
 from models.flops import counted_flops
@@ -19,6 +21,18 @@ from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
 
 HELDOUT = 256  # held-out pairs among which each finds its partner, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Adds to a batch, where it is loaded, the "tokens" [B, L] of its captions and whether any "fill" the context."""
+
+    tokenizer: Callable[[list[str]], Tensor]
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with them."""
+        tokens, empty = self.tokenizer(batch["caption"]), self.tokenizer([""])
+        return {**batch, "tokens": tokens, "fill": bool((tokens[:, -2] != empty[0, -2]).any())}
 
 
 class ClipStage:
@@ -38,6 +52,7 @@ class ClipStage:
         self.heldout = ImageDataset(f"{cfg.shards}/heldout", cfg.images, cfg.seed, cfg.stream)
         torch.manual_seed(cfg.seed)  # initial weights
         self.clip = Clip.from_config(cfg.model)
+        self.extend = Tokens(self.clip.tokenizer)
         side, tokens = self.clip.config.image_size, self.clip.tokenize([""]).to("meta")
         self.flops_per_sample = 3.0 * counted_flops(self.clip, torch.empty(1, 3, side, side, device="meta"), tokens)
         if cfg.runtime.gradient_checkpointing:
@@ -51,12 +66,11 @@ class ClipStage:
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of this rank's part of the batch."""
-        tokens = self.clip.tokenize(batch["caption"])  # [B, L]
-        if self.looks_for_cuts and (cuts := Cuts.of(self.clip, batch["caption"], tokens)).count:
+        tokens = batch["tokens"]  # [B, L]
+        if self.looks_for_cuts and batch["fill"] and (cuts := Cuts.of(self.clip, batch["caption"])).count:
             self.looks_for_cuts = False
             say("clip", f"of the first batch with any, {cuts.line('captions')}")
-        tokens = tokens.to(self.runtime.device)
-        image, text, scale = self.towers(batch["image"].to(self.runtime.device), tokens)  # [B, D], [B, D], []
+        image, text, scale = self.towers(batch["image"], tokens)  # [B, D], [B, D], []
         loss = contrastive_loss(image, text, scale, self.runtime.rank, self.runtime.world)
         self.towers.backward(loss, last)
         found_text, _ = top1_accuracy(image.detach(), text.detach(), tokens)
@@ -66,7 +80,7 @@ class ClipStage:
             "train/logit_scale": scale.detach(),
         }
 
-    def finish_step(self, samples_seen: int) -> dict[str, float]:
+    def finish_step(self, samples_seen: int) -> dict[str, Tensor | float]:
         """One optimiser step."""
         return {"train/grad_norm": self.towers.step(samples_seen), "train/lr": self.towers.lr}
 

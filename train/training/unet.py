@@ -2,21 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from conf.errors import UserError
 from conf.process import tell
 from conf.schema import UNetRun
+from data.image_dataset import Batch
 from data.latent_dataset import LatentDataset
 from data.streams import latent_stream
 from models.autoencoder import Autoencoder, sample_moments, split_moments
-from models.conditions import Inputs
+from models.conditions import Conditions, Inputs, Wanted
 from models.denoiser import Denoiser, widened
 from models.diffusion.process import Process
 from models.film import Film
@@ -29,8 +30,9 @@ from models.text import load_text_tower
 from models.unet import UNet
 from train.engine.image_grid import captioned, film_strips, side_by_side, to_uint8
 from train.engine.metric_log import MetricLog, say
+from train.engine.precision import autocast
 from train.engine.runtime import Runtime
-from train.engine.sample_rng import SampleRng
+from train.engine.sample_rng import Draws, SampleRng
 from train.engine.trainable import Trainable
 from train.latents.provenance import asks_clip, check_latents, require_same, trained_otherwise
 
@@ -63,9 +65,18 @@ def load_pretrained(source: str, network: Denoiser) -> None:
 
 def by_timestep(losses: Tensor, times: Tensor) -> dict[str, Tensor]:
     """Sum and number [2] of the losses [B] in each quarter of the times [B] in [0, 1); 4 is nearly all noise."""
-    quarters = F.one_hot((4 * times).long().clamp(0, 3), 4).to(losses.dtype)  # [B, 4]
+    numbers = torch.arange(4, device=times.device)
+    quarters = ((4 * times).floor().clamp(0, 3)[:, None] == numbers).to(losses.dtype)  # [B, 4]
     pairs = torch.stack([losses @ quarters, quarters.sum(dim=0)], dim=1)  # [4, 2]
     return {f"train/loss_by_timestep/{quarter}": pair for quarter, pair in enumerate(pairs, start=1)}
+
+
+def wanted_of(batch: Batch, offset: bool, conditions: Conditions) -> Wanted:
+    """The random numbers that training asks for of a batch; `offset`: also those of offset noise."""
+    _, twice, height, width = batch["moments"].shape  # [B, 2C, h, w]
+    latent: Wanted = dict.fromkeys(("posterior", "noise"), (twice // 2, height, width))
+    mean: Wanted = {"offset_noise": (twice // 2, 1, 1)} if offset else {}
+    return latent | mean | {"timestep": None} | conditions.wanted(batch)
 
 
 class UNetStage:
@@ -92,6 +103,10 @@ class UNetStage:
             load_pretrained(cfg.init_from, self.network)
         if cfg.lora.rank > 0:
             add_adapters(self.network.unet, cfg.lora)
+        self.extend = Draws(
+            cfg.seed,
+            partial(wanted_of, offset=cfg.process.offset_noise > 0, conditions=self.network.conditions.source),
+        )
         self.network.unet.checkpoint_gradients(cfg.runtime.gradient_checkpointing)
         self.unet = Trainable(
             runtime, self.network, cfg.optim, cfg.batch, cfg.loop.samples, cfg.runtime, cfg.ema, name="unet"
@@ -127,6 +142,10 @@ class UNetStage:
         """Whether the weights that are evaluated and exported are an average."""
         return self.cfg.ema.half_life_samples > 0
 
+    def precision(self) -> torch.autocast:
+        """The context in which networks that are not trained compute as the one that is."""
+        return autocast(self.runtime.device, self.runtime.precision)
+
     def channels(self, values: list[float]) -> Tensor:
         return torch.tensor(values, device=self.runtime.device).view(1, -1, 1, 1)
 
@@ -135,8 +154,8 @@ class UNetStage:
 
     def noisy(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised latents [B, C, h, w], noise of that shape and timesteps [B]; all drawn per sample."""
-        draws = SampleRng(seed, batch["position"], self.runtime.device)
-        moments = batch["moments"].to(self.runtime.device).float()  # [B, 2C, h, w]
+        draws = SampleRng.of(batch, seed, self.runtime.device)
+        moments = batch["moments"].float()  # [B, 2C, h, w]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         z = sample_moments(moments, draws.normal("posterior", shape))
         noise = draws.normal("noise", shape)
@@ -147,20 +166,20 @@ class UNetStage:
 
     def inputs(self, batch: dict[str, Any]) -> Inputs:
         """Arrays of the conditions, from the cache; text states from the frozen tower where they are not in it."""
-        arrays = {name: batch[name].to(self.runtime.device) for name in self.dataset.layout if name != "moments"}
+        arrays = {name: batch[name] for name in self.dataset.layout if name != "moments"}
         tokens = arrays.pop("tokens", None)
         if "text" in arrays:
             arrays["text"] = arrays["text"].float()
         elif self.text_tower is not None and tokens is not None:
-            with torch.no_grad():
-                arrays["text"] = self.text_tower.text_states(tokens)
+            with torch.no_grad(), self.precision():
+                arrays["text"] = self.text_tower.text_states(tokens).float()
         return arrays
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of one micro-batch."""
         seed = self.cfg.seed
         x0, noise, timesteps = self.noisy(batch, seed)
-        draws = SampleRng(seed, batch["position"], self.runtime.device)
+        draws = SampleRng.of(batch, seed, self.runtime.device)
         inputs = self.network.conditions.vary(self.inputs(batch), draws)
         prediction = self.unet(self.process.add_noise(x0, noise, timesteps), timesteps, inputs)
         losses = self.process.loss(prediction, x0, noise, timesteps)  # [B]
@@ -171,7 +190,7 @@ class UNetStage:
             **by_timestep(losses.detach(), timesteps / self.cfg.process.train_timesteps),
         }
 
-    def finish_step(self, samples_seen: int) -> dict[str, float]:
+    def finish_step(self, samples_seen: int) -> dict[str, Tensor | float]:
         """One optimiser step and one of the average."""
         return {"train/grad_norm": self.unet.step(samples_seen), "train/lr": self.unet.lr}
 
@@ -183,11 +202,12 @@ class UNetStage:
         network = self.frozen(network)
         count = min(VALIDATION, self.heldout.samples)
         mine = list(range(self.runtime.rank, count, self.runtime.world))
-        total = 0.0
-        for batch in self.heldout.batches_at(mine, CHUNK):
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        for batch in map(self.runtime.batch, self.heldout.batches_at(mine, CHUNK)):
             x0, noise, timesteps = self.noisy(batch, seed=0)
-            prediction = network(self.process.add_noise(x0, noise, timesteps), timesteps, self.inputs(batch))
-            total += float(self.process.loss(prediction, x0, noise, timesteps).sum())
+            with self.precision():
+                prediction = network(self.process.add_noise(x0, noise, timesteps), timesteps, self.inputs(batch))
+            total = total + self.process.loss(prediction, x0, noise, timesteps).sum()
         metrics = {"eval/loss": self.runtime.sum({"loss": total})["loss"] / count}
         if self.measure is None and not (self.runtime.is_main and self.cfg.sample_prompts > 0):
             return metrics
@@ -197,7 +217,8 @@ class UNetStage:
             if cuts.count:
                 say("unet", cuts.line("negative prompts"))
         if self.runtime.is_main and self.cfg.sample_prompts > 0:
-            self.draw(model, samples_seen, journal)
+            with self.precision():
+                self.draw(model, samples_seen, journal)
         return metrics | ({} if self.measure is None else self.measure(model, samples_seen))
 
     def pipeline(self, network: Denoiser) -> DiffusionPipeline:
@@ -215,11 +236,11 @@ class UNetStage:
         tell("drawing images")
         cfg, conditions = self.cfg, model.conditions
         alike = [i for i in range(self.heldout.samples) if self.heldout.bucket(i) == self.heldout.bucket(0)]
-        batch = self.heldout.batch_at(alike[: cfg.sample_prompts])
+        batch = self.runtime.batch(self.heldout.batch_at(alike[: cfg.sample_prompts]))
         captions, inputs = batch["caption"], self.inputs(batch)
         film = Film(FILM_FRAMES, cfg.sampling.steps, range(len(captions))[:FILMED])
         images = model(captions, [cfg.seed] * len(captions), cfg.sampling, callback=film, inputs=inputs)
-        moments = batch["moments"].to(self.runtime.device).float()
+        moments = batch["moments"].float()
         originals = model.decode((split_moments(moments)[0] - self.mean) / self.std)
         images = conditions.finish(images, originals, inputs)
         titles, shown = conditions.titles(captions, inputs), conditions.show(originals, inputs)

@@ -10,7 +10,7 @@ from conf.plain_json import dumps
 from conf.schema import Device, Precision, RuntimeConfig
 from train.engine import meter as module_under_test
 from train.engine.accelerators import peak_flops
-from train.engine.meter import Clock, Meter
+from train.engine.meter import Clock, Meter, busy_seconds
 from train.engine.runtime import Runtime, start
 
 
@@ -97,3 +97,8 @@ def test_clock_reads_what_passed_since_the_last_reading() -> None:
         with clock:
             math.factorial(2000)
     assert clock.read() > 0 and clock.read() == 0
+
+
+def test_a_device_is_busy_while_any_of_its_kernels_runs() -> None:
+    assert busy_seconds([(5e6, 7e6), (0.0, 1e6), (0.5e6, 2e6), (1e6, 1.5e6)]) == 4.0
+    assert busy_seconds([]) == 0.0

@@ -1,13 +1,16 @@
 """Learning rate as a function of samples, the decayed group, and gradient clipping."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from conf.schema import LrDecay, OptimConfig
-from train.engine.optim import adamw, lr_at, unscale_and_clip
+from conf.schema import LrDecay, OptimConfig, OptimizerName, Precision
+from train.engine.backend.layout import whole
+from train.engine.optim import Muon, adamw, lr_at, make_optimizer, sound_step
+from train.engine.precision import GROWTH_STEPS, LossScale
 
 TOTAL = 1000
 
@@ -46,15 +49,73 @@ def test_only_matrices_and_kernels_decay() -> None:
     assert {n: decay_of[id(p)] for n, p in network.named_parameters() if id(p) in decay_of} == expected
 
 
+def filled(network: nn.Module, factor: float) -> None:
+    """Gradients that are always the same, times a factor."""
+    torch.manual_seed(1)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter) * factor
+
+
 @pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
-def test_clipping_of_scaled_gradients_equals_torchs_of_plain_ones(limit: float) -> None:
-    torch.manual_seed(0)
-    plain = [torch.zeros(5, 3, requires_grad=True), torch.zeros(7, requires_grad=True), torch.zeros(2)]
-    scaled = [p.clone().detach() for p in plain]
-    for p, q in zip(plain[:2], scaled[:2], strict=True):
-        p.grad = torch.randn_like(p)
-        q.grad = p.grad * 1024
-    norm = nn.utils.clip_grad_norm_(plain, limit or math.inf)
-    assert unscale_and_clip(scaled, limit, 1024.0) == pytest.approx(norm.item(), rel=1e-6)
-    for p, q in zip(plain[:2], scaled[:2], strict=True):
-        torch.testing.assert_close(q.grad, p.grad)
+def test_a_step_of_scaled_gradients_equals_torchs_of_plain_and_clipped_ones(limit: float) -> None:
+    plain, scaled = nn.Linear(5, 3), nn.Linear(5, 3)
+    scaled.load_state_dict(plain.state_dict())
+    cfg, scale = OptimConfig(lr=0.1, grad_clip=limit), LossScale(Precision.fp16, torch.device("cpu"))
+    theirs, ours = adamw(plain, cfg), adamw(scaled, cfg)
+    for _ in range(3):
+        filled(plain, 1.0)
+        filled(scaled, scale.value)
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), limit or math.inf)
+        theirs.step()
+        assert float(sound_step(ours, scaled.parameters(), limit, scale)) == pytest.approx(norm.item(), rel=1e-6)
+    for p, q in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(q, p)
+        assert q.grad is None
+
+
+@pytest.mark.parametrize("name", list(OptimizerName))
+def test_a_step_that_is_not_finite_changes_nothing(name: OptimizerName) -> None:
+    network = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4))
+    optimizer = make_optimizer(network, OptimConfig(name=name, lr=0.1, weight_decay=0.1, grad_clip=1.0))
+    if isinstance(optimizer, Muon):
+        parameters = dict(network.named_parameters())
+        optimizer.place(whole(parameters, torch.device("cpu")), list(parameters.values()))
+    scale = LossScale(Precision.fp32, torch.device("cpu"))
+    filled(network, 1.0)
+    assert sound_step(optimizer, network.parameters(), 1.0, scale).isfinite()
+    before = copy.deepcopy((network.state_dict(), optimizer.state_dict()["state"]))
+    filled(network, 1.0)
+    network[1].weight.grad[0, 0] = math.nan  # type: ignore[union-attr, index]
+    assert not sound_step(optimizer, network.parameters(), 1.0, scale).isfinite()
+    after = (network.state_dict(), optimizer.state_dict()["state"])
+    assert all(torch.equal(a, b) for a, b in zip(tensors(before), tensors(after), strict=True))
+    filled(network, 1.0)
+    assert sound_step(optimizer, network.parameters(), 1.0, scale).isfinite()
+    assert not torch.equal(before[0]["1.weight"], network[1].weight)
+
+
+def tensors(states: object) -> list[torch.Tensor]:
+    if isinstance(states, torch.Tensor):
+        return [states]
+    parts = states.values() if isinstance(states, dict) else states if isinstance(states, tuple) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_many_sound_steps() -> None:
+    scale = LossScale(Precision.fp16, torch.device("cpu"))
+    yes, no = torch.tensor(True), torch.tensor(False)
+    for finite in (no, no, *[yes] * (GROWTH_STEPS - 1)):
+        scale.update(finite)
+    assert scale.value == 2.0**14
+    again = LossScale(Precision.fp16, torch.device("cpu"))
+    again.load(scale.state())
+    for one in (scale, again):
+        one.update(yes)
+        assert one.value == 2.0**15
+        one.update(no)
+        one.update(yes)
+        assert one.state() == {"value": 2.0**14, "sound_steps": 1}
+    off = LossScale(Precision.bf16, torch.device("cpu"))
+    off.load(scale.state())
+    off.update(no)
+    assert off.state() == {"value": 1.0, "sound_steps": 0}

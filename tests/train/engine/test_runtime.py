@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,17 @@ import torch
 from conf.errors import UserError
 from conf.schema import BatchConfig, Device, RuntimeConfig, TrainingRuntimeConfig
 from train.engine import runtime as module_under_test
-from train.engine.runtime import CALM, CHOSEN_BY, WINDOW_S, Threads, choose_threads, cpu_seconds, pick_device, start
+from train.engine.runtime import (
+    CALM,
+    CHOSEN_BY,
+    WINDOW_S,
+    Threads,
+    choose_threads,
+    cpu_seconds,
+    pick_device,
+    set_numerics,
+    start,
+)
 
 RESTARTED = """
 import os, sys
@@ -258,3 +269,49 @@ def test_the_work_of_this_process_is_its_own_and_that_of_another_is_not() -> Non
     until = time.process_time() + 1.0
     together, own = grown(lambda: any(time.process_time() > until for _ in iter(int, 1)))
     assert together > 0.9 and own > 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "tf32", "fixed"),
+    [({}, True, False), ({"tf32": False}, False, False), ({"deterministic": True}, False, True)],
+    ids=str,
+)
+def test_a_gpu_is_fast_or_exact_or_makes_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, bool], tf32: bool, fixed: bool
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        set_numerics(RuntimeConfig(**options), torch.device("cuda"))
+        backends = torch.backends
+        assert backends.cuda.matmul.allow_tf32 == backends.cudnn.allow_tf32 == tf32
+        assert torch.are_deterministic_algorithms_enabled() == backends.cudnn.deterministic == fixed
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == fixed
+        set_numerics(RuntimeConfig(deterministic=True), torch.device("cpu"))
+        assert not torch.are_deterministic_algorithms_enabled()  # a CPU makes the same bits anyway
+    finally:
+        set_numerics(RuntimeConfig(), torch.device("cpu"))
+
+
+def test_loaders_are_as_many_as_a_gpu_leaves_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = start(RuntimeConfig(device=Device.cpu))
+    assert (runtime.loaders(None), runtime.loaders(3), runtime.loaders(0)) == (0, 3, 0)
+    gpu = replace(runtime, device=torch.device("cuda", 0))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(module_under_test, "cpu_quota", lambda: 1000)
+    found = {}
+    for cores in (8, 32, 64, 224):
+        monkeypatch.setattr(module_under_test, "usable_cpus", lambda cores=cores: set(range(cores)))
+        found[cores] = gpu.loaders(None)
+    assert found == {8: 1, 32: 3, 64: 7, 224: 8} and gpu.loaders(0) == 0
+
+
+def test_nccl_has_the_time_limit_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = """
+from conf.schema import RuntimeConfig
+from train.engine.runtime import start
+import torch.distributed.distributed_c10d as c10d
+start(RuntimeConfig(timeout_s=123))
+print(c10d._get_default_timeout("nccl").seconds, c10d._get_default_timeout("gloo").seconds)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["123", "123"]

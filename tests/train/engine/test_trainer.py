@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ from train.engine.metric_log import MetricLog
 from train.engine.runtime import Runtime, Threads, start, stop
 from train.engine.state import config_digest
 from train.engine.trainable import Trainable
+from waits import Waits
 
 SIZE, SAMPLES = 8, 96  # 12 steps
 
@@ -87,6 +89,7 @@ class LineStage:
     """A linear network, real optimiser and average included."""
 
     name, flops_per_sample = "line", 18.0
+    extend = staticmethod(dict)
 
     def __init__(self, cfg: ClipRun, runtime: Runtime, interruption: Interruption | None = None) -> None:
         self.runtime, self.interruption, self.dataset = runtime, interruption, Points()
@@ -118,7 +121,7 @@ class LineStage:
         self.net.backward(loss, last)
         return {"train/loss": loss.detach()}
 
-    def finish_step(self, samples_seen: int) -> dict[str, float]:
+    def finish_step(self, samples_seen: int) -> dict[str, Tensor | float]:
         norm = self.net.step(samples_seen)
         return {"train/lr": self.net.lr, "train/grad_norm": norm}
 
@@ -278,20 +281,21 @@ def test_waiting_for_every_checkpoint_changes_nothing(tmp_path: Path, undisturbe
     assert equal_to(undisturbed, tmp_path)
 
 
+@pytest.mark.parametrize(("step", "end"), [(4, 32), (7, 64)], ids=["beside an evaluation", "one step later"])
 def test_signal_ends_after_the_step_with_a_checkpoint_and_asks_for_a_requeue(
-    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, step: int, end: int
 ) -> None:
     monkeypatch.setenv("REQUEUE_FILE", str(tmp_path / "requeue"))
     before = signal.getsignal(signal.SIGTERM)
     cfg = config(tmp_path)
-    outcome = trainer.fit(LineStage(cfg, runtime, Interruption("step", 4, terminate)), cfg, runtime)
-    assert (outcome.finished, outcome.samples_seen) == (False, 32)
-    assert (tmp_path / "line" / "checkpoints" / "000000000032" / "COMPLETE").exists()
+    outcome = trainer.fit(LineStage(cfg, runtime, Interruption("step", step, terminate)), cfg, runtime)
+    assert (outcome.finished, outcome.samples_seen) == (False, end)
+    assert (tmp_path / "line" / "checkpoints" / f"{end:012}" / "COMPLETE").exists()
     assert (tmp_path / "requeue").exists()
     assert signal.getsignal(signal.SIGTERM) is before
     stage = LineStage(cfg, runtime)
     trainer.fit(stage, cfg, runtime)
-    assert stage.evaluations == [32, 64, 96]  # what the signal left out is made up for
+    assert stage.evaluations == [seen for seen in (32, 64, 96) if seen >= end]  # and what the signal left out
 
 
 def test_finished_stage_returns_at_once_unless_the_run_grew(
@@ -333,6 +337,49 @@ def test_other_network_or_data_in_the_folder_is_refused(tmp_path: Path, runtime:
             trainer.fit(stage, cfg, runtime)
 
 
+def test_the_loop_waits_for_nothing_between_two_lines(tmp_path: Path, runtime: Runtime) -> None:
+    cfg = config(tmp_path, log_every=SAMPLES, evaluate_every=SAMPLES, checkpoint_every=SAMPLES)
+    waits, began, ended = Waits(), list[int](), list[str]()
+
+    class Noted(Threads):
+        def adjust(self) -> None:
+            began.append(1)
+            if len(began) == SAMPLES // SIZE:  # the last step settles, logs and ends the run
+                ended.extend(line for line in waits.found if "data/loader.py" not in line)  # the host's own numbers
+
+    stage = LineStage(cfg, runtime)
+    with waits.watching():
+        assert trainer.fit(stage, cfg, replace(runtime, threads=Noted())).finished
+    assert ended == [] and len(waits.found) > 0
+
+
+def test_a_profile_of_three_steps_is_a_trace_and_a_table(
+    tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(tmp_path)
+    cfg.runtime.profile = True
+    assert trainer.fit(LineStage(cfg, runtime), cfg, runtime).finished
+    table, trace = (tmp_path / "line" / "profile" / f"rank-00000.{ending}" for ending in ("txt", "json"))
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("profile")]
+    assert re.search(r"3 steps in \d\.\d{3} s: ", told) and str(table) in told and str(trace) in told
+    assert "aten::addmm" in table.read_text() and table.read_text().startswith("3 steps in ")
+    names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert names.count("aten::addmm") == 3
+
+
+def test_a_gpu_that_is_too_small_is_told_in_one_line(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a capacity of 79 GiB")
+
+    cfg = config(tmp_path)
+    monkeypatch.setattr(LineStage, "micro_step", full)
+    expected = r"^line: batch\.micro_batch_size=8 is too much .* 2\.50 GiB was asked for; set batch\.micro_batch_size=4"
+    with pytest.raises(UserError, match=expected):
+        trainer.fit(LineStage(cfg, runtime), cfg, runtime)
+
+
 def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path, runtime: Runtime) -> None:
     cfg = config(tmp_path)
     stage = LineStage(cfg, runtime)
@@ -346,10 +393,12 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path, runti
 class BesideAnUnsound(Runtime):
     """One of several processes, another of which finds its loss in the first step not finite."""
 
-    answers: ClassVar = [True, False, True]  # is anything the matter? a signal? a loss?
+    others: ClassVar = [1.0]  # whether their losses are unsound, step by step
 
-    def any(self, flag: bool) -> bool:
-        return self.answers.pop(0) if self.answers else flag
+    def raised(self, flags: Sequence[bool | Tensor]) -> Tensor:
+        found = super().raised(flags)
+        found[2] += self.others.pop(0) if len(flags) == 3 and self.others else 0
+        return found
 
 
 def test_what_one_process_leaves_out_of_the_means_all_leave_out(tmp_path: Path, runtime: Runtime) -> None:

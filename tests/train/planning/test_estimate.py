@@ -61,7 +61,8 @@ def small() -> Cost:
 @pytest.mark.parametrize("gpus", MLPERF)
 def test_published_throughputs_of_mlperf_come_out(gpus: int) -> None:
     batch, published = MLPERF[gpus]
-    options = ["accelerator=h100", f"gpus={gpus}", f"batch.global_batch_size={batch}"]
+    # Gradients hidden behind the arithmetic, as theirs; they travel in 16 bits there and in fp32 here.
+    options = ["accelerator=h100", f"gpus={gpus}", f"batch.global_batch_size={batch}", "runtime.backend=ddp"]
     assert images_per_second(config(*SD2, *options)) == pytest.approx(published, rel=0.25)
 
 

@@ -51,7 +51,8 @@ def test_less_memory_or_a_compiler_change_no_step(
     for start in (0, 32):
         losses = []
         for stage in (plain, other):
-            losses.append(stage.micro_step(stage.dataset.batch(range(start, start + 32)), True, start)["train/loss"])
+            batch = stage.extend(stage.dataset.batch(range(start, start + 32)))
+            losses.append(stage.micro_step(batch, True, start)["train/loss"])
             stage.finish_step(start + 32)
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
     for name, weight in plain.towers.weights().items():
@@ -97,10 +98,11 @@ def test_seed_decides_the_weights(scenes: Any, runtime: Runtime) -> None:
 def test_captions_that_are_cut_are_told_once(scenes: Any, runtime: Runtime, capfd: pytest.CaptureFixture[str]) -> None:
     stage = ClipStage(scenes.config("clip"), runtime)
     batch = stage.dataset.batch(range(4))
-    stage.micro_step(batch, True, 0)
+    stage.micro_step(stage.extend(batch), True, 0)
     assert "left out" not in capfd.readouterr().out
     for _ in range(2):
         stage.finish_step(4)
-        stage.micro_step(batch | {"caption": ["a red planet " * 12, *batch["caption"][1:]]}, True, 4)
+        longer = batch | {"caption": ["a red planet " * 12, *batch["caption"][1:]]}
+        stage.micro_step(stage.extend(longer), True, 4)
     (told,) = [line for line in capfd.readouterr().out.splitlines() if "left out" in line]
     assert told.startswith("clip ") and "1 of 4 captions are longer than the 32 tokens" in told

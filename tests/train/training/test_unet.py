@@ -17,11 +17,13 @@ from conf.errors import UserError
 from data.loader import batches
 from models.clip import Clip
 from models.unet import UNet
+from train.engine import runtime as runtime_module
 from train.engine import trainer
 from train.engine.runtime import Runtime
 from train.latents import precompute
 from train.latents.provenance import UNetInfo
 from train.training.unet import UNetStage
+from waits import Waits
 
 
 def make(latents: Any, runtime: Runtime, *overrides: str) -> UNetStage:
@@ -82,11 +84,25 @@ def test_accumulation_takes_the_step_of_the_whole_batch(latents: Any, runtime: R
         stage = make(latents, runtime, f"batch.micro_batch_size={micro}", backend)
         for start in range(0, 16, micro):
             stage.micro_step(stage.dataset.batch(range(start, start + micro)), start == 16 - micro, 0)
-        norms.append(stage.finish_step(16)["train/grad_norm"])
+        norms.append(float(stage.finish_step(16)["train/grad_norm"]))
         weights.append(stage.unet.weights())
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-4)  # a tenth of lr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("backend", ["backend=ddp", "backend=fsdp", "zero_stage=0", "zero_stage=1", "zero_stage=2"])
+def test_a_step_waits_for_nothing(latents: Any, backend: str, precision: str) -> None:
+    cfg = latents.config("unet", "batch.micro_batch_size=8", f"runtime.{backend}", f"runtime.precision={precision}")
+    stage, waits = UNetStage(cfg, runtime_module.start(cfg.runtime)), Waits()
+    waits.around(stage)
+    for position in range(0, 48, 8):
+        last = position % 16 == 8
+        stage.micro_step(stage.extend(stage.dataset.batch(range(position, position + 8))), last, position // 16 * 16)
+        if last:
+            assert float(stage.finish_step(position + 8)["train/grad_norm"]) > 0
+    assert stage.unet.steps == 3 and waits.found == []
 
 
 def test_caption_drop_is_a_function_of_seed_and_position(latents: Any, runtime: Runtime) -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from conf.entry import compose, to_plain
-from conf.schema import PipelineRun
+from conf.schema import PipelineRun, Precision
 from data.building.build import build_shards
+from fake_gpu import fake_gpu, without_values
 from models.autoencoder import Autoencoder
 from models.clip import Clip
 from train.engine import trainer
@@ -16,6 +17,7 @@ from train.engine.runtime import Runtime
 from train.latents import precompute
 from train.stages.tasks import ROOT, STAGES
 from train.training.unet import UNetStage
+from waits import Waits
 
 FINE_TUNINGS = {"dreambooth_demo", "finetune_demo", "lora_demo"}  # their own tests train them
 DEMOS = sorted({path.stem for path in (ROOT / "conf/experiment").glob("*_demo.yaml")} - FINE_TUNINGS)
@@ -56,11 +58,26 @@ def test_a_demo_trains_its_network_and_all_that_it_is_told(
     latents = config("latents", *chosen, *towers, f"shards={tmp_path}/shards", "min_psnr=1")
     precompute.run_precompute(latents, runtime, to_plain(latents))
 
-    cfg = config("unet", *chosen, *towers, *SHORT, "init_from=null")
+    cfg = config("unet", *chosen, *towers, *SHORT, "init_from=null", "batch.micro_batch_size=2", "runtime.backend=ddp")
     stage = UNetStage(cfg, runtime)
     told = stage.network.conditions
-    before = [value.clone() for value in told.parameters()]
+    before, waits = [value.clone() for value in told.parameters()], Waits()
+    waits.around(stage)
     outcome = trainer.fit(stage, cfg, runtime)
 
     assert outcome.samples_seen == 40 and 0 < outcome.metrics["eval/loss"] < 10
     assert not any(map(torch.equal, told.parameters(), before))
+    assert waits.found == []
+
+    # In fp32: autocast knows no such device. That nothing is waited for in 16 bits either is tested on the CPU.
+    loaded = [stage.extend(stage.dataset.batch([first, first + 1])) for first in range(0, 12, 2)]
+    with fake_gpu(Precision.fp32) as (gpu, copies):
+        stage = UNetStage(cfg, gpu)
+        copies.waited.clear()
+        for number, batch in enumerate(loaded):
+            found = stage.micro_step(gpu.batch(without_values(batch)), number % 2 == 1, 0)
+            assert all(value.device == gpu.device for value in found.values())
+            if number % 2:
+                gpu.raised([False, False, ~found["train/loss"].isfinite().all()])
+                stage.finish_step(4)
+    assert copies.waited == []

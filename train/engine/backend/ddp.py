@@ -4,7 +4,7 @@ import warnings
 from contextlib import nullcontext
 from typing import Any
 
-from accelerate.utils import convert_to_fp32
+from accelerate.utils import DistributedDataParallelKwargs, convert_to_fp32
 from torch import Tensor, nn
 
 from conf.schema import OptimConfig
@@ -13,13 +13,22 @@ from train.engine.optim import Accumulating, make_optimizer, sound_step
 from train.engine.precision import autocast
 from train.engine.runtime import Runtime
 
+BUCKET_MB = 150  # of gradients that travel together
+
 
 class DdpBackend(Accumulating):
     """DistributedDataParallel through accelerate; the bare module on one process."""
 
     def __init__(self, runtime: Runtime, module: nn.Module, optim: OptimConfig, accumulation: int) -> None:
-        super().__init__(optim, accumulation, runtime.precision)
+        super().__init__(optim, accumulation, runtime)
         self.accelerator = runtime.accelerator
+        norms = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+        # Large buckets, since all gradients of a compiled block appear at once; buffers are the same everywhere but for
+        # those that a norm follows its batches with.
+        self.accelerator.ddp_handler = DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB, broadcast_buffers=norms
+        )
+        warnings.filterwarnings("ignore", message=r"`broadcast_buffers` is deprecated")  # accelerate knows no other
         # Gradients of 1 x 1 kernels have strides of either layout of pixels, which differ in name only.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self.wrapped: nn.Module = self.accelerator.prepare_model(module)
@@ -39,7 +48,7 @@ class DdpBackend(Accumulating):
         ):
             return convert_to_fp32(self.wrapped(*args, **kwargs))
 
-    def step(self) -> float:
-        """Clip, update, clear; returns the norm before clipping. Not finite: the update was skipped."""
+    def step(self) -> Tensor:
+        """Clip, update, clear; returns the norm before clipping, []. Not finite: the update was skipped."""
         self.passes = 0
         return sound_step(self.optimizer, self.masters, self.grad_clip, self.scale)

@@ -4,7 +4,6 @@ Each parameter is cut along its first dimension into one run of rows per process
 those rows as flat tensors, so a step costs no exchange but that of the gradients' norm.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +27,7 @@ class FsdpBackend(Accumulating):
     def __init__(
         self, runtime: Runtime, module: nn.Module, optim: OptimConfig, accumulation: int, cfg: UNetRuntimeConfig
     ) -> None:
-        super().__init__(optim, accumulation, runtime.precision)
+        super().__init__(optim, accumulation, runtime)
         parameters = dict(module.named_parameters())
         require_cuttable(parameters)
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
@@ -51,16 +50,17 @@ class FsdpBackend(Accumulating):
         with autocast(self.runtime.device, self.runtime.precision):
             return convert_to_fp32(self.module(*args, **kwargs))
 
-    def step(self) -> float:
-        """Clip, update, clear; returns the norm before clipping. Not finite: the update was skipped."""
+    def step(self) -> Tensor:
+        """Clip, update, clear; returns the norm before clipping, []. Not finite: the update was skipped."""
         for parameter, master in zip(self.parameters.values(), self.masters, strict=True):
             master.grad = None if parameter.grad is None else _rows(parameter.grad)
             parameter.grad = None
         self.passes = 0
         return sound_step(self.optimizer, self.masters, self.grad_clip, self.scale, self._over_processes)
 
-    def _over_processes(self, norm: Tensor) -> float:
-        return math.sqrt(self.runtime.sum({"norm": norm.double().square()})["norm"])
+    def _over_processes(self, norm: Tensor) -> Tensor:
+        own = norm.to(self.runtime.device, torch.float64)  # with offload of the parameters it is on the CPU
+        return self.runtime.summed(own.square()).sqrt()
 
 
 def shard(module: nn.Module, runtime: Runtime, cfg: UNetRuntimeConfig) -> None:
@@ -77,7 +77,7 @@ def shard(module: nn.Module, runtime: Runtime, cfg: UNetRuntimeConfig) -> None:
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if cfg.offload is Offload.parameters else OffloadPolicy(),
     }
-    for part in _parts(module):
+    for part in parts_of(module):
         sharded = [isinstance(parameter, DTensor) for parameter in part.parameters()]
         if cfg.compile and not any(sharded):
             # Without isolation all blocks of a class would share one list of eight graphs.
@@ -86,7 +86,7 @@ def shard(module: nn.Module, runtime: Runtime, cfg: UNetRuntimeConfig) -> None:
             fully_shard(part, **options)
 
 
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
+def parts_of(module: nn.Module) -> Iterator[nn.Module]:
     """Members of module lists that are more than one layer, inner ones before those that hold them; then the whole."""
     lists = (part for part in module.modules() if isinstance(part, nn.ModuleList))
     members = {member for part in lists for member in part if any(member.children())}

@@ -7,7 +7,6 @@ among its arguments, so that what a module does to them is lost.
 """
 
 import logging
-import math
 import os
 import warnings
 from typing import Any
@@ -16,12 +15,13 @@ import deepspeed
 import deepspeed.ops
 import torch
 from accelerate.utils import convert_to_fp32
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
 from train.engine.backend.layout import BUCKET, Layout, Piece, require_cuttable, whole
-from train.engine.optim import make_optimizer, unscale_and_clip
+from train.engine.optim import judge_gradients, make_optimizer
 from train.engine.precision import AUTOCAST, LossScale
 from train.engine.runtime import Runtime
 
@@ -41,24 +41,31 @@ class ZeroBackend:
         cfg: UNetRuntimeConfig,
     ) -> None:
         stage = cfg.zero_stage
+        # Where DeepSpeed can be kept from it, nothing waits for the device: at stages 1 and 2 it takes the norm itself
+        # only with offload, and asks the host at each turn whether it is finite.
+        self.judged_here = stage < 3 and cfg.offload is Offload.none
         # Below stage 3 frozen parameters are whole on every process, and DeepSpeed hears of the others alone.
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad or stage == 3}
         require_cuttable(parameters)
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         elements = sum(shape.numel() for shape in shapes.values())
-        config = {
+        config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": optim.grad_clip if stage else 0.0,
+            "gradient_clipping": 0.0 if self.judged_here else optim.grad_clip,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # its own is compiled; torch's fused AdamW runs on a CPU, too
             "steps_per_print": None,
+            "timers": {"throughput": {"enabled": False}},  # it would wait for the device four times per step
             "zero_optimization": zero_options(stage, elements) | offload_options(cfg.offload, runtime),
         }
         dtype = AUTOCAST.get(runtime.precision)
         if dtype is not None:
-            config["torch_autocast"] = {"enabled": True, "dtype": str(dtype).removeprefix("torch.")}
-        self.stage, self.grad_clip, self.scale = stage, optim.grad_clip, LossScale(runtime.precision)
+            config["torch_autocast"] = autocast_options(stage, str(dtype).removeprefix("torch."), module)
+        if stage in (1, 2) and self.judged_here:
+            config["zero_optimization"]["compute_grad_norm"] = False
+        self.runtime, self.stage, self.grad_clip = runtime, stage, optim.grad_clip
+        self.scale = LossScale(runtime.precision, runtime.device)
         self.engine = start_engine(runtime, module, optim, config)
         zero = self.engine.optimizer
         if stage == 0:
@@ -68,6 +75,8 @@ class ZeroBackend:
             self.layout: Layout = whole(parameters, runtime.device)
             return
         zero.torch_autocast_gradscaler = None
+        if stage < 3 and zero.overlap_comm:
+            wait_on_the_device(zero)
         self.optimizer = zero.optimizer
         self.masters = list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
         if stage == 3:
@@ -84,26 +93,34 @@ class ZeroBackend:
         """Accumulate; the engine divides by the accumulation and reduces gradients in the last pass."""
         if self.engine.is_gradient_accumulation_boundary() != last:
             raise ValueError(f"last={last} at the wrong one of the micro-batches of a step")
-        if self.stage:
+        if self.judged_here:
+            self.engine.backward(self.scale.scaled(loss))
+        else:
             self.engine.optimizer.override_loss_scale(self.scale.value)
             self.engine.backward(loss)
-        else:
-            self.engine.backward(loss * self.scale.value)
         if not last:
             self.engine.step()  # only counts the pass
 
-    def step(self) -> float:
-        """Clip, update, clear; returns the norm before clipping. Not finite: the update was skipped."""
-        if self.stage:
+    def step(self) -> Tensor:
+        """Clip, update, clear; returns the norm before clipping, []. Not finite: the update was skipped."""
+        if self.judged_here:
+            norm = judge_gradients(self.optimizer, self._gradients(), self.grad_clip, self.scale, self._over_processes)
             self.engine.step()
-            norm = float(self.engine.get_global_grad_norm())
-        else:  # the engine would forget the norm, and take gradients that are not finite
-            norm = unscale_and_clip(self.masters, self.grad_clip, self.scale.value)
-            if not math.isfinite(norm):
-                self.optimizer.zero_grad(set_to_none=True)
-            self.engine.step()
-        self.scale.update(norm)
+            return norm
+        self.engine.step()
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.runtime.device)
+        self.scale.update(norm.isfinite())
         return norm
+
+    def _gradients(self) -> list[Tensor]:
+        """Those of this process's part of the weights; at stage 0 of all."""
+        if self.stage == 0:
+            return [master.grad for master in self.masters if master.grad is not None]
+        averaged = self.engine.optimizer.averaged_gradients
+        return [gradient for group in range(len(averaged)) for gradient in averaged[group]]
+
+    def _over_processes(self, norm: Tensor) -> Tensor:
+        return self.runtime.summed(norm.double().square()).sqrt() if self.stage else norm
 
     def publish(self) -> None:
         """Bring masters that were written from outside into the weights of the forward pass."""
@@ -124,10 +141,44 @@ def zero_options(stage: int, elements: int) -> dict[str, Any]:
         "reduce_bucket_size": min(BUCKET, elements),  # allocated in full
         "allgather_bucket_size": BUCKET,
         "round_robin_gradients": False,  # its shards are read back wrongly
+        "overlap_comm": stage > 0,  # gradients travel while others are computed
     }
     if stage == 3 and elements <= SMALL_NETWORK:
         options["stage3_param_persistence_threshold"] = 0
     return options
+
+
+def autocast_options(stage: int, dtype: str, module: nn.Module) -> dict[str, Any]:
+    """What is computed in `dtype`, and what travels in it.
+
+    Below stage 3 only gradients travel, and are summed in fp32 as DDP and FSDP sum them: a sum over hundreds of
+    processes in bf16 loses terms. Stage 3 gathers the weights of each layer twice per step, which costs half in
+    16 bits. DeepSpeed takes layers by their exact classes, so those derived of torch's are named, too.
+    """
+    layers = {type(part) for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d) and stage == 3}
+    named = sorted(f"{layer.__module__}.{layer.__qualname__}" for layer in layers)
+    return {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": named}
+
+
+def wait_on_the_device(zero: Any) -> None:
+    """At the end of a backward pass let the device wait for the gradients that travel, and not this process with it.
+
+    DeepSpeed's `overlap_comm` stops the process until all that it launched is done, so that the device has nothing to
+    do while the optimiser's step is launched.
+    """
+    accelerator, epilogue = get_accelerator(), zero.independent_gradient_partition_epilogue
+
+    def on_the_device() -> None:
+        accelerator.current_stream().wait_stream(zero.reduction_stream)
+
+    def without_stopping() -> None:
+        accelerator.synchronize = on_the_device
+        try:
+            epilogue()
+        finally:
+            del accelerator.synchronize  # the class has its own
+
+    zero.independent_gradient_partition_epilogue = without_stopping
 
 
 def offload_options(offload: Offload, runtime: Runtime) -> dict[str, Any]:
