@@ -28,6 +28,7 @@ class DemoEdit:
     edit: Edit
     attribute: str
     value: str
+    scenes: tuple[Attributes, Attributes]  # before and after
 
 
 def demo_edits(scenes: Sequence[Attributes], each: int, seed: int, **strength: Any) -> list[DemoEdit]:
@@ -44,7 +45,7 @@ def demo_edits(scenes: Sequence[Attributes], each: int, seed: int, **strength: A
         changes = _changes(sort, scenes, rng(seed, 0, f"edits: {sort}"))
         for (before, after, attribute), _ in zip(changes, range(each), strict=False):
             edit = Edit(prompt=describe(before), edit=describe(after), **(strength or suited))
-            found.append(DemoEdit(sort, edit, attribute, after[attribute]))
+            found.append(DemoEdit(sort, edit, attribute, after[attribute], (before, after)))
     return found
 
 

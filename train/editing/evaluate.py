@@ -16,8 +16,9 @@ from conf.errors import UserError
 from conf.files import atomic_path, atomic_write
 from conf.plain_json import dumps
 from conf.schema import EvaluateEditsRun, ImageConfig, Perceptual
-from data.building.sources.demo import attributes_of
+from data.building.sources.demo import LAYOUTS, attributes_of, render_scene, scene_of
 from data.image_dataset import ImageDataset
+from data.images import to_tensor
 from models.editing.editing import Edited, edit_images
 from models.losses import distance_inside, perceptual_distance
 from models.pipeline import DiffusionPipeline
@@ -39,11 +40,12 @@ from train.sampling.run import finite_images, require_finite
 SHOWN = 4  # edits of each sort in edits.png
 WORDS_SHOWN = 2  # words of each sort in words.png
 REPORTED_OF_WORDS = ("rising", "moving", "can_move", "obeying", "kept", "at_0", "at_1", "at_2")
-REPORTED = ("right", "right_fresh", "lacking/right", "lacking/right_fresh", "distance_ratio", "outside_ratio")
+REPORTED = ("right", "right_fresh", "lacking/right", "lacking/right_fresh", "distance_ratio", "perfect_ratio")
 RIGHT = {"right": "edit", "right_fresh": "own", "right_before": "source"}
 RATIOS = {
     "distance_ratio": ("distance/edit", "distance/same"),
     "distance_ratio_own_noise": ("distance/edit", "distance/own"),
+    "perfect_ratio": ("distance/perfect", "distance/same"),
     "outside_ratio": ("outside/edit", "outside/same"),
 }
 
@@ -111,10 +113,24 @@ def measured(
     after = [edit.edit.edited for edit in edits]
     same = model(after, seeds, cfg, indices=numbers, noise_of=before)
     own = model(after, seeds, cfg, indices=numbers)
-    for edit, one, alike, other in zip(edits, made, same, own, strict=True):
+    perfect = perfect_distances(measures, numbers, edits, same.shape[2]).tolist()
+    for edit, one, alike, other, least in zip(edits, made, same, own, perfect, strict=True):
         sound = finite_images(torch.stack([one.source.image, one.result.image, alike, other]))
         require_finite(cfg, [] if all(sound) else [edit.edit.edited])
-        yield measure_edit(measures, edit, one, alike, other)
+        yield measure_edit(measures, edit, one, alike, other) | {"distance/perfect": least}
+
+
+@torch.no_grad()
+def perfect_distances(measures: Measures, numbers: Sequence[int], edits: Sequence[DemoEdit], side: int) -> Tensor:
+    """How far edits [B] would move images if they changed what they say and nothing else: of the scenes themselves."""
+    drawn = [
+        [scene_of(words, number % LAYOUTS) for words in edit.scenes]
+        for number, edit in zip(numbers, edits, strict=True)
+    ]
+    tensors = [[to_tensor(np.asarray(render_scene(scene, side))) for scene in pair] for pair in drawn]
+    before, after = map(torch.stack, zip(*tensors, strict=True))
+    device = next(measures.distance.parameters()).device
+    return measures.distance(after.to(device), before.to(device))
 
 
 @torch.no_grad()

@@ -56,6 +56,13 @@ HILLS = {"plains": "gentle", "mountains": "ridge"}
 SUNS = {"": None, "with a sun": "sun"}
 PARTS = {"top": TOPS, "ring": RINGS, "moon": MOONS, "sun": SUNS}  # which a scene may lack
 
+CHOICES: dict[str, dict[str, dict[str, Any]]] = {  # what else the scenes of a kind have, and what it may be
+    "monster": {"body": BODIES, "top": TOPS, "eyes": MONSTER_EYES, "mood": MOODS},
+    "plant": {"plant": PLANTS, "pot": POTS, "mood": MOODS},
+    "planet": {"surface": SURFACES, "ring": RINGS, "moon": MOONS},
+    "landscape": {"hills": HILLS, "sun": SUNS},
+}
+
 Attributes = dict[str, str]  # of a scene
 ATTRIBUTES = ("kind", "color", "background", "body", "eyes", "mood", "plant", "pot", "surface", "hills", *PARTS)
 
@@ -113,11 +120,17 @@ def scene(seed: int, index: int) -> Scene:
 def draw_scene(random: np.random.Generator, kind: str) -> Scene:
     """A scene of this kind: everything else about it by chance."""
     color, background = _pick(random, COLORS), _pick(random, BACKGROUNDS)
-    rest, options = _DRAW[kind](random, color)
+    rest = {name: _pick(random, table) for name, table in CHOICES[kind].items()}
     attributes = {"kind": kind, "color": color, "background": background, **rest}
-    layout = f"layout {random.integers(LAYOUTS)}"  # the rest of chance: stars, tilt of a ring, course of hills
-    fixed = {"seed": layout, "animationVariant": ["none"], "backgroundColor": [BACKGROUNDS[background]]}
-    return Scene(attributes, describe(attributes), {**fixed, **options})
+    return scene_of(attributes, int(random.integers(LAYOUTS)))
+
+
+def scene_of(attributes: Attributes, layout: int) -> Scene:
+    """The scene with these attributes, all that its kind has; `layout` is the rest of chance, below LAYOUTS."""
+    chance = f"layout {layout}"  # stars, tilt of a ring, course of hills
+    background = BACKGROUNDS[attributes["background"]]
+    fixed = {"seed": chance, "animationVariant": ["none"], "backgroundColor": [background]}
+    return Scene(attributes, describe(attributes), {**fixed, **_OPTIONS[attributes["kind"]](attributes)})
 
 
 def attributes_of(meta: Mapping[str, Any]) -> Attributes:
@@ -137,61 +150,54 @@ def render_scene(drawn: Scene, resolution: int) -> Image.Image:
     return image(drawn.svg(), resolution)
 
 
-def _monster(random: np.random.Generator, color: str) -> tuple[dict[str, str], dict[str, Any]]:
-    body, top = _pick(random, BODIES), _pick(random, TOPS)
-    eyes, mood = _pick(random, MONSTER_EYES), _pick(random, MOODS)
-    options = {
-        "bodyColor": [COLORS[color]],
-        "accentColor": [_mix(COLORS[color], "#ffffff", 0.45)],
-        **part("body", BODIES[body]),
-        **part("top", TOPS[top]),
-        **part("eyes", MONSTER_EYES[eyes]),
-        **part("mouth", MOODS[mood]),
+def _monster(words: Attributes) -> dict[str, Any]:
+    color = COLORS[words["color"]]
+    return {
+        "bodyColor": [color],
+        "accentColor": [_mix(color, "#ffffff", 0.45)],
+        **part("body", BODIES[words["body"]]),
+        **part("top", TOPS[words["top"]]),
+        **part("eyes", MONSTER_EYES[words["eyes"]]),
+        **part("mouth", MOODS[words["mood"]]),
         **part("pattern", None),
         **part("cheeks", None),
     }
-    return {"body": body, "top": top, "eyes": eyes, "mood": mood}, options
 
 
-def _plant(random: np.random.Generator, color: str) -> tuple[dict[str, str], dict[str, Any]]:
-    plant, pot, mood = _pick(random, PLANTS), _pick(random, POTS), _pick(random, MOODS)
-    options = {
-        "potColor": [COLORS[color]],
+def _plant(words: Attributes) -> dict[str, Any]:
+    return {
+        "potColor": [COLORS[words["color"]]],
         "plantColor": ["#22c55e"],
         "bloomColor": ["#fb7185"],
-        **part("plant", PLANTS[plant]),
-        **part("pot", POTS[pot]),
+        **part("plant", PLANTS[words["plant"]]),
+        **part("pot", POTS[words["pot"]]),
         **part("eyes", "round"),
-        **part("mouth", MOODS[mood]),
+        **part("mouth", MOODS[words["mood"]]),
         **part("pattern", None),
         **part("cheeks", None),
     }
-    return {"plant": plant, "pot": pot, "mood": mood}, options
 
 
-def _planet(random: np.random.Generator, color: str) -> tuple[dict[str, str], dict[str, Any]]:
-    surface, ring, moon = _pick(random, SURFACES), _pick(random, RINGS), _pick(random, MOONS)
-    options = {
-        "planetColor": [COLORS[color]],
+def _planet(words: Attributes) -> dict[str, Any]:
+    return {
+        "planetColor": [COLORS[words["color"]]],
         "moonColor": ["#d3d7e2"],
         **part("shade", "soft"),
-        **part("surface", SURFACES[surface]),
-        **part("ring", RINGS[ring]),
-        **part("moons", MOONS[moon]),
+        **part("surface", SURFACES[words["surface"]]),
+        **part("ring", RINGS[words["ring"]]),
+        **part("moons", MOONS[words["moon"]]),
     }
-    return {"surface": surface, "ring": ring, "moon": moon}, options
 
 
-def _landscape(random: np.random.Generator, color: str) -> tuple[dict[str, str], dict[str, Any]]:
-    hills, sun = _pick(random, HILLS), _pick(random, SUNS)
-    options: dict[str, Any] = {"orbColor": ["#ffb020"], **part("orb", SUNS[sun])}
+def _landscape(words: Attributes) -> dict[str, Any]:
+    options: dict[str, Any] = {"orbColor": ["#ffb020"], **part("orb", SUNS[words["sun"]])}
     for layer, shade in enumerate((0.0, 0.14, 0.28, 0.42), start=1):  # far to near
-        options[f"hill{layer}Color"] = [_mix(COLORS[color], "#000000", shade)]
-        options |= part(f"hill{layer}", HILLS[hills])
-    return {"hills": hills, "sun": sun}, options
+        options[f"hill{layer}Color"] = [_mix(COLORS[words["color"]], "#000000", shade)]
+        options |= part(f"hill{layer}", HILLS[words["hills"]])
+    return options
 
 
-_DRAW = {"monster": _monster, "plant": _plant, "planet": _planet, "landscape": _landscape}
+_OPTIONS = {"monster": _monster, "plant": _plant, "planet": _planet, "landscape": _landscape}  # of DiceBear
 
 
 def _pick(random: np.random.Generator, table: dict[str, Any]) -> str:

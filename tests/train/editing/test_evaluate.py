@@ -1,6 +1,7 @@
 """`train/evaluate_edits.py`: what edits say they change, what is measured of them, and the files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from data.building.sources.demo import PARTS, attributes_of, scene
 from models.editing.editing import DrawnImage, Edited
 from models.losses import perceptual_distance
 from train.editing.demo_edits import SORTS, demo_edits
-from train.editing.evaluate import Measures, edits_metrics, evaluate_edits, measure_edit
+from train.editing.evaluate import Measures, edits_metrics, evaluate_edits, measure_edit, perfect_distances
 from train.engine.runtime import Runtime
 from train.sampling.sample_folder import read_png
 
@@ -67,7 +68,7 @@ def test_row_tells_right_from_wrong_and_the_outside_from_the_inside() -> None:
     result = torch.where(region, torch.rand(3, 64, 64, generator=noise), source)
     fresh = torch.rand(3, 64, 64, generator=noise) * 2 - 1
     (edit, *_) = demo_edits(SCENES, 1, 0)
-    edit = type(edit)(edit.sort, edit.edit, "color", "pink")
+    edit = replace(edit, attribute="color", value="pink")
     made = Edited(DrawnImage(source, {}), DrawnImage(result, {}), region)
     row = measure_edit(Measures(probe, distance), edit, made, fresh, source)
     assert (row["right/source"], row["right/edit"], row["right/own"]) == (False, bool(result.mean() > 0), False)
@@ -77,6 +78,18 @@ def test_row_tells_right_from_wrong_and_the_outside_from_the_inside() -> None:
     metrics = edits_metrics([row])
     assert metrics["eval/edits/color/distance_ratio"] == pytest.approx(row["distance/edit"] / row["distance/same"])
     assert not any("/kind/" in name for name in metrics)  # nothing of what was not there
+
+
+def test_a_perfect_edit_changes_what_it_says_and_nothing_else() -> None:
+    distance = perceptual_distance(Perceptual.efficientnet)
+    assert distance is not None
+    measures = Measures(FakeProbe(), distance)  # type: ignore[arg-type]
+    edits = demo_edits(SCENES, 4, 0)
+    found = perfect_distances(measures, range(len(edits)), edits, 64)
+    means = {sort: float(found[[edit.sort == sort for edit in edits]].mean()) for sort in SORTS}
+    assert 0 < means["added"] < means["color"] < means["background"]
+    same = [replace(edit, scenes=(edit.scenes[0],) * 2) for edit in edits]
+    assert perfect_distances(measures, range(len(edits)), same, 64).abs().max() < 1e-5
 
 
 def test_edits_that_had_nothing_to_change_do_not_make_the_others_right() -> None:
