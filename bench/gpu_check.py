@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +151,23 @@ def attention(on: Machine) -> Iterator[Line]:
         yield line
 
 
+def drawn(shape: tuple[int, ...]) -> None:
+    """What a training draws for some samples."""
+    for purpose in ("noise", "posterior"):
+        normal(0, SAMPLES, shape, purpose)
+    uniform(0, SAMPLES, "timestep")
+
+
 def draws(on: Machine) -> Iterator[Line]:
     """What noise costs the processes that load, and what the device would take for as much."""
     for side in (32, 64, 128):
-        shape = (4, side, side)
-        own = on.seconds(lambda s=shape: (normal(0, SAMPLES, s, "noise"), normal(0, SAMPLES, s, "posterior")), 3)
-        rest = on.seconds(lambda: uniform(0, SAMPLES, "timestep"), 3)
-        there = on.seconds(lambda s=shape: torch.randn(64, *s, device=on.device), 3)
-        yield {"side": side, "us_per_sample": 1e6 * (own + rest) / 32, "device_us_per_sample": 1e6 * there / 32}
+        own = on.seconds(partial(drawn, (4, side, side)), 3)
+        there = on.seconds(partial(torch.randn, 2 * len(SAMPLES), 4, side, side, device=on.device), 3)
+        yield {
+            "side": side,
+            "us_per_sample": 1e6 * own / len(SAMPLES),
+            "device_us_per_sample": 1e6 * there / len(SAMPLES),
+        }
 
 
 def speed(on: Machine) -> Iterator[Line]:
@@ -186,7 +196,7 @@ def speed(on: Machine) -> Iterator[Line]:
         return line | ({"mfu": flops / taken / peak} if peak else {}) | ({"peak_gib": memory} if on.cuda else {})
 
     yield measured("eager", network)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)
     yield measured("eager, weights channels last", network)
     if on.tiny and not on.cuda:  # a compiler takes minutes, and finds nothing that a test does not
         return

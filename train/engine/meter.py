@@ -145,7 +145,7 @@ class StepProfile:
 
 def of_device(event: Any) -> bool:
     """Whether an event of a profile is work of the device."""
-    return event.device_type is not torch.autograd.DeviceType.CPU
+    return bool(event.device_type.name != "CPU")
 
 
 def busy_seconds(spans: Sequence[tuple[float, float]]) -> float:

@@ -161,9 +161,8 @@ def train(
     loop, batch_size = cfg.loop, cfg.batch.global_batch_size
     micro_batch_size, accumulation = cfg.batch.split(runtime.world)
     place = (runtime.rank, runtime.world, state.samples_seen, runtime.loaders(cfg.batch.workers))
-    source = batches(
-        stage.dataset, batch_size, micro_batch_size, *place, extend=stage.extend
-    )  # refuses too few samples
+    # Refuses too few samples.
+    source = batches(stage.dataset, batch_size, micro_batch_size, *place, extend=stage.extend)
     profile = StepProfile(runtime, Path(cfg.output_dir) / "profile" if cfg.runtime.profile else None)
     meter = Meter(state.interval)  # the log line that the last checkpoint fell into goes on
     begun: Begun | None = None  # the step before, until it is known how that went
