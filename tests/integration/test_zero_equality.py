@@ -157,7 +157,7 @@ def test_resume_in_the_same_layout_is_bit_exact(runs: dict[int, Run], processes:
 def test_compiled_network_equals_plain_torch(runs: dict[int, Run], plain: Any, processes: int, layout: str) -> None:
     numbers = runs[processes].numbers
     assert relative(numbers[f"{layout}/compiled"], plain[0][: worker.SHORT]) < 1e-5
-    assert numbers[f"{layout}/graphs"] == (2 if layout.startswith("fsdp") else 1), "FSDP2: one for each of the blocks"
+    assert numbers[f"{layout}/graphs"] == 2, "one for each of the blocks"
 
 
 @pytest.mark.parametrize("change", [f"{old}-to-{new}" for old, new in worker.CHANGES])

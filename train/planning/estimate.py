@@ -13,7 +13,7 @@ from data.latent_record import LatentWriter
 from models.flops import unet_flops
 from models.unet import UNet
 from train.engine.accelerators import SPECIFICATIONS
-from train.engine.backend.fsdp import parts_of
+from train.engine.backend.distribute import parts_of
 from train.engine.backend.layout import BUCKET
 from train.engine.precision import AUTOCAST
 from train.planning.activations import Activations, unet_activations

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,8 @@ from train.engine.backend.ddp import DdpBackend
 from train.engine.backend.layout import Layout
 from train.engine.precision import LossScale
 from train.engine.runtime import Runtime
+
+MOST_SHAPES = 64  # of images that one training compiles for: buckets of several aspects
 
 
 class Backend(Protocol):
@@ -41,12 +44,11 @@ def distribute(
     micro, accumulation = batch.split(runtime.world)
     if cfg.compile:
         require_compiler()
+        compile_blocks(module)
     if cfg.backend is BackendName.fsdp:
         from train.engine.backend.fsdp import FsdpBackend
 
         return FsdpBackend(runtime, module, optim, accumulation, cfg)
-    if cfg.compile:
-        module.compile()  # in place: the parameters keep their names
     if cfg.backend is BackendName.ddp:
         return DdpBackend(runtime, module, optim, accumulation)
     try:
@@ -56,6 +58,29 @@ def distribute(
             f"runtime.backend=deepspeed: no module '{error.name}'; pip install deepspeed, or set runtime.backend=fsdp"
         ) from error
     return ZeroBackend(runtime, module, optim, micro, accumulation, cfg)
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compile the innermost parts of a network one at a time, in place: the parameters keep their names.
+
+    A graph of the whole network would have all gradients ready at its end, so that none could travel before, and
+    gathering between two parts would break it. Each part has a graph for each shape that it meets, and no other part's
+    count against the most that it may have.
+    """
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
+    compiled = set[nn.Module]()
+    for part in parts_of(module):
+        if compiled.isdisjoint(part.modules()):
+            part.forward = torch.compile(part.forward, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
+            compiled.add(part)
+
+
+def parts_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Members of module lists that are more than one layer, inner ones before those that hold them; then the whole."""
+    lists = (part for part in module.modules() if isinstance(part, nn.ModuleList))
+    members = {member for part in lists for member in part if any(member.children())}
+    yield from (part for part in reversed(list(module.modules())) if part in members)
+    yield module
 
 
 def require_compiler() -> None:

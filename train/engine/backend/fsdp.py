@@ -4,7 +4,6 @@ Each parameter is cut along its first dimension into one run of rows per process
 those rows as flat tensors, so a step costs no exchange but that of the gradients' norm.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
+from train.engine.backend.distribute import parts_of
 from train.engine.backend.layout import Layout, Piece, require_cuttable
 from train.engine.optim import Accumulating, make_optimizer, sound_step
 from train.engine.precision import AUTOCAST, autocast
@@ -64,10 +64,7 @@ class FsdpBackend(Accumulating):
 
 
 def shard(module: nn.Module, runtime: Runtime, cfg: UNetRuntimeConfig) -> None:
-    """Cut the network in place; parts that it holds in lists (blocks, layers) are gathered one at a time.
-
-    They are compiled one at a time, too, since gathering between two of them would break a graph of both.
-    """
+    """Cut the network in place; parts that it holds in lists (blocks, layers) are gathered one at a time."""
     dtype = AUTOCAST.get(runtime.precision)
     on_gpu = runtime.device.type == "cuda"
     options: dict[str, Any] = {
@@ -79,19 +76,8 @@ def shard(module: nn.Module, runtime: Runtime, cfg: UNetRuntimeConfig) -> None:
     }
     for part in parts_of(module):
         sharded = [isinstance(parameter, DTensor) for parameter in part.parameters()]
-        if cfg.compile and not any(sharded):
-            # Without isolation all blocks of a class would share one list of eight graphs.
-            part.forward = torch.compile(part.forward, isolate_recompiles=True)  # type: ignore[call-overload]
         if not all(sharded):
             fully_shard(part, **options)
-
-
-def parts_of(module: nn.Module) -> Iterator[nn.Module]:
-    """Members of module lists that are more than one layer, inner ones before those that hold them; then the whole."""
-    lists = (part for part in module.modules() if isinstance(part, nn.ModuleList))
-    members = {member for part in lists for member in part if any(member.children())}
-    yield from (part for part in reversed(list(module.modules())) if part in members)
-    yield module
 
 
 def _rows(tensor: Any) -> Tensor:
