@@ -113,6 +113,7 @@ class EvaluateEditsRun(ModelRun):
     python train/evaluate_edits.py run=runs/demo
     python train/evaluate_edits.py run=runs/demo steps=20 edits_per_sort=4
     python train/evaluate_edits.py run=runs/demo strength={replace_until:0.8}
+    python train/evaluate_edits.py run=runs/demo given=true words_per_sort=0
     """
 
     run: str = a_path()  # the run folder, in short; run_dir=FOLDER says the same
@@ -120,6 +121,7 @@ class EvaluateEditsRun(ModelRun):
     statistics_dir: str = a_path()  # where the probe is kept
     output_dir: str = a_path()
     strength: dict[str, Any] = field(default_factory=dict)  # options of all edits; {}: those that suit each sort
+    given: bool = False  # edit the held-out images themselves, not what is drawn of their captions
     edits_per_sort: int = 20  # colors, backgrounds, kinds, added and removed parts
     words_per_sort: int = 40  # kinds, colors, backgrounds, moods and parts, whose weight is changed; 0: none
     batch_size: int = 10  # edits made together, and words weighted; changes no image

@@ -29,6 +29,7 @@ class DemoEdit:
     attribute: str
     value: str
     scenes: tuple[Attributes, Attributes]  # before and after
+    number: int  # of the scene before
 
 
 def demo_edits(scenes: Sequence[Attributes], each: int, seed: int, **strength: Any) -> list[DemoEdit]:
@@ -43,32 +44,32 @@ def demo_edits(scenes: Sequence[Attributes], each: int, seed: int, **strength: A
     found: list[DemoEdit] = []
     for sort, suited in SORTS.items():
         changes = _changes(sort, scenes, rng(seed, 0, f"edits: {sort}"))
-        for (before, after, attribute), _ in zip(changes, range(each), strict=False):
+        for (number, before, after, attribute), _ in zip(changes, range(each), strict=False):
             edit = Edit(prompt=describe(before), edit=describe(after), **(strength or suited))
-            found.append(DemoEdit(sort, edit, attribute, after[attribute], (before, after)))
+            found.append(DemoEdit(sort, edit, attribute, after[attribute], (before, after), number))
     return found
 
 
 def _changes(
     sort: str, scenes: Sequence[Attributes], random: np.random.Generator
-) -> Iterator[tuple[Attributes, Attributes, str]]:
-    """Scenes before and after, and the attribute that differs."""
-    for scene in scenes:
+) -> Iterator[tuple[int, Attributes, Attributes, str]]:
+    """Number of a scene, the scene before and after, and the attribute that differs."""
+    for number, scene in enumerate(scenes):
         if sort == "color":
-            yield scene, scene | {"color": _other(random, COLORS, scene["color"])}, "color"
+            yield number, scene, scene | {"color": _other(random, COLORS, scene["color"])}, "color"
         elif sort == "background":
-            yield scene, scene | {"background": _other(random, BACKGROUNDS, scene["background"])}, "background"
+            yield number, scene, scene | {"background": _other(random, BACKGROUNDS, scene["background"])}, "background"
         elif sort == "kind" and scene["kind"] in OBJECTS:
             kind = _other(random, OBJECTS, scene["kind"])
             others = [other for other in scenes if other["kind"] == kind]
             if not others:
                 continue
             like = others[int(random.integers(len(others)))]
-            yield scene, like | {name: scene[name] for name in ("color", "background")}, "kind"
+            yield number, scene, like | {name: scene[name] for name in ("color", "background")}, "kind"
         elif sort in ("added", "removed"):
             there = [part for part in PARTS if part in scene and bool(scene[part]) == (sort == "removed")]
             for part in there[:1]:
-                yield scene, scene | {part: "" if scene[part] else _other(random, PARTS[part], "")}, part
+                yield number, scene, scene | {part: "" if scene[part] else _other(random, PARTS[part], "")}, part
 
 
 def _other(random: np.random.Generator, values: Any, known: str) -> str:

@@ -45,7 +45,6 @@ RIGHT = {"right": "edit", "right_fresh": "own", "right_before": "source"}
 RATIOS = {
     "distance_ratio": ("distance/edit", "distance/same"),
     "distance_ratio_own_noise": ("distance/edit", "distance/own"),
-    "perfect_ratio": ("distance/perfect", "distance/same"),
     "outside_ratio": ("outside/edit", "outside/same"),
 }
 
@@ -81,7 +80,8 @@ def evaluate_edits(cfg: EvaluateEditsRun, runtime: Runtime) -> dict[str, float]:
     edits = demo_edits(scenes, cfg.edits_per_sort, cfg.seed, **cfg.strength)
     if not edits:
         raise UserError(f"shards={cfg.shards}: no held-out scene can be edited; build more of them")
-    rows = shared(cfg, runtime, "edits", edits, partial(measured, model, cfg, measures))
+    given = torch.stack([item["image"] for item in items]) if cfg.given else None
+    rows = shared(cfg, runtime, "edits", edits, partial(measured, model, cfg, measures, given))
     weighed = weighable(scenes, cfg.words_per_sort)
     curves = shared(cfg, runtime, "weights", weighed, partial(reweighted, model, cfg, probe))
     if not runtime.is_main:
@@ -105,11 +105,17 @@ def shared(cfg: EvaluateEditsRun, runtime: Runtime, what: str, jobs: Sequence[An
 
 
 def measured(
-    model: DiffusionPipeline, cfg: EvaluateEditsRun, measures: Measures, numbers: Sequence[int], edits: list[DemoEdit]
+    model: DiffusionPipeline,
+    cfg: EvaluateEditsRun,
+    measures: Measures,
+    given: Tensor | None,  # images [N, 3, H, W] of all scenes, which are edited in place of drawn ones
+    numbers: Sequence[int],
+    edits: list[DemoEdit],
 ) -> Iterator[Row]:
     """Rows of edits and of fresh samples of the edited prompts, with the source's noise and with another."""
     seeds, before = [cfg.seed] * len(edits), [edit.edit.prompt for edit in edits]
-    made = edit_images(model, [edit.edit for edit in edits], seeds, cfg, indices=numbers)
+    sources = None if given is None else given[[edit.number for edit in edits]]
+    made = edit_images(model, [edit.edit for edit in edits], seeds, cfg, indices=numbers, source_images=sources)
     after = [edit.edit.edited for edit in edits]
     same = model(after, seeds, cfg, indices=numbers, noise_of=before)
     own = model(after, seeds, cfg, indices=numbers)
@@ -174,7 +180,10 @@ def means(group: str, rows: Sequence[Row]) -> dict[str, float]:
     values = {name: [row[f"right/{which}"] for row in rows] for name, which in RIGHT.items()}
     for name, (mine, theirs) in RATIOS.items():
         values[name] = [row[mine] / row[theirs] for row in rows if mine in row and row[theirs] > 0]
-    return {f"{group}/{name}": float(np.mean(value)) for name, value in values.items() if value}
+    found = {f"{group}/{name}": float(np.mean(value)) for name, value in values.items() if value}
+    # Of the means: to a part that the network does not draw, there is no distance to divide by.
+    perfect, same = (sum(row.get(f"distance/{which}", 0.0) for row in rows) for which in ("perfect", "same"))
+    return found | ({f"{group}/perfect_ratio": perfect / same} if perfect and same else {})
 
 
 def write_evaluation(cfg: EvaluateEditsRun, metrics: dict[str, float], rows: list[Row], words: list[Row]) -> None:
