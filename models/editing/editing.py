@@ -146,10 +146,16 @@ class Rows:
 
 
 def token_control(edit: Edit, source: int, before: Words, after: Words, weighting: Weighting) -> TokenControl:
-    """The control of an edit over the tokens of its prompts."""
-    replace = edit.mode is EditMode.replace or (edit.mode is EditMode.auto and len(before.words) == len(after.words))
-    alignment = (replacement if replace else refinement)(before, after)  # [L, L]
-    known = torch.ones(len(alignment)) if replace else (alignment.sum(0) > 0).float()  # [L]
+    """The control of an edit over the tokens of its prompts.
+
+    One that changes weights alone takes no attention from its source, with `weighting=difference`: from the same noise
+    the rest stays as it is, and what the source attends to would hold back what the weight leads away from.
+    """
+    if weighting is Weighting.difference and edit.weights and edit.edited == edit.prompt:
+        edit = replace(edit, replace_until=0.0, self_until=0.0)
+    swapped = edit.mode is EditMode.replace or (edit.mode is EditMode.auto and len(before.words) == len(after.words))
+    alignment = (replacement if swapped else refinement)(before, after)  # [L, L]
+    known = torch.ones(len(alignment)) if swapped else (alignment.sum(0) > 0).float()  # [L]
     until = edit.replace_until * known
     for word, share in edit.until.items():
         tokens = after.find(word)

@@ -110,14 +110,14 @@ def test_masked_word_has_no_say_and_masked_padding_changes_nothing() -> None:
 
 
 def test_a_word_of_weight_zero_is_the_edit_that_leaves_it_out() -> None:
-    masked, edited = made(Edit(prompt=LONG, weights={"sad": 0}), Edit(prompt=LONG, edit=RED), watch=True)
+    left_out = Edit(prompt=LONG, edit=RED, replace_until=0, self_until=0)
+    masked, edited = made(Edit(prompt=LONG, weights={"sad": 0}), left_out, watch=True)
     assert torch.equal(masked.result.image, edited.result.image)
     assert masked.result.maps.keys() == edited.result.maps.keys()
 
 
-def test_weights_that_take_nothing_are_those_of_a_prompt() -> None:
-    """Beside attention of the source that is taken, a weight of a word acts as it does in a prompt."""
-    weighted = {"weights": {"red": 2.0}, "replace_until": 0, "self_until": 0}
+def test_weights_alone_take_no_attention_and_act_as_in_a_prompt() -> None:
+    weighted = {"weights": {"red": 2.0}}
     windows = ({}, {"red": (0.0, 1.0)})
     during, always = made(*(Edit(prompt=RED, **weighted, during=window) for window in windows))  # type: ignore[arg-type]
     for edited, text in ((during, "a (red:2@0.5) monster on a hill"), (always, "a (red:2@1) monster on a hill")):
@@ -130,9 +130,8 @@ def test_a_word_that_is_masked_in_some_steps_keeps_the_rows_in_their_places() ->
     edits = [Edit(prompt=RED, **window), Edit(prompt=LONG, edit=BLUE, mode=EditMode.refine)]  # type: ignore[arg-type]
     for edit, one in zip(edits, made(*edits, watch=True), strict=True):
         torch.testing.assert_close(made(edit)[0].result.image, one.result.image, rtol=0, atol=1e-4)
-    taking_nothing = Edit(prompt=RED, **window, replace_until=0, self_until=0)  # type: ignore[arg-type]
     expected = plain(["a (red:0@0.5) monster on a hill"], prompt_syntax=True)[0]
-    torch.testing.assert_close(made(taking_nothing)[0].result.image, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(made(edits[0])[0].result.image, expected, rtol=0, atol=1e-4)
 
 
 def test_new_noise_is_of_the_edit_alone_and_has_the_variance_of_noise() -> None:
