@@ -111,7 +111,6 @@ class EvaluateEditsRun(ModelRun):
     """`train/evaluate_edits.py`: do edits change what they say, and nothing else? On the demo set's captions.
 
     python train/evaluate_edits.py run=runs/demo
-    python train/evaluate_edits.py run=runs/demo steps=20 edits_per_sort=4
     python train/evaluate_edits.py run=runs/demo strength={replace_until:0.8}
     python train/evaluate_edits.py run=runs/demo given=true words_per_sort=0
     """

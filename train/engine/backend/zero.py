@@ -41,8 +41,7 @@ class ZeroBackend:
         cfg: UNetRuntimeConfig,
     ) -> None:
         stage = cfg.zero_stage
-        # Where DeepSpeed can be kept from it, nothing waits for the device: at stages 1 and 2 it takes the norm itself
-        # only with offload, and asks the host at each turn whether it is finite.
+        # DeepSpeed's own norm is read by the host, which waits for it; stages 0 to 2 without offload can do without it.
         self.judged_here = stage < 3 and cfg.offload is Offload.none
         # Below stage 3 frozen parameters are whole on every process, and DeepSpeed hears of the others alone.
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad or stage == 3}
@@ -120,7 +119,8 @@ class ZeroBackend:
         return [gradient for group in range(len(averaged)) for gradient in averaged[group]]
 
     def _over_processes(self, norm: Tensor) -> Tensor:
-        return self.runtime.summed(norm.double().square()).sqrt() if self.stage else norm
+        own = norm.to(self.runtime.device, torch.float64)  # of no gradients at all it is on the CPU
+        return self.runtime.summed(own.square()).sqrt() if self.stage else norm
 
     def publish(self) -> None:
         """Bring masters that were written from outside into the weights of the forward pass."""
