@@ -38,7 +38,7 @@ class RuntimeConfig:
 
     device: Device = Device.auto  # auto: cuda when there is one
     precision: Precision = Precision.fp32  # of forward and backward pass; auto: bf16 where it is fast, else fp32
-    tf32: bool = True  # a GPU multiplies numbers of fp32 with 10 bits of their mantissa, ten times as fast
+    tf32: bool = True  # a GPU multiplies numbers of fp32 with 10 bits of their mantissa, which is faster
     deterministic: bool = False  # a GPU makes the same bits each time, more slowly, and fp32 without TF32
     threads: int = 0  # CPU threads per process; 0: one per core, fewer while other processes compute
     timeout_s: float = 1800.0  # seconds after which a collective operation that does not return is an error

@@ -1,7 +1,7 @@
 """A GPU that only keeps count: tensors on it have shapes and no values, and copies to it are noted.
 
 Whatever asks for a value of such a tensor, or puts one together with a tensor that was left on the CPU, ends with
-torch's own error. It takes a process to itself, which torch knows the device in ever after.
+torch's own error. Torch knows the device for the rest of the process.
 """
 
 import traceback
@@ -46,7 +46,7 @@ class Copies(TorchDispatchMode):
 
 
 class Event:
-    """Of the fake GPU, which has always done everything."""
+    """An event of the fake GPU, which has always done everything."""
 
     def __init__(self, *of: Any, **named: Any) -> None: ...
     def record(self) -> None: ...

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def demo_edits(scenes: Sequence[Attributes], each: int, seed: int, **strength: A
     found: list[DemoEdit] = []
     for sort, suited in SORTS.items():
         changes = _changes(sort, scenes, rng(seed, 0, f"edits: {sort}"))
-        for (number, before, after, attribute), _ in zip(changes, range(each), strict=False):
+        for number, before, after, attribute in islice(changes, each):
             edit = Edit(prompt=describe(before), edit=describe(after), **(strength or suited))
             found.append(DemoEdit(sort, edit, attribute, after[attribute], (before, after), number))
     return found

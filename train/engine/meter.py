@@ -118,7 +118,10 @@ class StepProfile:
         elif self.profiler is not None and self.steps == self.FIRST + self.STEPS:
             seconds = self._now() - self.began
             self.profiler.stop()
-            self._write(self.profiler, self.folder, seconds)
+            try:
+                self._write(self.profiler, self.folder, seconds)
+            except OSError as error:  # no reason to end a training
+                say("profile", f"not written: {error}")
             self.profiler = None
 
     def _now(self) -> float:

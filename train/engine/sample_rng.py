@@ -58,7 +58,7 @@ class SampleRng:
 
     @classmethod
     def of(cls, batch: Batch, seed: int, device: torch.device) -> Self:
-        """Those of a batch, which may have been loaded with `Draws` of this seed."""
+        """The random tensors of a batch, which may have been loaded with `Draws` of this seed."""
         return cls(seed, batch["position"].tolist(), device, batch.get("draws", {}))
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:

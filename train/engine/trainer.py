@@ -315,6 +315,8 @@ def out_of_memory(stage: Stage, cfg: Cfg, runtime: Runtime, error: torch.OutOfMe
     asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
     most, micro = peak_memory_gib(runtime.device), cfg.batch.split(runtime.world)[0]
     less = [f"batch.micro_batch_size={micro // 2}, which changes no step"] if micro > 1 else []
+    if stage.name == "clip":  # whose negatives are those of one pass
+        less = ["a lower batch.global_batch_size"]
     less += [] if cfg.runtime.gradient_checkpointing else ["runtime.gradient_checkpointing=true"]
     less += ["on several GPUs runtime.backend=fsdp"] if stage.name == "unet" else []
     return (

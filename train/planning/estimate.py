@@ -13,6 +13,7 @@ from data.latent_record import LatentWriter
 from models.flops import unet_flops
 from models.unet import UNet
 from train.engine.accelerators import SPECIFICATIONS
+from train.engine.backend.ddp import BUCKET_MB
 from train.engine.backend.distribute import parts_of
 from train.engine.backend.layout import BUCKET
 from train.engine.precision import AUTOCAST
@@ -26,7 +27,6 @@ HALF = 2  # bytes of a number that travels under autocast
 BACKWARD = 2 / 3  # of the arithmetic of a step, without gradient checkpointing
 HOP_S = 10e-6  # of a collective operation from one GPU to the next, an assumption
 LAUNCH_S = 10e-6  # of the host for one operator, an assumption
-FP32_BUCKET = 150e6 / FP32  # elements that DDP lets travel together
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,23 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
+class Exchange:
+    """What travels between the GPUs in one step."""
+
+    beside_bytes: float  # by each GPU, while others are computed: gradients, and weights that are gathered ahead
+    after_bytes: float  # when nothing is computed: weights after the optimiser's step
+    operations: int  # collective ones
+    beside_s: float
+    after_s: float
+    hidden_s: float  # at most, behind the arithmetic
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds of a step in which the GPUs wait for it."""
+        return max(0.0, self.beside_s - self.hidden_s) + self.after_s
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """Cost of the whole run, and of its parts."""
 
@@ -68,7 +85,7 @@ class Cost:
     ways: list[Way]  # the one that waits least first, of those that fit
     mfu: float  # that was reckoned with
     compute_s: float  # of one step
-    exchange: "Exchange"
+    exchange: Exchange
     host_s: float  # of one step, in which Python launches its operators; counts where it is longer than the arithmetic
     images_per_s: float  # of all GPUs
     gpu_hours: float
@@ -119,7 +136,7 @@ def estimate(cfg: PlanRun) -> Cost:
 
 def images_per_second(cfg: PlanRun) -> float:
     """Images per second of all GPUs."""
-    return cfg.batch.global_batch_size / step_seconds(compute_seconds(cfg), exchange(cfg, parameters(cfg)))
+    return cfg.batch.global_batch_size / (compute_seconds(cfg) + exchange(cfg, parameters(cfg)).waited_s)
 
 
 def utilisation(cfg: PlanRun) -> float:
@@ -204,23 +221,6 @@ def on_the_line(once: Activations, twice: Activations, factor: float, gradients:
     return Activations(alone, max(line(once.with_gradients, twice.with_gradients), alone, gradients), once.operators)
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """What travels between the GPUs in one step."""
-
-    beside_bytes: float  # by each GPU, while others are computed: gradients, and weights that are gathered ahead
-    after_bytes: float  # when nothing is computed: weights after the optimiser's step
-    operations: int  # collective ones
-    beside_s: float
-    after_s: float
-    hidden_s: float  # at most, behind the arithmetic
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds of a step in which the GPUs wait for it."""
-        return max(0.0, self.beside_s - self.hidden_s) + self.after_s
-
-
 def exchange(cfg: PlanRun, elements: int) -> Exchange:
     """The exchange as the backends do it: a ring within each machine and one across them.
 
@@ -238,7 +238,7 @@ def exchange(cfg: PlanRun, elements: int) -> Exchange:
         2: (2.0 * FP32 * passes, FP32, backward_s),
         3: ((2.0 * low + (FP32 if sharded else low)) * passes, 0.0, compute_s),
     }[stage_of(cfg)]
-    bucket = FP32_BUCKET if stage_of(cfg) == 0 else BUCKET
+    bucket = BUCKET_MB * 2**20 / FP32 if stage_of(cfg) == 0 else BUCKET  # elements
     times = passes if stage_of(cfg) == 2 else 1
     operations = times * ceil(elements / bucket) + (stage_of(cfg) in (1, 2)) * ceil(elements / BUCKET)
     if stage_of(cfg) == 3:
@@ -265,11 +265,6 @@ def units(cfg: PlanRun) -> int:
     """Parts of the network that FSDP gathers one at a time."""
     with torch.device("meta"):
         return sum(1 for _ in parts_of(UNet(cfg.model)))
-
-
-def step_seconds(compute_s: float, exchanged: Exchange) -> float:
-    """Seconds of a step whose operators are launched in time."""
-    return compute_s + exchanged.waited_s
 
 
 def host_seconds(cfg: PlanRun) -> float:

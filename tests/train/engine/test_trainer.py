@@ -378,6 +378,20 @@ def test_a_gpu_that_is_too_small_is_told_in_one_line(
     expected = r"^line: batch\.micro_batch_size=8 is too much .* 2\.50 GiB was asked for; set batch\.micro_batch_size=4"
     with pytest.raises(UserError, match=expected):
         trainer.fit(LineStage(cfg, runtime), cfg, runtime)
+    monkeypatch.setattr(LineStage, "name", "clip")  # which takes no part of a batch at a time
+    with pytest.raises(UserError, match=r"was asked for; set a lower batch\.global_batch_size or runtime"):
+        trainer.fit(LineStage(cfg, runtime), cfg, runtime)
+
+
+def test_a_profile_that_cannot_be_written_ends_no_training(
+    tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(tmp_path)
+    cfg.runtime.profile = True
+    (tmp_path / "line").mkdir()
+    (tmp_path / "line" / "profile").write_text("a file where the folder should be")
+    assert trainer.fit(LineStage(cfg, runtime), cfg, runtime).finished
+    assert "profile     not written: " in capsys.readouterr().out
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path, runtime: Runtime) -> None:

@@ -112,7 +112,7 @@ class ZeroBackend:
         return norm
 
     def _gradients(self) -> list[Tensor]:
-        """Those of this process's part of the weights; at stage 0 of all."""
+        """Gradients of this process's part of the weights; at stage 0 of all."""
         if self.stage == 0:
             return [master.grad for master in self.masters if master.grad is not None]
         averaged = self.engine.optimizer.averaged_gradients

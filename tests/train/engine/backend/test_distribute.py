@@ -45,6 +45,6 @@ def test_each_block_has_one_graph_for_each_shape_and_computes_as_before(monkeypa
 
 
 def gradient(network: UNet, *given: torch.Tensor) -> torch.Tensor:
-    """Of the first layer's weights."""
+    """The gradient of the first layer's weights."""
     weight = network.conv_in.weight
     return torch.autograd.grad(network(*given).square().mean(), weight)[0]
