@@ -170,6 +170,8 @@ class SpatialTransformer(nn.Module):
         linear_projection: the weights before and after the blocks are linear layers (SD 2.x), not 1x1 convolutions.
     """
 
+    around = ("tokens", "pixels")  # what it computes itself before and after its blocks: compiled like them
+
     def __init__(
         self, channels: int, heads: int, context_channels: int, depth: int, groups: int, linear_projection: bool
     ) -> None:
@@ -184,7 +186,16 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Context, attn_control: AttentionControl | None) -> Tensor:
         """`x` [B, C, H, W], `context` [B, L, D] -> [B, C, H, W]."""
-        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B, N, C]
+        h = self.tokens(x)
         for block in self.transformer_blocks:
             h = block(h, context, attn_control)
+        return self.pixels(h, x)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """`x` [B, C, H, W] -> [B, N, C], for the blocks."""
+        tokens: Tensor = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))
+        return tokens
+
+    def pixels(self, h: Tensor, x: Tensor) -> Tensor:
+        """What the blocks made of the tokens, `h` [B, N, C], added to `x` [B, C, H, W]."""
         return x + self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[2:])

@@ -29,6 +29,7 @@ from models.layers import Downsample, ResBlock, SiluConv2d, Upsample, double, ha
 class UNet(nn.Module):
     """Predicts from a noisy latent, its timestep and its conditions what the diffusion process asks for."""
 
+    around = ("features", "prediction")  # what it computes itself before and after its levels: compiled like blocks
     class_embedding: nn.Module | None
     add_embedding: "VectorEmbedding | None"
 
@@ -111,7 +112,7 @@ class UNet(nn.Module):
         inputs = LevelInputs(
             self._vector(sample, timesteps, class_labels, pooled, sizes, vector), context, attn_control
         )
-        skips = [self.conv_in(laid_out(sample))]  # [B, widths[0], h, w]
+        skips = [self.features(sample)]
         for level in self.down_blocks:
             skips += level(skips[-1], inputs)
         x = self.mid_block(skips[-1], inputs)  # [B, widths[-1], h/f, w/f]
@@ -119,7 +120,17 @@ class UNet(nn.Module):
         for level in self.up_blocks:
             skips, taken = skips[:-blocks], skips[-blocks:]
             x = level(x, taken, inputs)
-        return self.conv_out(self.conv_norm_out(x))
+        return self.prediction(x)
+
+    def features(self, sample: Tensor) -> Tensor:
+        """[B, in_channels, h, w] -> the first feature map [B, widths[0], h, w]."""
+        features: Tensor = self.conv_in(laid_out(sample))
+        return features
+
+    def prediction(self, x: Tensor) -> Tensor:
+        """The last feature map [B, widths[0], h, w] -> [B, out_channels, h, w]."""
+        output: Tensor = self.conv_out(self.conv_norm_out(x))
+        return output
 
     def _vector(
         self,

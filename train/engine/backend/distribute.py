@@ -44,7 +44,7 @@ def distribute(
     micro, accumulation = batch.split(runtime.world)
     if cfg.compile:
         require_compiler()
-        compile_blocks(module)
+        compile_blocks(module, runtime.device)
     if cfg.backend is BackendName.fsdp:
         from train.engine.backend.fsdp import FsdpBackend
 
@@ -60,18 +60,24 @@ def distribute(
     return ZeroBackend(runtime, module, optim, micro, accumulation, cfg)
 
 
-def compile_blocks(module: nn.Module) -> None:
+def compile_blocks(module: nn.Module, device: torch.device) -> None:
     """Compile the innermost parts of a network one at a time, in place: the parameters keep their names.
 
     A graph of the whole network would have all gradients ready at its end, so that none could travel before, and
     gathering between two parts would break it. Each part has a graph for each shape that it meets, and no other part's
-    count against the most that it may have.
+    count against the most that it may have. A part that holds compiled ones names what it computes `around` them.
     """
     torch._dynamo.config.recompile_limit = MOST_SHAPES
+    # A group norm on CUDA gives its channels one after the other, and inductor keeps to that in every graph backward,
+    # and in those forward that halve the channels: cuDNN would transpose in and out of each convolution.
+    torch._inductor.config.force_layout_optimization = device.type == "cuda"
     compiled = set[nn.Module]()
     for part in parts_of(module):
-        if compiled.isdisjoint(part.modules()):
-            part.forward = torch.compile(part.forward, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
+        whole = compiled.isdisjoint(part.modules())
+        for name in ("forward",) if whole else getattr(part, "around", ()):
+            call = torch.compile(getattr(part, name), dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
+            setattr(part, name, call)
+        if whole:
             compiled.add(part)
 
 
