@@ -117,7 +117,7 @@ class PlaygroundRun(ModelRun):
     """
 
     run_dir: str = a_path()  # a run, or a folder with a model_index.json: an export, or one in the format of the Hub
-    steps: int = 20
+    steps: int = 10  # a first look; the page has more
     examples: str = a_path()  # folder of image shards, whose first captions are offered as prompts if it is there
     film_frames: int = 8  # of the strip that shows an image on its way out of the noise
     host: str = "127.0.0.1"  # address to listen on: this machine's own; 0.0.0.0 lets in everybody who can reach it

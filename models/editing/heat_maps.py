@@ -54,13 +54,13 @@ class WordMaps:
     def of(self, row: int, word: str, size: Sequence[int], layers: str = TELLING, steps: Sequence[int] = ()) -> Tensor:
         """The map of a word [*size], mean over calls: of layers whose names begin so, and of all steps or some."""
         column = list(self.words[row]).index(word)
-        chosen = [
-            F.interpolate(maps[row, column][None, None], tuple(size), mode="bicubic")[0, 0].clamp(min=0)
-            for (step, layer), calls in self.maps.items()
-            for maps in calls
-            if layer.startswith(layers) and (not steps or step in steps)
-        ]
-        return torch.stack(chosen).mean(0)
+        chosen: dict[torch.Size, list[Tensor]] = {}  # by their size, so that those of one are made larger in one go
+        for (step, layer), calls in self.maps.items():
+            if layer.startswith(layers) and (not steps or step in steps):
+                for maps in calls:
+                    chosen.setdefault(maps.shape[2:], []).append(maps[row, column])
+        large = [F.interpolate(torch.stack(maps)[:, None], tuple(size), mode="bicubic") for maps in chosen.values()]
+        return torch.cat(large)[:, 0].clamp(min=0).mean(0)
 
     def region(self, row: int, words: Sequence[str], threshold: float) -> Tensor:
         """Region of words, bool [h, w] of the latent: beyond this share of the way from least to most attention."""

@@ -21,6 +21,7 @@ from models.formats.weights import CONFIG_NAME, read_json
 from models.pipeline import DiffusionPipeline
 from models.text import load_text_tower
 from train.engine.metric_log import CONFIG, read_config
+from train.engine.precision import round_weights
 from train.latents.provenance import UNetInfo, info_of_trained
 
 INDEX = "model_index.json"
@@ -73,6 +74,7 @@ def put_together(
     for network in (denoiser, autoencoder, tower):
         if network is not None:
             network.eval().requires_grad_(False).to(device)
+    round_weights(denoiser.unet, cfg.runtime.precision)
     mean, std = torch.tensor(info.latent_mean), torch.tensor(info.latent_std)
     return DiffusionPipeline(denoiser, autoencoder, tower, Process(info.process_config()), mean, std, cfg.tile)
 

@@ -30,7 +30,7 @@ from models.text import load_text_tower
 from models.unet import UNet
 from train.engine.image_grid import captioned, film_strips, side_by_side, to_uint8
 from train.engine.metric_log import MetricLog, say
-from train.engine.precision import autocast
+from train.engine.precision import autocast, round_weights
 from train.engine.runtime import Runtime
 from train.engine.sample_rng import Draws, SampleRng
 from train.engine.trainable import Trainable
@@ -200,6 +200,7 @@ class UNetStage:
         network = self.build()
         network.load_state_dict(merged(self.unet.weights(ema=self.averages), self.cfg.lora))
         network = self.frozen(network)
+        round_weights(network.unet, self.runtime.precision)
         count = min(VALIDATION, self.heldout.samples)
         mine = list(range(self.runtime.rank, count, self.runtime.world))
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)

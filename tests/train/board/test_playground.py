@@ -5,6 +5,7 @@ import re
 import threading
 import zlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from conf.schema.conditions import MaskedConfig
 from models.conditions import ConditionContext, Conditions, Embedders
 from models.pipeline import DiffusionPipeline
 from tiny_pipeline import WIDTH, tiny_pipeline
-from train.board.playground import server
+from train.board.playground import server, studio
 from train.board.playground.fragments import data_url, message, render_sheet
 from train.board.playground.request import EDIT_OPTIONS, request_of
 from train.board.playground.studio import Drawing, Studio
@@ -82,7 +83,7 @@ def untrained(told: ConditionsConfig | None = None) -> DiffusionPipeline:
 
 
 MODEL = untrained()
-STUDIO = Studio(MODEL, Precision.fp32, film_frames=3)
+STUDIO = Studio(lambda: MODEL, Precision.fp32, film_frames=3)
 CFG = compose("playground", PlaygroundRun, ["run_dir=nowhere", "steps=4", "port=0", "eta=0.5", "sampler=ddim"])
 
 
@@ -100,6 +101,28 @@ def test_image_is_that_of_the_pipeline_with_a_map_of_each_word_and_a_film() -> N
     assert all(heat.shape == (16, 16) and heat.min() == 0 and heat.max() == 1 for _, heat in made.before.words)
     assert made.film_labels == ["step 1", "step 3", "step 4"] and len(made.before.film) == 3
     assert np.array_equal(made.before.film[-1], made.before.image)
+
+
+def test_one_thread_draws_whoever_asks_and_tells_the_visitor_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    visitor, seen = ContextVar("visitor", default=0), list[tuple[str, int, int]]()
+
+    def tell(step: int, steps: int) -> None:
+        seen.append((threading.current_thread().name.partition("_")[0], visitor.get(), step))
+
+    def ask(number: int) -> None:
+        visitor.set(number)
+        STUDIO.draw(request_of(CFG, SET, {}), tell)
+
+    asked = [threading.Thread(target=ask, args=[number]) for number in (1, 2)]
+    monkeypatch.setattr(studio, "TELL_S", -1)
+    for thread in asked:
+        thread.start()
+    for thread in asked:
+        thread.join()
+    assert sorted(seen) == [("studio", number, step) for number in (1, 2) for step in (1, 2, 3, 4)]
+    monkeypatch.setattr(studio, "TELL_S", 60)
+    ask(3)
+    assert len(seen) == 8  # it was over before there was anything to tell
 
 
 def test_edit_is_drawn_beside_its_source_and_kept_to_its_region() -> None:
@@ -179,7 +202,7 @@ def test_what_cannot_be_drawn_is_said_in_one_line(given: dict[str, Any], said: s
 )
 def test_network_that_needs_something_else_than_a_prompt_is_refused(told: ConditionsConfig, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        Studio(untrained(told), Precision.fp32, 2)
+        Studio(lambda: untrained(told), Precision.fp32, 2)
 
 
 def test_texts_of_visitors_stay_texts() -> None:

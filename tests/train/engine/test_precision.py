@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from conf.entry import compose
-from conf.schema import PlanRun, Precision, RuntimeConfig
-from train.engine.precision import resolved
+from conf.schema import PlanRun, Precision, RuntimeConfig, UNetRun
+from models.unet import UNet
+from train.engine.precision import autocast, resolved, round_weights
 from train.engine.runtime import start
 
 CPU = torch.device("cpu")
@@ -36,3 +37,19 @@ def test_a_plan_takes_it_for_its_accelerator() -> None:
         return compose("plan", PlanRun, options).runtime.precision
 
     assert (precision("h100"), precision("v100")) == (Precision.bf16, Precision.fp32)
+
+
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16, Precision.fp32])
+def test_rounded_weights_compute_the_same_bit_for_bit(precision: Precision) -> None:
+    torch.manual_seed(0)
+    network = UNet(compose("train_unet", UNetRun, ["experiment=smoke", "run_dir=unused"]).model).requires_grad_(False)
+    for parameter in network.parameters():  # branches start at zero
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    given = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), torch.randn(2, 7, 16)
+    with torch.no_grad(), autocast(CPU, precision):
+        expected = network(*given)
+        round_weights(network, precision)
+        assert torch.equal(network(*given), expected)
+    low = {name for name, parameter in network.named_parameters() if parameter.dtype is not torch.float32}
+    assert bool(low) is (precision is not Precision.fp32)
+    assert not any("norm" in name for name in low)  # autocast computes them in fp32

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import socket
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from conf.errors import UserError
@@ -31,7 +32,7 @@ def serve(cfg: PlaygroundRun, runtime: Runtime) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the playground needs the package gradio: pip install 'latentline[playground]'")
     with listen(cfg) as listening:
-        studio = Studio(load_networks(cfg, runtime), runtime.precision, cfg.film_frames)
+        studio = Studio(partial(load_networks, cfg, runtime), runtime.precision, cfg.film_frames)
         say_cut("playground", studio.model, [], cfg)  # of a visitor's long prompt the page says so
         server = server_of(cfg, studio)
         host, port = listening.getsockname()[:2]

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from train.sampling.requests import captions_of_shards, require_prompts_alone, s
 
 LARGEST_MAP = 128  # pixels of its sides: maps are smooth
 EXAMPLES = 4  # prompts that the page offers
+TELL_S = 0.5  # seconds from one word on the steps done to the next: telling and showing it takes from the drawing
 OnStep = Callable[[int, int], object]  # (steps done, all steps)
 Made = tuple[str, DrawnImage, Tensor | None]  # prompt, image, and where it may differ from the one before
 
@@ -56,12 +59,17 @@ class Drawing:
 class Studio:
     """A model that draws for everybody; it keeps nothing of one visitor that another could see.
 
+    One thread loads it and draws, whoever asks. Each thread that computes gets OpenMP threads of its own, and as soon
+    as there are more of them than cores, all go to sleep after each operation: an image took twice as long.
+
     Raises:
         UserError: a network that must be told something else than a prompt.
     """
 
-    def __init__(self, model: DiffusionPipeline, precision: Precision, film_frames: int) -> None:
-        self.model, self.precision, self.film_frames = model, precision, film_frames
+    def __init__(self, load: Callable[[], DiffusionPipeline], precision: Precision, film_frames: int) -> None:
+        self.thread = ThreadPoolExecutor(1, "studio")
+        self.model = model = self.thread.submit(load).result()
+        self.precision, self.film_frames = precision, film_frames
         self.side = model.denoiser.unet.cfg.sample_size * model.autoencoder.cfg.downscale  # pixels
         require_prompts_alone(model.conditions, "the playground")
         if not model.conditions.takes_text:
@@ -81,17 +89,23 @@ class Studio:
 
         Args:
             request: prompt, edit, seed and options.
-            told: hears of each step.
+            on_step: hears how far it is, every now and then.
 
         Raises:
             UserError: see `models.editing.editing.edit_images`; images that are not finite.
         """
-        began, steps = time.monotonic(), request.sampling.steps
+        return self.thread.submit(copy_context().run, self._draw, request, on_step).result()
+
+    def _draw(self, request: Request, on_step: OnStep | None) -> Drawing:
+        began = told = time.monotonic()
+        steps = request.sampling.steps
         film = Film(self.film_frames, steps, [0, 1] if request.changes else [0])
 
         def watched(step: int, x: Tensor, x0: Tensor) -> None:
+            nonlocal told
             film(step, x, x0)
-            if on_step is not None:
+            if on_step is not None and time.monotonic() - told > TELL_S:
+                told = time.monotonic()
                 on_step(step + 1, steps)
 
         with autocast(self.model.device, self.precision):
