@@ -157,12 +157,6 @@ def test_given_image_is_cut_and_edited_with_ddim_where_the_sampler_adds_noise() 
     assert drawn(image=data_url(GIVEN), inversion="null_text").request.instead_of is Sampler.dpmpp_2m
 
 
-def test_every_step_is_told() -> None:
-    heard: list[tuple[int, int]] = []
-    STUDIO.draw(request_of(CFG, SET, {}), lambda *step: heard.append(step))
-    assert heard == [(1, 4), (2, 4), (3, 4), (4, 4)]
-
-
 def test_words_that_can_be_weighed_are_told_apart() -> None:
     assert STUDIO.words(RED, CFG) == ["a#1", "red#1", "dog", "a#2", "red#2", "hat"]
     assert STUDIO.words("", CFG) == []
