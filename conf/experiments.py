@@ -36,6 +36,7 @@ STAGES = {  # command → section, without which an experiment is not for it
     "train_clip": "clip",
     "precompute_latents": "latents",
     "train_unet": "unet",
+    "distill_unet": "distill",
     "plan": "unet",
     "sample": "sample",
     "evaluate": "evaluate",

@@ -39,15 +39,19 @@ class Denoiser(nn.Module):
             )
 
     def forward(self, x_t: Tensor, timesteps: Tensor, inputs: Inputs) -> Tensor:
-        """The prediction [B, C, h, w] for noisy latents of that shape, timesteps [B] and the conditions' arrays."""
-        return self.predict(x_t, timesteps, self.conditions(inputs))
+        """The prediction [B, C, h, w] for noisy latents of that shape, timesteps [B] and the conditions' arrays.
+
+        A student of distillation finds the scales of guidance [B] among them, as "guidance".
+        """
+        return self.predict(x_t, timesteps, self.conditions(inputs)._replace(guidance=inputs.get("guidance")))
 
     def predict(
         self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, attn_control: AttentionControl | None = None
     ) -> Tensor:
         """The prediction from conditions that are embedded already, so that many calls share them."""
         sample = x_t if conditioning.channels is None else torch.cat([x_t, conditioning.channels.to(x_t.dtype)], dim=1)
-        return self.unet(sample, timesteps, conditioning.context, attn_control, vector=conditioning.vector)
+        vector, guidance = conditioning.vector, conditioning.guidance
+        return self.unet(sample, timesteps, conditioning.context, attn_control, vector=vector, guidance=guidance)
 
     def prepared(self, conditioning: Conditioning) -> Conditioning:
         """Put keys and values in the place of the tokens: they are computed once for all calls."""

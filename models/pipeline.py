@@ -18,6 +18,7 @@ from models.denoiser import Denoiser
 from models.diffusion.guidance import Joined, by_step, classifier_free, within
 from models.diffusion.process import Denoise, Network, Process
 from models.diffusion.samplers import Callback, sampler_of
+from models.diffusion.student import Student
 from models.prompts import ParsedPrompt, Term, parse, plain, terms_of, text_states
 from models.text import Cuts, TextTower, image_embeddings
 from models.tiles import check_tile, decode_in_tiles, encode_in_tiles
@@ -60,6 +61,7 @@ class DiffusionPipeline:
         latent_mean: per channel [C] over the training latents, as in the latents' manifest.
         latent_std: per channel [C]; the U-Net works on (z - mean) / std.
         tile: side in pixels of the squares that larger images are decoded in, one image at a time; 0: whole.
+        student: of what the U-Net learnt by distillation to draw in few steps; None: it is no student.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class DiffusionPipeline:
         latent_mean: Tensor,
         latent_std: Tensor,
         tile: int = 0,
+        student: Student | None = None,
     ) -> None:
         check_tile(tile, autoencoder.cfg.downscale)
 
@@ -79,6 +82,7 @@ class DiffusionPipeline:
         self.text_tower = text_tower
         self.process = process
         self.tile = tile
+        self.student = student
         self.device = next(denoiser.parameters()).device
         self.latent_mean = latent_mean.to(self.device, torch.float32).view(1, -1, 1, 1)
         self.latent_std = latent_std.to(self.device, torch.float32).view(1, -1, 1, 1)
@@ -176,10 +180,14 @@ class DiffusionPipeline:
 
         Arguments and errors are those of a call; `null_texts` are those of its start.
         """
+        if self.student is not None:
+            self.student.check(sampling)
         images = [self.read(prompt, sampling) for prompt in prompts]
         # Prompts are joined by what each adds to the null prediction, so they need one even at scale 1.
         several = any(len(image) > 1 for image in images)
-        guided = sampling.guidance_scale != 1 or several
+        told = self.denoiser.unet.cfg.time_cond_proj_dim is not None
+        outside = 1.0 if told else sampling.guidance_scale  # a student has its guidance inside
+        guided = outside != 1 or several
         if sampling.negative_prompt and not self.conditions.takes_text:
             raise UserError(f"negative_prompt={sampling.negative_prompt}: this network takes no text; leave it out")
         if guided and not self.conditions.can_drop:
@@ -189,6 +197,10 @@ class DiffusionPipeline:
             )
         terms = terms_of(images, sampling.steps, sampling.weighting)
         conditioning, nulls = self._embedded(terms, len(images), sampling, inputs or {}, guided, null_texts)
+        if told:
+            inside = torch.tensor(sampling.guidance_scale, device=self.device)
+            conditioning = conditioning._replace(guidance=inside.expand(len(terms)))
+            nulls = [null._replace(guidance=inside.expand(len(images))) for null in nulls]
         predict = partial(self.denoiser.predict, attn_control=None if control is None else control.attention)
         owners = torch.tensor([term.image for term in terms], device=self.device)
         always = len(terms) - (len(images) if control is not None else 0)  # a control counts on the whole prompts
@@ -222,7 +234,7 @@ class DiffusionPipeline:
             changing = list(enumerate(of_steps)) if varies else [(0, of_steps[0])]
             return by_step(levels, [partial(network, scale, step % len(nulls), shares) for step, shares in changing])
 
-        bounded = bound(sampling.guidance_scale)
+        bounded = bound(outside)
         if sampling.guidance_interval:
             low, high = (self.process.timestep(sigma) if sigma > 0 else -1.0 for sigma in sampling.guidance_interval)
             bounded = within((low, high), bounded, bound(1.0))

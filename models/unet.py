@@ -38,7 +38,7 @@ class UNet(nn.Module):
         self.cfg = cfg
         widths, layers = cfg.block_out_channels, cfg.layers_per_block
         self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = VectorEmbedding(widths[0], 4 * widths[0])
+        self.time_embedding = VectorEmbedding(widths[0], 4 * widths[0], cfg.time_cond_proj_dim)
         self.class_embedding, self.add_embedding = _vector_embeddings(cfg)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips = [widths[0]]  # channels of the feature maps that the way up takes back, last one first
@@ -67,6 +67,8 @@ class UNet(nn.Module):
                 _zero(module.proj_out)
             elif isinstance(module, ImageSelfAttention):
                 _zero(module.to_out[0])
+        if self.time_embedding.cond_proj is not None:
+            nn.init.zeros_(self.time_embedding.cond_proj.weight)
         _zero(self.conv_out)
 
     def checkpoint_gradients(self, enabled: bool = True) -> None:
@@ -86,6 +88,7 @@ class UNet(nn.Module):
         pooled: Tensor | None = None,
         sizes: Tensor | None = None,
         vector: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """The network's prediction.
 
@@ -99,6 +102,7 @@ class UNet(nn.Module):
             pooled: SDXL's pooled text states [B, P].
             sizes: SDXL's sizes and cuts [B, S] in pixels: original h, w, crop top, left, target h, w.
             vector: what further conditions add to the time's embedding [B, E].
+            guidance: scales [B] of the guidance that the prediction is to have, with time_cond_proj_dim.
 
         Returns:
             [B, out_channels, h, w].
@@ -110,7 +114,7 @@ class UNet(nn.Module):
             size = f"{sample.shape[2]} x {sample.shape[3]}"
             raise UserError(f"latents of {size}: both sides must be multiples of {self.cfg.downscale}")
         inputs = LevelInputs(
-            self._vector(sample, timesteps, class_labels, pooled, sizes, vector), context, attn_control
+            self._vector(sample, timesteps, class_labels, pooled, sizes, vector, guidance), context, attn_control
         )
         skips = [self.features(sample)]
         for level in self.down_blocks:
@@ -140,10 +144,15 @@ class UNet(nn.Module):
         pooled: Tensor | None,
         sizes: Tensor | None,
         vector: Tensor | None,
+        guidance: Tensor | None,
     ) -> Tensor:
         """The vector [B, E] of all residual blocks: time, class, SDXL's pooled text and sizes; SiLU once for all."""
         cfg = self.cfg
-        time = self.time_embedding(self._waves(timesteps, cfg.block_out_channels[0], sample))  # [B, E]
+        waves = self._waves(timesteps, cfg.block_out_channels[0], sample)
+        if self.time_embedding.cond_proj is not None:
+            assert guidance is not None and cfg.time_cond_proj_dim is not None
+            waves = waves + self.time_embedding.cond_proj(guidance_embedding(guidance, cfg.time_cond_proj_dim))
+        time = self.time_embedding(waves)  # [B, E]
         if self.class_embedding is not None:
             assert class_labels is not None
             if cfg.class_embed_type == "timestep":
@@ -327,11 +336,21 @@ def timestep_embedding(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, 
     return torch.cat(parts, dim=1)
 
 
-class VectorEmbedding(nn.Module):
-    """Two linear layers, on the sinusoidal embedding of a time or on any other vector."""
+def guidance_embedding(scales: Tensor, channels: int) -> Tensor:
+    """Scales of guidance [B] -> [B, channels], as diffusers' pipelines embed them (Luo et al. 2023, "LCM")."""
+    return timestep_embedding(1000.0 * (scales - 1.0), channels, flip_sin_to_cos=False, freq_shift=1)
 
-    def __init__(self, channels: int, time_channels: int) -> None:
+
+class VectorEmbedding(nn.Module):
+    """Two linear layers, on the sinusoidal embedding of a time or on any other vector.
+
+    Args:
+        told: width of what is projected and added to the embedding of the time; None: nothing is.
+    """
+
+    def __init__(self, channels: int, time_channels: int, told: int | None = None) -> None:
         super().__init__()
+        self.cond_proj = None if told is None else nn.Linear(told, channels, bias=False)
         self.linear_1 = nn.Linear(channels, time_channels)
         self.linear_2 = nn.Linear(time_channels, time_channels)
 

@@ -17,6 +17,7 @@ from conf.schema.choices import (
     Degradation,
     Device,
     Distance,
+    DistillMethod,
     EditMode,
     EvaluationSubject,
     ExportFormat,
@@ -58,7 +59,7 @@ from conf.schema.shared import (
     WandbConfig,
 )
 from conf.schema.tools import DashboardRun, PipelineRun, PlanRun, ReportRun
-from conf.schema.training import AutoencoderLossConfig, AutoencoderRun, ClipRun, LoraConfig, UNetRun
+from conf.schema.training import AutoencoderLossConfig, AutoencoderRun, ClipRun, DistillRun, LoraConfig, UNetRun
 
 COMMANDS: dict[str, type] = {  # by the name of its script, which is that of its YAML file
     "build_shards": BuildRun,
@@ -67,6 +68,7 @@ COMMANDS: dict[str, type] = {  # by the name of its script, which is that of its
     "train_autoencoder": AutoencoderRun,
     "train_clip": ClipRun,
     "train_unet": UNetRun,
+    "distill_unet": DistillRun,
     "plan": PlanRun,
     "sample": SampleRun,
     "evaluate": EvaluateRun,
@@ -102,6 +104,8 @@ __all__ = [
     "Degradation",
     "Device",
     "Distance",
+    "DistillMethod",
+    "DistillRun",
     "Edit",
     "EditMode",
     "EditRun",

@@ -128,6 +128,11 @@ class TimestepSampling(Enum):
     logit_normal = "logit_normal"
 
 
+class DistillMethod(Enum):
+    lcm = "lcm"
+    consistency_training = "consistency_training"
+
+
 class Sampler(Enum):
     ddpm = "ddpm"
     ddim = "ddim"
@@ -141,10 +146,11 @@ class Sampler(Enum):
     dpmpp_2m_sde = "dpmpp_2m_sde"
     dpmpp_3m_sde = "dpmpp_3m_sde"
     unipc = "unipc"
+    lcm = "lcm"
 
 
 WITH_ETA = {Sampler.ddim, Sampler.euler_ancestral, Sampler.dpmpp_2m_sde, Sampler.dpmpp_3m_sde}
-STOCHASTIC = WITH_ETA | {Sampler.ddpm}
+STOCHASTIC = WITH_ETA | {Sampler.ddpm, Sampler.lcm}
 
 
 class Spacing(Enum):

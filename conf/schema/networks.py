@@ -120,6 +120,7 @@ class UNetConfig:
     addition_embed_type: str | None = None  # text_time: SDXL's pooled text and sizes beside the time's embedding
     addition_time_embed_dim: int | None = None  # channels of the embedding of each of those sizes
     projection_class_embeddings_input_dim: int | None = None  # width of what projection or text_time projects
+    time_cond_proj_dim: int | None = None  # width of the embedding of the guidance scale that a student is told
 
     @property
     def downscale(self) -> int:
@@ -149,7 +150,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
-        numbers = ("sample_size", "cross_attention_dim", "head_channels", "num_class_embeds")
+        numbers = ("sample_size", "cross_attention_dim", "head_channels", "num_class_embeds", "time_cond_proj_dim")
         _require_positive(self, *SIZES, *numbers, "attention_head_dim", "transformer_layers_per_block")
         for name, kinds in BLOCK_TYPES.items():
             self._check_blocks(name, kinds, levels)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from conf.overrides import a_path
-from conf.schema.choices import Adversarial, BackendName, Perceptual, Reconstruction
+from conf.schema.choices import Adversarial, BackendName, DistillMethod, Perceptual, Reconstruction, Sampler
 from conf.schema.conditions import ConditionsConfig
 from conf.schema.evaluation import LoopEvaluationConfig
 from conf.schema.networks import AutoencoderConfig, ClipConfig, DiscriminatorConfig, UNetConfig
@@ -178,4 +178,54 @@ class UNetRun:
         require(
             runtime.backend is BackendName.ddp or (runtime.backend is BackendName.deepspeed and runtime.zero_stage < 3),
             chosen + "frozen weights cannot be sharded; set runtime.backend=deepspeed and runtime.zero_stage=0, 1 or 2",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class DistillRun:
+    """`train/distill_unet.py`: teach a student to draw in one to four steps what a trained U-Net draws in many.
+
+    python train/distill_unet.py experiment=distill_demo
+    python train/distill_unet.py teacher=runs/demo/unet/export latents=runs/demo/latents run_dir=RUN
+    torchrun --nproc-per-node=8 train/distill_unet.py experiment=distill_sd1 runtime=gpu8
+    """
+
+    run_dir: str = a_path()
+    name: str = MISSING
+    seed: int = 0
+    output_dir: str = a_path()
+    teacher: str = a_path()  # folder with the exported U-Net; the student begins with its weights
+    latents: str = a_path()  # folder that holds train/ and heldout/
+    autoencoder: str = a_path()  # must be the one that made the latents; decodes the sample grids
+    clip: str = a_path()  # must be the one that the latents' captions are of; encodes the prompts of the sample grids
+    sample_prompts: int = 16  # held-out samples whose conditions are drawn at each evaluation
+    method: DistillMethod = DistillMethod.lcm  # docs/distillation.md; consistency_training asks no teacher for a step
+    levels: int = 50  # noise levels; the student learns from neighbours among them
+    guidance: list[float] = field(default_factory=lambda: [1.0, 4.0])  # scales of the teacher's guidance, from and to
+    huber: float = 0.001  # c of the pseudo-Huber distance; 0: the absolute difference
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(sampler=Sampler.lcm, steps=4))
+    evaluation: LoopEvaluationConfig = field(default_factory=LoopEvaluationConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    runtime: UNetRuntimeConfig = field(default_factory=UNetRuntimeConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    @property
+    def guided(self) -> list[float] | None:
+        """The scales that the student is told; None where there is one for all."""
+        return None if self.guidance[0] == self.guidance[1] else self.guidance
+
+    def __post_init__(self) -> None:
+        require(self.levels > 1, f"levels={self.levels}: must be 2 or more")
+        require(self.huber >= 0, f"huber={self.huber}: must be 0 or positive")
+        require(
+            len(self.guidance) == 2 and 1 <= self.guidance[0] <= self.guidance[1],
+            f"guidance={self.guidance}: must be two scales, [lowest,highest], of 1 or more",
+        )
+        require(
+            self.method is DistillMethod.lcm or self.guidance == [1.0, 1.0],
+            f"guidance={self.guidance}: method={self.method.value} has no teacher that is guided; set guidance=[1,1]",
         )

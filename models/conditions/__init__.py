@@ -182,11 +182,11 @@ class Embedders(nn.Module):
                 inputs = inputs | part.null(inputs)
         return inputs
 
-    def vary(self, inputs: Inputs, draws: ConditionRng) -> Inputs:
+    def vary(self, inputs: Inputs, draws: ConditionRng, drop: bool = True) -> Inputs:
         """Arrays as training sees them: with noise on a condition, and conditions dropped, each by its own draw."""
         for name, part in self.kinds.items():
             inputs = inputs | part.vary(inputs, draws)
-            if self.drops[name] > 0:
+            if drop and self.drops[name] > 0:
                 dropped = draws.uniform(f"{name}_drop") < self.drops[name]  # [B]
                 nulls = part.null(inputs)
                 inputs = inputs | {key: torch.where(_like(dropped, n), n, inputs[key]) for key, n in nulls.items()}

@@ -168,16 +168,19 @@ class Process:
             std = sigma * alpha
             timesteps = torch.full((len(x),), self.timestep(sigma), device=x.device)
             x_t = alpha * x
-            prediction = network(x_t, timesteps).to(x.dtype)
-            if self.cfg.prediction is Prediction.eps:
-                return (x_t - std * prediction) / alpha
-            if self.cfg.prediction is Prediction.x0:
-                return prediction
-            if self.flow:
-                return x_t - std * prediction
-            return alpha * x_t - std * prediction
+            return self.guess(network(x_t, timesteps).to(x.dtype), x_t, alpha, std)
 
         return denoise
+
+    def guess(self, prediction: Tensor, x_t: Tensor, alpha: float | Tensor, std: float | Tensor) -> Tensor:
+        """x0 [B, ...] that a prediction means, at levels that are numbers or shaped to multiply it."""
+        if self.cfg.prediction is Prediction.eps:
+            return (x_t - std * prediction) / alpha
+        if self.cfg.prediction is Prediction.x0:
+            return prediction
+        if self.flow:
+            return x_t - std * prediction
+        return alpha * x_t - std * prediction
 
     def scheduler_config(self) -> dict[str, object]:
         """`scheduler_config.json` of an exported folder: the diffusers scheduler that samples this process as we do."""

@@ -94,6 +94,20 @@ def sample_euler_ancestral(
     return sample_ddim(denoise, x, sigmas, callback, noise=noise, eta=eta)
 
 
+def sample_lcm(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None, *, noise: Noise = no_noise
+) -> Tensor:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): to the image, and back up by new noise.
+
+    For students of distillation, whose guess is the end of the whole path; LCM has its name from Luo et al. 2023.
+    """
+    for step, sigma, following in intervals(sigmas):
+        x = first_guess(denoise, x, sigma, step, callback)
+        if following > 0:
+            x = x + following * noise(step)
+    return x
+
+
 # -------------------- second order from several slopes ----------------------------------------------------------------
 # Heun, the midpoint, or the slopes of earlier steps. The slope is that of y = (1 - fade tau) x0 + tau noise by tau,
 # straight where the guess x0 does not change. fade = 0 is x by sigma (Karras et al. 2022); fade = 1 is a flow's x_t by
@@ -344,6 +358,7 @@ SAMPLERS: dict[Sampler, Callable[..., Tensor]] = {
     Sampler.dpmpp_2m_sde: sample_dpmpp_2m_sde,
     Sampler.dpmpp_3m_sde: sample_dpmpp_3m_sde,
     Sampler.unipc: sample_unipc,
+    Sampler.lcm: sample_lcm,
 }
 
 

@@ -20,6 +20,7 @@ ONLY_WITH_TEXT = {
     "addition_time_embed_dim",
     "cross_attention_dim",
     "projection_class_embeddings_input_dim",
+    "time_cond_proj_dim",
     "transformer_layers_per_block",
     "use_linear_projection",
 }

@@ -23,7 +23,7 @@ from conf.entry import to_plain
 from conf.errors import UserError
 from conf.files import atomic_folder
 from conf.process import collected_signals, tell
-from conf.schema import AutoencoderRun, ClipRun, UNetRun
+from conf.schema import AutoencoderRun, ClipRun, DistillRun, UNetRun
 from data.loader import batches
 from train.engine.checkpoint import Checkpoints
 from train.engine.meter import Meter, StepProfile, left_out, peak_memory_gib
@@ -41,7 +41,7 @@ from train.engine.state import (
 )
 from train.engine.watchdog import Watchdog
 
-Cfg = AutoencoderRun | ClipRun | UNetRun
+Cfg = AutoencoderRun | ClipRun | DistillRun | UNetRun
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # preemption, `scancel` and torchrun; `sbatch --signal=B:USR1@t`
 NAMED = 5  # samples that an error names
 

@@ -21,6 +21,7 @@ from data.shards.manifest import Manifest
 from data.shards.remote import joined, read_remote
 from models.conditions import ConditionContext, Conditions, Embedders
 from models.diffusion.process import SCHEDULER, differences, meaning, read_scheduler
+from models.diffusion.student import Student
 from models.formats.lora import Adapters
 from models.formats.weights import WEIGHTS_NAME, metadata_of
 
@@ -64,6 +65,7 @@ class UNetInfo:
     weights: str  # "ema", "last" where the run kept no average, or which one train/average.py took
     conditions: dict[str, Any] = field(default_factory=lambda: OLDER["conditions"])  # what the network is told
     names: dict[str, list[str]] = field(default_factory=dict)  # of the classes that they mention
+    student: dict[str, Any] = field(default_factory=dict)  # of distillation (`models.diffusion.student`); {}: none
 
     def save(self, folder: Path) -> None:
         atomic_write(folder / INFO, dumps(asdict(self), indent=2).encode())
@@ -102,10 +104,11 @@ class UNetInfo:
                 raise TypeError(f"{name} is no list of numbers")
         if len(self.latent_mean) != len(self.latent_std) or min(self.latent_std) <= 0:
             raise TypeError("latent_std is not positive, or not as long as latent_mean")
-        for name in ("process", "conditions", "names"):
+        for name in ("process", "conditions", "names", "student"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name} is no JSON object")
         self.conditions_config()
+        Student.read(self.student)
 
     def metadata(self) -> dict[str, str]:
         """Metadata for the weights' own file, so that no other `latentline.json` is taken for theirs."""

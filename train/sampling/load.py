@@ -15,6 +15,7 @@ from models.autoencoder import Autoencoder
 from models.conditions import ConditionContext, Conditions, Embedders
 from models.denoiser import Denoiser
 from models.diffusion.process import SCHEDULER, Process, read_scheduler
+from models.diffusion.student import Student
 from models.formats.lora import FILE_NAME as ADAPTERS
 from models.formats.lora import adapter_file, load_adapters
 from models.formats.weights import CONFIG_NAME, read_json
@@ -76,7 +77,8 @@ def put_together(
             network.eval().requires_grad_(False).to(device)
     round_weights(denoiser.unet, cfg.runtime.precision)
     mean, std = torch.tensor(info.latent_mean), torch.tensor(info.latent_std)
-    return DiffusionPipeline(denoiser, autoencoder, tower, Process(info.process_config()), mean, std, cfg.tile)
+    process, student = Process(info.process_config()), Student.read(info.student)
+    return DiffusionPipeline(denoiser, autoencoder, tower, process, mean, std, cfg.tile, student)
 
 
 def refuse_merged(unet: str, lora: str) -> None:

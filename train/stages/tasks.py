@@ -21,6 +21,7 @@ from conf.schema import (
     AutoencoderRun,
     BuildRun,
     ClipRun,
+    DistillRun,
     EvaluateRun,
     PipelineRun,
     PrecomputeRun,
@@ -34,7 +35,18 @@ from train.stages.time_left import Work
 ROOT = Path(__file__).parents[2]
 SHARED = ("experiment", "run_dir", "name", "seed")  # options of the pipeline and of every stage
 # options that name what a stage reads
-INPUTS = ("shards", "latents", "autoencoder", "clip", "unet", "init_from", "lora", "prompts_file", "prompts_from")
+INPUTS = (
+    "shards",
+    "latents",
+    "autoencoder",
+    "clip",
+    "unet",
+    "init_from",
+    "teacher",
+    "lora",
+    "prompts_file",
+    "prompts_from",
+)
 OVERRIDE = re.compile(r"^(?:\+{1,2}|~)?([^=]*).*", re.DOTALL)
 
 
@@ -63,6 +75,7 @@ STAGES = (
     StageCommand("clip", ROOT / "train/train_clip.py", ClipRun, "DONE"),
     StageCommand("latents", ROOT / "data/precompute_latents.py", PrecomputeRun, "train/manifest.json"),
     StageCommand("unet", ROOT / "train/train_unet.py", UNetRun, "DONE"),
+    StageCommand("distill", ROOT / "train/distill_unet.py", DistillRun, "DONE"),
     StageCommand("sample", ROOT / "train/sample.py", SampleRun, "grid.png"),
     StageCommand("evaluate", ROOT / "train/evaluate.py", EvaluateRun, "metrics.json"),
 )

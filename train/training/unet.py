@@ -13,13 +13,15 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.process import tell
 from conf.schema import UNetRun
+from conf.schema.networks import UNetConfig
 from data.image_dataset import Batch
 from data.latent_dataset import LatentDataset
 from data.streams import latent_stream
 from models.autoencoder import Autoencoder, sample_moments, split_moments
-from models.conditions import Conditions, Inputs, Wanted
+from models.conditions import Conditions, Embedders, Inputs, Wanted
 from models.denoiser import Denoiser, widened
 from models.diffusion.process import Process
+from models.diffusion.student import Student
 from models.film import Film
 from models.flops import unet_flops
 from models.formats.lora import add_adapters, merged, save_adapters
@@ -36,6 +38,7 @@ from train.engine.sample_rng import Draws, SampleRng
 from train.engine.trainable import Trainable
 from train.latents.provenance import asks_clip, check_latents, require_same, trained_otherwise
 
+GUIDANCE = "time_embedding.cond_proj.weight"  # of a student of distillation
 VALIDATION = 256  # held-out latents behind the validation loss, at most
 CHUNK = 32  # of them at once
 FILMED = 2  # of the images drawn at an evaluation
@@ -47,8 +50,8 @@ Measure = Callable[[DiffusionPipeline, int], dict[str, float]]  # of the model a
 def load_pretrained(source: str, network: Denoiser) -> None:
     """Weights of another training's U-Net: a folder in diffusers' format or a whole checkpoint in one file.
 
-    Where it takes fewer channels than this one, those that are new begin at zero; parameters of conditions are taken
-    where they are there and fit.
+    Where it takes fewer channels than this one, or is not told of guidance, what is new begins at zero; parameters of
+    conditions are taken where they are there and fit.
     """
     cfg = network.unet.cfg
     if is_single_file(source):
@@ -58,9 +61,14 @@ def load_pretrained(source: str, network: Denoiser) -> None:
         wanted, given = architecture(cfg), architecture(found.cfg)
         if given["in_channels"] < wanted["in_channels"]:
             given["in_channels"] = wanted["in_channels"]
+        if given.get("time_cond_proj_dim") is None and "time_cond_proj_dim" in wanted:
+            given["time_cond_proj_dim"] = wanted["time_cond_proj_dim"]
         require_same("init_from", wanted, given)
         network.load_conditions(source)
-    network.unet.load_state_dict(widened(found.state_dict(), cfg.in_channels))
+    weights = widened(found.state_dict(), cfg.in_channels)
+    if cfg.time_cond_proj_dim is not None and found.cfg.time_cond_proj_dim is None:
+        weights[GUIDANCE] = torch.zeros_like(network.unet.state_dict()[GUIDANCE])
+    network.unet.load_state_dict(weights)
 
 
 def by_timestep(losses: Tensor, times: Tensor) -> dict[str, Tensor]:
@@ -121,10 +129,14 @@ class UNetStage:
 
     def build(self) -> Denoiser:
         """A U-Net with its conditions, untrained."""
+        return Denoiser(UNet(self.cfg.model), self.conditions_of(self.cfg.model))
+
+    def conditions_of(self, model: UNetConfig) -> Embedders:
+        """The conditions of a U-Net on these latents, untrained."""
         cfg, facts = self.cfg, self.heldout.manifest.provenance
         null_text = self.info.null_text(cfg.latents) if cfg.conditions.caption is not None else None  # [L, D]
-        unet, downscale = UNet(cfg.model), facts["images"]["resolution"] // facts["latent_size"]
-        return Denoiser(unet, self.info.build_conditions(cfg.model, downscale, null_text))
+        downscale = facts["images"]["resolution"] // facts["latent_size"]
+        return self.info.build_conditions(model, downscale, null_text)
 
     def tell_differences(self, source: str) -> None:
         """Say what `init_from` was trained for and is asked otherwise; raises UserError where adapters cannot learn it.
@@ -155,14 +167,17 @@ class UNetStage:
     def noisy(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised latents [B, C, h, w], noise of that shape and timesteps [B]; all drawn per sample."""
         draws = SampleRng.of(batch, seed, self.runtime.device)
+        return *self.latents(batch, draws), self.process.draw_timesteps(draws.uniform("timestep"))
+
+    def latents(self, batch: dict[str, Any], draws: SampleRng) -> tuple[Tensor, Tensor]:
+        """Normalised latents [B, C, h, w] and noise of that shape."""
         moments = batch["moments"].float()  # [B, 2C, h, w]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         z = sample_moments(moments, draws.normal("posterior", shape))
         noise = draws.normal("noise", shape)
         if self.process.cfg.offset_noise > 0:
             noise = self.process.with_offset(noise, draws.normal("offset_noise", (shape[0], 1, 1)))
-        timesteps = self.process.draw_timesteps(draws.uniform("timestep"))
-        return (z - self.mean) / self.std, noise, timesteps
+        return (z - self.mean) / self.std, noise
 
     def inputs(self, batch: dict[str, Any]) -> Inputs:
         """Arrays of the conditions, from the cache; text states from the frozen tower where they are not in it."""
@@ -205,10 +220,7 @@ class UNetStage:
         mine = list(range(self.runtime.rank, count, self.runtime.world))
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for batch in map(self.runtime.batch, self.heldout.batches_at(mine, CHUNK)):
-            x0, noise, timesteps = self.noisy(batch, seed=0)
-            with self.precision():
-                prediction = network(self.process.add_noise(x0, noise, timesteps), timesteps, self.inputs(batch))
-            total = total + self.process.loss(prediction, x0, noise, timesteps).sum()
+            total = total + self.errors(network, batch).sum()
         metrics = {"eval/loss": self.runtime.sum({"loss": total})["loss"] / count}
         if self.measure is None and not (self.runtime.is_main and self.cfg.sample_prompts > 0):
             return metrics
@@ -216,18 +228,26 @@ class UNetStage:
         if self.runtime.is_main:  # precomputing told it of captions
             cuts = model.cuts([self.cfg.sampling.negative_prompt], self.cfg.sampling.prompt_syntax)
             if cuts.count:
-                say("unet", cuts.line("negative prompts"))
+                say(self.name, cuts.line("negative prompts"))
         if self.runtime.is_main and self.cfg.sample_prompts > 0:
             with self.precision():
                 self.draw(model, samples_seen, journal)
         return metrics | ({} if self.measure is None else self.measure(model, samples_seen))
+
+    def errors(self, network: Denoiser, batch: dict[str, Any]) -> Tensor:
+        """Losses [B] of held-out samples at fixed timesteps and noise."""
+        x0, noise, timesteps = self.noisy(batch, seed=0)
+        with self.precision():
+            prediction = network(self.process.add_noise(x0, noise, timesteps), timesteps, self.inputs(batch))
+        return self.process.loss(prediction, x0, noise, timesteps)
 
     def pipeline(self, network: Denoiser) -> DiffusionPipeline:
         """A frozen U-Net with the other networks that images need."""
         autoencoder, tower = self.frozen(Autoencoder.from_pretrained(self.cfg.autoencoder)), self.text_tower
         if tower is None and asks_clip(self.cfg.conditions):
             tower = self.frozen(load_text_tower(self.cfg.clip))
-        return DiffusionPipeline(network, autoencoder, tower, self.process, self.mean.flatten(), self.std.flatten())
+        mean, std, student = self.mean.flatten(), self.std.flatten(), Student.read(self.info.student)
+        return DiffusionPipeline(network, autoencoder, tower, self.process, mean, std, student=student)
 
     def draw(self, model: DiffusionPipeline, samples_seen: int, journal: MetricLog) -> None:
         """Images of held-out samples' conditions, each with the same noise at every evaluation, and a film of two.
