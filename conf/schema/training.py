@@ -186,7 +186,7 @@ class DistillRun:
     """`train/distill_unet.py`: teach a student to draw in one to four steps what a trained U-Net draws in many.
 
     python train/distill_unet.py experiment=distill_demo
-    python train/distill_unet.py teacher=runs/demo/unet/export latents=runs/demo/latents run_dir=RUN
+    python train/distill_unet.py run_dir=RUN guidance=[1,8]
     torchrun --nproc-per-node=8 train/distill_unet.py experiment=distill_sd1 runtime=gpu8
     """
 

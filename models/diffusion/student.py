@@ -20,7 +20,7 @@ class Student:
     """
 
     method: str
-    guidance: tuple[float, float] | None
+    guidance: list[float] | None
 
     @classmethod
     def read(cls, found: Mapping[str, Any]) -> Self | None:
@@ -32,7 +32,7 @@ class Student:
             isinstance(scales, list) and len(scales) == 2 and all(type(scale) in (int, float) for scale in scales)
         ):
             raise TypeError("student.guidance is no pair of numbers")
-        return cls(str(found.get("method")), None if scales is None else (scales[0], scales[1]))
+        return cls(str(found.get("method")), scales)
 
     def check(self, sampling: SamplingConfig) -> None:
         """Refuse options that it cannot follow, or that would be without effect.

@@ -91,6 +91,7 @@ PEERS: dict[Sampler, tuple[str, dict[str, Any], float | None]] = {
         0.0,
     ),
     Sampler.unipc: ("UniPCMultistepScheduler", {}, None),
+    Sampler.lcm: ("LCMScheduler", {}, None),
 }
 # Their schedulers know eps alone, or mean v over steps as if it were eps; any prediction of ours is the same denoiser.
 ON_EPS = (Sampler.pndm, Sampler.euler_ancestral, Sampler.heun, Sampler.dpm2)
@@ -126,6 +127,8 @@ def peer_of(sampler: Sampler, prediction: Prediction, steps: int) -> Any:
         with_middles(scheduler, process, steps)
     elif process.flow:
         put_levels(scheduler, process, process.sigmas(steps).tolist())
+    elif sampler is Sampler.lcm:  # which has a grid of its own
+        scheduler.timesteps = torch.tensor([round(process.timestep(s)) for s in process.sigmas(steps)[:-1].tolist()])
     return scheduler
 
 
@@ -257,6 +260,16 @@ def test_heun_for_flow_equals_diffusers(steps: int) -> None:
     scheduler.timesteps = 1000 * scheduler.sigmas[:-1]
     expected = by_flow(scheduler)
     torch.testing.assert_close(ours(Prediction.flow, Sampler.heun, steps), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_consistency_sampling_of_a_flow_equals_diffusers(steps: int, same_noise: Callable[[Any], None]) -> None:
+    process, scheduler = Process(ProcessConfig(prediction=Prediction.flow)), diffusers.FlowMatchLCMScheduler()
+    scheduler.set_timesteps(steps)
+    put_levels(scheduler, process, process.sigmas(steps).tolist())
+    same_noise(scheduler)
+    expected = by_flow(scheduler)
+    torch.testing.assert_close(ours(Prediction.flow, Sampler.lcm, steps), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", [Sampler.pndm, Sampler.dpm2])

@@ -1,6 +1,6 @@
 """The fourth training: a student of a trained U-Net learns to draw in one to four steps."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
-from conf.schema import DistillMethod, DistillRun, UNetRun
+from conf.schema import ConditionsConfig, DistillMethod, DistillRun, UNetRun
 from conf.schema.networks import UNetConfig
 from data.image_dataset import Batch
 from models.conditions import Conditions, Inputs, Wanted
 from models.denoiser import Denoiser
 from models.diffusion.process import SCHEDULER, read_scheduler
+from models.diffusion.student import Student
 from models.formats.unet import FORMATS
 from models.formats.weights import read_config
 from models.unet import UNet
@@ -46,13 +47,13 @@ def as_training(cfg: DistillRun) -> UNetRun:
     if cfg.guided is not None:
         model = replace(model, time_cond_proj_dim=EMBEDDING)
     shared |= {"model": model, "init_from": cfg.teacher}
-    training = UNetRun(**{option.name: shared[option.name] for option in fields(UNetRun) if option.name in shared})
-    if not any(section.drop for _, section in training.conditions.chosen()) and cfg.guidance != [1.0, 1.0]:
+    conditions = shared.get("conditions", ConditionsConfig())
+    if cfg.guidance != [1.0, 1.0] and not any(section.drop for _, section in conditions.chosen()):
         raise UserError(
             f"guidance={cfg.guidance}: teacher={cfg.teacher} was trained without dropping a condition, so that it "
             "cannot be guided; set guidance=[1,1]"
         )
-    return training
+    return UNetRun(**{option.name: shared[option.name] for option in fields(UNetRun) if option.name in shared})
 
 
 def wanted(batch: Batch, offset: bool, conditions: Conditions) -> Wanted:
@@ -73,8 +74,10 @@ class DistillStage(UNetStage):
 
     def __init__(self, cfg: DistillRun, runtime: Runtime, measure: Measure | None = None) -> None:
         self.distillation, training = cfg, as_training(cfg)
+        student = Student(cfg.method.value, cfg.guided)
+        student.check(cfg.sampling)  # refused now or in hours
         super().__init__(training, runtime, measure)
-        self.info = replace(self.info, student={"method": cfg.method.value, "guidance": cfg.guided})
+        self.info = replace(self.info, student=asdict(student))
         sampling = training.sampling
         self.levels = Levels(self.process, cfg.levels, sampling.spacing, sampling.shift).to(runtime.device)
         self.extend = Draws(

@@ -1,0 +1,165 @@
+"""The training of a student: what it is made of, whatever the batch, the rank or the backend, and what it may draw."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conf.errors import UserError
+from conf.schema import SampleRun
+from data.loader import batches
+from models.unet import UNet
+from train.engine import runtime as runtime_module
+from train.engine import trainer
+from train.engine.runtime import Runtime
+from train.latents.provenance import INFO, UNetInfo
+from train.sampling.load import load_model
+from train.sampling.run import generate_images
+from train.training.distillation.stage import DistillStage, as_training
+from waits import Waits
+
+SHORT = ["loop.samples=96", "loop.log_every=16", "loop.evaluate_every=96", "loop.checkpoint_every=48"]
+
+
+def make(project: Any, runtime: Runtime, *overrides: str) -> DistillStage:
+    return DistillStage(project.config("distill", *overrides), runtime)
+
+
+@pytest.fixture(scope="module")
+def student(project: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A student of the project's U-Net: its folder and the configuration that draws with it."""
+    folder = tmp_path_factory.mktemp("student")
+    cfg = project.config("distill", f"output_dir={folder}", *SHORT)
+    runtime = runtime_module.start(cfg.runtime)
+    trainer.fit(DistillStage(cfg, runtime), cfg, runtime)
+    drawing = [f"unet={folder}/export", "prompts=[a moon]", "sampler=lcm", "steps=4", "guidance_scale=2"]
+    return folder, project.config("sample", *drawing)
+
+
+def drawn(cfg: SampleRun, runtime: Runtime) -> torch.Tensor:
+    return generate_images(load_model(cfg, runtime.device), cfg, [{"caption": "a moon"}], [0]).images
+
+
+def test_student_says_what_it_is_and_draws_in_few_steps(student: Any, runtime: Runtime) -> None:
+    folder, cfg = student
+    assert UNetInfo.load(f"{folder}/export").student == {"method": "lcm", "guidance": [1.0, 4.0]}
+    assert UNet.from_pretrained(f"{folder}/export").cfg.time_cond_proj_dim == 256
+    assert (folder / "samples" / "prompts-000000000096.png").is_file()
+    metrics = json.loads((folder / "DONE").read_text())["metrics"]
+    assert metrics["eval/loss"] > 0
+    images = {steps: drawn(replace(cfg, steps=steps), runtime) for steps in (1, 2, 4)}
+    assert all(image.shape == (1, 3, 32, 32) and image.isfinite().all() for image in images.values())
+    assert not torch.equal(images[1], images[4])
+
+
+def test_scale_of_guidance_is_told_and_not_computed(student: Any, runtime: Runtime) -> None:
+    _, cfg = student
+    model, calls = load_model(cfg, runtime.device), list[int]()
+    model.denoiser.unet.conv_in.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    assert not torch.equal(drawn(cfg, runtime), drawn(replace(cfg, guidance_scale=4.0), runtime))
+    model(["a moon"], [0], cfg)
+    assert calls == [1, 1, 1, 1]  # one row each: none without the caption
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 50}, "set sampler=lcm and steps=1 to 8"),
+        ({"guidance_scale": 7.5}, "which learnt scales from 1 to 4"),
+        ({"negative_prompt": "a cat"}, "whose guidance is inside"),
+    ],
+)
+def test_what_a_student_cannot_follow_is_one_line(
+    student: Any, runtime: Runtime, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        drawn(replace(student[1], **options), runtime)
+
+
+def test_it_begins_as_its_teacher_whatever_scale_it_is_told(project: Any, runtime: Runtime) -> None:
+    stage = make(project, runtime)
+    assert stage.teacher is not None
+    batch = stage.dataset.batch(range(4))
+    inputs, x, t = stage.inputs(batch), torch.randn(4, 4, 8, 8), torch.tensor([10.0, 300.0, 600.0, 990.0])
+    with torch.no_grad():
+        told = stage.network(x, t, inputs | {"guidance": torch.tensor([1.0, 2.0, 3.0, 4.0])})
+        assert torch.equal(told, stage.teacher(x, t, inputs))
+
+
+@pytest.mark.parametrize("method", ["method=lcm", "method=consistency_training"])
+def test_draws_are_the_same_on_any_number_of_ranks(project: Any, runtime: Runtime, method: str) -> None:
+    options = [method] if method == "method=lcm" else [method, "guidance=[1,1]", "sampling.guidance_scale=1"]
+    stage = make(project, runtime, *options)
+    assert (stage.teacher is None) is (method != "method=lcm")
+    with torch.no_grad():
+        whole = stage.distances(stage.unet, next(batches(stage.dataset, 16, 16, 0, 1, start=48, workers=0)), 0)[0]
+        parts = [
+            stage.distances(stage.unet, batch, 0)[0]
+            for rank in range(2)
+            for _, batch in zip(range(2), batches(stage.dataset, 16, 4, rank, 2, start=48, workers=0), strict=False)
+        ]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "backend", ["runtime.zero_stage=0", "runtime.zero_stage=2", "runtime.zero_stage=3", "runtime.backend=fsdp"]
+)
+def test_every_backend_takes_the_step_of_plain_torch(project: Any, runtime: Runtime, backend: str) -> None:
+    weights, norms = [], []
+    for options in (["runtime.backend=ddp"], ["batch.micro_batch_size=8", backend]):
+        stage = make(project, runtime, *options)
+        micro = 16 if len(options) == 1 else 8
+        for start in range(0, 16, micro):
+            stage.micro_step(stage.dataset.batch(range(start, start + micro)), start == 16 - micro, 0)
+        norms.append(float(stage.finish_step(16)["train/grad_norm"]))
+        weights.append(stage.unet.weights())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-4)  # a tenth of lr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", ["backend=ddp", "backend=fsdp", "zero_stage=1"])
+def test_a_step_waits_for_nothing(project: Any, backend: str, precision: str) -> None:
+    cfg = project.config("distill", f"runtime.{backend}", f"runtime.precision={precision}")
+    stage, waits = DistillStage(cfg, runtime_module.start(cfg.runtime)), Waits()
+    waits.around(stage)
+    for position in range(0, 48, 16):
+        stage.micro_step(stage.extend(stage.dataset.batch(range(position, position + 16))), True, position)
+        assert float(stage.finish_step(position + 16)["train/grad_norm"]) > 0
+    assert waits.found == []
+
+
+def test_interrupted_training_ends_as_one_that_was_not(project: Any, student: Any, tmp_path: Path) -> None:
+    """From the checkpoint in its middle, bit for bit."""
+    whole, part = student[0], tmp_path / "again"
+    shutil.copytree(whole / "checkpoints" / "000000000048", part / "checkpoints" / "000000000048")
+    cfg = project.config("distill", f"output_dir={part}", *SHORT)
+    runtime = runtime_module.start(cfg.runtime)
+    trainer.fit(DistillStage(cfg, runtime), cfg, runtime)
+    names = [folder / "checkpoints/000000000096/unet/weights.safetensors" for folder in (whole, part)]
+    expected, found = map(load_file, names)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)  # a thousandth of a step
+
+
+def test_teachers_that_cannot_teach_are_refused(project: Any, student: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a student itself; name the network that it was taught by"):
+        as_training(project.config("distill", f"teacher={student[0]}/export"))
+    export = tmp_path / "export"
+    shutil.copytree(project.folder / "unet" / "export", export)
+    info = json.loads((export / INFO).read_text())
+    info["conditions"]["caption"]["drop"] = 0.0
+    (export / INFO).write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"guidance=\[1\.0, 4\.0\].*cannot be guided; set guidance=\[1,1\]"):
+        as_training(project.config("distill", f"teacher={export}"))
+    with pytest.raises(UserError, match="has no teacher that is guided"):
+        project.config("distill", "method=consistency_training")
+    with pytest.raises(UserError, match=r"nowhere/config\.json"):
+        as_training(project.config("distill", "teacher=nowhere"))
