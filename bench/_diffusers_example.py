@@ -64,7 +64,9 @@ def prepare(folder: Path) -> None:
     torch.manual_seed(0)
     unet = UNet(compose("train_unet", UNetRun, ["experiment=demo", "run_dir=unused"]).model)
     parts = Autoencoder.from_pretrained(folder / "autoencoder/export"), Clip.from_pretrained(folder / "clip/export")
-    write_pipeline(folder / "pipeline", unet, *parts, Process(ProcessConfig(prediction=Prediction.eps)))
+    write_pipeline(
+        folder / "pipeline", unet, *parts, Process(ProcessConfig(prediction=Prediction.eps)).scheduler_config()
+    )
     (folder / "images").mkdir()
     rows = list[str]()
     for shard in sorted((folder / "shards/train").glob("*.tar")):

@@ -36,7 +36,7 @@ def models(
     process = Process(ProcessConfig(prediction=Prediction.eps))
     for network in (denoiser, autoencoder, *([clip] if clip else [])):
         network.eval()
-    write_pipeline(folder, denoiser.unet, autoencoder, clip, process, peer.__name__)
+    write_pipeline(folder, denoiser.unet, autoencoder, clip, process.scheduler_config(), peer.__name__)
     pipeline = peer.from_pretrained(folder, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     return DiffusionPipeline(denoiser, autoencoder, clip, process, mean, std), pipeline

@@ -17,8 +17,7 @@ from models.conditions import Conditioning, Conditions, Inputs, Samples
 from models.denoiser import Denoiser
 from models.diffusion.guidance import Joined, by_step, classifier_free, within
 from models.diffusion.process import Denoise, Network, Process
-from models.diffusion.samplers import Callback, sampler_of
-from models.diffusion.student import Student
+from models.diffusion.samplers import Callback, Student, sampler_of
 from models.prompts import ParsedPrompt, Term, parse, plain, terms_of, text_states
 from models.text import Cuts, TextTower, image_embeddings
 from models.tiles import check_tile, decode_in_tiles, encode_in_tiles

@@ -182,8 +182,12 @@ class Process:
             return x_t - std * prediction
         return alpha * x_t - std * prediction
 
-    def scheduler_config(self) -> dict[str, object]:
-        """`scheduler_config.json` of an exported folder: the diffusers scheduler that samples this process as we do."""
+    def scheduler_config(self, student: bool = False) -> dict[str, object]:
+        """`scheduler_config.json` of an exported folder: the diffusers scheduler that samples this process as we do.
+
+        Args:
+            student: of distillation, which `samplers.sample_lcm` draws with; for other processes than flows.
+        """
         total = self.cfg.train_timesteps
         if self.flow:
             return {
@@ -197,6 +201,8 @@ class Process:
                 "flow_shift": self.cfg.shift,
             }
         named = self.cfg.schedule in BETA_NAMES and self.cfg.shift == 1
+        # Steps are chosen evenly among `original_inference_steps`: of all timesteps they are those of "trailing".
+        chosen = {"_class_name": "LCMScheduler", "original_inference_steps": total} if student else {}
         return {
             "_class_name": "DDIMScheduler",
             "num_train_timesteps": total,
@@ -210,6 +216,7 @@ class Process:
             "steps_offset": 1,  # without effect on this spacing, but pipelines warn of another value
             "set_alpha_to_one": True,
             "clip_sample": False,
+            **chosen,
         }
 
     def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

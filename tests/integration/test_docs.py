@@ -85,7 +85,7 @@ def test_experiment_of_the_docs_composes(tmp_path: Path, monkeypatch: pytest.Mon
     assert (unet.sampling.steps, unet.model.sample_size, unet.model.norm_num_groups) == (30, 32, 8)
     assert compose("sample", SampleRun, chosen).steps == 30
     tasks = plan_tasks(compose("pipeline", PipelineRun, chosen), separate(chosen)[1])
-    assert [task.stage.name for task in tasks] == [stage.name for stage in STAGES]
+    assert [task.stage.name for task in tasks] == [stage.name for stage in STAGES if stage.name != "distill"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)

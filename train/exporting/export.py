@@ -57,11 +57,17 @@ def export_model(cfg: ExportRun) -> None:
     clip = _clip(cfg) if "text_encoder" in parts else None
     absorb_normalisation(autoencoder, torch.tensor(info.latent_mean), torch.tensor(info.latent_std))
     process, unet = Process(info.process_config()), denoiser.unet
+    if info.student and process.flow:
+        raise UserError(
+            f"unet={cfg.unet}: {name} draws with no student of a flow, its LCMScheduler knows eps, v and x0 alone; "
+            "load the U-Net in that folder by itself, or sample with train/sample.py"
+        )
     for network in (unet, autoencoder, clip):
         if network is not None:
             network.to(DTYPES[cfg.dtype.value])
     if cfg.format is ExportFormat.diffusers:
-        write = partial(write_pipeline, unet=unet, autoencoder=autoencoder, clip=clip, process=process, name=name)
+        scheduler = process.scheduler_config(student=bool(info.student))
+        write = partial(write_pipeline, unet=unet, autoencoder=autoencoder, clip=clip, scheduler=scheduler, name=name)
         _replace_folder(Path(cfg.output_dir), write)
         say("export", f"{cfg.output_dir}: {name}.from_pretrained reads it")
         return
@@ -130,7 +136,7 @@ def write_pipeline(
     unet: UNet,
     autoencoder: Autoencoder,
     clip: Clip | None,
-    process: Process,
+    scheduler: dict[str, object],
     name: str = "StableDiffusionPipeline",
 ) -> None:
     """All parts of the pipeline of that name; `model_index.json` last."""
@@ -143,7 +149,6 @@ def write_pipeline(
         save_folder(folder / "text_encoder", config, with_padding(text), TEXT_WEIGHTS)
         for file, content in tokenizer_files(clip).items():
             atomic_write(folder / "tokenizer" / file, content.encode())
-    scheduler = process.scheduler_config()
     atomic_write(folder / "scheduler" / SCHEDULER, dumps(scheduler, indent=2).encode())
     index = {
         "_class_name": name,

@@ -21,7 +21,7 @@ from data.shards.manifest import Manifest
 from data.shards.remote import joined, read_remote
 from models.conditions import ConditionContext, Conditions, Embedders
 from models.diffusion.process import SCHEDULER, differences, meaning, read_scheduler
-from models.diffusion.student import Student
+from models.diffusion.samplers import Student
 from models.formats.lora import Adapters
 from models.formats.weights import WEIGHTS_NAME, metadata_of
 
@@ -65,7 +65,9 @@ class UNetInfo:
     weights: str  # "ema", "last" where the run kept no average, or which one train/average.py took
     conditions: dict[str, Any] = field(default_factory=lambda: OLDER["conditions"])  # what the network is told
     names: dict[str, list[str]] = field(default_factory=dict)  # of the classes that they mention
-    student: dict[str, Any] = field(default_factory=dict)  # of distillation (`models.diffusion.student`); {}: none
+    student: dict[str, Any] = field(
+        default_factory=dict
+    )  # of `samplers.Student`; {}: it is none
 
     def save(self, folder: Path) -> None:
         atomic_write(folder / INFO, dumps(asdict(self), indent=2).encode())

@@ -15,7 +15,7 @@ from models.autoencoder import Autoencoder
 from models.conditions import ConditionContext, Conditions, Embedders
 from models.denoiser import Denoiser
 from models.diffusion.process import SCHEDULER, Process, read_scheduler
-from models.diffusion.student import Student
+from models.diffusion.samplers import Student
 from models.formats.lora import FILE_NAME as ADAPTERS
 from models.formats.lora import adapter_file, load_adapters
 from models.formats.weights import CONFIG_NAME, read_json

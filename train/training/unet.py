@@ -21,7 +21,7 @@ from models.autoencoder import Autoencoder, sample_moments, split_moments
 from models.conditions import Conditions, Embedders, Inputs, Wanted
 from models.denoiser import Denoiser, widened
 from models.diffusion.process import Process
-from models.diffusion.student import Student
+from models.diffusion.samplers import Student
 from models.film import Film
 from models.flops import unet_flops
 from models.formats.lora import add_adapters, merged, save_adapters

@@ -14,12 +14,14 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     LDMPipeline,
     LDMSuperResolutionPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers import scheduling_lcm
 from safetensors.torch import load_file, save_file
 
 from conf.entry import compose
@@ -50,9 +52,9 @@ def config(project: Any, folder: Path, *overrides: str) -> ExportRun:
     return compose("export", ExportRun, [*options, *overrides])
 
 
-def trained_as(project: Any, folder: Path, prediction: str) -> Path:
+def trained_as(project: Any, folder: Path, prediction: str, source: Path | None = None) -> Path:
     """The exported U-Net, told that it predicts something else: any network is a test of what is around it."""
-    shutil.copytree(project.folder / "unet" / "export", folder)
+    shutil.copytree(project.folder / "unet" / "export" if source is None else source, folder)
     info = json.loads((folder / "latentline.json").read_text())
     info["process"] |= {"prediction": prediction, "timestep_sampling": "uniform", "schedule": "scaled_linear"}
     (folder / "latentline.json").write_text(json.dumps(info))
@@ -118,6 +120,46 @@ def test_pipeline_of_diffusers_draws_our_images(
         again = load_exported(str(tmp_path / folder), runtime.device)
         drawn = again(PROMPTS, [0, 0], SamplingConfig(sampler=Sampler(sampler), steps=steps, guidance_scale=3.0))
         assert (drawn - ours).abs().max() <= 4 / 255, folder  # in [-1, 1]
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_pipeline_of_diffusers_draws_the_images_of_a_student(
+    project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prediction: str
+) -> None:
+    """With its guidance inside, and the same noise between the steps."""
+    model = replace(project.config("unet").model, time_cond_proj_dim=256)
+    student = {"method": "lcm", "guidance": [1.0, 4.0]}
+    untrained(project, tmp_path / "plain", model, {"caption": {}}, student=student)
+    unet = trained_as(project, tmp_path / "unet", prediction, tmp_path / "plain")
+    export.export_model(config(project, tmp_path / "export", f"unet={unet}"))
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline.scheduler) is LCMScheduler
+    ours = load_model(project.config("sample", "prompts=[x]", f"unet={unet}"), runtime.device)
+    sampling = SamplingConfig(sampler=Sampler.lcm, steps=4, guidance_scale=3.0)
+    drawn = shown(ours(PROMPTS, [0, 0], sampling))
+    shape = tuple(noise_of(ours, PROMPTS).shape[1:])
+    fresh = (ours.noise(PROMPTS, [0, 0], [0, 0], shape, step) for step in (1, 2, 3))
+    monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *_, **named: next(fresh))
+    theirs = pipeline(
+        PROMPTS,
+        height=drawn.shape[1],
+        width=drawn.shape[2],
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        latents=noise_of(ours, PROMPTS),
+        output_type="np",
+    ).images
+    assert np.abs(drawn - theirs).max() <= 2 / 255
+    assert np.abs(drawn - shown(ours(PROMPTS, [0, 0], replace(sampling, guidance_scale=1.0)))).max() > 4 / 255
+
+
+def test_student_of_a_flow_has_no_pipeline(project: Any, tmp_path: Path) -> None:
+    model = replace(project.config("unet").model, time_cond_proj_dim=256)
+    student = {"method": "lcm", "guidance": [1.0, 4.0]}
+    untrained(project, tmp_path / "unet", model, {"caption": {}}, student=student)
+    with pytest.raises(UserError, match="draws with no student of a flow"):
+        export.export_model(config(project, tmp_path / "export", f"unet={tmp_path / 'unet'}"))
 
 
 def test_tokens_and_text_states_are_those_of_the_trained_tower(project: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from data.image_dataset import Batch
 from models.conditions import Conditions, Inputs, Wanted
 from models.denoiser import Denoiser
 from models.diffusion.process import SCHEDULER, read_scheduler
-from models.diffusion.student import Student
+from models.diffusion.samplers import Student
 from models.formats.unet import FORMATS
 from models.formats.weights import read_config
 from models.unet import UNet

@@ -7,7 +7,7 @@ import pytest
 
 from conf.errors import UserError
 from conf.schema import Sampler, SamplingConfig
-from models.diffusion.student import Student
+from models.diffusion.samplers import Student
 
 TOLD, FIXED = Student("lcm", [1.0, 4.0]), Student("lcm", None)
 
