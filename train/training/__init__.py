@@ -1,1 +1,1 @@
-"""The three trainings of the latent diffusion paper: what each is, for the loop of `train/engine/`."""
+"""The trainings of the latent diffusion paper, and distillation: what each is, for the loop of `train/engine/`."""
