@@ -185,6 +185,8 @@ class DiffusionPipeline:
         # Prompts are joined by what each adds to the null prediction, so they need one even at scale 1.
         several = any(len(image) > 1 for image in images)
         told = self.denoiser.unet.cfg.time_cond_proj_dim is not None
+        if told and several:
+            raise UserError("AND: joins what each prompt adds to none, and this network has its guidance inside")
         outside = 1.0 if told else sampling.guidance_scale  # a student has its guidance inside
         guided = outside != 1 or several
         if sampling.negative_prompt and not self.conditions.takes_text:

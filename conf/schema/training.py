@@ -160,7 +160,7 @@ class UNetRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        for option in ("num_class_embeds", "class_embed_type", "addition_embed_type"):
+        for option in ("num_class_embeds", "class_embed_type", "addition_embed_type", "time_cond_proj_dim"):
             value = getattr(self.model, option)
             require(value is None, f"model.{option}={value}: the network can, but this training tells it `conditions`")
         guidance, drops = self.sampling.guidance_scale, [section.drop for _, section in self.conditions.chosen()]

@@ -65,9 +65,7 @@ class UNetInfo:
     weights: str  # "ema", "last" where the run kept no average, or which one train/average.py took
     conditions: dict[str, Any] = field(default_factory=lambda: OLDER["conditions"])  # what the network is told
     names: dict[str, list[str]] = field(default_factory=dict)  # of the classes that they mention
-    student: dict[str, Any] = field(
-        default_factory=dict
-    )  # of `samplers.Student`; {}: it is none
+    student: dict[str, Any] = field(default_factory=dict)  # of `samplers.Student`; {}: it is none
 
     def save(self, folder: Path) -> None:
         atomic_write(folder / INFO, dumps(asdict(self), indent=2).encode())

@@ -44,8 +44,6 @@ def as_training(cfg: DistillRun) -> UNetRun:
         shared |= {"process": info.process_config(), "conditions": info.conditions_config()}
     else:
         shared["process"] = read_scheduler(source.parent / "scheduler" / SCHEDULER)
-    if cfg.guided is not None:
-        model = replace(model, time_cond_proj_dim=EMBEDDING)
     shared |= {"model": model, "init_from": cfg.teacher}
     conditions = shared.get("conditions", ConditionsConfig())
     if cfg.guidance != [1.0, 1.0] and not any(section.drop for _, section in conditions.chosen()):
@@ -53,7 +51,10 @@ def as_training(cfg: DistillRun) -> UNetRun:
             f"guidance={cfg.guidance}: teacher={cfg.teacher} was trained without dropping a condition, so that it "
             "cannot be guided; set guidance=[1,1]"
         )
-    return UNetRun(**{option.name: shared[option.name] for option in fields(UNetRun) if option.name in shared})
+    training = UNetRun(**{option.name: shared[option.name] for option in fields(UNetRun) if option.name in shared})
+    if cfg.guided is not None:
+        training.model = replace(model, time_cond_proj_dim=EMBEDDING)
+    return training
 
 
 def wanted(batch: Batch, offset: bool, conditions: Conditions) -> Wanted:

@@ -81,6 +81,19 @@ def test_what_a_student_cannot_follow_is_one_line(
         drawn(replace(student[1], **options), runtime)
 
 
+def test_prompts_are_not_joined_where_guidance_is_inside(student: Any, runtime: Runtime) -> None:
+    cfg = replace(student[1], prompt_syntax=True)
+    with pytest.raises(UserError, match=r"^AND: joins what each prompt adds to none"):
+        load_model(cfg, runtime.device)(["a moon AND a sun"], [0], cfg)
+    weighted = load_model(cfg, runtime.device)(["a (moon:0.5)"], [0], cfg)
+    assert weighted.isfinite().all()
+
+
+def test_plain_training_does_not_tell_a_scale(project: Any) -> None:
+    with pytest.raises(UserError, match=r"model\.time_cond_proj_dim=256: the network can, but this training"):
+        project.config("unet", "model.time_cond_proj_dim=256")
+
+
 def test_it_begins_as_its_teacher_whatever_scale_it_is_told(project: Any, runtime: Runtime) -> None:
     stage = make(project, runtime)
     assert stage.teacher is not None
