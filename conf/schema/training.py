@@ -203,6 +203,7 @@ class DistillRun:
     levels: int = 50  # noise levels; the student learns from neighbours among them
     guidance: list[float] = field(default_factory=lambda: [1.0, 4.0])  # scales of the teacher's guidance, from and to
     huber: float = 0.001  # c of the pseudo-Huber distance; 0: the absolute difference
+    lora: LoraConfig = field(default_factory=LoraConfig)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(sampler=Sampler.lcm, steps=4))
     evaluation: LoopEvaluationConfig = field(default_factory=LoopEvaluationConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -228,4 +229,9 @@ class DistillRun:
         require(
             self.method is DistillMethod.lcm or self.guidance == [1.0, 1.0],
             f"guidance={self.guidance}: method={self.method.value} has no teacher that is guided; set guidance=[1,1]",
+        )
+        require(
+            self.lora.rank == 0 or self.guided is None,
+            f"guidance={self.guidance}: adapters cannot be told a scale, lora.rank={self.lora.rank}; name one for all, "
+            "such as guidance=[3,3]",
         )

@@ -104,6 +104,21 @@ def test_it_begins_as_its_teacher_whatever_scale_it_is_told(project: Any, runtim
         assert torch.equal(told, stage.teacher(x, t, inputs))
 
 
+def test_adapters_alone_make_the_teacher_a_student(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+    options = ["lora.rank=4", "guidance=[3,3]", "sampling.guidance_scale=1", f"output_dir={tmp_path}", *SHORT]
+    cfg = project.config("distill", *options)
+    trainer.fit(DistillStage(cfg, runtime), cfg, runtime)
+    drawing = ["prompts=[a moon]", "sampler=lcm", "steps=4", "guidance_scale=1"]
+    whole = project.config("sample", f"unet={tmp_path}/export", *drawing)
+    alone = project.config("sample", f"lora={tmp_path}/export", *drawing)
+    assert UNetInfo.load(f"{tmp_path}/export").student == {"method": "lcm", "guidance": None}
+    torch.testing.assert_close(drawn(whole, runtime), drawn(alone, runtime), rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match="guided as its teacher was; set guidance_scale=1"):
+        drawn(replace(whole, guidance_scale=3.0), runtime)
+    with pytest.raises(UserError, match="adapters cannot be told a scale"):
+        project.config("distill", "lora.rank=4")
+
+
 @pytest.mark.parametrize("method", ["method=lcm", "method=consistency_training"])
 def test_draws_are_the_same_on_any_number_of_ranks(project: Any, runtime: Runtime, method: str) -> None:
     options = [method] if method == "method=lcm" else [method, "guidance=[1,1]", "sampling.guidance_scale=1"]
