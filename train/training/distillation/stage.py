@@ -22,7 +22,7 @@ from models.unet import UNet
 from train.engine.precision import round_weights
 from train.engine.runtime import Runtime
 from train.engine.sample_rng import Draws, SampleRng
-from train.latents.provenance import INFO, UNetInfo
+from train.latents.provenance import INFO, UNetInfo, trained_otherwise
 from train.training.distillation.consistency import Levels, consistency_loss
 from train.training.unet import Measure, UNetStage, by_timestep, wanted_of
 
@@ -93,6 +93,11 @@ class DistillStage(UNetStage):
             self.teacher = self.frozen(teacher)
             round_weights(unet, runtime.precision)
         self.flops_per_sample *= 2 if self.teacher is not None else 4 / 3  # target, and the teacher with and without
+
+    def tell_differences(self, source: str) -> None:
+        """Refuse a teacher of other latents or texts than those of this training: its answers would mean nothing."""
+        if found := trained_otherwise(source, self.info):
+            raise UserError(f"teacher={source}: {'; '.join(found)}; name those of its training")
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of one micro-batch."""

@@ -177,6 +177,15 @@ def test_interrupted_training_ends_as_one_that_was_not(project: Any, student: An
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)  # a thousandth of a step
 
 
+def test_teacher_of_other_latents_is_refused(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+    export = tmp_path / "export"
+    shutil.copytree(project.folder / "unet" / "export", export)
+    info = json.loads((export / INFO).read_text())
+    (export / INFO).write_text(json.dumps(info | {"autoencoder": "0" * 64}))
+    with pytest.raises(UserError, match=rf"^teacher={export}: its latents were those of another autoencoder"):
+        make(project, runtime, f"teacher={export}")
+
+
 def test_teachers_that_cannot_teach_are_refused(project: Any, student: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a student itself; name the network that it was taught by"):
         as_training(project.config("distill", f"teacher={student[0]}/export"))
