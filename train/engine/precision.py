@@ -21,8 +21,8 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 def round_weights(network: nn.Module, precision: Precision) -> None:
     """Keep weights that are trained no more as autocast would round them at every call.
 
-    The same numbers come out, bit for bit, from half of the memory, and no call casts all weights before it computes.
-    Autocast itself remembers only what it casts of weights that have gradients.
+    The same computation, from half of the memory, and no call casts all weights before it. Autocast itself remembers
+    only what it casts of weights that have gradients.
     """
     low = AUTOCAST.get(precision)
     for module in network.modules():
