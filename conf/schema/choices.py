@@ -130,6 +130,7 @@ class TimestepSampling(Enum):
 
 class DistillMethod(Enum):
     lcm = "lcm"
+    scm = "scm"  # of a teacher of v or flow
     consistency_training = "consistency_training"
 
 

@@ -203,11 +203,14 @@ class DistillRun:
     levels: int = 50  # noise levels; the student learns from neighbours among them
     guidance: list[float] = field(default_factory=lambda: [1.0, 4.0])  # scales of the teacher's guidance, from and to
     huber: float = 0.001  # c of the pseudo-Huber distance; 0: the absolute difference
+    tangent_warmup: int = 0  # samples over which method=scm takes the student's own slope into account, bit by bit
+    adversarial_weight: float = 0.0  # of the verdicts on the student's images, seen through the teacher; 0: off
     lora: LoraConfig = field(default_factory=LoraConfig)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(sampler=Sampler.lcm, steps=4))
     evaluation: LoopEvaluationConfig = field(default_factory=LoopEvaluationConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    discriminator_optim: OptimConfig = field(default_factory=OptimConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -222,6 +225,11 @@ class DistillRun:
     def __post_init__(self) -> None:
         require(self.levels > 1, f"levels={self.levels}: must be 2 or more")
         require(self.huber >= 0, f"huber={self.huber}: must be 0 or positive")
+        require(self.tangent_warmup >= 0, f"tangent_warmup={self.tangent_warmup}: must be 0 or positive")
+        require(
+            self.adversarial_weight >= 0,
+            f"adversarial_weight={self.adversarial_weight}: must be 0 (off) or positive",
+        )
         require(
             len(self.guidance) == 2 and 1 <= self.guidance[0] <= self.guidance[1],
             f"guidance={self.guidance}: must be two scales, [lowest,highest], of 1 or more",
@@ -229,6 +237,14 @@ class DistillRun:
         require(
             self.method is DistillMethod.lcm or self.guidance == [1.0, 1.0],
             f"guidance={self.guidance}: method={self.method.value} has no teacher that is guided; set guidance=[1,1]",
+        )
+        runtime = self.runtime
+        require(
+            self.method is not DistillMethod.scm
+            or runtime.backend is BackendName.ddp
+            or (runtime.backend is BackendName.deepspeed and runtime.zero_stage < 3),
+            "method=scm: differentiates the student by its inputs, which sharded weights cannot; set "
+            "runtime.backend=deepspeed and runtime.zero_stage=0, 1 or 2",
         )
         require(
             self.lora.rank == 0 or self.guided is None,

@@ -74,7 +74,7 @@ class Process:
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t [B, ...] of x0 and noise [B, ...] at timesteps [B]."""
-        alpha, std = self._levels(timesteps, x0)
+        alpha, std = self.levels(timesteps, x0)
         return alpha * x0 + std * noise
 
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Process:
             return x0
         if self.flow:
             return noise - x0
-        alpha, std = self._levels(timesteps, x0)
+        alpha, std = self.levels(timesteps, x0)
         return alpha * noise - std * x0
 
     def weight(self, timesteps: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Process:
         cfg = self.cfg
         if cfg.min_snr_gamma == 0 and cfg.p2_gamma == 0:
             return torch.ones_like(timesteps, dtype=torch.float32)
-        alpha, std = self._levels(timesteps, timesteps)
+        alpha, std = self.levels(timesteps, timesteps)
         snr = (alpha / std) ** 2
         p2 = cfg.p2_gamma > 0
         weight = snr / (cfg.p2_k + snr) ** cfg.p2_gamma if p2 else snr.clamp(max=cfg.min_snr_gamma)
@@ -154,6 +154,14 @@ class Process:
         if self.flow:
             return self.cfg.train_timesteps * sigma / (1.0 + sigma)
         return float(np.interp(np.log(sigma), self._log_sigma, np.arange(len(self._log_sigma))))
+
+    def pace(self, timesteps: Tensor) -> Tensor:
+        """How fast timesteps [B] change with log sigma, [B]."""
+        if self.flow:
+            share = timesteps / self.cfg.train_timesteps
+            return self.cfg.train_timesteps * share * (1.0 - share)
+        alpha, std = self._on(timesteps.device)
+        return torch.gradient((std / alpha).log())[0].reciprocal()[timesteps.long()]
 
     def alpha(self, sigma: float) -> float:
         """How much of x0 is in x_t at a noise level."""
@@ -222,16 +230,19 @@ class Process:
             **chosen,
         }
 
-    def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _on(self, device: torch.device) -> Tensor:
+        """alpha and std of all timesteps [2, T]."""
+        if device not in self._placed:
+            self._placed[device] = self._tables.to(device)
+        return self._placed[device]
+
+    def levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and std at timesteps [B], float32, shaped to multiply `like` [B, ...]."""
         if self.flow:
             std = timesteps.float() / self.cfg.train_timesteps
             alpha = 1.0 - std
         else:
-            device = timesteps.device
-            if device not in self._placed:
-                self._placed[device] = self._tables.to(device)
-            alpha, std = self._placed[device][:, timesteps.long()]
+            alpha, std = self._on(timesteps.device)[:, timesteps.long()]
         shape = (-1,) + (1,) * (like.ndim - 1)
         return alpha.view(shape), std.view(shape)
 

@@ -124,7 +124,7 @@ def test_weighted_losses_of_all_predictions_are_the_same_loss(weighting: str) ->
     for prediction in (Prediction.eps, Prediction.v, Prediction.x0):
         process = process_of(prediction, **{weighting: 1.0})
         x_t = process.add_noise(x0, noise, timesteps).double()
-        alpha, std = (level.double() for level in process._levels(timesteps, x0))
+        alpha, std = (level.double() for level in process.levels(timesteps, x0))
         told = (x_t - alpha * guess) / std  # the noise that belongs to the guess
         losses.append(process.loss(process.target(guess.double(), told, timesteps), x0.double(), noise, timesteps))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=0)

@@ -40,6 +40,14 @@ class Level(NamedTuple):
         return following.noisy(x0, (x_t - self.alpha * x0) / self.std)
 
 
+class Lesson(NamedTuple):
+    """What a batch teaches."""
+
+    losses: Tensor  # [B]
+    guess: Tensor  # x0 that the student means, [B, ...], with gradients
+    timesteps: Tensor  # [B] at which it does
+
+
 class Levels:
     """N + 1 noise levels from the noisiest to none, on the device.
 
@@ -79,8 +87,8 @@ def consistency_loss(
     x0: Tensor,
     noise: Tensor,
     huber: float,
-) -> Tensor:
-    """Distance [B] between what the student says of two neighbours on a path, means over a latent.
+) -> Lesson:
+    """Distance between what the student says of two neighbours on a path, mean over a latent.
 
     Args:
         student: in training; it is called for the target first, without gradients.
@@ -101,5 +109,6 @@ def consistency_loss(
             guess = process.guess(teacher(x_t, now.timesteps).to(x_t.dtype), x_t, now.alpha, now.std)
             x_s = now.step(x_t, guess, following)
         target = torch.where(following.std > 0, ending(x_s, following), x_s)  # a prediction of x0 forgets its input
-    distance = (ending(x_t, now) - target).square()
-    return ((distance + huber**2).sqrt() - huber).flatten(1).mean(1)
+    guess = ending(x_t, now)
+    distance = ((guess - target).square() + huber**2).sqrt() - huber
+    return Lesson(distance.flatten(1).mean(1), guess, now.timesteps)

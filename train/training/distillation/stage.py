@@ -3,27 +3,31 @@
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from conf.errors import UserError
-from conf.schema import ConditionsConfig, DistillMethod, DistillRun, UNetRun
+from conf.schema import ConditionsConfig, DistillMethod, DistillRun, Prediction, TimestepSampling, UNetRun
 from conf.schema.networks import UNetConfig
 from data.image_dataset import Batch
 from models.conditions import Conditions, Inputs, Wanted
 from models.denoiser import Denoiser
-from models.diffusion.process import SCHEDULER, read_scheduler
+from models.diffusion.process import SCHEDULER, Process, read_scheduler
 from models.diffusion.samplers import Student
+from models.discriminator import discriminator_loss, generator_loss
 from models.formats.unet import FORMATS
 from models.formats.weights import read_config
 from models.unet import UNet
 from train.engine.precision import round_weights
 from train.engine.runtime import Runtime
 from train.engine.sample_rng import Draws, SampleRng
+from train.engine.trainable import Trainable
 from train.latents.provenance import INFO, UNetInfo, trained_otherwise
-from train.training.distillation.consistency import Levels, consistency_loss
+from train.training.distillation.adversarial import Heads, TeacherMaps
+from train.training.distillation.consistency import Lesson, Level, Levels, consistency_loss
+from train.training.distillation.continuous import continuous_loss
 from train.training.unet import Measure, UNetStage, by_timestep, wanted_of
 
 EMBEDDING = 256  # width of that of the guidance scale: what diffusers' latent consistency models have
@@ -45,7 +49,14 @@ def as_training(cfg: DistillRun) -> UNetRun:
     else:
         shared["process"] = read_scheduler(source.parent / "scheduler" / SCHEDULER)
     shared |= {"model": model, "init_from": cfg.teacher}
-    conditions = shared.get("conditions", ConditionsConfig())
+    conditions, process = shared.get("conditions", ConditionsConfig()), shared["process"]
+    if process.prediction is not Prediction.flow and cfg.levels > process.train_timesteps:
+        raise UserError(f"levels={cfg.levels}: the teacher has {process.train_timesteps} timesteps, set fewer levels")
+    if cfg.method is DistillMethod.scm and process.prediction not in (Prediction.v, Prediction.flow):
+        raise UserError(
+            f"method=scm: takes a teacher of v or flow, and teacher={cfg.teacher} predicts {process.prediction.value}; "
+            "set method=lcm"
+        )
     if cfg.guidance != [1.0, 1.0] and not any(section.drop for _, section in conditions.chosen()):
         raise UserError(
             f"guidance={cfg.guidance}: teacher={cfg.teacher} was trained without dropping a condition, so that it "
@@ -57,11 +68,31 @@ def as_training(cfg: DistillRun) -> UNetRun:
     return training
 
 
-def wanted(batch: Batch, offset: bool, conditions: Conditions) -> Wanted:
-    """The random numbers that distillation asks for of a batch: a pair of levels in place of a timestep."""
-    found = wanted_of(batch, offset, conditions)
-    del found["timestep"]
-    return found | {"level": None, "guidance": None}
+def passes_of(cfg: DistillRun) -> float:
+    """Passes through a U-Net that a sample costs: student (3), target or slope, teacher with and without, verdicts."""
+    target = {DistillMethod.lcm: 3, DistillMethod.consistency_training: 1, DistillMethod.scm: 4}[cfg.method]
+    return 3 + target + (3 if cfg.adversarial_weight > 0 else 0)  # there and back of a guess, and there of the data
+
+
+def wanted(batch: Batch, offset: bool, conditions: Conditions, judged: bool) -> Wanted:
+    """The random numbers that distillation asks for of a batch: a pair of levels in place of a timestep.
+
+    `judged`: also those of the level at which an adversary sees it.
+    """
+    found = {name: shape for name, shape in wanted_of(batch, offset, conditions).items() if not name.endswith("_drop")}
+    timestep = found.pop("timestep")
+    found |= {"level": None, "guidance": None}
+    return found | ({"judged_timestep": timestep, "judged_noise": found["noise"]} if judged else {})
+
+
+class Drawn(NamedTuple):
+    """A batch with all that is random about it."""
+
+    rng: SampleRng
+    x0: Tensor  # [B, C, h, w]
+    noise: Tensor  # [B, C, h, w]
+    inputs: Inputs
+    scales: Tensor  # of guidance, [B]
 
 
 class DistillStage(UNetStage):
@@ -81,18 +112,32 @@ class DistillStage(UNetStage):
         self.info = replace(self.info, student=asdict(student))
         sampling = training.sampling
         self.levels = Levels(self.process, cfg.levels, sampling.spacing, sampling.shift).to(runtime.device)
+        # All timesteps alike, whichever the teacher learnt most of: the first step of a student is from the noisiest.
+        self.everywhere = Process(replace(training.process, timestep_sampling=TimestepSampling.uniform))
         self.extend = Draws(
             cfg.seed,
-            partial(wanted, offset=training.process.offset_noise > 0, conditions=self.network.conditions.source),
+            partial(
+                wanted,
+                offset=training.process.offset_noise > 0,
+                conditions=self.network.conditions.source,
+                judged=cfg.adversarial_weight > 0,
+            ),
         )
         self.teacher: Denoiser | None = None
-        if cfg.method is DistillMethod.lcm:
+        if cfg.method is not DistillMethod.consistency_training or cfg.adversarial_weight > 0:
             unet = UNet.from_pretrained(cfg.teacher)
             teacher = Denoiser(unet, self.conditions_of(unet.cfg))
             teacher.load_conditions(cfg.teacher)
             self.teacher = self.frozen(teacher)
             round_weights(unet, runtime.precision)
-        self.flops_per_sample *= 2 if self.teacher is not None else 4 / 3  # target, and the teacher with and without
+            self.maps = TeacherMaps(self.teacher)
+        if cfg.adversarial_weight > 0:
+            heads = Heads(training.model)
+            self.heads = Trainable(
+                runtime, heads, cfg.discriminator_optim, cfg.batch, cfg.loop.samples, name="discriminator"
+            )
+            self.trainables["discriminator"] = self.heads
+        self.flops_per_sample *= passes_of(cfg) / 3
 
     def tell_differences(self, source: str) -> None:
         """Refuse a teacher of other latents or texts than those of this training: its answers would mean nothing."""
@@ -101,41 +146,87 @@ class DistillStage(UNetStage):
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of one micro-batch."""
-        losses, times = self.distances(self.unet, batch, self.cfg.seed)
-        loss = losses.mean()
-        self.unet.backward(loss, last)
+        drawn = self.drawn(batch, self.cfg.seed)
+        lesson = self.lesson(self.unet, drawn, samples_seen)
+        loss, judgement = lesson.losses.mean(), dict[str, Tensor]()
+        if self.distillation.adversarial_weight > 0:
+            fooled, judgement = self.judge(drawn, lesson.guess, last)
+            self.unet.backward(loss + self.distillation.adversarial_weight * fooled, last)
+        else:
+            self.unet.backward(loss, last)
         return {
             "train/loss": loss.detach(),
-            **by_timestep(losses.detach(), times / self.cfg.process.train_timesteps),
+            **by_timestep(lesson.losses.detach(), lesson.timesteps / self.cfg.process.train_timesteps),
+            **judgement,
         }
+
+    def judge(self, drawn: Drawn, guess: Tensor, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's loss by the verdicts on its guess x0 [B, C, h, w], []; the adversary learns meanwhile."""
+        noise = drawn.rng.normal("judged_noise", tuple(guess.shape[1:]))
+        timesteps = self.process.draw_timesteps(drawn.rng.uniform("judged_timestep"))
+        with self.precision():
+            seen = self.maps(self.process.add_noise(guess, noise, timesteps), timesteps, drawn.inputs)
+            with torch.no_grad():
+                data = self.maps(self.process.add_noise(drawn.x0, noise, timesteps), timesteps, drawn.inputs)
+        self.heads.module.requires_grad_(False)
+        fooled = generator_loss(self.heads.module(seen))
+        self.heads.module.requires_grad_(True)
+        both = [torch.cat([real, fake.detach()]) for real, fake in zip(data, seen, strict=True)]
+        real, fake = self.heads(both).chunk(2)  # [B, N] each
+        loss = discriminator_loss(real, fake)
+        self.heads.backward(loss, last)
+        return fooled, {
+            "train/gan_generator": fooled.detach(),
+            "train/gan_discriminator": loss.detach(),
+            "train/logits_real": real.detach().mean(),
+            "train/logits_fake": fake.detach().mean(),
+        }
+
+    def finish_step(self, samples_seen: int) -> dict[str, Tensor | float]:
+        """One optimiser step of the student, of its average and of the adversary."""
+        metrics = super().finish_step(samples_seen)
+        if self.distillation.adversarial_weight > 0:
+            metrics["train/grad_norm_discriminator"] = self.heads.step(samples_seen)
+        return metrics
 
     def errors(self, network: Denoiser, batch: dict[str, Any]) -> Tensor:
         """Distances [B] of held-out samples at fixed levels and noise."""
         with self.precision():
-            return self.distances(network, batch, seed=0)[0]
+            return self.lesson(network, self.drawn(batch, seed=0)).losses
 
-    def distances(self, student: Any, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
-        """Loss [B] and time [B] of the noisier neighbour."""
-        draws, cfg = SampleRng.of(batch, seed, self.runtime.device), self.distillation
-        x0, noise = self.latents(batch, draws)
-        levels = self.levels.neighbours(draws.uniform("level"), x0)
-        low, high = cfg.guidance
-        scales = low + (high - low) * draws.uniform("guidance")  # [B]
-        inputs = self.network.conditions.vary(self.inputs(batch), draws, drop=False)
+    def drawn(self, batch: dict[str, Any], seed: int) -> Drawn:
+        """A batch with all that is random about it."""
+        rng, (low, high) = SampleRng.of(batch, seed, self.runtime.device), self.distillation.guidance
+        inputs = self.network.conditions.vary(self.inputs(batch), rng, drop=False)
+        return Drawn(rng, *self.latents(batch, rng), inputs, low + (high - low) * rng.uniform("guidance"))
+
+    def lesson(self, student: Any, drawn: Drawn, samples_seen: int | None = None) -> Lesson:
+        """What the method has a student learn; samples_seen None: of one that is measured."""
+        cfg, (rng, x0, noise, inputs, scales) = self.distillation, drawn
         told = inputs if cfg.guided is None else inputs | {"guidance": scales}
-        losses = consistency_loss(
-            lambda x_t, timesteps: student(x_t, timesteps, told),
-            None if self.teacher is None else partial(self.guided, self.teacher, inputs, scales),
-            self.process,
-            levels,
-            x0,
-            noise,
-            cfg.huber,
-        )
-        return losses, levels[0].timesteps
+        u, teacher = rng.uniform("level"), partial(self.guided, inputs, scales)
 
-    def guided(self, teacher: Denoiser, inputs: Inputs, scales: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        def predict(network: Any, x_t: Tensor, timesteps: Tensor) -> Tensor:
+            prediction: Tensor = network(x_t, timesteps, told)
+            return prediction
+
+        if cfg.method is not DistillMethod.scm:
+            steps = teacher if cfg.method is DistillMethod.lcm else None
+            levels = self.levels.neighbours(u, x0)
+            return consistency_loss(partial(predict, student), steps, self.process, levels, x0, noise, cfg.huber)
+        timesteps = self.everywhere.draw_timesteps(u)
+        level = Level(timesteps, *self.process.levels(timesteps, x0))
+        measured, ramp = samples_seen is None, cfg.tangent_warmup
+        weights = partial(predict, student if measured else self.network)
+        warmup = 1.0 if samples_seen is None or ramp == 0 else min(1.0, samples_seen / ramp)
+        return continuous_loss(
+            partial(predict, student), weights, teacher, self.process, level, x0, noise, warmup, normalised=not measured
+        )
+
+    def guided(self, inputs: Inputs, scales: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """The teacher's prediction [B, C, h, w] with a scale of guidance [B] for each sample, in one call."""
+        teacher = self.teacher
+        assert teacher is not None
         with self.precision():
             with_, without = teacher.conditions(inputs), teacher.conditions(teacher.conditions.null(inputs))
             both = teacher.predict(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), without.followed_by(with_))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from mixture import MEANS, STDS, WEIGHTS, denoised
 from torch import Tensor, nn
 
 from conf.schema import Prediction, ProcessConfig, Spacing
@@ -12,7 +13,6 @@ from models.diffusion.samplers import sample_ddim
 from train.training.distillation.consistency import Level, Levels, consistency_loss
 
 STEPS = 20
-WEIGHTS, MEANS, STDS = torch.tensor([[0.6, 0.4], [-1.0, 1.2], [0.3, 0.2]], dtype=torch.float64)
 PREDICTIONS = [Prediction.eps, Prediction.v, Prediction.x0, Prediction.flow]
 
 
@@ -72,7 +72,7 @@ def test_loss_is_that_of_the_equations(prediction: Prediction, guided: bool) -> 
         error = x0_of(student(noisy, torch.tensor([t])), noisy, alpha, std) - target
         expected.append(float(((error**2 + c**2).sqrt() - c).mean()))
     pair = levels.neighbours(u, x0)
-    losses = consistency_loss(student, teacher if guided else None, process, pair, x0, noise, c)
+    losses = consistency_loss(student, teacher if guided else None, process, pair, x0, noise, c).losses
     torch.testing.assert_close(losses, torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -80,19 +80,11 @@ def test_no_gradient_goes_into_the_target() -> None:
     process, levels = levels_of(Prediction.flow)
     factor, x0, noise = torch.tensor(0.7, requires_grad=True), torch.randn(4, 1, 1, 1), torch.randn(4, 1, 1, 1)
     pair = levels.neighbours(torch.full((4,), 0.3), x0)
-    consistency_loss(lambda x, t: factor * x, None, process, pair, x0, noise, 0.0).sum().backward()
+    consistency_loss(lambda x, t: factor * x, None, process, pair, x0, noise, 0.0).losses.sum().backward()
     now, following = pair
     x_t, x_s = now.noisy(x0, noise), following.noisy(x0, noise)
     sign = ((x_t - now.std * 0.7 * x_t) - (x_s - following.std * 0.7 * x_s)).sign()
     torch.testing.assert_close(factor.grad, (sign * -now.std * x_t).sum())
-
-
-def denoised(x: Tensor, sigma: Tensor | float) -> Tensor:
-    """Mean of x0 of the mixture given x = x0 + sigma noise."""
-    variances = STDS**2 + torch.as_tensor(sigma, dtype=torch.float64).view(-1, 1) ** 2
-    distance = x.double().view(-1, 1) - MEANS
-    share = torch.softmax(WEIGHTS.log() - distance**2 / (2 * variances) - variances.log() / 2, dim=-1)
-    return (share * (MEANS + STDS**2 / variances * distance)).sum(-1).view(x.shape).to(x.dtype)
 
 
 def test_student_of_one_step_is_nearer_to_the_ends_of_the_paths_than_ddim_with_four() -> None:
@@ -121,7 +113,7 @@ def test_student_of_one_step_is_nearer_to_the_ends_of_the_paths_than_ddim_with_f
         kinds = torch.multinomial(WEIGHTS, 256, replacement=True)
         x0 = (MEANS[kinds] + STDS[kinds] * torch.randn(256)).float().view(-1, 1)
         pair = levels.neighbours(torch.rand(256), x0)
-        loss = consistency_loss(student, exact_velocity, process, pair, x0, torch.randn(256, 1), 0.001).mean()
+        loss = consistency_loss(student, exact_velocity, process, pair, x0, torch.randn(256, 1), 0.001).losses.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

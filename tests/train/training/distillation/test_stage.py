@@ -32,6 +32,10 @@ def make(project: Any, runtime: Runtime, *overrides: str) -> DistillStage:
     return DistillStage(project.config("distill", *overrides), runtime)
 
 
+def losses_of(stage: DistillStage, batch: dict[str, Any]) -> torch.Tensor:
+    return stage.lesson(stage.unet, stage.drawn(batch, seed=0)).losses
+
+
 @pytest.fixture(scope="module")
 def student(project: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A student of the project's U-Net: its folder and the configuration that draws with it."""
@@ -127,9 +131,9 @@ def test_draws_are_the_same_on_any_number_of_ranks(project: Any, runtime: Runtim
     stage = make(project, runtime, *options)
     assert (stage.teacher is None) is (method != "method=lcm")
     with torch.no_grad():
-        whole = stage.distances(stage.unet, next(batches(stage.dataset, 16, 16, 0, 1, start=48, workers=0)), 0)[0]
+        whole = losses_of(stage, next(batches(stage.dataset, 16, 16, 0, 1, start=48, workers=0)))
         parts = [
-            stage.distances(stage.unet, batch, 0)[0]
+            losses_of(stage, batch)
             for rank in range(2)
             for batch in islice(batches(stage.dataset, 16, 4, rank, 2, start=48, workers=0), 2)
         ]
