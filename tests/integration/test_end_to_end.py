@@ -137,6 +137,12 @@ def unet_command(smoke: tuple[Path, str], folder: Path, *overrides: str) -> list
     ]
 
 
+def distill_command(smoke: tuple[Path, str], folder: Path, *overrides: str) -> list[str]:
+    """As many steps of a student of that U-Net."""
+    _, *options = unet_command(smoke, folder, f"teacher={smoke[0]}/unet/export", *overrides)
+    return ["train/distill_unet.py", *options]
+
+
 @pytest.fixture(scope="session")
 def undisturbed(smoke: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Rows of a training that one process brought to its end in one go."""
@@ -170,17 +176,21 @@ def test_killed_training_ends_as_the_undisturbed_one(
     assert (unet / "wandb_run_id").read_text() == run_id and (unet / "DONE").exists()
 
 
-def test_kills_at_random_moments_leave_no_trace(smoke: tuple[Path, str], tmp_path: Path) -> None:
-    """The short form of `chaos.py`: ranks and whole jobs of two processes."""
+@pytest.mark.parametrize(("command", "kills", "processes"), [(unet_command, 3, 2), (distill_command, 2, 1)])
+def test_kills_at_random_moments_leave_no_trace(
+    smoke: tuple[Path, str], tmp_path: Path, command: Any, kills: int, processes: int
+) -> None:
+    """The short form of `chaos.py`: ranks and whole jobs."""
     spec = importlib.util.spec_from_file_location("chaos", Path(__file__).with_name("chaos.py"))
     assert spec and spec.loader
     chaos = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(chaos)
-    overrides = unet_command(smoke, tmp_path, "runtime.threads=1", "loop.checkpoint_every=48", "sample_prompts=0")[1:]
-    chaos.finish(2, [*overrides, f"output_dir={tmp_path}/undisturbed"])
-    struck = chaos.disturbed(tmp_path / "unet", STEPS * BATCH, 3, 2, overrides)
-    assert len(struck) == 3
-    chaos.compare(tmp_path / "unet", tmp_path / "undisturbed")
+    words = command(smoke, tmp_path, "runtime.threads=1", "loop.checkpoint_every=48", "sample_prompts=0")
+    whole, struck_at = tmp_path / "undisturbed", tmp_path / "disturbed"
+    chaos.finish(processes, [*words, f"output_dir={whole}"])
+    struck = chaos.disturbed(struck_at, STEPS * BATCH, kills, processes, [*words, f"output_dir={struck_at}"])
+    assert len(struck) == kills
+    chaos.compare(struck_at, whole)
 
 
 def test_two_processes_with_zero_2_have_the_loss_curve_of_one(
