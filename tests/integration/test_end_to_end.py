@@ -20,6 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 STAGES = ["build", "autoencoder", "clip", "latents", "unet", "sample", "evaluate"]
 STEPS, BATCH = 50, 16
+LAYOUTS = ("ddp", "zero2", "fsdp", "compiled")  # of distill_worker.py
 WAIT_S = 250.0
 
 
@@ -208,6 +209,25 @@ def test_two_processes_with_zero_2_have_the_loss_curve_of_one(
         [row["eval/loss"] for row in r if "eval/loss" in row] for r in (undisturbed, rows(tmp_path / "unet"))
     ]
     assert len(evaluations[0]) == 2 and evaluations[0] == pytest.approx(evaluations[1], rel=1e-3)
+
+
+def test_student_has_the_losses_of_one_process_in_every_layout(smoke: tuple[Path, str], tmp_path: Path) -> None:
+    """As `train/distill_unet.py` would run, one launch for all layouts; the compiled one without generating code."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+    short = (f"loop.samples={12 * BATCH}", f"loop.evaluate_every={6 * BATCH}", "sample_prompts=0", "runtime.threads=1")
+    _, *options = distill_command(smoke, tmp_path, *short, "wandb.mode=disabled")
+    worker = str(Path(__file__).with_name("distill_worker.py"))
+    finish(worker, f"{tmp_path}/1", *options)
+    finish(*torchrun, worker, f"{tmp_path}/2", *options)
+    names = ("train/loss", "train/grad_norm", "eval/loss")
+    plain, *others = (
+        {name: [row[name] for row in rows(folder) if name in row] for name in names}
+        for folder in (tmp_path / processes / layout for processes in "12" for layout in LAYOUTS)
+    )
+    assert [len(plain[name]) for name in names] == [12, 12, 2] and len(others) == 2 * len(LAYOUTS) - 1
+    for found in others:
+        for name in names:
+            assert found[name] == pytest.approx(plain[name], rel=1e-4)
 
 
 def test_sweep_gives_each_member_its_own_folder_and_trains_none_twice(smoke: tuple[Path, str], tmp_path: Path) -> None:
