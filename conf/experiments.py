@@ -27,7 +27,7 @@ from yaml import YAMLError
 
 from conf import schema as schemas
 from conf.errors import UserError
-from conf.schema import SamplingConfig
+from conf.schema import DistillMethod, SamplingConfig
 
 FOLDER = Path(__file__).parent / "experiment"
 STAGES = {  # command → section, without which an experiment is not for it
@@ -87,8 +87,27 @@ def node_of(name: str, command: str, schema: type) -> DictConfig:
     if command in STAGES and section not in sections:
         has = ", ".join(str(known) for known in sections if known not in OWN)
         raise UserError(f"experiment={name} has no section '{section}', which this command reads; it has {has}")
-    own = {"stages": sections.get("stages")} if command == "pipeline" else sections.get(section)
+    own = sections.get(section)
+    if command == "pipeline":
+        own = {"stages": sections.get("stages")}
+    elif command == "plan" and is_of_a_student(sections):
+        own = as_plan(sections, schema)
     merged = OmegaConf.merge({"name": name}, for_all(sections.get("all", OmegaConf.create()), schema), own or {})
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def is_of_a_student(sections: DictConfig) -> bool:
+    """Whether an experiment distils a U-Net that another one trains."""
+    stages = sections.get("stages", [])
+    return "distill" in stages and "unet" not in stages
+
+
+def as_plan(sections: DictConfig, schema: type) -> DictConfig:
+    """What `train/plan.py` reads of a student: its training, of a network as its teacher's section describes it."""
+    options = {option.name for option in dataclasses.fields(schema)} - {"output_dir"}  # a plan is no training's output
+    student = OmegaConf.masked_copy(sections["distill"], sorted(options & sections["distill"].keys()))
+    merged = OmegaConf.merge(sections["unet"], {"method": DistillMethod.lcm}, student)
     assert isinstance(merged, DictConfig)
     return merged
 

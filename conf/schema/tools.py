@@ -6,7 +6,7 @@ from omegaconf import MISSING
 
 from conf.errors import UserError
 from conf.overrides import a_path
-from conf.schema.choices import Accelerator, CacheDtype, Precision, TerminalImages
+from conf.schema.choices import Accelerator, CacheDtype, DistillMethod, Precision, TerminalImages
 from conf.schema.shared import WandbConfig, require, require_positive
 from conf.schema.training import UNetRun
 
@@ -37,13 +37,16 @@ class PipelineRun:
 class PlanRun(UNetRun):
     """`train/plan.py`: what a training of the U-Net will cost: memory, time, disk; it reads no data.
 
-    It takes the options of `train/train_unet.py`, which it does not start, and those of the machines.
+    It takes the options of `train/train_unet.py`, which it does not start, and those of the machines. With `method` it
+    is of `train/distill_unet.py`, whose student is a U-Net of the same options.
 
         python train/plan.py experiment=demo
         python train/plan.py model=sdxl
+        python train/plan.py experiment=distill_sd1
         python train/plan.py accelerator=a100 gpus=256 batch.global_batch_size=2048
     """
 
+    method: DistillMethod | None = None  # of distillation; None: the U-Net is trained without a teacher
     accelerator: Accelerator = Accelerator.h100  # whose peak, memory and links count
     gpus: int = 8  # processes, one per GPU
     gpus_per_machine: int = 8  # that exchange gradients without the network
@@ -75,8 +78,18 @@ class PlanRun(UNetRun):
         )
         self.batch.split(self.gpus)
 
+    @property
+    def program(self) -> str:
+        """The command that this is the plan of."""
+        return "train_unet.py" if self.method is None else "distill_unet.py"
+
+    @property
+    def extra_forwards(self) -> int:
+        """Forward passes of a sample that leave no gradients: the target's, and the teacher's two, guided."""
+        return {None: 0, DistillMethod.consistency_training: 1, DistillMethod.lcm: 3}[self.method]
+
     def refusal(self) -> str:
-        """Why `train/train_unet.py` would not start with these options; "" where nothing in them hinders it."""
+        """Why `program` would not start with these options; "" where nothing in them hinders it."""
         try:
             UNetRun.__post_init__(self)
         except UserError as error:

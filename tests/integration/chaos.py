@@ -2,10 +2,11 @@
 
 By hand, on a run folder whose latents are there (`python train/pipeline.py experiment=smoke run_dir=RUN`):
 
-    python tests/integration/chaos.py 20 2 experiment=smoke run_dir=CHAOS latents=RUN/latents \
+    python tests/integration/chaos.py 20 2 train/train_unet.py experiment=smoke run_dir=CHAOS latents=RUN/latents \
         autoencoder=RUN/autoencoder/export clip=RUN/clip/export runtime=cpu loop.samples=32000 ...
 
-runs it once undisturbed (in CHAOS/undisturbed) and once with 20 kills, on 2 processes, and compares the two.
+runs it once undisturbed (in CHAOS/undisturbed) and once with 20 kills (in CHAOS/disturbed), on 2 processes, and
+compares the two. With train/distill_unet.py teacher=RUN/unet/export it is that of a student.
 """
 
 import json
@@ -23,18 +24,19 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+PROGRAMS = {"train/train_unet.py", "train/distill_unet.py"}
 ROOT = Path(__file__).parents[2]
 POLL_S = 0.02
 WAIT_S = 3000.0  # for one start to get ahead, or to its end
 
 
-def started(processes: int, overrides: list[str]) -> subprocess.Popen[str]:
-    """One start of the training, in a session of its own."""
+def started(processes: int, command: list[str]) -> subprocess.Popen[str]:
+    """One start of the training, a program and its options, in a session of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--max-restarts=0"]
     several = [*launcher, f"--nproc-per-node={processes}"] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     return subprocess.Popen(
-        [sys.executable, *several, "train/train_unet.py", *overrides],
+        [sys.executable, *several, *command],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -49,8 +51,8 @@ def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
     launcher, found = psutil.Process(process.pid), []
     for member in (launcher, *launcher.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
-            command = member.cmdline()
-            if "train/train_unet.py" in command and "torch.distributed.run" not in command:
+            command = set(member.cmdline())
+            if command & PROGRAMS and "torch.distributed.run" not in command:
                 found.append(member)
     return found
 
@@ -84,11 +86,11 @@ def moments(total: int, kills: int, draw: random.Random) -> Iterator[tuple[int, 
         yield int(place * total), draw.uniform(0.0, 0.3)
 
 
-def disturbed(folder: Path, total: int, kills: int, processes: int, overrides: list[str], seed: int = 0) -> list[str]:
+def disturbed(folder: Path, total: int, kills: int, processes: int, command: list[str], seed: int = 0) -> list[str]:
     """Bring a training to its end through so many kills; returns what was struck. Fails if a start gets nowhere."""
     draw, struck = random.Random(seed), list[str]()
     for place, delay_s in moments(total, kills, draw):
-        process, deadline = started(processes, overrides), time.monotonic() + WAIT_S
+        process, deadline = started(processes, command), time.monotonic() + WAIT_S
         while (seen(folder) < place or not ranks(process)) and process.poll() is None:
             assert time.monotonic() < deadline, f"no progress to {place} samples"
             time.sleep(POLL_S)
@@ -98,13 +100,13 @@ def disturbed(folder: Path, total: int, kills: int, processes: int, overrides: l
         assert place <= seen(folder) < total, f"killed {struck[-1]}, which is too late"
         left = [path.name for path in (folder / "checkpoints").glob("*")] if (folder / "checkpoints").exists() else []
         print(f"killed {struck[-1]}, checkpoints {sorted(left)}", flush=True)
-    finish(processes, overrides)
+    finish(processes, command)
     return struck
 
 
-def finish(processes: int, overrides: list[str]) -> None:
+def finish(processes: int, command: list[str]) -> None:
     """Run to the end without a disturbance."""
-    process = started(processes, overrides)
+    process = started(processes, command)
     output, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == 0, output[-5000:]
 
@@ -129,11 +131,11 @@ def compare(disturbed_dir: Path, undisturbed_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    KILLS, PROCESSES, OVERRIDES = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    FOLDER = Path(next(o.removeprefix("run_dir=") for o in OVERRIDES if o.startswith("run_dir=")))
-    SAMPLES = int(next(o.removeprefix("loop.samples=") for o in OVERRIDES if o.startswith("loop.samples=")))
+    KILLS, PROCESSES, COMMAND = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    FOLDER = Path(next(o.removeprefix("run_dir=") for o in COMMAND if o.startswith("run_dir=")))
+    SAMPLES = int(next(o.removeprefix("loop.samples=") for o in COMMAND if o.startswith("loop.samples=")))
     print("undisturbed", flush=True)
-    finish(PROCESSES, [*OVERRIDES, f"output_dir={FOLDER}/undisturbed"])
-    disturbed(FOLDER / "unet", SAMPLES, KILLS, PROCESSES, OVERRIDES)
-    compare(FOLDER / "unet", FOLDER / "undisturbed")
+    finish(PROCESSES, [*COMMAND, f"output_dir={FOLDER}/undisturbed"])
+    disturbed(FOLDER / "disturbed", SAMPLES, KILLS, PROCESSES, [*COMMAND, f"output_dir={FOLDER}/disturbed"])
+    compare(FOLDER / "disturbed", FOLDER / "undisturbed")
     print(f"{KILLS} kills left no trace in {SAMPLES:,} samples")

@@ -20,6 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 STAGES = ["build", "autoencoder", "clip", "latents", "unet", "sample", "evaluate"]
 STEPS, BATCH = 50, 16
+LAYOUTS = ("ddp", "zero2", "fsdp", "compiled")  # of distill_worker.py
 WAIT_S = 250.0
 
 
@@ -137,6 +138,12 @@ def unet_command(smoke: tuple[Path, str], folder: Path, *overrides: str) -> list
     ]
 
 
+def distill_command(smoke: tuple[Path, str], folder: Path, *overrides: str) -> list[str]:
+    """As many steps of a student of that U-Net."""
+    _, *options = unet_command(smoke, folder, f"teacher={smoke[0]}/unet/export", *overrides)
+    return ["train/distill_unet.py", *options]
+
+
 @pytest.fixture(scope="session")
 def undisturbed(smoke: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Rows of a training that one process brought to its end in one go."""
@@ -170,17 +177,21 @@ def test_killed_training_ends_as_the_undisturbed_one(
     assert (unet / "wandb_run_id").read_text() == run_id and (unet / "DONE").exists()
 
 
-def test_kills_at_random_moments_leave_no_trace(smoke: tuple[Path, str], tmp_path: Path) -> None:
-    """The short form of `chaos.py`: ranks and whole jobs of two processes."""
+@pytest.mark.parametrize(("command", "kills", "processes"), [(unet_command, 3, 2), (distill_command, 2, 1)])
+def test_kills_at_random_moments_leave_no_trace(
+    smoke: tuple[Path, str], tmp_path: Path, command: Any, kills: int, processes: int
+) -> None:
+    """The short form of `chaos.py`: ranks and whole jobs."""
     spec = importlib.util.spec_from_file_location("chaos", Path(__file__).with_name("chaos.py"))
     assert spec and spec.loader
     chaos = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(chaos)
-    overrides = unet_command(smoke, tmp_path, "runtime.threads=1", "loop.checkpoint_every=48", "sample_prompts=0")[1:]
-    chaos.finish(2, [*overrides, f"output_dir={tmp_path}/undisturbed"])
-    struck = chaos.disturbed(tmp_path / "unet", STEPS * BATCH, 3, 2, overrides)
-    assert len(struck) == 3
-    chaos.compare(tmp_path / "unet", tmp_path / "undisturbed")
+    words = command(smoke, tmp_path, "runtime.threads=1", "loop.checkpoint_every=48", "sample_prompts=0")
+    whole, struck_at = tmp_path / "undisturbed", tmp_path / "disturbed"
+    chaos.finish(processes, [*words, f"output_dir={whole}"])
+    struck = chaos.disturbed(struck_at, STEPS * BATCH, kills, processes, [*words, f"output_dir={struck_at}"])
+    assert len(struck) == kills
+    chaos.compare(struck_at, whole)
 
 
 def test_two_processes_with_zero_2_have_the_loss_curve_of_one(
@@ -198,6 +209,25 @@ def test_two_processes_with_zero_2_have_the_loss_curve_of_one(
         [row["eval/loss"] for row in r if "eval/loss" in row] for r in (undisturbed, rows(tmp_path / "unet"))
     ]
     assert len(evaluations[0]) == 2 and evaluations[0] == pytest.approx(evaluations[1], rel=1e-3)
+
+
+def test_student_has_the_losses_of_one_process_in_every_layout(smoke: tuple[Path, str], tmp_path: Path) -> None:
+    """As `train/distill_unet.py` would run, one launch for all layouts; the compiled one without generating code."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+    short = (f"loop.samples={12 * BATCH}", f"loop.evaluate_every={6 * BATCH}", "sample_prompts=0", "runtime.threads=1")
+    _, *options = distill_command(smoke, tmp_path, *short, "wandb.mode=disabled")
+    worker = str(Path(__file__).with_name("distill_worker.py"))
+    finish(worker, f"{tmp_path}/1", *options)
+    finish(*torchrun, worker, f"{tmp_path}/2", *options)
+    names = ("train/loss", "train/grad_norm", "eval/loss")
+    plain, *others = (
+        {name: [row[name] for row in rows(folder) if name in row] for name in names}
+        for folder in (tmp_path / processes / layout for processes in "12" for layout in LAYOUTS)
+    )
+    assert [len(plain[name]) for name in names] == [12, 12, 2] and len(others) == 2 * len(LAYOUTS) - 1
+    for found in others:
+        for name in names:
+            assert found[name] == pytest.approx(plain[name], rel=1e-4)
 
 
 def test_sweep_gives_each_member_its_own_folder_and_trains_none_twice(smoke: tuple[Path, str], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from operator import itemgetter
 from posixpath import commonpath
 from typing import Any
 
-from train.board.panels import EVALUATIONS, SECTIONS, Panel, bounds
+from train.board.panels import EVALUATIONS, SECTIONS, TRAININGS, Panel, bounds
 from train.board.run_folder import RunFolder, StageFolder
 from train.engine.metric_log import X_AXIS
 
@@ -16,11 +16,18 @@ TITLES = {
     "clip": "CLIP",
     "latents": "latents",
     "unet": "U-Net",
+    "student": "student",
     "evaluation": "evaluation",
     "autoencoder_evaluation": "autoencoder evaluation",
 }
 
 Point = tuple[int, float | None]
+
+
+def title_of(run: RunFolder, name: str) -> str:
+    """What a stage is called on the page."""
+    student = name in run.stages and run.stages[name].is_student
+    return TITLES["student" if student else name]
 
 
 def sections(run: RunFolder) -> dict[str, list[dict[str, Any]]]:
@@ -37,12 +44,12 @@ def charts(run: RunFolder, panel: Panel) -> list[dict[str, Any]]:
     for name in panel.stages:
         if name in run.stages:
             groups.setdefault(EVALUATIONS.get(name, name), []).append(run.stages[name])
-    several = len({EVALUATIONS.get(name, name) for name in panel.stages}) > 1
+    several = panel.stages == TRAININGS or len(groups) > 1
     found = []
     for owner, stages in groups.items():
         lines = [line for metric in panel.metrics for line in lines_of(panel, metric, stages)]
         if lines:
-            title = f"{panel.title} · {TITLES[owner]}" if several else panel.title
+            title = f"{panel.title} · {title_of(run, owner)}" if several else panel.title
             facts = {"panel": panel.title, "title": title, "unit": panel.unit, "logarithmic": panel.logarithmic}
             found.append(facts | {"lines": lines})
     return found

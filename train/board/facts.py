@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from train.board.curves import TITLES
+from train.board.curves import TITLES, title_of
 from train.board.panels import EVALUATIONS, bounds
 from train.board.run_folder import ORDER, RunFolder, StageFolder
 from train.engine.metric_log import X_AXIS
@@ -17,19 +17,24 @@ CREDENTIALS = re.compile(
 )
 QUALIFIED = ("_low", "_high", "_std", "_floor")  # what stands beside a metric of that name
 HARDWARE = ("device", "processes", "hosts", "torch")  # as `Runtime.hardware` names them
+RECORDED = {"evaluation": "evaluate"}  # stages that the pipeline calls otherwise than their folders
 COLUMNS = ("stage", "state", "time", "samples", "images/s", "MFU", "memory", "device hours", *HARDWARE)
 HEADLINES = (  # (title, where it is looked for, in this order: stage and metric; how it is written)
-    ("FID", (("evaluation", "eval/fid"), ("unet", "eval/loop/fid")), "{:.2f}"),
+    ("FID", (("evaluation", "eval/fid"), ("unet", "eval/loop/fid"), ("student", "eval/loop/fid")), "{:.2f}"),
     (
         "Fréchet distance, EfficientNet",
-        (("evaluation", "eval/fd_efficientnet"), ("unet", "eval/loop/fd_efficientnet")),
+        (
+            ("evaluation", "eval/fd_efficientnet"),
+            ("unet", "eval/loop/fd_efficientnet"),
+            ("student", "eval/loop/fd_efficientnet"),
+        ),
         "{:,.0f}",
     ),
     ("Right kind drawn", (("evaluation", "eval/prompt_following/kind"),), "{:.1%}"),
     ("Right background", (("evaluation", "eval/prompt_following/background"),), "{:.1%}"),
     ("Right colour", (("evaluation", "eval/prompt_following/color"),), "{:.1%}"),
     ("CLIP score", (("evaluation", "eval/clip_score"),), "{:.3f}"),
-    ("Validation loss", (("unet", "eval/loss"),), "{:.4g}"),
+    ("Validation loss", (("unet", "eval/loss"), ("student", "eval/loss")), "{:.4g}"),
     ("Reconstructions", (("autoencoder_evaluation", "eval/psnr"), ("autoencoder", "eval/psnr")), "{:.1f} dB"),
     ("Text to image retrieval", (("clip", "eval/retrieval_text_to_image"),), "{:.1%}"),
 )
@@ -53,7 +58,7 @@ def cards(run: RunFolder) -> list[Card]:
             if value is not None:
                 found.append(Card(title, form.format(value), _note(run.stages[name], metric, form)))
                 break
-    unet = run.stages.get("unet")
+    unet = run.stages.get("unet", run.stages.get("student"))
     if unet:
         found.append(Card("Samples seen", f"{unet.samples_seen:,}", state(unet)))
     hours = [hours for stage in run.stages.values() if (hours := stage.latest("perf/device_hours")) is not None]
@@ -119,12 +124,14 @@ def stage_table(run: RunFolder) -> list[dict[str, str]]:
 
 
 def _stage_row(run: RunFolder, name: str) -> dict[str, str]:
-    stage, record = run.stages.get(name), run.records.get("evaluate" if name == "evaluation" else name, {})
+    stage = run.stages.get(name)
+    command = "distill" if stage and stage.is_student else RECORDED.get(name, name)
+    record = run.records.get(command, {})
     if stage is None and not record:
         return {}
     seconds = record.get("seconds") or (_seconds(stage) if stage else 0.0)
     row = dict.fromkeys(COLUMNS, "") | {
-        "stage": TITLES.get(name, name),
+        "stage": title_of(run, name) if name in TITLES else name,
         "state": "done" if record.get("outcome") else state(stage) if stage else "begun",
         "time": duration(seconds) if seconds else "",
     }

@@ -5,9 +5,10 @@ The page of `train/report.py` and the workspace of `train/dashboard.py` are both
 
 from dataclasses import dataclass
 
-TRAININGS = ("autoencoder", "clip", "unet")
+DENOISERS = ("unet", "student")
+TRAININGS = ("autoencoder", "clip", *DENOISERS)
 EVALUATIONS = {"evaluation": "unet", "autoencoder_evaluation": "autoencoder"}  # of which training; one W&B run with it
-JUDGED = ("unet", "evaluation")  # who logs metrics of the images that a U-Net draws
+JUDGED = (*DENOISERS, "evaluation")  # who logs metrics of the images that a U-Net draws
 LABELS = ("class", "box", "empty_box", "pixel", "segment")  # what the judges of labels score
 RECONSTRUCTED = ("autoencoder", "autoencoder_evaluation")  # likewise of those that an autoencoder gives back
 
@@ -74,14 +75,14 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             JUDGED,
             "share",
         ),
-        Panel("Validation loss", ("eval/loss",), ("unet",)),
+        Panel("Validation loss", ("eval/loss",), DENOISERS),
     ),
     "Loss": (
         Panel("Loss", ("train/loss",), logarithmic=True),
         Panel(
             "Loss by quarter of the timesteps, 4 is nearly all noise",
             tuple(f"train/loss_by_timestep/{quarter}" for quarter in (1, 2, 3, 4)),
-            ("unet",),
+            DENOISERS,
             logarithmic=True,
         ),
         Panel("Learning rate", ("train/lr",)),

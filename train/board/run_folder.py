@@ -12,13 +12,13 @@ import yaml
 from conf.errors import UserError
 from conf.plain_json import read_object
 from data.shards.manifest import MANIFEST
-from train.board.panels import EVALUATIONS
+from train.board.panels import EVALUATIONS, TRAININGS
 from train.engine.metric_log import CONFIG, METRICS, X_AXIS, read_metrics
 from train.engine.state import DONE
 
 PROOFS = (DONE, "metrics.json", f"train/{MANIFEST}")  # of a training, an evaluation, latents
 PROTOCOL = "protocol.json"
-ORDER = ("autoencoder", "clip", "latents", "unet", *EVALUATIONS)  # stages that keep a journal
+ORDER = (*TRAININGS[:2], "latents", *TRAININGS[2:], *EVALUATIONS)  # stages that keep a journal
 IMAGE = re.compile(r"(?P<name>.+)-(?P<samples_seen>\d{12})\.png")
 
 
@@ -53,6 +53,11 @@ class StageFolder:
         """The configuration of a stage as it is written."""
         path = self.folder / CONFIG
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it was distilled; where a run has no other U-Net, a student takes its place."""
+        return self.name == "student" or "teacher" in self.config
 
     @property
     def done(self) -> bool:

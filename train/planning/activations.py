@@ -17,8 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from conf.schema import Precision
 from conf.schema.networks import UNetConfig
 from models.unet import UNet
+from train.engine.precision import AUTOCAST, round_weights
 
 NARROW = {F.conv2d, F.linear, F.scaled_dot_product_attention}  # autocast computes these in low precision
 WIDE: Mapping[str, set[Callable]] = {"cuda": {F.group_norm, F.layer_norm}, "cpu": set()}  # and these in fp32
@@ -57,9 +59,41 @@ def unet_activations(
     """
     with torch.device("meta"):
         network = UNet(cfg)
-        network.checkpoint_gradients(checkpointing)
-        sample, timesteps = torch.empty(batch, cfg.in_channels, height, width), torch.empty(batch)
-        arguments: dict[str, Any] = {}
+    network.checkpoint_gradients(checkpointing)
+    arguments = _arguments(cfg, batch, height, width, tokens)
+    stand_in = _StandIn(low_precision, WIDE[device])
+    with _StepCounter(network) as counter, stand_in:
+        loss = network(**arguments).float().square().mean()
+        stand_in.end_forward()
+        # `loss.backward()` steps out of the mode, in which checkpointing computes once more.
+        run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    return Activations(counter.most, counter.most_with_gradients, counter.made)
+
+
+@torch.no_grad()
+def frozen_activations(
+    cfg: UNetConfig, batch: int, height: int, width: int, tokens: int, precision: Precision, device: str = "cuda"
+) -> Activations:
+    """Activations of a forward pass of a network that is trained no more; arguments as of `unet_activations`."""
+    network = frozen_unet(cfg, precision)
+    arguments = _arguments(cfg, batch, height, width, tokens)
+    with _StepCounter(network) as counter, _StandIn(AUTOCAST.get(precision), WIDE[device]):
+        network(**arguments)
+    return Activations(counter.most, counter.most_with_gradients, counter.made)
+
+
+def frozen_unet(cfg: UNetConfig, precision: Precision) -> UNet:
+    """A network as a teacher is held, its weights rounded, on the meta device."""
+    with torch.device("meta"):
+        network = UNet(cfg)
+    round_weights(network, precision)
+    return network.requires_grad_(False)
+
+
+def _arguments(cfg: UNetConfig, batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
+    """What the forward pass of a U-Net takes, on the meta device."""
+    with torch.device("meta"):
+        arguments = {"sample": torch.empty(batch, cfg.in_channels, height, width), "timesteps": torch.empty(batch)}
         if cfg.cross_attention_dim is not None:
             arguments["context"] = torch.empty(batch, tokens, cfg.cross_attention_dim)
         if cfg.num_class_embeds is not None:
@@ -71,13 +105,7 @@ def unet_activations(
         if cfg.addition_time_embed_dim is not None:
             arguments["pooled"] = torch.empty(batch, cfg.projected_width - 6 * cfg.addition_time_embed_dim)
             arguments["sizes"] = torch.empty(batch, 6)
-    stand_in = _StandIn(low_precision, WIDE[device])
-    with _StepCounter(network) as counter, stand_in:
-        loss = network(sample, timesteps, **arguments).float().square().mean()
-        stand_in.end_forward()
-        # `loss.backward()` steps out of the mode, in which checkpointing computes once more.
-        run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
-    return Activations(counter.most, counter.most_with_gradients, counter.made)
+    return arguments
 
 
 class StorageCounter(TorchDispatchMode):
@@ -121,7 +149,8 @@ class _StepCounter(StorageCounter):
         self.gradients, self.most_with_gradients = 0, 0
         for parameter in network.parameters():
             self.known.add(parameter.untyped_storage()._cdata)
-            parameter.register_post_accumulate_grad_hook(self._take)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._take)
 
     def note(self, storage: torch.UntypedStorage) -> None:
         super().note(storage)
@@ -139,7 +168,8 @@ class _StandIn(TorchFunctionMode):
     def __init__(self, low: torch.dtype | None, wide: set[Callable]) -> None:
         super().__init__()
         self.low, self.wide = low, wide
-        self.weights: dict[int, Tensor] | None = {}  # autocast casts each once and keeps it until the forward pass ends
+        # Autocast casts each that is trained once and keeps it until the forward pass ends.
+        self.weights: dict[int, Tensor] | None = {}
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -157,7 +187,7 @@ class _StandIn(TorchFunctionMode):
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
         if not isinstance(value, Tensor) or value.dtype == dtype:
             return value
-        if self.weights is None or not isinstance(value, nn.Parameter):
+        if self.weights is None or not (isinstance(value, nn.Parameter) and value.requires_grad):
             return value.to(dtype)
         return self.weights.setdefault(id(value), value.to(dtype))
 

@@ -29,7 +29,7 @@ def print_cost(cfg: PlanRun, cost: Cost, console: Console | None = None) -> None
     if advice := advised(cost):
         console.print(advice, soft_wrap=True)
     if refusal := cfg.refusal():
-        console.print(f"train_unet.py refuses this training: {refusal}", soft_wrap=True)
+        console.print(f"{cfg.program} refuses this training: {refusal}", soft_wrap=True)
     console.print(Text(str(path)), soft_wrap=True)
 
 
@@ -46,7 +46,8 @@ def facts(cfg: PlanRun, cost: Cost) -> Table:
         f"{cfg.runtime.precision.value}",
         "batch": f"{cfg.batch.global_batch_size:,} = {cfg.gpus} GPUs x micro-batches of {cost.micro_batch}"
         f" x accumulation of {cost.accumulation}",
-        "arithmetic": f"{cost.flops_per_sample / 1e12:,.3f} TFLOP per sample, forwards and backwards",
+        "arithmetic": f"{cost.flops_per_sample / 1e12:,.3f} TFLOP per sample, forwards and backwards"
+        + (f", with {cfg.extra_forwards} more forward passes for distillation" if cfg.extra_forwards else ""),
         "step": f"{1000 * step_s:,.0f} ms: {1000 * cost.compute_s:,.0f} of arithmetic, "
         f"{1000 * travel.waited_s:,.0f} of waiting for other GPUs ({reached:.2f} MFU in all)",
         "exchange": f"{gb(travel.beside_bytes)} beside the arithmetic, {gb(travel.after_bytes)} after it, in "
@@ -72,6 +73,8 @@ def memory(cfg: PlanRun, cost: Cost) -> Table:
     """Memory of each GPU, by ZeRO stage."""
     columns = ("ZeRO", "weights", "AdamW", "average", "step", "buffers", "total", "RAM", "samples")
     caption = "step: gradients and activations at their most; samples: the largest micro-batch that fits"
+    if teacher := cost.options[0].footprint.teacher:
+        caption += f"; weights: with the teacher's, {teacher / 2**30:.1f}"
     title = f"GiB per GPU with micro-batches of {cost.micro_batch}"
     table = Table(
         title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE, pad_edge=False
@@ -80,7 +83,8 @@ def memory(cfg: PlanRun, cost: Cost) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for option in cost.options:
         part = option.footprint
-        sizes = (part.weights, part.optimizer, part.average, part.step, part.buffers, part.total, part.host)
+        weights = part.weights + part.teacher
+        sizes = (weights, part.optimizer, part.average, part.step, part.buffers, part.total, part.host)
         name = f"{option.stage}+offload" if option.offload else str(option.stage)
         chosen = option is cost.option(cfg)
         table.add_row(

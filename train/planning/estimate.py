@@ -8,7 +8,7 @@ from math import ceil, log2
 import numpy as np
 import torch
 
-from conf.schema import BackendName, Offload, PlanRun, Precision
+from conf.schema import BackendName, DistillMethod, Offload, PlanRun, Precision
 from data.latent_record import LatentWriter
 from models.flops import unet_flops
 from models.unet import UNet
@@ -17,14 +17,13 @@ from train.engine.backend.ddp import BUCKET_MB
 from train.engine.backend.distribute import parts_of
 from train.engine.backend.layout import BUCKET
 from train.engine.precision import AUTOCAST
-from train.planning.activations import Activations, unet_activations
+from train.planning.activations import Activations, frozen_activations, frozen_unet, unet_activations
 from train.planning.memory import FP32, Footprint, Sharding
 
 RESERVE = 0.1  # share of the memory left to the CUDA context, the libraries' workspaces and fragmentation
 LARGEST = 1 << 20  # micro-batch that is looked for
 CAPTION = "a photograph of something that takes about as many words as most captions do"
 HALF = 2  # bytes of a number that travels under autocast
-BACKWARD = 2 / 3  # of the arithmetic of a step, without gradient checkpointing
 HOP_S = 10e-6  # of a collective operation from one GPU to the next, an assumption
 LAUNCH_S = 10e-6  # of the host for one operator, an assumption
 
@@ -158,16 +157,19 @@ def parameters(cfg: PlanRun) -> int:
 
 
 def training_flops(cfg: PlanRun) -> float:
-    """Operations of one sample: a forward pass, twice that going back, and once more with gradient checkpointing."""
+    """Operations of one sample: a forward pass, twice that going back, and once more with gradient checkpointing.
+
+    The target and the teacher of a distillation take further forward passes.
+    """
     tokens = 0 if cfg.model.cross_attention_dim is None else cfg.tokens
     forward = unet_flops(cfg.model, cfg.model.sample_size, cfg.model.sample_size, tokens)
-    return forward * (4 if cfg.runtime.gradient_checkpointing else 3)
+    return forward * ((4 if cfg.runtime.gradient_checkpointing else 3) + cfg.extra_forwards)
 
 
 def sharding_options(cfg: PlanRun, elements: int, budget: int) -> list[Option]:
     """Memory at every stage, without and with offload."""
     micro, accumulation = cfg.batch.split(cfg.gpus)
-    measured, doubled = activations(cfg, micro), activations(cfg, 2 * micro)
+    measured, doubled, teacher = activations(cfg, micro), activations(cfg, 2 * micro), teacher_bytes(cfg)
     found = []
     for stage, offload in [(0, False), *((stage, offload) for offload in (False, True) for stage in (1, 2, 3))]:
         sharding = Sharding(
@@ -178,6 +180,7 @@ def sharding_options(cfg: PlanRun, elements: int, budget: int) -> list[Option]:
             average=cfg.ema.half_life_samples > 0,
             accumulate=accumulation > 1,
             low_precision=cfg.runtime.precision in AUTOCAST,
+            teacher=teacher,
         )
 
         def total(batch: int, sharding: Sharding = sharding) -> int:
@@ -201,10 +204,24 @@ def ways(cfg: PlanRun, elements: int, options: list[Option], budget: int) -> lis
 
 
 def activations(cfg: PlanRun, batch: int) -> Activations:
-    """Activations of a micro-batch of the configured network."""
+    """Activations of a micro-batch of the configured network; a teacher's are gone before the student's come."""
     side, runtime = cfg.model.sample_size, cfg.runtime
     low, checkpointing = AUTOCAST.get(runtime.precision), runtime.gradient_checkpointing
-    return unet_activations(cfg.model, batch, side, side, cfg.tokens, low, checkpointing)
+    step = unet_activations(cfg.model, batch, side, side, cfg.tokens, low, checkpointing)
+    if cfg.method is None:
+        return step
+    taught = cfg.method is DistillMethod.lcm
+    frozen = frozen_activations(cfg.model, 2 * batch, side, side, cfg.tokens, runtime.precision)  # guided: twice
+    most, calls = (frozen.alone, 2) if taught else (0, 1)  # the target's lie below the step's
+    operators = step.operators + calls * frozen.operators
+    return Activations(max(step.alone, most), max(step.with_gradients, most), operators)
+
+
+def teacher_bytes(cfg: PlanRun) -> int:
+    """Bytes of the weights of a teacher, as large as its student."""
+    if cfg.method is not DistillMethod.lcm:
+        return 0
+    return sum(parameter.nbytes for parameter in frozen_unet(cfg.model, cfg.runtime.precision).parameters())
 
 
 def on_the_line(once: Activations, twice: Activations, factor: float, gradients: int) -> Activations:
@@ -231,18 +248,20 @@ def exchange(cfg: PlanRun, elements: int) -> Exchange:
     low = FP32 if cfg.runtime.precision is Precision.fp32 else HALF
     _, passes = cfg.batch.split(cfg.gpus)
     compute_s = compute_seconds(cfg)
-    backward_s, sharded = BACKWARD * compute_s, cfg.runtime.backend is BackendName.fsdp
+    backward_s = compute_s * 2 / (3 + cfg.extra_forwards)  # without gradient checkpointing
+    sharded = cfg.runtime.backend is BackendName.fsdp
+    gathers = 2 if cfg.method is None else 3  # of the weights at stage 3: forwards, backwards, and for the target
     beside, after, hidden_s = {  # bytes of an element, and seconds
         0: (2.0 * FP32, 0.0, backward_s / passes if cfg.runtime.backend is BackendName.ddp else 0.0),
         1: (2.0 * FP32, FP32, backward_s / passes),
         2: (2.0 * FP32 * passes, FP32, backward_s),
-        3: ((2.0 * low + (FP32 if sharded else low)) * passes, 0.0, compute_s),
+        3: ((gathers * low + (FP32 if sharded else low)) * passes, 0.0, compute_s),
     }[stage_of(cfg)]
     bucket = BUCKET_MB * 2**20 / FP32 if stage_of(cfg) == 0 else BUCKET  # elements
     times = passes if stage_of(cfg) == 2 else 1
     operations = times * ceil(elements / bucket) + (stage_of(cfg) in (1, 2)) * ceil(elements / BUCKET)
     if stage_of(cfg) == 3:
-        operations = 3 * passes * units(cfg)
+        operations = (gathers + 1) * passes * units(cfg)
     after_s = travel_seconds(cfg, after * elements)
     beside_s = travel_seconds(cfg, beside * elements) + latency_seconds(cfg) * operations
     return Exchange(beside * elements, after * elements, operations, beside_s, after_s, hidden_s)

@@ -24,11 +24,12 @@ class Footprint:
     step: int  # gradients and activations
     buffers: int  # through which gradients, and at stage 3 weights, travel
     host: int = 0  # in the machine's memory, not the accelerator's
+    teacher: int = 0  # frozen weights, whole in every process
 
     @property
     def total(self) -> int:
         """Bytes on the accelerator."""
-        return self.weights + self.optimizer + self.average + self.step + self.buffers
+        return self.weights + self.optimizer + self.average + self.step + self.buffers + self.teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Sharding:
     average: bool = True  # whether there is one
     accumulate: bool = False  # several forward passes per step
     low_precision: bool = True  # autocast: stage 3 then has a second bucket
+    teacher: int = 0  # bytes of its weights, which no stage shards
 
     def footprint(self, activations: Activations) -> Footprint:
         """Bytes of a process, given the activations of a micro-batch."""
@@ -53,7 +55,8 @@ class Sharding:
         if self.offload:
             host, optimizer, average = optimizer + average + share, 0, 0
         weights = whole if self.stage < 3 else share + FP32 * min(self.elements, GATHERED)
-        return Footprint(weights, optimizer, average, self._step(activations, whole, share), self._buffers(), host)
+        step = self._step(activations, whole, share)
+        return Footprint(weights, optimizer, average, step, self._buffers(), host, self.teacher)
 
     def _step(self, activations: Activations, whole: int, share: int) -> int:
         """Gradients and activations: the first come while the second go, unless an earlier pass left them."""

@@ -31,17 +31,21 @@ def print_next_steps(console: Console, tasks: Sequence[Task]) -> None:
 def next_steps(tasks: Sequence[Task]) -> list[str]:
     """Commands for a shell in this folder: draw, edit, and the playground; those that the network can follow."""
     cfgs = {task.stage.name: task.cfg for task in tasks}
-    if not {"unet", "sample"} <= set(cfgs):
+    if "sample" not in cfgs or not {"unet", "distill"} & cfgs.keys():
         return []
-    sample, conditions = cfgs["sample"], cfgs["unet"].conditions
+    sample = cfgs["sample"]
+    # A student's conditions are its teacher's, which a file says that may not be there yet.
+    text = takes_text(cfgs["unet"].conditions) if "unet" in cfgs else bool(sample.prompts)
+    inside = [] if "unet" in cfgs else [f"sampler={sample.sampler.value}", f"steps={sample.steps}"]
+    inside += [f"guidance_scale={sample.guidance_scale:g}"] if inside else []  # scales and steps that it has learnt
     networks = [
         argument(name, getattr(sample, name))
         for name in NETWORKS
-        if getattr(sample, name) != f"{sample.run_dir}/{name}/export" and (name != "clip" or takes_text(conditions))
+        if getattr(sample, name) != f"{sample.run_dir}/{name}/export" and (name != "clip" or text)
     ]
-    run = [argument("run_dir", sample.run_dir), *networks]
+    run = [argument("run_dir", sample.run_dir), *networks, *inside]
     drawn = argument("output_dir", f"{sample.run_dir}/drawn")  # the pipeline's own images stay as they are
-    prompts = sorted(sample.prompts, key=len) if takes_text(conditions) else []
+    prompts = sorted(sample.prompts, key=len) if text else []
     if not prompts:
         where = sample.prompts_from or f"{sample.run_dir}/shards/heldout"
         source = [argument("prompts_from", where), "prompts_from_samples=16", "images_per_prompt=2"]

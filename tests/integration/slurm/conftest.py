@@ -110,7 +110,7 @@ def stand_in(slurm_conf: Path, tmp_path: Path) -> Iterator[Slurm]:
     """SLURM as used from a copy of the repository's batch scripts whose programs are all stand_in.py."""
     shutil.copytree(REPOSITORY / "slurm", tmp_path / "slurm", ignore=lambda folder, _: {"logs"})
     (tmp_path / "slurm/logs").mkdir()
-    trainings = ("train/train_autoencoder", "train/train_clip", "train/train_unet")
+    trainings = ("train/train_autoencoder", "train/train_clip", "train/train_unet", "train/distill_unet")
     for program in (*trainings, "data/build_shards", "data/precompute_latents", "train/evaluate"):
         (tmp_path / program).parent.mkdir(exist_ok=True)
         shutil.copy(HERE / "stand_in.py", tmp_path / f"{program}.py")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 LONG = "steps=100000"  # only a signal ends it
 
 
@@ -35,25 +37,22 @@ def steps(found: list[dict[str, Any]]) -> dict[int, int]:
     return {event["rank"]: event["step"] for event in found}
 
 
-def test_resources_and_overrides_reach_every_process(stand_in):
+@pytest.mark.parametrize("program", ["train_unet", "distill_unet"])
+def test_resources_and_overrides_reach_every_process(stand_in, program):
     override = 'prompts=["a red planet, large"]'  # spaces, quotes and a comma survive
-    job = stand_in.sbatch("slurm/train_unet.sh", "events=events.jsonl", "steps=1", "optim.lr=1e-4", override, NPROC="2")
+    given = ("events=events.jsonl", "steps=1", "optim.lr=1e-4", override)
+    job = stand_in.sbatch(f"slurm/{program}.sh", *given, NPROC="2")
     facts = stand_in.wait(job)
     starts = events(stand_in, "start")
+    assert {start["program"] for start in starts} == {program}
     nodes = [(start["rank"], start["node"]) for start in starts]
     assert sorted(nodes) == [(0, "node1"), (1, "node1"), (2, "node2"), (3, "node2")]
     assert {start["world"] for start in starts} == {"4"}
     assert {start["gpus"] for start in starts} == {"0,1,2,3,4,5,6,7"}
     assert {start["rendezvous"] for start in starts} == {f"127.0.0.1:{20000 + int(job) % 10000}"}
-    passed = [
-        "runtime=gpu",
-        "events=events.jsonl",
-        "steps=1",
-        "optim.lr=1e-4",
-        override,
-    ]  # the user's come last and win
+    passed = ["runtime=gpu", *given]  # the user's come last and win
     assert all(start["overrides"] == passed for start in starts)
-    assert facts["StdOut"] == str(stand_in.folder / f"slurm/logs/train_unet-{job}.out")
+    assert facts["StdOut"] == str(stand_in.folder / f"slurm/logs/{program}-{job}.out")
 
 
 def check_resumed(slurm: Any, job: str) -> None:

@@ -122,11 +122,12 @@ def test_sweep_of_jobs_ends_with_the_objectives_of_those_that_lived(slurm, train
     assert (wandb.group, wandb.name) == (f"{trained.name}/sweep/train_unet", done.parent.name)
 
 
-def test_unet_job_requeued_before_its_time_limit_resumes_and_cancelled_stays_cancelled(slurm, trained, tmp_path):
+@pytest.mark.parametrize("program", ["train_unet", "distill_unet"])
+def test_job_requeued_before_its_time_limit_resumes_and_cancelled_stays_cancelled(slurm, trained, tmp_path, program):
     unet = tmp_path / "unet"
     overrides = ("experiment=smoke", "runtime=cpu", f"run_dir={trained}", f"output_dir={unet}")
     long = ("loop.samples=1000000", "loop.log_every=16", "loop.checkpoint_every=1000000", "loop.evaluate_every=1000000")
-    job = slurm.sbatch(f"--output={tmp_path}/log", "slurm/train_unet.sh", *overrides, *long, "optim.lr=1e-4")
+    job = slurm.sbatch(f"--output={tmp_path}/log", f"slurm/{program}.sh", *overrides, *long, "optim.lr=1e-4")
     wait_for_samples(unet, 64)
     slurm.run("scancel", "--signal=USR1", "--batch", job)
     slurm.wait(job, "PENDING")

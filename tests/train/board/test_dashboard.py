@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from conf.schema import DashboardRun, Perceptual
 from train.board import dashboard
 from train.board.panels import EVALUATIONS, IMAGES, SECTIONS, TRAININGS, Panel, logged_names
 from train.board.run_folder import RunFolder
+from train.engine import trainer
+from train.engine.runtime import start
+from train.training.distillation.stage import DistillStage
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")  # wandb-workspaces, on import
 
@@ -52,9 +56,21 @@ def panels() -> Iterator[Panel]:
     return (panel for section in SECTIONS.values() for panel in section)
 
 
-def test_every_panel_shows_what_a_run_logged(project: Any) -> None:
+@pytest.fixture(scope="module")
+def distilled(project: Any, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The project's run with a student."""
+    folder = tmp_path_factory.mktemp("distilled") / "run"
+    shutil.copytree(project.folder, folder, ignore=lambda *_: {"shards", "checkpoints"})
+    short = ["loop.samples=32", "loop.log_every=16", "loop.evaluate_every=32", "sample_prompts=2"]
+    cfg = project.config("distill", f"output_dir={folder}/student", *short)
+    runtime = start(cfg.runtime)
+    trainer.fit(DistillStage(cfg, runtime), cfg, runtime)
+    return RunFolder.open(folder)
+
+
+def test_every_panel_shows_what_a_run_logged(distilled: RunFolder) -> None:
     """Each stage of a panel, or it is a metric of some option, or of drawn images, which evaluations log."""
-    logged = {stage: {name for row in project.rows(stage) for name in row} for stage in (*TRAININGS, "latents")}
+    logged = {name: {metric for row in stage.rows for metric in row} for name, stage in distilled.stages.items()}
     for panel in panels():
         trainings = set(panel.stages) - EVALUATIONS.keys()
         of_evaluations = len(trainings) < len(panel.stages)
@@ -63,7 +79,7 @@ def test_every_panel_shows_what_a_run_logged(project: Any) -> None:
                 assert not any(name in logged[stage] for stage in trainings), f"{name} is logged always"
             elif not (of_evaluations and name.startswith(("eval/", "probe/", "perf/"))):
                 assert all(name in logged[stage] for stage in trainings), f"{panel.title}: nobody logs {name}"
-    drawn = {name for stage in TRAININGS for name in RunFolder.open(project.folder).stages[stage].images}
+    drawn = {name for stage in TRAININGS for name in distilled.stages[stage].images}
     assert drawn <= {images.name for images in IMAGES}
 
 

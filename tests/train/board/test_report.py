@@ -143,6 +143,38 @@ def test_the_last_evaluation_is_a_table_and_no_chart_of_single_points(tmp_path: 
     assert '<figure class="chart">' not in render(tmp_path)
 
 
+def denoiser(folder: Path, config: str) -> None:
+    folder.mkdir(parents=True)
+    rows = [{"samples_seen": seen, "time": seen, "train/loss": 1 / seen, "eval/loss": 2 / seen} for seen in (10, 20)]
+    folder.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder.joinpath("config.yaml").write_text(config)
+
+
+def test_a_student_stands_beside_its_teacher(tmp_path: Path) -> None:
+    denoiser(tmp_path / "unet", "seed: 0")
+    denoiser(tmp_path / "student", "teacher: unet/export")
+    (tmp_path / ".stages").mkdir()
+    (tmp_path / ".stages/distill.json").write_text(json.dumps({"outcome": "x", "seconds": 125.0}))
+    run = RunFolder.open(tmp_path)
+    charts = [chart["title"] for section in curves.sections(run).values() for chart in section]
+    assert charts == [f"{title} · {name}" for title in ("Validation loss", "Loss") for name in ("U-Net", "student")]
+    assert [(row["stage"], row["state"], row["time"]) for row in facts.stage_table(run)] == [
+        ("U-Net", "begun", "0:10"),
+        ("student", "done", "2:05"),
+    ]
+
+
+def test_a_student_in_the_place_of_a_network_is_called_one(tmp_path: Path) -> None:
+    """As experiment=distill_demo leaves it, for sampling and evaluation to find."""
+    denoiser(tmp_path / "unet", "teacher: ../demo/unet/export")
+    (tmp_path / ".stages").mkdir()
+    (tmp_path / ".stages/distill.json").write_text(json.dumps({"outcome": "x", "seconds": 125.0}))
+    run = RunFolder.open(tmp_path)
+    assert [chart["title"] for chart in curves.sections(run)["Loss"]] == ["Loss · student"]
+    assert [(row["stage"], row["time"]) for row in facts.stage_table(run)] == [("student", "2:05")]
+    assert {card.title for card in facts.cards(run)} == {"Validation loss", "Samples seen"}
+
+
 def test_addresses_lose_their_credentials() -> None:
     text = "shards: s3://key:secret@host/a\nother: https://host/x?X-Amz-Signature=abc&b=1\nplain: https://host/x?b=1"
     shown = facts.without_credentials(text)

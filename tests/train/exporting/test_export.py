@@ -36,10 +36,12 @@ from models.formats.single_file import TEXT, load_unet_file, read_single_file
 from models.pipeline import DiffusionPipeline, image_noise
 from models.text import load_text_tower
 from models.unet import UNet
+from train.engine import trainer
 from train.engine.runtime import Runtime
 from train.exporting import export
 from train.latents.provenance import UNetInfo, weights_digest
 from train.sampling.load import load_exported, load_model
+from train.training.distillation.stage import DistillStage
 
 # of diffusers' scheduler, with numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -152,6 +154,38 @@ def test_pipeline_of_diffusers_draws_the_images_of_a_student(
     ).images
     assert np.abs(drawn - theirs).max() <= 2 / 255
     assert np.abs(drawn - shown(ours(PROMPTS, [0, 0], replace(sampling, guidance_scale=1.0)))).max() > 4 / 255
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_pipeline_of_diffusers_draws_the_images_of_its_network_with_a_student_s_adapters(
+    project: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prediction: str
+) -> None:
+    """LCM-LoRA: the teacher's own export, which learns of nothing but the file of adapters."""
+    pytest.importorskip("peft")
+    teacher, export_of = trained_as(project, tmp_path / "teacher", prediction), tmp_path / "student" / "export"
+    lora = ["lora.rank=4", "guidance=[3,3]", "sampling.guidance_scale=1", f"output_dir={tmp_path}/student"]
+    short = ["loop.samples=64", "loop.evaluate_every=64", "optim.lr=3e-2", "sample_prompts=0", "evaluation.samples=0"]
+    cfg = project.config("distill", f"teacher={teacher}", *lora, *short)
+    trainer.fit(DistillStage(cfg, runtime), cfg, runtime)
+    export.export_model(config(project, tmp_path / "export", f"unet={teacher}"))
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+
+    ours = load_model(project.config("sample", "prompts=[x]", f"unet={teacher}", f"lora={export_of}"), runtime.device)
+    drawn = shown(ours(PROMPTS, [0, 0], SamplingConfig(sampler=Sampler.lcm, steps=4, guidance_scale=1.0)))
+    side, noise = drawn.shape[1], noise_of(ours, PROMPTS)
+
+    def theirs() -> np.ndarray:
+        fresh = (ours.noise(PROMPTS, [0, 0], [0, 0], tuple(noise.shape[1:]), step) for step in (1, 2, 3))
+        monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *_, **named: next(fresh))
+        options = {"num_inference_steps": 4, "guidance_scale": 1.0, "latents": noise, "output_type": "np"}
+        images: np.ndarray = pipeline(PROMPTS, height=side, width=side, **options).images
+        return images
+
+    assert np.abs(drawn - theirs()).max() > 8 / 255  # the teacher alone
+    pipeline.load_lora_weights(export_of)
+    assert np.abs(drawn - theirs()).max() <= 2 / 255
 
 
 def test_student_of_a_flow_has_no_pipeline(project: Any, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from conf.schema import Precision
 from conf.schema.networks import UNetConfig
 from models.unet import UNet
-from train.planning.activations import StorageCounter, unet_activations
+from train.engine.precision import AUTOCAST, round_weights
+from train.planning.activations import StorageCounter, frozen_activations, frozen_unet, unet_activations
 
 ATTEND, UP_ATTEND = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 SMALL = UNetConfig(
@@ -48,6 +50,24 @@ def test_a_step_holds_what_was_counted_on_the_meta_device(low: torch.dtype | Non
     counted = unet_activations(SMALL, BATCH, SIDE, SIDE, TOKENS, low, checkpointing, "cpu")
     assert counted.alone == pytest.approx(seen_by_profiler(low, checkpointing, keep=False), rel=0.1)
     assert counted.with_gradients == pytest.approx(seen_by_profiler(low, checkpointing, keep=True), rel=0.1)
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+def test_a_teacher_holds_what_was_counted_on_the_meta_device(precision: Precision) -> None:
+    """Every tensor's storage; what an operator takes for itself alone is a quarter as much without gradients."""
+    network = UNet(SMALL).requires_grad_(False)
+    round_weights(network, precision)
+    low = AUTOCAST.get(precision)
+    sample, context = torch.randn(BATCH, 4, SIDE, SIDE), torch.randn(BATCH, TOKENS, 128)
+    with StorageCounter("cpu") as counter, torch.no_grad():
+        counter.known |= {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+        with torch.autocast("cpu", dtype=low, enabled=low is not None):
+            network(sample, torch.linspace(0, 999, BATCH), context)
+    counted = frozen_activations(SMALL, BATCH, SIDE, SIDE, TOKENS, precision, "cpu")
+    assert counted.alone == pytest.approx(counter.most, rel=0.1)
+    assert counted.alone < 0.3 * unet_activations(SMALL, BATCH, SIDE, SIDE, TOKENS, low, device="cpu").alone
+    held = sum(parameter.nbytes for parameter in network.parameters())
+    assert sum(parameter.nbytes for parameter in frozen_unet(SMALL, precision).parameters()) == held
 
 
 def test_activations_grow_linearly_with_the_batch_and_checkpointing_saves_them() -> None:

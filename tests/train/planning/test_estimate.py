@@ -8,14 +8,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from conf.entry import compose
 from conf.errors import UserError
-from conf.schema import BatchConfig, EmaConfig, OptimConfig, PlanRun, UNetRun, UNetRuntimeConfig
+from conf.schema import (
+    BatchConfig,
+    DistillMethod,
+    EmaConfig,
+    OptimConfig,
+    PlanRun,
+    Precision,
+    ProcessConfig,
+    Spacing,
+    UNetRun,
+    UNetRuntimeConfig,
+)
 from data.latent_record import LatentWriter
+from models.diffusion.process import Process
 from models.unet import UNet
+from train.engine.precision import round_weights
 from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
 from train.planning.activations import Activations
@@ -30,6 +45,7 @@ from train.planning.estimate import (
     training_flops,
 )
 from train.planning.memory import Sharding
+from train.training.distillation.consistency import Levels, consistency_loss
 
 SD2 = ["model.attention_head_dim=[5,10,20,20]", "model.cross_attention_dim=1024", "model.use_linear_projection=true"]
 SDXL = [
@@ -169,6 +185,58 @@ def printed(cfg: PlanRun, cost: Cost) -> str:
     stream = io.StringIO()
     print_cost(cfg, cost, Console(file=stream, width=100))
     return stream.getvalue()
+
+
+def test_experiment_of_a_student_is_planned_as_one(tmp_path: Path) -> None:
+    cfg, teacher_s = config("experiment=distill_sd1", f"output_dir={tmp_path}"), config("experiment=sd1_512")
+    assert cfg.method is DistillMethod.lcm and cfg.model == teacher_s.model and cfg.refusal() == ""
+    assert (cfg.batch.global_batch_size, cfg.loop.samples, cfg.optim.lr) == (16, 64000, 1e-6)
+    assert config("experiment=distill_sd1").output_dir == "unused/plan"
+    assert teacher_s.method is None and config(*SMALL).method is None  # which has a student beside its U-Net
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+def test_teacher_is_held_whole_by_every_process(small: Cost, precision: Precision) -> None:
+    options = [*SMALL, f"runtime.precision={precision.value}"]
+    plain, taught = config(*options), config(*options, "method=lcm")
+    network = UNet(taught.model)
+    round_weights(network, precision)
+    held = sum(parameter.nbytes for parameter in network.parameters())
+    for alone, beside in zip(estimate(plain).options, estimate(taught).options, strict=True):
+        assert beside.footprint.total == alone.footprint.total + held
+        assert beside.largest_micro_batch < alone.largest_micro_batch
+    assert estimate(config(*options, "method=consistency_training")).options[0].footprint.teacher == 0
+
+
+@pytest.mark.parametrize("method", DistillMethod)
+def test_distillation_takes_the_planned_operations(method: DistillMethod) -> None:
+    cfg, batch, meta = config(*SMALL, f"method={method.value}"), 2, torch.device("meta")
+    process, side = Process(ProcessConfig()), cfg.model.sample_size
+    with meta:
+        student, teacher = UNet(cfg.model), UNet(cfg.model).requires_grad_(False)
+        text = torch.zeros(2 * batch, cfg.tokens, cfg.model.cross_attention_dim or 0)
+        x0, u = torch.zeros(batch, cfg.model.in_channels, side, side), torch.zeros(batch)
+    levels = Levels(process, 10, Spacing.trailing, None).to(meta).neighbours(u, x0)
+
+    def guided(x: Tensor, timesteps: Tensor) -> Tensor:
+        uncond, cond = teacher(torch.cat([x, x]), torch.cat([timesteps, timesteps]), text).chunk(2)
+        return 3 * cond - 2 * uncond
+
+    answers = guided if method is DistillMethod.lcm else None
+    with FlopCounterMode(display=False) as counter:
+        found = consistency_loss(lambda x, t: student(x, t, text[:batch]), answers, process, levels, x0, x0, 0.001)
+        found.sum().backward()
+    # backwards a little less than twice forwards: no gradient of the text and the latents is asked for
+    assert training_flops(cfg) == pytest.approx(counter.get_total_flops() / batch, rel=0.03)
+
+
+def test_teacher_s_passes_cost_time_and_its_target_is_gathered_too() -> None:
+    sharded = [*SMALL, "runtime.backend=fsdp"]
+    (plain, taught) = (estimate(config(*sharded, *method)) for method in ([], ["method=lcm"]))
+    assert taught.compute_s == pytest.approx(2 * plain.compute_s)
+    assert taught.host_s > plain.host_s
+    # in bf16 the weights travel forwards once more: 2 bytes beside the 8 of each
+    assert taught.exchange.beside_bytes == pytest.approx(plain.exchange.beside_bytes * 10 / 8)
 
 
 def test_report_says_whether_it_fits_and_leaves_the_same_as_json(tmp_path: Path, small: Cost) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from conf.entry import compose
-from conf.schema import EditRun, PipelineRun, PlaygroundRun, SampleRun
+from conf.schema import EditRun, PipelineRun, PlaygroundRun, Sampler, SampleRun
 from train.stages import next_steps as steps
 from train.stages.next_steps import edited, next_steps, print_next_steps
 from train.stages.tasks import ROOT, Task, plan_tasks, separate
@@ -53,6 +53,13 @@ def test_three_commands_with_the_runs_own_paths_and_prompts(tasks: list[Task]) -
     assert draw.prompts == ["a red planet on a navy background"] and draw.output_dir == "runs/first/drawn"
     assert (edit.prompt, edit.edit) == ("a red planet on a navy background", "a blue planet on a navy background")
     assert {cfg.unet for cfg in (draw, edit, playground)} == {"runs/first/unet/export"}
+
+
+def test_a_student_draws_as_it_has_learnt() -> None:
+    draw, edit, playground = map(composed, next_steps(tasks_of("experiment=distill_demo", "run_dir=runs/first")))
+    for cfg in (draw, edit, playground):
+        assert (cfg.sampler, cfg.steps, cfg.guidance_scale) == (Sampler.lcm, 4, 2.0)
+        assert cfg.unet == "runs/first/unet/export" and cfg.clip == "runs/demo/clip/export"
 
 
 @pytest.mark.parametrize(
