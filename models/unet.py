@@ -151,7 +151,8 @@ class UNet(nn.Module):
         waves = self._waves(timesteps, cfg.block_out_channels[0], sample)
         if self.time_embedding.cond_proj is not None:
             assert guidance is not None and cfg.time_cond_proj_dim is not None
-            waves = waves + self.time_embedding.cond_proj(guidance_embedding(guidance, cfg.time_cond_proj_dim))
+            told = guidance_embedding(guidance, cfg.time_cond_proj_dim).to(sample.dtype)
+            waves = waves + self.time_embedding.cond_proj(told)
         time = self.time_embedding(waves)  # [B, E]
         if self.class_embedding is not None:
             assert class_labels is not None
