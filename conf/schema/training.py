@@ -1,6 +1,6 @@
 """Commands that train a network."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from omegaconf import MISSING
 
@@ -23,6 +23,8 @@ from conf.schema.shared import (
     WandbConfig,
     require,
 )
+
+LENGTH_EMBEDDING = 256  # width, of the length of a mean flow's step
 
 
 @dataclass(kw_only=True, slots=True)
@@ -160,7 +162,17 @@ class UNetRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        for option in ("num_class_embeds", "class_embed_type", "addition_embed_type", "time_cond_proj_dim"):
+        options = ["num_class_embeds", "class_embed_type", "addition_embed_type"]
+        if self.process.mean_flow > 0:
+            self.model = replace(self.model, time_cond_proj_dim=LENGTH_EMBEDDING)
+            self._check_mean_flow()
+        else:
+            options.append("time_cond_proj_dim")
+            require(
+                self.sampling.sampler is not Sampler.mean_flow,
+                "sampling.sampler=mean_flow: asks for mean velocities; set process.mean_flow=0.25 or another sampler",
+            )
+        for option in options:
             value = getattr(self.model, option)
             require(value is None, f"model.{option}={value}: the network can, but this training tells it `conditions`")
         guidance, drops = self.sampling.guidance_scale, [section.drop for _, section in self.conditions.chosen()]
@@ -170,6 +182,16 @@ class UNetRun:
         )
         if self.lora.rank > 0:
             self._check_lora()
+
+    def _check_mean_flow(self) -> None:
+        """The network is told the length of a step by weights of its own, and differentiated forwards."""
+        chosen, runtime = f"process.mean_flow={self.process.mean_flow}: ", self.runtime
+        require(
+            runtime.backend is not BackendName.deepspeed or runtime.zero_stage < 3,
+            chosen + "ZeRO stage 3 has linear layers of its own, without a forward derivative; set "
+            "runtime.backend=fsdp or runtime.zero_stage=2",
+        )
+        require(self.lora.rank == 0, chosen + "adapters cannot be told the length of a step; set lora.rank=0")
 
     def _check_lora(self) -> None:
         """Adapters belong to trained weights, which no process may hold in part only."""
