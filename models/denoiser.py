@@ -41,7 +41,8 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, timesteps: Tensor, inputs: Inputs) -> Tensor:
         """The prediction [B, C, h, w] for noisy latents of that shape, timesteps [B] and the conditions' arrays.
 
-        A student of distillation finds the scales of guidance [B] among them, as "guidance".
+        A student of distillation finds the scales of guidance [B] among them, as "guidance", and a mean flow the
+        lengths of the steps.
         """
         return self.predict(x_t, timesteps, self.conditions(inputs)._replace(guidance=inputs.get("guidance")))
 

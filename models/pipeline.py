@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
-from conf.schema import SamplingConfig
+from conf.schema import Sampler, SamplingConfig
 from models.autoencoder import Autoencoder, finite_or_fp32, split_moments
 from models.conditions import Conditioning, Conditions, Inputs, Samples
 from models.denoiser import Denoiser
-from models.diffusion.guidance import Joined, by_step, classifier_free, within
+from models.diffusion.guidance import ConditionalNetwork, Joined, by_step, classifier_free, stepping, within
 from models.diffusion.process import Denoise, Network, Process
 from models.diffusion.samplers import Callback, Student, sampler_of
 from models.prompts import ParsedPrompt, Term, parse, plain, terms_of, text_states
@@ -184,7 +184,13 @@ class DiffusionPipeline:
         images = [self.read(prompt, sampling) for prompt in prompts]
         # Prompts are joined by what each adds to the null prediction, so they need one even at scale 1.
         several = any(len(image) > 1 for image in images)
-        told = self.denoiser.unet.cfg.time_cond_proj_dim is not None
+        mean_flow = self.process.cfg.mean_flow > 0
+        if sampling.sampler is Sampler.mean_flow and not mean_flow:
+            raise UserError(
+                "sampler=mean_flow: this network was trained without process.mean_flow and knows no mean velocities; "
+                "set another sampler, such as unipc"
+            )
+        told = self.denoiser.unet.cfg.time_cond_proj_dim is not None and not mean_flow
         if told and several:
             raise UserError("AND: joins what each prompt adds to none, and this network has its guidance inside")
         outside = 1.0 if told else sampling.guidance_scale  # a student has its guidance inside
@@ -202,7 +208,12 @@ class DiffusionPipeline:
             inside = torch.tensor(sampling.guidance_scale, device=self.device)
             conditioning = conditioning._replace(guidance=inside.expand(len(terms)))
             nulls = [null._replace(guidance=inside.expand(len(images))) for null in nulls]
-        predict = partial(self.denoiser.predict, attn_control=None if control is None else control.attention)
+        predict: ConditionalNetwork = partial(
+            self.denoiser.predict, attn_control=None if control is None else control.attention
+        )
+        sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)
+        if sampling.sampler is Sampler.mean_flow:
+            predict = stepping(predict, self.process, sigmas)
         owners = torch.tensor([term.image for term in terms], device=self.device)
         always = len(terms) - (len(images) if control is not None else 0)  # a control counts on the whole prompts
 
@@ -226,8 +237,7 @@ class DiffusionPipeline:
 
         # The terms and the null of each step are found by its timestep: a sampler may call twice in a step, or between
         # two levels.
-        sigmas = self.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)[:-1].tolist()
-        levels = [self.process.timestep(sigma) for sigma in sigmas]
+        levels = [self.process.timestep(sigma) for sigma in sigmas[:-1].tolist()]
 
         def bound(scale: float) -> Network:
             of_steps = list(zip(*(term.weights_at(scale) for term in terms), strict=True))

@@ -102,7 +102,8 @@ class UNet(nn.Module):
             pooled: SDXL's pooled text states [B, P].
             sizes: SDXL's sizes and cuts [B, S] in pixels: original h, w, crop top, left, target h, w.
             vector: what further conditions add to the time's embedding [B, E].
-            guidance: scales [B] of the guidance that the prediction is to have, with time_cond_proj_dim.
+            guidance: with time_cond_proj_dim, scales [B] of the guidance that the prediction is to have, or what a mean
+                flow is told of its steps (`Process.told`); None: 1, no guidance and no step.
 
         Returns:
             [B, out_channels, h, w].
@@ -150,7 +151,8 @@ class UNet(nn.Module):
         cfg = self.cfg
         waves = self._waves(timesteps, cfg.block_out_channels[0], sample)
         if self.time_embedding.cond_proj is not None:
-            assert guidance is not None and cfg.time_cond_proj_dim is not None
+            assert cfg.time_cond_proj_dim is not None
+            guidance = torch.ones_like(timesteps) if guidance is None else guidance
             told = guidance_embedding(guidance, cfg.time_cond_proj_dim).to(sample.dtype)
             waves = waves + self.time_embedding.cond_proj(told)
         time = self.time_embedding(waves)  # [B, E]

@@ -148,6 +148,7 @@ class Sampler(Enum):
     dpmpp_3m_sde = "dpmpp_3m_sde"
     unipc = "unipc"
     lcm = "lcm"
+    mean_flow = "mean_flow"
 
 
 WITH_ETA = {Sampler.ddim, Sampler.euler_ancestral, Sampler.dpmpp_2m_sde, Sampler.dpmpp_3m_sde}

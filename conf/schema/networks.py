@@ -120,7 +120,7 @@ class UNetConfig:
     addition_embed_type: str | None = None  # text_time: SDXL's pooled text and sizes beside the time's embedding
     addition_time_embed_dim: int | None = None  # channels of the embedding of each of those sizes
     projection_class_embeddings_input_dim: int | None = None  # width of what projection or text_time projects
-    time_cond_proj_dim: int | None = None  # width of the embedding of the guidance scale that a student is told
+    time_cond_proj_dim: int | None = None  # width of the embedding of a scale of guidance, or of a step's length
 
     @property
     def downscale(self) -> int:

@@ -276,6 +276,7 @@ class ProcessConfig:
     min_snr_gamma: float = 0.0  # Hang et al. 2023, eq. 5; 0: off
     p2_gamma: float = 0.0  # exponent of P2 weights (Choi et al. 2022): 1 or 0.5; 0: off
     p2_k: float = 1.0  # added to the signal-to-noise ratio in them
+    mean_flow: float = 0.0  # share of samples that learn the mean velocity of a long step (Geng et al. 2025); 0: off
 
     def __post_init__(self) -> None:
         name = self.prediction.value
@@ -300,5 +301,12 @@ class ProcessConfig:
         require(
             not (self.zero_terminal_snr and self.prediction in (Prediction.eps, Prediction.flow)),
             f"process.zero_terminal_snr: not with process.prediction={name}; set it to false or predict v or x0",
+        )
+        share = self.mean_flow
+        require(0 <= share <= 1, f"process.mean_flow={share}: must be in [0, 1], 0 for none")
+        require(
+            share == 0 or (self.prediction is Prediction.flow and self.loss is Distance.l2),
+            f"process.mean_flow={share}: is the mean of a flow's velocity, by squared errors; set "
+            "process.prediction=flow and process.loss=l2",
         )
         require(0 < self.beta_start <= self.beta_end < 1, "process: needs 0 < beta_start <= beta_end < 1")

@@ -8,7 +8,7 @@ from conf.errors import UserError
 from conf.overrides import a_path
 from conf.schema.choices import Accelerator, CacheDtype, DistillMethod, Precision, TerminalImages
 from conf.schema.shared import WandbConfig, require, require_positive
-from conf.schema.training import UNetRun
+from conf.schema.training import SLOPE, TARGETS, UNetRun, passes_beside
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,6 +47,7 @@ class PlanRun(UNetRun):
     """
 
     method: DistillMethod | None = None  # of distillation; None: the U-Net is trained without a teacher
+    adversarial_weight: float = 0.0  # of distillation: above 0 the student is judged through its teacher
     accelerator: Accelerator = Accelerator.h100  # whose peak, memory and links count
     gpus: int = 8  # processes, one per GPU
     gpus_per_machine: int = 8  # that exchange gradients without the network
@@ -84,9 +85,23 @@ class PlanRun(UNetRun):
         return "train_unet.py" if self.method is None else "distill_unet.py"
 
     @property
-    def extra_forwards(self) -> int:
-        """Forward passes of a sample that leave no gradients: the target's, and the teacher's two, guided."""
-        return {None: 0, DistillMethod.consistency_training: 1, DistillMethod.lcm: 3}[self.method]
+    def extra_passes(self) -> int:
+        """Passes of a sample beside those there and back: a distillation's, or those for the target of a mean flow."""
+        if self.method is None:
+            return self.targets
+        return passes_beside(self.method, self.adversarial_weight > 0)
+
+    @property
+    def targets(self) -> int:
+        """Calls of the network that is trained, in a step, for its own target."""
+        if self.method is None:
+            return SLOPE if self.process.mean_flow > 0 else 0
+        return TARGETS[self.method]
+
+    @property
+    def taught(self) -> bool:
+        """Whether every process holds a teacher."""
+        return self.method in (DistillMethod.lcm, DistillMethod.scm) or self.adversarial_weight > 0
 
     def refusal(self) -> str:
         """Why `program` would not start with these options; "" where nothing in them hinders it."""

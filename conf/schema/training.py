@@ -1,6 +1,6 @@
 """Commands that train a network."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from omegaconf import MISSING
 
@@ -23,6 +23,8 @@ from conf.schema.shared import (
     WandbConfig,
     require,
 )
+
+LENGTH_EMBEDDING = 256  # width, of the length of a mean flow's step
 
 
 @dataclass(kw_only=True, slots=True)
@@ -160,7 +162,20 @@ class UNetRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        for option in ("num_class_embeds", "class_embed_type", "addition_embed_type", "time_cond_proj_dim"):
+        options = ["num_class_embeds", "class_embed_type", "addition_embed_type"]
+        if self.process.mean_flow > 0:
+            self.model = replace(self.model, time_cond_proj_dim=LENGTH_EMBEDDING)
+            require(
+                self.lora.rank == 0,
+                f"process.mean_flow={self.process.mean_flow}: adapters cannot be told a length; set lora.rank=0",
+            )
+        else:
+            options.append("time_cond_proj_dim")
+            require(
+                self.sampling.sampler is not Sampler.mean_flow,
+                "sampling.sampler=mean_flow: asks for mean velocities; set process.mean_flow=0.25 or another sampler",
+            )
+        for option in options:
             value = getattr(self.model, option)
             require(value is None, f"model.{option}={value}: the network can, but this training tells it `conditions`")
         guidance, drops = self.sampling.guidance_scale, [section.drop for _, section in self.conditions.chosen()]
@@ -179,6 +194,20 @@ class UNetRun:
             runtime.backend is BackendName.ddp or (runtime.backend is BackendName.deepspeed and runtime.zero_stage < 3),
             chosen + "frozen weights cannot be sharded; set runtime.backend=deepspeed and runtime.zero_stage=0, 1 or 2",
         )
+
+
+SLOPE = 2  # calls of a network between which its slope is seen
+TARGETS = {DistillMethod.lcm: 1, DistillMethod.scm: SLOPE, DistillMethod.consistency_training: 1}  # calls for a target
+
+
+def passes_beside(method: DistillMethod, judged: bool) -> int:
+    """Passes through a U-Net that a sample of a distillation costs beside the student's own, there and back.
+
+    Those for its target; the teacher's two, guided; where an adversary judges, there and back of a guess, and there of
+    the data.
+    """
+    guided = 0 if method is DistillMethod.consistency_training else 2
+    return TARGETS[method] + guided + (3 if judged else 0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -204,7 +233,9 @@ class DistillRun:
     guidance: list[float] = field(default_factory=lambda: [1.0, 4.0])  # scales of the teacher's guidance, from and to
     huber: float = 0.001  # c of the pseudo-Huber distance; 0: the absolute difference
     tangent_warmup: int = 0  # samples over which method=scm takes the student's own slope into account, bit by bit
-    adversarial_weight: float = 0.0  # of the verdicts on the student's images, seen through the teacher; 0: off
+    adversarial_weight: float = (
+        0.0  # pull of verdicts on its images, seen through the teacher, to that of method; 0: off
+    )
     lora: LoraConfig = field(default_factory=LoraConfig)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(sampler=Sampler.lcm, steps=4))
     evaluation: LoopEvaluationConfig = field(default_factory=LoopEvaluationConfig)
@@ -235,16 +266,8 @@ class DistillRun:
             f"guidance={self.guidance}: must be two scales, [lowest,highest], of 1 or more",
         )
         require(
-            self.method is DistillMethod.lcm or self.guidance == [1.0, 1.0],
+            self.method is not DistillMethod.consistency_training or self.guidance == [1.0, 1.0],
             f"guidance={self.guidance}: method={self.method.value} has no teacher that is guided; set guidance=[1,1]",
-        )
-        runtime = self.runtime
-        require(
-            self.method is not DistillMethod.scm
-            or runtime.backend is BackendName.ddp
-            or (runtime.backend is BackendName.deepspeed and runtime.zero_stage < 3),
-            "method=scm: differentiates the student by its inputs, which sharded weights cannot; set "
-            "runtime.backend=deepspeed and runtime.zero_stage=0, 1 or 2",
         )
         require(
             self.lora.rank == 0 or self.guided is None,

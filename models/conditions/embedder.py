@@ -22,7 +22,7 @@ class Conditioning(NamedTuple):
     context: Context | None = None  # tokens [B, L, D]
     channels: Tensor | None = None  # [B, K, h, w], concatenated to the latent
     vector: Tensor | None = None  # [B, E], added to the time's embedding
-    guidance: Tensor | None = None  # [B], scales that a student of distillation is told
+    guidance: Tensor | None = None  # [B], what `UNet` is told by this name: a scale, or the length of a step
 
     def followed_by(self, other: "Conditioning") -> "Conditioning":
         """These rows, then the other's, in one batch; before tokens became keys and values."""

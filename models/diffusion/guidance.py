@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.conditions import Conditioning
-from models.diffusion.process import Network
+from models.diffusion.process import Network, Process
 
 # (x_t [B, C, h, w], timesteps [B], conditioning of each row) -> prediction [B, C, h, w]
 ConditionalNetwork = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -75,6 +75,18 @@ def classifier_free(
         return rescaled(uncond + scale * (cond - uncond), cond, rescale)
 
     return guided
+
+
+def stepping(network: ConditionalNetwork, process: Process, sigmas: Tensor) -> ConditionalNetwork:
+    """A mean flow that is told, at each of the noise levels sigmas [steps + 1], the length of the step to the next."""
+    levels = torch.tensor([process.timestep(sigma) for sigma in sigmas.tolist()])
+
+    def told(x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        nearest = (levels[:-1].to(timesteps.device) - timesteps[:, None]).abs().argmin(dim=1)  # [B]
+        lengths = process.told(timesteps, levels[1:].to(timesteps.device)[nearest])
+        return network(x_t, timesteps, conditioning._replace(guidance=lengths))
+
+    return told
 
 
 def rescaled(guided: Tensor, cond: Tensor, share: float) -> Tensor:

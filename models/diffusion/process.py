@@ -12,7 +12,6 @@ fractions for flow.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -22,8 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conf.errors import UserError
 from conf.schema import BetaSchedule, Distance, Prediction, ProcessConfig, Spacing, TimestepSampling
@@ -37,6 +34,9 @@ BETA_NAMES = {BetaSchedule.linear: "linear", BetaSchedule.scaled_linear: "scaled
 BETA_NAMES[BetaSchedule.cosine] = "squaredcos_cap_v2"
 PREDICTION_NAMES = {Prediction.eps: "epsilon", Prediction.v: "v_prediction", Prediction.x0: "sample"}  # in diffusers
 SCHEDULER = "scheduler_config.json"
+LENGTH_UNIT = 0.01  # in which a network is told lengths: waves of 10 radians, so that it has a small derivative by them
+REACH = 0.02  # of all timesteps, to both sides, over which a slope is seen
+SMALL_ERROR = 1e-3  # of a mean flow, below which errors count less: c of Geng et al. 2025, eq. 22
 
 
 class Process:
@@ -67,6 +67,19 @@ class Process:
         if self.flow:
             return (cfg.train_timesteps * cfg.shift * t / (1.0 + (cfg.shift - 1.0) * t)).float()
         return (t * cfg.train_timesteps).floor().clamp(max=cfg.train_timesteps - 1).float()
+
+    def draw_ends(self, timesteps: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Where a mean flow's steps begin and end, t >= r [B], of timesteps [B] and another uniform draw, u [B].
+
+        Of a share `mean_flow` they are two draws, the larger one first; the others are no step, r = t.
+        """
+        share = self.cfg.mean_flow
+        other = torch.where(u < share, self.draw_timesteps(u / share), timesteps)
+        return torch.maximum(timesteps, other), torch.minimum(timesteps, other)
+
+    def told(self, timesteps: Tensor, ends: Tensor) -> Tensor:
+        """What a mean flow's network is told [B] of its steps in the place of guidance: 1, and more by their length."""
+        return 1.0 + LENGTH_UNIT * (timesteps - ends) / self.cfg.train_timesteps
 
     def with_offset(self, noise: Tensor, offset: Tensor) -> Tensor:
         """Noise [B, C, h, w] whose mean per channel varies, offset [B, C, 1, 1] (Guttenberg 2023, "Offset noise")."""
@@ -103,10 +116,63 @@ class Process:
         weight = snr / (cfg.p2_k + snr) ** cfg.p2_gamma if p2 else snr.clamp(max=cfg.min_snr_gamma)
         return weight / {Prediction.eps: snr, Prediction.v: snr + 1}.get(cfg.prediction, 1.0)
 
-    def loss(self, prediction: Tensor, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Weighted mean distance to the target per sample [B], in float32 or better."""
+    def mean_velocity(
+        self, network: Callable[[Tensor, Tensor, Tensor], Tensor], x_t: Tensor, velocity: Tensor, t: Tensor, r: Tensor
+    ) -> Tensor:
+        """Target [B, ...] of a mean flow, v - (t - r) du/dt (Geng et al. 2025, eq. 10 and 11); it has no gradients.
+
+        u is the mean of the velocity over the path from t back to r: (t - r) u is an integral, and so its derivative by
+        t, along the path, is v. Where r = t the target is that of a plain flow.
+
+        Args:
+            network: (x_t [B, ...], timesteps [B], what it is `told` [B]) -> prediction [B, ...].
+            velocity: target of a plain flow [B, ...].
+            t, r: timesteps [B] from and to which a step goes.
+        """
+        slope = self.slope(
+            lambda x, now: network(x, now, self.told(now, r)), x_t, t, velocity / self.cfg.train_timesteps, least=r
+        )
+        return velocity - (t - r).view((-1,) + (1,) * (x_t.ndim - 1)) * slope
+
+    @torch.no_grad()
+    def slope(
+        self, network: Network, x_t: Tensor, timesteps: Tensor, dx: Tensor, least: Tensor | None = None
+    ) -> Tensor:
+        """How fast a prediction changes per timestep [B, ...] where x_t moves with dx per timestep [B, ...].
+
+        A difference over a few hundredths of the path, not the derivative: the waves in which a network is told its
+        time turn by a radian per timestep, and their ripples, which no training taught it to avoid, drown the rest (of
+        the demo's flow the derivative has a mean square of 15 to 170, the difference of 0.6 to 13). Two plain calls,
+        which every backend, precision and attention kernel can make.
+
+        Args:
+            least: timesteps [B] that are not gone below; None: 0.
+        """
+        reach, last = REACH * self.cfg.train_timesteps, self.cfg.train_timesteps - (0 if self.flow else 1)
+        ahead = (timesteps + reach).clamp(max=last)
+        behind = (timesteps - reach).clamp(min=0.0)
+        behind = behind if least is None else torch.maximum(behind, least)
+        shape = (-1,) + (1,) * (x_t.ndim - 1)
+
+        def at(when: Tensor) -> Tensor:
+            return network(x_t + (when - timesteps).view(shape) * dx, when).to(x_t.dtype)
+
+        return (at(ahead) - at(behind)) / (ahead - behind).view(shape)
+
+    def balanced(self, losses: Tensor) -> Tensor:
+        """Squared errors [B] as they are minimised: of a mean flow, whose errors differ by orders, each counts alike.
+
+        They are divided by what they are, of which no gradient is taken (Geng et al. 2025, eq. 22 with p = 1).
+        """
+        return losses if self.cfg.mean_flow == 0 else losses / (losses.detach() + SMALL_ERROR)
+
+    def loss(
+        self, prediction: Tensor, x0: Tensor, noise: Tensor, timesteps: Tensor, target: Tensor | None = None
+    ) -> Tensor:
+        """Weighted mean distance to the target per sample [B], in float32 or better; None: to that of `target`."""
         # autocast may leave the prediction in 16 bits, too few for the square of a small error
-        prediction, target = prediction.to(x0.dtype), self.target(x0, noise, timesteps)
+        prediction = prediction.to(x0.dtype)
+        target = self.target(x0, noise, timesteps) if target is None else target
         if self.cfg.loss is Distance.huber:
             distance = F.huber_loss(prediction, target, reduction="none", delta=self.cfg.huber_delta)
         elif self.cfg.loss is Distance.l1:
@@ -245,23 +311,6 @@ class Process:
             alpha, std = self._on(timesteps.device)[:, timesteps.long()]
         shape = (-1,) + (1,) * (like.ndim - 1)
         return alpha.view(shape), std.view(shape)
-
-
-@torch.no_grad()
-def slope(network: Network, x_t: Tensor, timesteps: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    """The prediction [B, ...], and how fast it changes where x_t moves with dx [B, ...] and the timesteps with dt [B].
-
-    Forward-mode differentiation: one pass, about twice the work of a prediction, without gradients for the weights;
-    in autocast's precision on a GPU, in that of the weights on a CPU.
-    """
-    warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")  # which make_dual itself calls
-    # fused attention has no formula for it, nor have compiled blocks, nor group norms in bf16 (which autocast on a GPU
-    # leaves in fp32)
-    exact = torch.autocast("cpu", enabled=False)
-    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"), exact, forward_ad.dual_level():
-        moving = forward_ad.make_dual(x_t, dx), forward_ad.make_dual(timesteps, dt)
-        prediction, derivative = forward_ad.unpack_dual(network(*moving))
-    return prediction, torch.zeros_like(prediction) if derivative is None else derivative
 
 
 def meaning(cfg: ProcessConfig) -> dict[str, Any]:

@@ -84,6 +84,14 @@ def sample_euler(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback
     return sample_ddim(denoise, x, sigmas, callback)
 
 
+def sample_mean_flow(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+    """Steps of a flow by its mean velocity (Geng et al. 2025, eq. 12): x_t - (t - r) u, straight as those of DDIM.
+
+    What is special is the guess, x_t - t u: the network knows where a step from this level ends (`guidance.stepping`).
+    """
+    return sample_ddim(denoise, x, sigmas, callback)
+
+
 def sample_euler_ancestral(
     denoise: Denoise,
     x: Tensor,
@@ -362,6 +370,7 @@ SAMPLERS: dict[Sampler, Callable[..., Tensor]] = {
     Sampler.dpmpp_3m_sde: sample_dpmpp_3m_sde,
     Sampler.unipc: sample_unipc,
     Sampler.lcm: sample_lcm,
+    Sampler.mean_flow: sample_mean_flow,
 }
 
 

@@ -62,6 +62,11 @@ def export_model(cfg: ExportRun) -> None:
             f"unet={cfg.unet}: {name} draws with no student of a flow, its LCMScheduler knows eps, v and x0 alone; "
             "load the U-Net in that folder by itself, or sample with train/sample.py"
         )
+    if info.process_config().mean_flow > 0:
+        raise UserError(
+            f"unet={cfg.unet}: {name} draws with no mean flow, it tells no network how long a step is; load the U-Net "
+            "in that folder by itself, or sample with train/sample.py"
+        )
     for network in (unet, autoencoder, clip):
         if network is not None:
             network.to(DTYPES[cfg.dtype.value])

@@ -47,7 +47,7 @@ def facts(cfg: PlanRun, cost: Cost) -> Table:
         "batch": f"{cfg.batch.global_batch_size:,} = {cfg.gpus} GPUs x micro-batches of {cost.micro_batch}"
         f" x accumulation of {cost.accumulation}",
         "arithmetic": f"{cost.flops_per_sample / 1e12:,.3f} TFLOP per sample, forwards and backwards"
-        + (f", with {cfg.extra_forwards} more forward passes for distillation" if cfg.extra_forwards else ""),
+        + (f", with {cfg.extra_passes} passes beside the network's own" if cfg.extra_passes else ""),
         "step": f"{1000 * step_s:,.0f} ms: {1000 * cost.compute_s:,.0f} of arithmetic, "
         f"{1000 * travel.waited_s:,.0f} of waiting for other GPUs ({reached:.2f} MFU in all)",
         "exchange": f"{gb(travel.beside_bytes)} beside the arithmetic, {gb(travel.after_bytes)} after it, in "

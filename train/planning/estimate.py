@@ -8,7 +8,7 @@ from math import ceil, log2
 import numpy as np
 import torch
 
-from conf.schema import BackendName, DistillMethod, Offload, PlanRun, Precision
+from conf.schema import BackendName, Offload, PlanRun, Precision
 from data.latent_record import LatentWriter
 from models.flops import unet_flops
 from models.unet import UNet
@@ -159,11 +159,11 @@ def parameters(cfg: PlanRun) -> int:
 def training_flops(cfg: PlanRun) -> float:
     """Operations of one sample: a forward pass, twice that going back, and once more with gradient checkpointing.
 
-    The target and the teacher of a distillation take further forward passes.
+    The target and the teacher of a distillation take further passes, and so does the slope of a mean flow.
     """
     tokens = 0 if cfg.model.cross_attention_dim is None else cfg.tokens
     forward = unet_flops(cfg.model, cfg.model.sample_size, cfg.model.sample_size, tokens)
-    return forward * ((4 if cfg.runtime.gradient_checkpointing else 3) + cfg.extra_forwards)
+    return forward * ((4 if cfg.runtime.gradient_checkpointing else 3) + cfg.extra_passes)
 
 
 def sharding_options(cfg: PlanRun, elements: int, budget: int) -> list[Option]:
@@ -208,18 +208,19 @@ def activations(cfg: PlanRun, batch: int) -> Activations:
     side, runtime = cfg.model.sample_size, cfg.runtime
     low, checkpointing = AUTOCAST.get(runtime.precision), runtime.gradient_checkpointing
     step = unet_activations(cfg.model, batch, side, side, cfg.tokens, low, checkpointing)
-    if cfg.method is None:
+    if cfg.extra_passes == 0:
         return step
-    taught = cfg.method is DistillMethod.lcm
     frozen = frozen_activations(cfg.model, 2 * batch, side, side, cfg.tokens, runtime.precision)  # guided: twice
-    most, calls = (frozen.alone, 2) if taught else (0, 1)  # the target's lie below the step's
+    most = frozen.alone if cfg.taught else 0  # those of a target lie below the step's
+    judged = step.alone if cfg.adversarial_weight > 0 else 0  # back through the teacher, before any gradient
+    calls = cfg.targets + cfg.taught + (3 if judged else 0)
     operators = step.operators + calls * frozen.operators
-    return Activations(max(step.alone, most), max(step.with_gradients, most), operators)
+    return Activations(max(step.alone + judged, most), max(step.with_gradients, most), operators)
 
 
 def teacher_bytes(cfg: PlanRun) -> int:
     """Bytes of the weights of a teacher, as large as its student."""
-    if cfg.method is not DistillMethod.lcm:
+    if not cfg.taught:
         return 0
     return sum(parameter.nbytes for parameter in frozen_unet(cfg.model, cfg.runtime.precision).parameters())
 
@@ -248,9 +249,9 @@ def exchange(cfg: PlanRun, elements: int) -> Exchange:
     low = FP32 if cfg.runtime.precision is Precision.fp32 else HALF
     _, passes = cfg.batch.split(cfg.gpus)
     compute_s = compute_seconds(cfg)
-    backward_s = compute_s * 2 / (3 + cfg.extra_forwards)  # without gradient checkpointing
+    backward_s = compute_s * 2 / (3 + cfg.extra_passes)  # without gradient checkpointing
     sharded = cfg.runtime.backend is BackendName.fsdp
-    gathers = 2 if cfg.method is None else 3  # of the weights at stage 3: forwards, backwards, and for the target
+    gathers = 2 + cfg.targets  # of the weights at stage 3: forwards, backwards, and for the target
     beside, after, hidden_s = {  # bytes of an element, and seconds
         0: (2.0 * FP32, 0.0, backward_s / passes if cfg.runtime.backend is BackendName.ddp else 0.0),
         1: (2.0 * FP32, FP32, backward_s / passes),

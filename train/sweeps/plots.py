@@ -13,9 +13,9 @@ from train.sweeps.results import AGREEMENTS, SAMPLERS, SECONDS, Result, Sweep
 DPI = 150
 COLORS = (  # of samplers, in the order of the schema
     *("#7f7f7f", "#1f77b4", "#bcbd22", "#ff7f0e", "#8c564b", "#17becf"),
-    *("#e377c2", "#9467bd", "#d62728", "#2ca02c", "#000000", "#0b4f6c", "#98df8a"),
+    *("#e377c2", "#9467bd", "#d62728", "#2ca02c", "#000000", "#0b4f6c", "#98df8a", "#8a2be2"),
 )
-MARKERS = "so^v><pPDXh*d"
+MARKERS = "so^v><pPDXh*d8"
 SIZES = (16.0, 90.0)  # of markers, in square points, at the fewest and the most steps
 TITLES = {
     "eval/fid": "FID",

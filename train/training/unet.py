@@ -38,7 +38,7 @@ from train.engine.sample_rng import Draws, SampleRng
 from train.engine.trainable import Trainable
 from train.latents.provenance import asks_clip, check_latents, require_same, trained_otherwise
 
-GUIDANCE = "time_embedding.cond_proj.weight"  # of a student of distillation
+GUIDANCE = "time_embedding.cond_proj.weight"  # of a student of distillation, or a mean flow
 VALIDATION = 256  # held-out latents behind the validation loss, at most
 CHUNK = 32  # of them at once
 FILMED = 2  # of the images drawn at an evaluation
@@ -50,8 +50,8 @@ Measure = Callable[[DiffusionPipeline, int], dict[str, float]]  # of the model a
 def load_pretrained(source: str, network: Denoiser) -> None:
     """Weights of another training's U-Net: a folder in diffusers' format or a whole checkpoint in one file.
 
-    Where it takes fewer channels than this one, or is not told of guidance, what is new begins at zero; parameters of
-    conditions are taken where they are there and fit.
+    Where it takes fewer channels than this one, or is not told of guidance or lengths, what is new begins at zero;
+    parameters of conditions are taken where they are there and fit.
     """
     cfg = network.unet.cfg
     if is_single_file(source):
@@ -79,12 +79,13 @@ def by_timestep(losses: Tensor, times: Tensor) -> dict[str, Tensor]:
     return {f"train/loss_by_timestep/{quarter}": pair for quarter, pair in enumerate(pairs, start=1)}
 
 
-def wanted_of(batch: Batch, offset: bool, conditions: Conditions) -> Wanted:
-    """The random numbers that training asks for of a batch; `offset`: also those of offset noise."""
+def wanted_of(batch: Batch, offset: bool, conditions: Conditions, ends: bool = False) -> Wanted:
+    """The random numbers that training asks for of a batch; `offset`: also those of offset noise, `ends`: of steps."""
     _, twice, height, width = batch["moments"].shape  # [B, 2C, h, w]
     latent: Wanted = dict.fromkeys(("posterior", "noise"), (twice // 2, height, width))
     mean: Wanted = {"offset_noise": (twice // 2, 1, 1)} if offset else {}
-    return latent | mean | {"timestep": None} | conditions.wanted(batch)
+    times: Wanted = {"timestep": None, "end": None} if ends else {"timestep": None}
+    return latent | mean | times | conditions.wanted(batch)
 
 
 class UNetStage:
@@ -113,7 +114,12 @@ class UNetStage:
             add_adapters(self.network.unet, cfg.lora)
         self.extend = Draws(
             cfg.seed,
-            partial(wanted_of, offset=cfg.process.offset_noise > 0, conditions=self.network.conditions.source),
+            partial(
+                wanted_of,
+                offset=cfg.process.offset_noise > 0,
+                conditions=self.network.conditions.source,
+                ends=cfg.process.mean_flow > 0,
+            ),
         )
         self.network.unet.checkpoint_gradients(cfg.runtime.gradient_checkpointing)
         self.unet = Trainable(
@@ -121,6 +127,7 @@ class UNetStage:
         )
         self.trainables = {"unet": self.unet}
         passes = 3.0 if cfg.lora.rank == 0 else 2.0  # backward: twice forward, once for weights that are frozen
+        passes += 2.0 if cfg.process.mean_flow > 0 else 0.0  # the slope
         side = cfg.model.sample_size
         self.flops_per_sample = passes * unet_flops(cfg.model, side, side, self.network.conditions.tokens)
         self.text_tower = None
@@ -192,18 +199,29 @@ class UNetStage:
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of one micro-batch."""
-        seed = self.cfg.seed
+        seed, process = self.cfg.seed, self.process
         x0, noise, timesteps = self.noisy(batch, seed)
         draws = SampleRng.of(batch, seed, self.runtime.device)
-        inputs = self.network.conditions.vary(self.inputs(batch), draws)
-        prediction = self.unet(self.process.add_noise(x0, noise, timesteps), timesteps, inputs)
-        losses = self.process.loss(prediction, x0, noise, timesteps)  # [B]
-        loss = losses.mean()
-        self.unet.backward(loss, last)
-        return {
-            "train/loss": loss.detach(),
-            **by_timestep(losses.detach(), timesteps / self.cfg.process.train_timesteps),
-        }
+        inputs, target = self.network.conditions.vary(self.inputs(batch), draws), None
+        if process.cfg.mean_flow > 0:
+            timesteps, ends = process.draw_ends(timesteps, draws.uniform("end"))
+            target = self.mean_velocity(x0, noise, timesteps, ends, inputs)
+            inputs = inputs | {"guidance": process.told(timesteps, ends)}
+        prediction = self.unet(process.add_noise(x0, noise, timesteps), timesteps, inputs)
+        losses = process.loss(prediction, x0, noise, timesteps, target)  # [B]
+        self.unet.backward(process.balanced(losses).mean(), last)
+        losses = losses.detach()
+        return {"train/loss": losses.mean(), **by_timestep(losses, timesteps / process.cfg.train_timesteps)}
+
+    def mean_velocity(self, x0: Tensor, noise: Tensor, timesteps: Tensor, ends: Tensor, inputs: Inputs) -> Tensor:
+        """Target of a mean flow [B, C, h, w]."""
+
+        def network(x_t: Tensor, timesteps: Tensor, told: Tensor) -> Tensor:
+            prediction: Tensor = self.unet(x_t, timesteps, inputs | {"guidance": told})
+            return prediction
+
+        x_t, velocity = self.process.add_noise(x0, noise, timesteps), self.process.target(x0, noise, timesteps)
+        return self.process.mean_velocity(network, x_t, velocity, timesteps, ends)
 
     def finish_step(self, samples_seen: int) -> dict[str, Tensor | float]:
         """One optimiser step and one of the average."""
@@ -235,7 +253,7 @@ class UNetStage:
         return metrics | ({} if self.measure is None else self.measure(model, samples_seen))
 
     def errors(self, network: Denoiser, batch: dict[str, Any]) -> Tensor:
-        """Losses [B] of held-out samples at fixed timesteps and noise."""
+        """Losses [B] of held-out samples at fixed timesteps and noise; of a mean flow those of its velocity, r = t."""
         x0, noise, timesteps = self.noisy(batch, seed=0)
         with self.precision():
             prediction = network(self.process.add_noise(x0, noise, timesteps), timesteps, self.inputs(batch))

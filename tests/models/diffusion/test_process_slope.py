@@ -1,107 +1,76 @@
-"""Forward-mode derivatives of a network against closed forms, finite differences and the backward pass."""
+"""How fast a prediction changes along a path, of networks whose derivative is known."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from conf.schema.networks import UNetConfig
-from models.diffusion.process import slope
-from models.unet import UNet
+from conf.schema import Prediction, ProcessConfig
+from models.diffusion.process import REACH, Process
 
-TEXT = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "cross_attention_dim": 8}
-TEXT["up_block_types"] = ["UpBlock2D", "CrossAttnUpBlock2D"]
-PIXELS = {"down_block_types": ["AttnDownBlock2D", "ResnetDownsampleBlock2D"], "cross_attention_dim": None}
-PIXELS |= {"up_block_types": ["ResnetUpsampleBlock2D", "AttnUpBlock2D"], "downsample_type": "resnet"}
-PIXELS |= {"upsample_type": "resnet", "resnet_time_scale_shift": "scale_shift"}
-KINDS = {"text": TEXT, "pixels": PIXELS, "few pixels": TEXT | {"block_out_channels": [32, 64]}}
+T = 1000
+FLOW = Process(ProcessConfig(prediction=Prediction.flow))
 
 
-def network_of(kind: str, dtype: torch.dtype = torch.float64) -> UNet:
-    """Two levels, each weight moved: no branch that begins at zero may hide its derivative."""
-    torch.manual_seed(0)
-    options = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": [2]}
-    network = UNet(UNetConfig(**(options | {"time_cond_proj_dim": 16} | KINDS[kind])))  # type: ignore[arg-type]
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return network.to(dtype)
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """x_t, timesteps and where x_t moves with each of them."""
+    x, dx = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return x, torch.tensor([250.0, 500.0, 800.0], dtype=torch.float64), dx / T
 
 
-class Told:
-    """Such a network with its other inputs; it is told how far t is from r."""
-
-    def __init__(self, network: UNet) -> None:
-        self.network = network
-        width, dtype = network.cfg.cross_attention_dim, network.conv_in.weight.dtype
-        self.context = None if width is None else torch.randn(3, 5, width, dtype=dtype)
-
-    def __call__(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        return self.network(x, timesteps, self.context, guidance=1 + (timesteps - 2) / 1000)
+def shaped(t: Tensor) -> Tensor:
+    return t.view(-1, 1, 1, 1)
 
 
-def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_t, timesteps, and where they move; small timesteps, whose waves float32 knows to many digits."""
-    x, dx = torch.randn(2, 3, 4, 8, 8, dtype=dtype)
-    return x, torch.tensor([2.0, 5.0, 9.0], dtype=dtype), dx, torch.tensor([1.0, 0.5, -2.0], dtype=dtype)
+@pytest.mark.parametrize("prediction", [Prediction.flow, Prediction.v])
+def test_slope_is_the_derivative_of_what_is_smooth(prediction: Prediction) -> None:
+    x, t, dx = inputs()
+    found = Process(ProcessConfig(prediction=prediction)).slope(
+        lambda x, t: x.sin() * (2 * shaped(t) / T).cos(), x, t, dx
+    )
+    time = 2 * shaped(t) / T
+    derivative = x.cos() * dx * time.cos() - 2 / T * x.sin() * time.sin()
+    torch.testing.assert_close(found, derivative, rtol=0, atol=1e-3 * float(derivative.abs().max()))
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_slope_is_that_of_finite_differences(kind: str) -> None:
-    network, (x, t, dx, dt) = Told(network_of(kind)), inputs()
-    prediction, derivative = slope(network, x, t, dx, dt)
-    h = 2.0**-7
-    with torch.no_grad():
-        difference = (network(x + h * dx, t + h * dt) - network(x - h * dx, t - h * dt)) / (2 * h)
-        torch.testing.assert_close(prediction, network(x, t))
-    assert (derivative - difference).norm() < 1e-3 * difference.norm()
+def test_ripples_of_the_time_s_waves_do_not_count() -> None:
+    x, t, dx = inputs()
+    found = FLOW.slope(lambda x, t: 0 * x + shaped(t) / T + 0.01 * shaped(t).sin(), x, t, dx)
+    assert float((T * found - 1).abs().max()) < 0.6  # where the derivative goes from -9 to 11
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_slope_is_that_of_the_backward_pass(kind: str) -> None:
-    """w · (J v) = (J^T w) · v, where the layers that compute again going back take part."""
-    network, (x, t, dx, dt) = Told(network_of(kind)), inputs()
-    network.network.checkpoint_gradients(True)
-    _, derivative = slope(network, x, t, dx, dt)
-    x.requires_grad_(), t.requires_grad_()
-    weights = torch.randn_like(derivative)
-    grad_x, grad_t = torch.autograd.grad((weights * network(x, t)).sum(), [x, t])
-    torch.testing.assert_close((weights * derivative).sum(), (grad_x * dx).sum() + (grad_t * dt).sum())
+@pytest.mark.parametrize(
+    ("prediction", "timestep", "seen"),
+    [
+        (Prediction.flow, 990.0, (970.0, 1000.0)),
+        (Prediction.v, 999.0, (979.0, 999.0)),
+        (Prediction.flow, 5.0, (0.0, 25.0)),
+    ],
+)
+def test_it_is_seen_between_timesteps_that_there_are(
+    prediction: Prediction, timestep: float, seen: tuple[float, float]
+) -> None:
+    x, t, asked = torch.ones(1, 2), torch.tensor([timestep]), list[float]()
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t))
+        torch.testing.assert_close(x, 1 + (t - timestep) * torch.tensor([[1.0, 2.0]]) / T)
+        return x * t
+
+    found = Process(ProcessConfig(prediction=prediction)).slope(network, x, t, torch.tensor([[1.0, 2.0]]) / T)
+    assert sorted(asked) == pytest.approx(seen)
+    ends = [(1 + (end - timestep) * torch.tensor([[1.0, 2.0]]) / T) * end for end in seen]
+    torch.testing.assert_close(found, (ends[1] - ends[0]) / (seen[1] - seen[0]))
 
 
-def test_slope_of_a_closed_form() -> None:
-    x, t, dx, dt = inputs()
-    shaped = t.view(-1, 1, 1, 1)
-    prediction, derivative = slope(lambda x, t: torch.sin(x) * t.view(-1, 1, 1, 1), x, t, dx, dt)
-    assert torch.equal(prediction, x.sin() * shaped)
-    torch.testing.assert_close(derivative, x.cos() * dx * shaped + x.sin() * dt.view(-1, 1, 1, 1))
-    constant = slope(lambda x, t: torch.ones(3, dtype=torch.float64), x, t, dx, dt)
-    assert torch.equal(constant[1], torch.zeros(3, dtype=torch.float64))
+def test_it_goes_no_further_back_than_it_may() -> None:
+    asked = list[Tensor]()
+    t, least = torch.tensor([500.0, 500.0, 500.0]), torch.tensor([500.0, 495.0, 100.0])
+    FLOW.slope(lambda x, t: asked.append(t) or x, torch.zeros(3, 1), t, torch.zeros(3, 1), least=least)
+    assert torch.equal(asked[1], torch.tensor([500.0, 495.0, 500.0 - REACH * T]))
+    assert torch.equal(asked[0], t + REACH * T)
 
 
-def test_slope_leaves_no_trace() -> None:
-    """No gradients, nothing changed in its inputs or the weights; the next pass trains as ever."""
-    network, arguments = Told(network_of("text")), inputs()
-    before = [tensor.clone() for tensor in (*arguments, *network.network.parameters())]
-    found = slope(network, *arguments)
-    assert not any(tensor.requires_grad for tensor in found)
-    assert all(map(torch.equal, before, (*arguments, *network.network.parameters())))
-    network(*arguments[:2]).square().mean().backward()
-    assert all(parameter.grad is not None for parameter in network.network.parameters())
-
-
-def test_autocast_of_the_cpu_does_not_round_a_slope() -> None:
-    network, arguments = Told(network_of("text", torch.float32)), inputs(torch.float32)
-    exact = slope(network, *arguments)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert all(map(torch.equal, slope(network, *arguments), exact))
-
-
-def test_compiled_parts_have_a_slope() -> None:
-    network, arguments = Told(network_of("text", torch.float32)), inputs(torch.float32)
-    expected = slope(network, *arguments)
-    for level in network.network.down_blocks:
-        level.forward = torch.compile(level.forward, dynamic=False, backend="aot_eager")  # type: ignore[method-assign]
-    with torch.no_grad():
-        assert network(*arguments[:2]).isfinite().all()  # compiled before
-    for found, wanted in zip(slope(network, *arguments), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+def test_it_leaves_no_gradients() -> None:
+    weight, (x, t, dx) = torch.ones((), requires_grad=True), inputs()
+    found = FLOW.slope(lambda x, t: (weight * x).half(), x, t, dx)
+    assert not found.requires_grad and found.dtype == x.dtype

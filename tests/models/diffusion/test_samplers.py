@@ -92,6 +92,7 @@ PEERS: dict[Sampler, tuple[str, dict[str, Any], float | None]] = {
     ),
     Sampler.unipc: ("UniPCMultistepScheduler", {}, None),
     Sampler.lcm: ("LCMScheduler", {}, None),
+    Sampler.mean_flow: ("DDIMScheduler", {}, 0.0),
 }
 # Their schedulers know eps alone, or mean v over steps as if it were eps; any prediction of ours is the same denoiser.
 ON_EPS = (Sampler.pndm, Sampler.euler_ancestral, Sampler.heun, Sampler.dpm2)

@@ -30,6 +30,7 @@ ORDERS = {
     Sampler.dpmpp_2m_sde: 2,
     Sampler.dpmpp_3m_sde: 2,
     Sampler.unipc: 3,
+    Sampler.mean_flow: 1,
 }
 
 

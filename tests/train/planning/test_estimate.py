@@ -22,6 +22,7 @@ from conf.schema import (
     OptimConfig,
     PlanRun,
     Precision,
+    Prediction,
     ProcessConfig,
     Spacing,
     UNetRun,
@@ -46,6 +47,7 @@ from train.planning.estimate import (
 )
 from train.planning.memory import Sharding
 from train.training.distillation.consistency import Levels, consistency_loss
+from train.training.distillation.continuous import continuous_loss
 
 SD2 = ["model.attention_head_dim=[5,10,20,20]", "model.cross_attention_dim=1024", "model.use_linear_projection=true"]
 SDXL = [
@@ -211,7 +213,7 @@ def test_teacher_is_held_whole_by_every_process(small: Cost, precision: Precisio
 @pytest.mark.parametrize("method", DistillMethod)
 def test_distillation_takes_the_planned_operations(method: DistillMethod) -> None:
     cfg, batch, meta = config(*SMALL, f"method={method.value}"), 2, torch.device("meta")
-    process, side = Process(ProcessConfig()), cfg.model.sample_size
+    process, side = Process(ProcessConfig(prediction=Prediction.v)), cfg.model.sample_size
     with meta:
         student, teacher = UNet(cfg.model), UNet(cfg.model).requires_grad_(False)
         text = torch.zeros(2 * batch, cfg.tokens, cfg.model.cross_attention_dim or 0)
@@ -222,10 +224,16 @@ def test_distillation_takes_the_planned_operations(method: DistillMethod) -> Non
         uncond, cond = teacher(torch.cat([x, x]), torch.cat([timesteps, timesteps]), text).chunk(2)
         return 3 * cond - 2 * uncond
 
+    def told(x: Tensor, timesteps: Tensor) -> Tensor:
+        return student(x, timesteps, text[:batch])
+
     answers = guided if method is DistillMethod.lcm else None
     with FlopCounterMode(display=False) as counter:
-        found = consistency_loss(lambda x, t: student(x, t, text[:batch]), answers, process, levels, x0, x0, 0.001)
-        found.sum().backward()
+        if method is DistillMethod.scm:
+            found = continuous_loss(told, guided, process, levels[0], x0, x0, 1.0)
+        else:
+            found = consistency_loss(told, answers, process, levels, x0, x0, 0.001)
+        found.losses.sum().backward()
     # backwards a little less than twice forwards: no gradient of the text and the latents is asked for
     assert training_flops(cfg) == pytest.approx(counter.get_total_flops() / batch, rel=0.03)
 

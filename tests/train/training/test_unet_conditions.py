@@ -19,7 +19,13 @@ from train.stages.tasks import ROOT, STAGES
 from train.training.unet import UNetStage
 from waits import Waits
 
-FINE_TUNINGS = {"distill_demo", "dreambooth_demo", "finetune_demo", "lora_demo"}  # their own tests train them
+FINE_TUNINGS = {
+    "distill_demo",
+    "dreambooth_demo",
+    "finetune_demo",
+    "lora_demo",
+    "mean_flow_demo",
+}  # their own tests train them
 DEMOS = sorted({path.stem for path in (ROOT / "conf/experiment").glob("*_demo.yaml")} - FINE_TUNINGS)
 FEW = ["samples=24", "heldout_fraction=0.25", "workers=1"]
 SHORT = [

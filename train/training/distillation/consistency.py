@@ -44,7 +44,8 @@ class Lesson(NamedTuple):
     """What a batch teaches."""
 
     losses: Tensor  # [B]
-    guess: Tensor  # x0 that the student means, [B, ...], with gradients
+    prediction: Tensor  # of the student, [B, ...]
+    guess: Tensor  # x0 that it means, [B, ...]
     timesteps: Tensor  # [B] at which it does
 
 
@@ -100,15 +101,15 @@ def consistency_loss(
     now, following = levels
     x_t = now.noisy(x0, noise)
 
-    def ending(x: Tensor, level: Level) -> Tensor:
-        return process.guess(student(x, level.timesteps).to(x.dtype), x, level.alpha, level.std)
-
     with torch.no_grad():
         x_s = following.noisy(x0, noise)
         if teacher is not None:
             guess = process.guess(teacher(x_t, now.timesteps).to(x_t.dtype), x_t, now.alpha, now.std)
             x_s = now.step(x_t, guess, following)
-        target = torch.where(following.std > 0, ending(x_s, following), x_s)  # a prediction of x0 forgets its input
-    guess = ending(x_t, now)
+        prediction = student(x_s, following.timesteps).to(x_s.dtype)
+        ending = process.guess(prediction, x_s, following.alpha, following.std)
+        target = torch.where(following.std > 0, ending, x_s)  # a prediction of x0 forgets its input
+    prediction = student(x_t, now.timesteps).to(x_t.dtype)
+    guess = process.guess(prediction, x_t, now.alpha, now.std)
     distance = ((guess - target).square() + huber**2).sqrt() - huber
-    return Lesson(distance.flatten(1).mean(1), guess, now.timesteps)
+    return Lesson(distance.flatten(1).mean(1), prediction, guess, now.timesteps)

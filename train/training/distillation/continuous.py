@@ -11,23 +11,24 @@ angle is that of alpha = cos and std = sin (algorithm 1); a flow has the same pa
     v       g = -alpha^2 (F - F_teacher) - r (alpha std x_t + dF / d lambda)
     flow    g = -alpha   (F - F_teacher) - r dF / d lambda
 
-Of its stabilisers: the student's own slope dF is computed with its factor, which vanishes at both ends; its weight r
-grows from 0 to 1; g is normalised to g / (|g| + c), c = 0.1, |g| per value of a latent. What is then squared has one
-size everywhere, so that the paper's learnt weight of timesteps has nothing left to balance and is left out.
+Of its stabilisers: the student's own slope dF is seen over a few hundredths of the path, not between the waves of its
+time (`Process.slope`), and vanishes at both ends; its weight r grows from 0 to 1; g is normalised to g / (|g| + c),
+c = 0.1, |g| per value of a latent. What is then squared has one size everywhere, so that the paper's learnt weight of
+timesteps has nothing left to balance and is left out.
 """
 
 from torch import Tensor
 
 from conf.schema import Prediction
-from models.diffusion.process import Network, Process, slope
+from models.diffusion.process import Process
 from train.training.distillation.consistency import Lesson, Level, Predict
 
 TANGENT = 0.1  # c
+TINY = 1e-6  # at the ends of the path, where nothing changes
 
 
 def continuous_loss(
     student: Predict,
-    weights: Network,
     teacher: Predict,
     process: Process,
     level: Level,
@@ -39,8 +40,7 @@ def continuous_loss(
     """Squared distance between the student's prediction and the one that its tangent leads to, mean over a latent.
 
     Args:
-        student: in training.
-        weights: the same network as it is, differentiated by its inputs.
+        student: in training; it is called for its slope first, without gradients.
         teacher: guided.
         level: of each sample.
         x0, noise: [B, C, h, w].
@@ -50,14 +50,15 @@ def continuous_loss(
     x_t = level.noisy(x0, noise)
     velocity = teacher(x_t, level.timesteps).to(x_t.dtype)
     pace = level.alpha * level.std  # of the angle, and of a flow's time, by lambda
-    _, turn = slope(weights, x_t, level.timesteps, pace * velocity, process.pace(level.timesteps))
+    rate = process.pace(level.timesteps).view(level.std.shape).clamp(min=TINY)  # of timesteps
+    turn = rate * process.slope(student, x_t, level.timesteps, pace / rate * velocity)
     prediction = student(x_t, level.timesteps).to(x_t.dtype)
     now = prediction.detach()
     flow = process.cfg.prediction is Prediction.flow
-    drift = turn.to(x_t.dtype) + (0.0 if flow else pace * x_t)
+    drift = turn if flow else turn + pace * x_t
     g = -(level.alpha if flow else level.alpha**2) * (now - velocity) - warmup * drift
     if normalised:
         size = g.flatten(1).square().mean(1).sqrt().view(level.std.shape)
         g = g / (size + TANGENT)
     losses = (prediction - now - g).square().flatten(1).mean(1)
-    return Lesson(losses, process.guess(prediction, x_t, level.alpha, level.std), level.timesteps)
+    return Lesson(losses, prediction, process.guess(prediction, x_t, level.alpha, level.std), level.timesteps)

@@ -11,12 +11,12 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import ConditionsConfig, DistillMethod, DistillRun, Prediction, TimestepSampling, UNetRun
 from conf.schema.networks import UNetConfig
+from conf.schema.training import passes_beside
 from data.image_dataset import Batch
 from models.conditions import Conditions, Inputs, Wanted
 from models.denoiser import Denoiser
 from models.diffusion.process import SCHEDULER, Process, read_scheduler
 from models.diffusion.samplers import Student
-from models.discriminator import discriminator_loss, generator_loss
 from models.formats.unet import FORMATS
 from models.formats.weights import read_config
 from models.unet import UNet
@@ -25,7 +25,7 @@ from train.engine.runtime import Runtime
 from train.engine.sample_rng import Draws, SampleRng
 from train.engine.trainable import Trainable
 from train.latents.provenance import INFO, UNetInfo, trained_otherwise
-from train.training.distillation.adversarial import Heads, TeacherMaps
+from train.training.distillation.adversarial import Apart, Heads, TeacherMaps, both_pulls, judged_loss, judges_loss
 from train.training.distillation.consistency import Lesson, Level, Levels, consistency_loss
 from train.training.distillation.continuous import continuous_loss
 from train.training.unet import Measure, UNetStage, by_timestep, wanted_of
@@ -45,6 +45,8 @@ def as_training(cfg: DistillRun) -> UNetRun:
         info = UNetInfo.load(cfg.teacher)
         if info.student:
             raise UserError(f"teacher={cfg.teacher}: is a student itself; name the network that it was taught by")
+        if info.process_config().mean_flow > 0:
+            raise UserError(f"teacher={cfg.teacher}: is a mean flow, which draws in few steps by itself; name a flow")
         shared |= {"process": info.process_config(), "conditions": info.conditions_config()}
     else:
         shared["process"] = read_scheduler(source.parent / "scheduler" / SCHEDULER)
@@ -66,12 +68,6 @@ def as_training(cfg: DistillRun) -> UNetRun:
     if cfg.guided is not None:
         training.model = replace(model, time_cond_proj_dim=EMBEDDING)
     return training
-
-
-def passes_of(cfg: DistillRun) -> float:
-    """Passes through a U-Net that a sample costs: student (3), target or slope, teacher with and without, verdicts."""
-    target = {DistillMethod.lcm: 3, DistillMethod.consistency_training: 1, DistillMethod.scm: 4}[cfg.method]
-    return 3 + target + (3 if cfg.adversarial_weight > 0 else 0)  # there and back of a guess, and there of the data
 
 
 def wanted(batch: Batch, offset: bool, conditions: Conditions, judged: bool) -> Wanted:
@@ -130,14 +126,15 @@ class DistillStage(UNetStage):
             teacher.load_conditions(cfg.teacher)
             self.teacher = self.frozen(teacher)
             round_weights(unet, runtime.precision)
-            self.maps = TeacherMaps(self.teacher)
         if cfg.adversarial_weight > 0:
+            assert self.teacher is not None
+            self.maps = TeacherMaps(self.teacher)
             heads = Heads(training.model)
             self.heads = Trainable(
                 runtime, heads, cfg.discriminator_optim, cfg.batch, cfg.loop.samples, name="discriminator"
             )
             self.trainables["discriminator"] = self.heads
-        self.flops_per_sample *= passes_of(cfg) / 3
+        self.flops_per_sample *= (3 + passes_beside(cfg.method, cfg.adversarial_weight > 0)) / 3
 
     def tell_differences(self, source: str) -> None:
         """Refuse a teacher of other latents or texts than those of this training: its answers would mean nothing."""
@@ -146,37 +143,38 @@ class DistillStage(UNetStage):
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of one micro-batch."""
-        drawn = self.drawn(batch, self.cfg.seed)
-        lesson = self.lesson(self.unet, drawn, samples_seen)
-        loss, judgement = lesson.losses.mean(), dict[str, Tensor]()
-        if self.distillation.adversarial_weight > 0:
-            fooled, judgement = self.judge(drawn, lesson.guess, last)
-            self.unet.backward(loss + self.distillation.adversarial_weight * fooled, last)
+        drawn, weight, judgement = self.drawn(batch, self.cfg.seed), self.distillation.adversarial_weight, {}
+        if weight > 0:
+            student = Apart(self.unet)
+            lesson = self.lesson(student, drawn, samples_seen)
+            judged, judgement = self.judge(drawn, lesson.guess, last)
+            self.unet.backward((both_pulls(lesson, judged, weight) * student.output).sum(), last)
         else:
-            self.unet.backward(loss, last)
+            lesson = self.lesson(self.unet, drawn, samples_seen)
+            self.unet.backward(lesson.losses.mean(), last)
         return {
-            "train/loss": loss.detach(),
+            "train/loss": lesson.losses.detach().mean(),
             **by_timestep(lesson.losses.detach(), lesson.timesteps / self.cfg.process.train_timesteps),
             **judgement,
         }
 
     def judge(self, drawn: Drawn, guess: Tensor, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's loss by the verdicts on its guess x0 [B, C, h, w], []; the adversary learns meanwhile."""
+        """The student's losses [B] by the verdicts on its guess x0 [B, C, h, w]; the adversary learns meanwhile."""
         noise = drawn.rng.normal("judged_noise", tuple(guess.shape[1:]))
         timesteps = self.process.draw_timesteps(drawn.rng.uniform("judged_timestep"))
         with self.precision():
             seen = self.maps(self.process.add_noise(guess, noise, timesteps), timesteps, drawn.inputs)
             with torch.no_grad():
                 data = self.maps(self.process.add_noise(drawn.x0, noise, timesteps), timesteps, drawn.inputs)
-        self.heads.module.requires_grad_(False)
-        fooled = generator_loss(self.heads.module(seen))
-        self.heads.module.requires_grad_(True)
         both = [torch.cat([real, fake.detach()]) for real, fake in zip(data, seen, strict=True)]
         real, fake = self.heads(both).chunk(2)  # [B, N] each
-        loss = discriminator_loss(real, fake)
+        loss = judges_loss(real, fake)
+        self.heads.module.requires_grad_(False)
+        judged = judged_loss(real.detach(), self.heads.module(seen))
+        self.heads.module.requires_grad_(True)
         self.heads.backward(loss, last)
-        return fooled, {
-            "train/gan_generator": fooled.detach(),
+        return judged, {
+            "train/gan_generator": judged.detach().mean(),
             "train/gan_discriminator": loss.detach(),
             "train/logits_real": real.detach().mean(),
             "train/logits_fake": fake.detach().mean(),
@@ -217,10 +215,9 @@ class DistillStage(UNetStage):
         timesteps = self.everywhere.draw_timesteps(u)
         level = Level(timesteps, *self.process.levels(timesteps, x0))
         measured, ramp = samples_seen is None, cfg.tangent_warmup
-        weights = partial(predict, student if measured else self.network)
         warmup = 1.0 if samples_seen is None or ramp == 0 else min(1.0, samples_seen / ramp)
         return continuous_loss(
-            partial(predict, student), weights, teacher, self.process, level, x0, noise, warmup, normalised=not measured
+            partial(predict, student), teacher, self.process, level, x0, noise, warmup, normalised=not measured
         )
 
     def guided(self, inputs: Inputs, scales: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from conf.errors import UserError
 from conf.schema import SampleRun
 from data.loader import batches
+from models.diffusion.process import SCHEDULER
 from models.unet import UNet
 from train.engine import runtime as runtime_module
 from train.engine import trainer
@@ -125,11 +126,12 @@ def test_adapters_alone_make_the_teacher_a_student(project: Any, runtime: Runtim
         project.config("distill", "lora.rank=4")
 
 
-@pytest.mark.parametrize("method", ["method=lcm", "method=consistency_training"])
+@pytest.mark.parametrize("method", ["method=lcm", "method=scm", "method=consistency_training"])
 def test_draws_are_the_same_on_any_number_of_ranks(project: Any, runtime: Runtime, method: str) -> None:
-    options = [method] if method == "method=lcm" else [method, "guidance=[1,1]", "sampling.guidance_scale=1"]
-    stage = make(project, runtime, *options)
-    assert (stage.teacher is None) is (method != "method=lcm")
+    untaught = method == "method=consistency_training"
+    options = ["guidance=[1,1]", "sampling.guidance_scale=1"] if untaught else []
+    stage = make(project, runtime, method, *options)
+    assert (stage.teacher is None) is untaught
     with torch.no_grad():
         whole = losses_of(stage, next(batches(stage.dataset, 16, 16, 0, 1, start=48, workers=0)))
         parts = [
@@ -141,13 +143,20 @@ def test_draws_are_the_same_on_any_number_of_ranks(project: Any, runtime: Runtim
 
 
 @pytest.mark.parametrize(
-    "backend", ["runtime.zero_stage=0", "runtime.zero_stage=2", "runtime.zero_stage=3", "runtime.backend=fsdp"]
+    ("backend", "method"),
+    [
+        *((f"runtime.zero_stage={stage}", "lcm") for stage in (0, 2, 3)),
+        ("runtime.backend=fsdp", "lcm"),
+        ("runtime.zero_stage=2", "scm"),
+        ("runtime.zero_stage=3", "scm"),
+        ("runtime.backend=fsdp", "scm"),
+    ],
 )
-def test_every_backend_takes_the_step_of_plain_torch(project: Any, runtime: Runtime, backend: str) -> None:
+def test_every_backend_takes_the_step_of_plain_torch(project: Any, runtime: Runtime, backend: str, method: str) -> None:
     weights, norms = [], []
-    for options in (["runtime.backend=ddp"], ["batch.micro_batch_size=8", backend]):
-        stage = make(project, runtime, *options)
-        norms.append(first_step(stage, micro=16 if len(options) == 1 else 8))
+    for layout in (["runtime.backend=ddp"], ["batch.micro_batch_size=8", backend]):
+        stage = make(project, runtime, f"method={method}", *layout)
+        norms.append(first_step(stage, micro=16 if len(layout) == 1 else 8))
         weights.append(stage.unet.weights())
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     for name, tensor in weights[0].items():
@@ -201,5 +210,19 @@ def test_teachers_that_cannot_teach_are_refused(project: Any, student: Any, tmp_
         as_training(project.config("distill", f"teacher={export}"))
     with pytest.raises(UserError, match="has no teacher that is guided"):
         project.config("distill", "method=consistency_training")
+    info["process"]["mean_flow"] = 0.5
+    (export / INFO).write_text(json.dumps(info))
+    with pytest.raises(UserError, match="is a mean flow, which draws in few steps by itself; name a flow"):
+        as_training(project.config("distill", f"teacher={export}"))
+    foreign = tmp_path / "pipeline"  # of diffusers
+    shutil.copytree(project.folder / "unet" / "export", foreign / "unet", ignore=shutil.ignore_patterns(INFO))
+    (foreign / "scheduler").mkdir()
+    (foreign / "scheduler" / SCHEDULER).write_text(json.dumps({"prediction_type": "epsilon"}))
+    for option, message in [
+        ("levels=1001", "levels=1001: the teacher has 1000 timesteps, set fewer levels"),
+        ("method=scm", "method=scm: takes a teacher of v or flow, and .* predicts eps; set method=lcm"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            as_training(project.config("distill", f"teacher={foreign}/unet", option))
     with pytest.raises(UserError, match=r"nowhere/config\.json"):
         as_training(project.config("distill", "teacher=nowhere"))
