@@ -227,7 +227,8 @@ def test_student_has_the_losses_of_one_process_in_every_layout(smoke: tuple[Path
     assert [len(plain[name]) for name in names] == [12, 12, 2] and len(others) == 2 * len(LAYOUTS) - 1
     for found in others:
         for name in names:
-            assert found[name] == pytest.approx(plain[name], rel=1e-4)
+            assert found[name] == pytest.approx(plain[name], rel=1e-3)
+        assert found["train/loss"][0] == pytest.approx(plain["train/loss"][0], rel=1e-5)  # of the same weights
 
 
 def test_sweep_gives_each_member_its_own_folder_and_trains_none_twice(smoke: tuple[Path, str], tmp_path: Path) -> None:

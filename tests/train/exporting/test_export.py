@@ -170,7 +170,9 @@ def test_pipeline_of_diffusers_draws_the_images_of_its_network_with_a_student_s_
     export.export_model(config(project, tmp_path / "export", f"unet={teacher}"))
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    # its own choice of 50 levels, among which it takes steps, is of other timesteps than ours
+    levels = {"original_inference_steps": pipeline.scheduler.config.num_train_timesteps}
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, **levels)
 
     ours = load_model(project.config("sample", "prompts=[x]", f"unet={teacher}", f"lora={export_of}"), runtime.device)
     drawn = shown(ours(PROMPTS, [0, 0], SamplingConfig(sampler=Sampler.lcm, steps=4, guidance_scale=1.0)))
