@@ -40,7 +40,6 @@ class PlanRun(UNetRun):
     It takes the options of `train/train_unet.py`, which it does not start, and those of the machines. With `method` it
     is of `train/distill_unet.py`, whose student is a U-Net of the same options.
 
-        python train/plan.py experiment=demo
         python train/plan.py model=sdxl
         python train/plan.py experiment=distill_sd1
         python train/plan.py accelerator=a100 gpus=256 batch.global_batch_size=2048

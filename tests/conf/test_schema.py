@@ -216,13 +216,14 @@ def test_the_network_of_an_experiment_takes_all_that_it_is_told(experiment: str)
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_what_an_experiment_starts_from_is_of_the_same_architecture(experiment: str) -> None:
-    """But for further channels, which begin at zero."""
+    """But for further channels, and what a mean flow is told of its steps, which begin at zero."""
     unet = composed(COMMANDS["unet"], experiment)
     if unet.init_from is not None and (first_name := maker(unet.init_from, experiment)) != experiment:
         first = composed(COMMANDS["unet"], first_name)
-        narrowed = architecture(unet.model) | {"in_channels": first.model.in_channels}
-        assert architecture(first.model) == narrowed
-        drawn_alike = replace(first.process, logit_mean=unet.process.logit_mean)  # a training may favour other moments
+        begun, added = architecture(first.model), {"in_channels", "time_cond_proj_dim"}
+        assert begun == architecture(unet.model) | {name: begun[name] for name in added & begun.keys()}
+        # A training may favour other moments, and learn more of them.
+        drawn_alike = replace(first.process, logit_mean=unet.process.logit_mean, mean_flow=unet.process.mean_flow)
         assert drawn_alike == unet.process
         assert first.autoencoder == unet.autoencoder
         assert first.clip == unet.clip or not asks_clip(unet.conditions)

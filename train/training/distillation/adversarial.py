@@ -112,7 +112,7 @@ class TeacherMaps:
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, inputs: Inputs) -> list[Tensor]:
         """Maps [B, C, h, w] of noised latents; gradients go through them to x_t."""
-        self.found = found = []
+        self.found = []
         self.teacher(x_t, timesteps, inputs)
-        self.found = None
+        found, self.found = self.found, None
         return [one.float() for one in found]

@@ -143,7 +143,8 @@ class DistillStage(UNetStage):
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of one micro-batch."""
-        drawn, weight, judgement = self.drawn(batch, self.cfg.seed), self.distillation.adversarial_weight, {}
+        drawn, weight = self.drawn(batch, self.cfg.seed), self.distillation.adversarial_weight
+        judgement: dict[str, Tensor] = {}
         if weight > 0:
             student = Apart(self.unet)
             lesson = self.lesson(student, drawn, samples_seen)
