@@ -6,7 +6,7 @@ import torch
 from conf.errors import UserError
 from conf.schema import Sampler, SamplingConfig, Weighting
 from models.prompts import parse, terms_of
-from tiny_pipeline import worded_pipeline
+from tiny_pipeline import SAMPLERS, worded_pipeline
 
 RED, PLAIN = "a red monster on a hill", "a monster on a hill"
 MODEL = worded_pipeline()
@@ -85,7 +85,7 @@ def drawn(*prompts: str, **options: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("sampler", list(Sampler))
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_weight_zero_is_the_image_without_the_word_and_one_that_of_the_prompt(
     sampler: Sampler, guidance_scale: float
 ) -> None:

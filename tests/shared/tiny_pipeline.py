@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from conf.schema import ConditionsConfig, Prediction, ProcessConfig
+from conf.schema import ConditionsConfig, Prediction, ProcessConfig, Sampler
 from conf.schema.networks import AutoencoderConfig, UNetConfig
 from models.autoencoder import Autoencoder
 from models.conditions import ConditionContext, Conditions, Embedders
@@ -18,6 +18,7 @@ from models.unet import UNet
 WIDTH = 16  # of the text states
 LENGTH = 12  # tokens of a text
 START, END = 1, 2
+SAMPLERS = [sampler for sampler in Sampler if sampler is not Sampler.mean_flow]  # of a network that is none
 
 
 def tiny_pipeline(
