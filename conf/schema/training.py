@@ -233,9 +233,7 @@ class DistillRun:
     guidance: list[float] = field(default_factory=lambda: [1.0, 4.0])  # scales of the teacher's guidance, from and to
     huber: float = 0.001  # c of the pseudo-Huber distance; 0: the absolute difference
     tangent_warmup: int = 0  # samples over which method=scm takes the student's own slope into account, bit by bit
-    adversarial_weight: float = (
-        0.0  # pull of verdicts on its images, seen through the teacher, to that of method; 0: off
-    )
+    adversarial_weight: float = 0.0  # by how much verdicts pull at a sample, where consistency pulls by 1; 0: off
     lora: LoraConfig = field(default_factory=LoraConfig)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(sampler=Sampler.lcm, steps=4))
     evaluation: LoopEvaluationConfig = field(default_factory=LoopEvaluationConfig)

@@ -14,6 +14,7 @@ from conf.errors import UserError
 from conf.process import tell
 from conf.schema import UNetRun
 from conf.schema.networks import UNetConfig
+from conf.schema.training import SLOPE
 from data.image_dataset import Batch
 from data.latent_dataset import LatentDataset
 from data.streams import latent_stream
@@ -127,7 +128,7 @@ class UNetStage:
         )
         self.trainables = {"unet": self.unet}
         passes = 3.0 if cfg.lora.rank == 0 else 2.0  # backward: twice forward, once for weights that are frozen
-        passes += 2.0 if cfg.process.mean_flow > 0 else 0.0  # the slope
+        passes += SLOPE if cfg.process.mean_flow > 0 else 0
         side = cfg.model.sample_size
         self.flops_per_sample = passes * unet_flops(cfg.model, side, side, self.network.conditions.tokens)
         self.text_tower = None

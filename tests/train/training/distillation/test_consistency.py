@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from mixture import MEANS, STDS, WEIGHTS, denoised
-from torch import Tensor, nn
+from mixture import Learner, drawn_data, errors, exact_velocity
+from torch import Tensor
 
 from conf.schema import Prediction, ProcessConfig, Spacing
 from models.diffusion.process import Process
-from models.diffusion.samplers import sample_ddim
 from train.training.distillation.consistency import Level, Levels, consistency_loss
 
 STEPS = 20
@@ -89,40 +88,19 @@ def test_no_gradient_goes_into_the_target() -> None:
 
 def test_student_of_one_step_is_nearer_to_the_ends_of_the_paths_than_ddim_with_four() -> None:
     process, levels = levels_of(Prediction.flow, steps=40)
-    sigmas = process.sigmas(1)
-    noise = torch.randn(4096, 1, generator=torch.Generator().manual_seed(9))
-
-    def exact_velocity(x: Tensor, t: Tensor) -> Tensor:
-        std = (t / 1000).view(-1, 1)
-        return (x - denoised(x / (1 - std), (std / (1 - std)).flatten())) / std.clamp(min=1e-3)
-
-    def solved(steps: int) -> Tensor:
-        at = process.sigmas(steps)
-        return sample_ddim(denoised, process.initial(noise, float(at[0])), at)
-
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
-
-    def student(x: Tensor, t: Tensor) -> Tensor:
-        answer: Tensor = network(torch.cat([x, t.view(-1, 1) / 500 - 1], dim=1))
-        return answer
-
-    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    student = Learner()
+    optimizer = torch.optim.Adam(student.parameters(), 3e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3000)
     for _ in range(3000):
-        kinds = torch.multinomial(WEIGHTS, 256, replacement=True)
-        x0 = (MEANS[kinds] + STDS[kinds] * torch.randn(256)).float().view(-1, 1)
+        x0 = drawn_data(256)
         pair = levels.neighbours(torch.rand(256), x0)
         loss = consistency_loss(student, exact_velocity, process, pair, x0, torch.randn(256, 1), 0.001).losses.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
-    with torch.no_grad():
-        start = process.initial(noise, float(sigmas[0]))
-        drawn = process.denoiser(student)(start, float(sigmas[0]))
-    ends = solved(1000)
-    assert float((drawn - ends).abs().mean()) < 0.8 * float((solved(4) - ends).abs().mean())
+    of_one, of_four = errors(process, student)
+    assert of_one < 0.8 * of_four
 
 
 def test_level_steps_along_a_straight_line() -> None:

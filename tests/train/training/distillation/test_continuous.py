@@ -1,15 +1,12 @@
 """Continuous-time consistency distillation against its equations, and on data whose paths are known in closed form."""
 
-from typing import Any
-
 import pytest
 import torch
-from mixture import MEANS, STDS, WEIGHTS, denoised
-from torch import Tensor, nn
+from mixture import Learner, drawn_data, errors, exact_velocity
+from torch import Tensor
 
 from conf.schema import Prediction, ProcessConfig
 from models.diffusion.process import Process
-from models.diffusion.samplers import sample_ddim
 from train.training.distillation.consistency import Level
 from train.training.distillation.continuous import TANGENT, continuous_loss
 
@@ -133,39 +130,17 @@ def test_consistent_student_has_no_tangent(prediction: Prediction) -> None:
 
 
 def test_student_of_one_step_is_nearer_to_the_ends_of_the_paths_than_ddim_with_four() -> None:
-    process = Process(ProcessConfig(prediction=Prediction.flow))
-    noise = torch.randn(4096, 1, generator=torch.Generator().manual_seed(9))
-
-    def exact_velocity(x: Tensor, t: Tensor) -> Tensor:
-        std = (t / 1000).view(-1, 1)
-        return (x - denoised(x / (1 - std), (std / (1 - std)).flatten())) / std.clamp(min=1e-3)
-
-    def solved(steps: int) -> Tensor:
-        at = process.sigmas(steps)
-        return sample_ddim(denoised, process.initial(noise, float(at[0])), at)
-
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
-
-    def learner(x: Tensor, t: Tensor) -> Tensor:
-        answer: Tensor = network(torch.cat([x, t.view(-1, 1) / 500 - 1], dim=1))
-        return answer
-
-    optimizer: Any = torch.optim.Adam(network.parameters(), 3e-3)
+    process, student = Process(ProcessConfig(prediction=Prediction.flow)), Learner()
+    optimizer = torch.optim.Adam(student.parameters(), 3e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3000)
     for step in range(3000):
-        kinds = torch.multinomial(WEIGHTS, 256, replacement=True)
-        x0 = (MEANS[kinds] + STDS[kinds] * torch.randn(256)).float().view(-1, 1)
-        timesteps = 999 * torch.rand(256) + 0.5
+        x0, timesteps = drawn_data(256), 999 * torch.rand(256) + 0.5
         level = Level(timesteps, *process.levels(timesteps, x0))
-        noises, warmup = torch.randn(256, 1), min(1.0, step / 1000)
-        lesson = continuous_loss(learner, exact_velocity, process, level, x0, noises, warmup)
+        noise, warmup = torch.randn(256, 1), min(1.0, step / 1000)
+        lesson = continuous_loss(student, exact_velocity, process, level, x0, noise, warmup)
         optimizer.zero_grad()
         lesson.losses.mean().backward()
         optimizer.step()
         scheduler.step()
-    sigma = float(process.sigmas(1)[0])
-    with torch.no_grad():
-        drawn = process.denoiser(learner)(process.initial(noise, sigma), sigma)
-    ends = solved(1000)
-    assert float((drawn - ends).abs().mean()) < 0.8 * float((solved(4) - ends).abs().mean())
+    of_one, of_four = errors(process, student)
+    assert of_one < 0.8 * of_four
