@@ -1,10 +1,11 @@
 """The adversary of a student: what it sees of the teacher, where gradients go, and which losses both have."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from first_step import first_step
+from first_step import first_step, require_step_of_plain_torch
 from torch.nn import functional as F
 
 from train.engine.runtime import Runtime
@@ -93,10 +94,4 @@ def test_pulls_of_a_sample_have_the_lengths_that_were_asked_for() -> None:
 
 @pytest.mark.parametrize("backend", ["runtime.zero_stage=2", "runtime.zero_stage=3", "runtime.backend=fsdp"])
 def test_every_backend_takes_the_step_of_plain_torch(project: Any, runtime: Runtime, backend: str) -> None:
-    weights = []
-    for options in (["runtime.backend=ddp"], ["batch.micro_batch_size=8", backend]):
-        stage = make(project, runtime, *options)
-        first_step(stage, micro=16 if len(options) == 1 else 8)
-        weights.append(stage.unet.weights() | stage.heads.weights())
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-4)  # a tenth of lr
+    require_step_of_plain_torch(partial(make, project, runtime), backend)
