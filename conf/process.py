@@ -153,6 +153,11 @@ def usable_cpus() -> set[int]:
     return os.sched_getaffinity(0) if sys.platform == "linux" else set(range(os.cpu_count() or 1))
 
 
+def machines() -> int:
+    """Machines that the processes of this command run on, as torchrun says; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1
+
+
 def cpu_quota(root: Path = Path("/")) -> float:
     """Seconds of CPU time per second that the control groups of this process grant it; infinite without a limit.
 

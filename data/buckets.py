@@ -101,10 +101,10 @@ class BucketedOrder:
     ) -> None:
         every, names = np.asarray(sizes, np.int64), np.asarray(buckets)
         starts = np.cumsum(every) - every
-        members = [np.flatnonzero(names == name) for name in sorted(set(buckets))]
-        self.sizes = [every[shards] for shards in members]
+        self.members = [np.flatnonzero(names == name) for name in sorted(set(buckets))]
+        self.sizes = [every[shards] for shards in self.members]
         self.ends = [np.cumsum(own) for own in self.sizes]
-        self.starts = [starts[shards] for shards in members]
+        self.starts = [starts[shards] for shards in self.members]
         self.orders = [order_of(own.tolist()) for own in self.sizes]
         self.runs = BucketOrder(seed, [int(own.sum()) for own in self.sizes], run)
 
@@ -118,3 +118,8 @@ class BucketedOrder:
     def many(self, positions: Sequence[int]) -> list[int]:
         """Indices of the samples at several positions."""
         return [self(position) for position in positions]
+
+    def upcoming(self, positions: Sequence[int]) -> list[int]:
+        """The shards that are read at these positions, which are of one bucket, and soon after."""
+        bucket, _ = self.runs(positions[0])
+        return self.members[bucket][self.orders[bucket].upcoming([self.runs(p)[1] for p in positions])].tolist()

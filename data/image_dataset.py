@@ -4,6 +4,7 @@ positions -> sample indices -> records of memory-mapped shards -> tensors. All t
 from (seed, position).
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from data.images import EXTENSIONS, Cut, cut_of, open_image, to_pixels, to_tenso
 from data.labels import MAP, Labels, Vocabulary, cut_labels, read_labels
 from data.order import FullOrder, Order, WindowedOrder, rng
 from data.samples import caption_of, fields_of, image_of
-from data.shards.manifest import find_shards
-from data.shards.shard import TEXTS
+from data.shards.manifest import Manifest, find_shards
 from data.shards.store import RecordStore
+from data.shards.tar_index import TEXTS
 
 Batch = dict[str, Any]
 REBUILD = "rebuild the shards with data/build_shards.py, which leaves broken samples out"
@@ -39,13 +40,15 @@ class ImageDataset:
         seed: int,
         stream: StreamConfig | None = None,
         labels: bool = False,
+        batch: int = 1,
     ) -> None:
+        """Args: batch: consecutive positions of the training stream that lanes share, if there are any."""
         stream = stream or StreamConfig()
-        self.manifest = find_shards(folder, "images", stream.skip_broken)
-        self.samples, self.digest = self.manifest.samples, self.manifest.digest()
+        self.manifest = find_shards(folder, "images", stream)
+        self.samples, self.digest = self.manifest.samples, digest_of(self.manifest, stream, batch)
         self.images, self.seed, self.labels = images, seed, labels
         self.vocabulary = Vocabulary.of(self.manifest.provenance.get("labels", {}))
-        self.order = order_of(seed, [shard.samples for shard in self.manifest.shards], stream)
+        self.order = order_of(seed, [shard.samples for shard in self.manifest.shards], stream, batch)
         self.skip = stream.skip_broken
         self.records = RecordStore(folder, self.manifest, [EXTENSIONS, TEXTS], stream)
 
@@ -80,7 +83,7 @@ class ImageDataset:
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Collated items; broken ones are left out and named in "skipped" where the stream says so."""
-        self.records.prefetch(upcoming(self.order, positions[0]))
+        self.records.prefetch(self.order.upcoming(positions))
         if not self.skip:
             return self.collate([self.item(position) for position in positions])
         items, skipped = [], []
@@ -140,16 +143,20 @@ def captions_of(folder: str | Path, samples: int = 0) -> list[str]:
     return captions
 
 
-def order_of(seed: int, sizes: Sequence[int], stream: StreamConfig) -> Order:
-    """The order of samples in shards of these sizes."""
+def order_of(seed: int, sizes: Sequence[int], stream: StreamConfig, batch: int = 1) -> Order:
+    """The order of samples in shards of these sizes; `batch`: positions that lanes take turns in."""
+    if stream.lanes > 1:
+        return WindowedOrder(seed, sizes, stream.window, stream.lanes, batch)
     if 0 < stream.window < len(sizes):
         return WindowedOrder(seed, sizes, stream.window)
     return FullOrder(seed, sum(sizes))
 
 
-def upcoming(order: Order, position: int) -> list[int]:
-    """Shards that will be read soon, as far as the order goes shard by shard."""
-    return order.upcoming(position) if isinstance(order, WindowedOrder) else []
+def digest_of(manifest: Manifest, stream: StreamConfig, batch: int, run: int = 0) -> str:
+    """Identity of a data set, and of what decides the order of its samples beside the seed and the window."""
+    lanes = f"/{stream.lanes} lanes of {batch}" if stream.lanes > 1 else ""
+    order = (f"/{run}" if run else "") + lanes
+    return hashlib.sha256((manifest.digest() + order).encode()).hexdigest() if order else manifest.digest()
 
 
 def require_some(kept: Sequence[Any], skipped: list[str]) -> None:

@@ -1,6 +1,5 @@
 """Cached latents as a data set: positions -> sample indices -> records of memory-mapped shards -> batch tensors."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from conf.errors import UserError
 from conf.schema import StreamConfig
 from data.buckets import BucketedOrder, bucket_of
 from data.captions import decode_text
-from data.image_dataset import Batch, collate, order_of, require_some, upcoming
+from data.image_dataset import Batch, collate, digest_of, order_of, require_some
 from data.latent_record import decode_npy
 from data.order import Order, rng
 from data.shards.manifest import find_shards
@@ -70,11 +69,16 @@ class LatentDataset:
     costs half the way to the device.
     """
 
-    def __init__(self, folder: str | Path, seed: int, stream: StreamConfig | None = None, run: int = 1) -> None:
-        """Args: run: consecutive positions of the training stream that have one shape, in a cache with buckets."""
+    def __init__(
+        self, folder: str | Path, seed: int, stream: StreamConfig | None = None, run: int = 1, batch: int = 1
+    ) -> None:
+        """Args:
+        run: consecutive positions of the training stream that have one shape, in a cache with buckets.
+        batch: those that lanes share, if there are any.
+        """
         stream = stream or StreamConfig()
-        self.manifest = find_shards(folder, "latents", stream.skip_broken)
-        self.samples, self.digest = self.manifest.samples, self.manifest.digest()
+        self.manifest = find_shards(folder, "latents", stream)
+        self.samples = self.manifest.samples
         self.seed, self.skip = seed, stream.skip_broken
         captioned = "caption" in self.manifest.provenance.get("conditions", ["caption"])
         required = [("moments.npy",), *([("tokens.npy",)] if captioned else []), ("txt",)]
@@ -83,18 +87,23 @@ class LatentDataset:
         self.buckets = [bucket_of(shard.name) for shard in self.manifest.shards]
         self.layouts = {name: self._layout(name) for name in sorted(set(self.buckets))}
         self.layout = self.layouts[self.buckets[0]]
-        if len(self.layouts) > 1:
-            order = partial(order_of, seed, stream=stream)
+        if bucketed := len(self.layouts) > 1:
+            if stream.lanes > 1 and run % batch:
+                raise UserError(
+                    f"stream.bucket_run={run}: must be a multiple of the samples that lanes share ({batch}), so that "
+                    "every lane has its part of each run"
+                )
+            order = partial(order_of, seed, stream=stream, batch=batch)
             self.order: Order = BucketedOrder(seed, sizes, self.buckets, order, run)
-            self.digest = hashlib.sha256(f"{self.digest}/{run}".encode()).hexdigest()  # the order depends on it
         else:
-            self.order = order_of(seed, sizes, stream)
+            self.order = order_of(seed, sizes, stream, batch)
+        self.digest = digest_of(self.manifest, stream, batch, run if bucketed else 0)
 
     def _layout(self, bucket: str) -> Layout:
         """Layout of all records of a bucket: that of the first one that can be read."""
         problem: UserError | None = None
         for shard in (i for i, name in enumerate(self.buckets) if name == bucket):
-            first = self.records.firsts[shard]
+            first = self.records.first(shard)
             for index in range(first, first + self.manifest.shards[shard].samples):
                 try:
                     return layout_of(self.records[index])
@@ -114,7 +123,7 @@ class LatentDataset:
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Items at these positions, gathered straight into batch tensors; all must have one shape."""
-        self.records.prefetch(upcoming(self.order, positions[0]))
+        self.records.prefetch(self.order.upcoming(positions))
         variants = self.layout["moments"].shape[0]
         chosen = [int(rng(self.seed, p, "variant").integers(variants)) if variants > 1 else 0 for p in positions]
         return self._gather(self.order.many(positions), chosen, positions, self.skip)

@@ -31,6 +31,9 @@ class Order(Protocol):
     def many(self, positions: Sequence[int]) -> list[int]:
         """Indices of the samples at several positions."""
 
+    def upcoming(self, positions: Sequence[int]) -> list[int]:
+        """The shards that are read at these positions and soon after, as far as the order goes shard by shard."""
+
 
 class FullOrder:
     """A shuffle of all samples, another one in each epoch."""
@@ -51,41 +54,52 @@ class FullOrder:
         keys = round_keys(f"order/{self.seed}/{epoch}")
         return permuted_all(keys, [position - epoch * self.samples for position in positions], self.samples)
 
+    def upcoming(self, positions: Sequence[int]) -> list[int]:
+        """None: any shard may be next."""
+        return []
+
 
 class WindowedOrder:
     """A shuffle for data that is far away: shards in a new order each epoch, the samples of a few of them mixed.
 
     What is read at a time are the shards of one window; each epoch is still a permutation of all samples.
 
+    With several lanes, each part of a batch has shards of its own: the row of an epoch's shards is cut into a stretch
+    for each lane, as long as its share of the epoch's positions, and the k-th part of every batch walks through
+    stretch k, a window at a time. A process that is given the same parts of each batch, as `step_positions` does it,
+    reads the shards of their stretches alone, and no number of processes changes the order.
+
     Args:
         sizes: samples of each shard.
-        window: shards mixed at a time; as many as there are give a full permutation.
+        window: shards mixed at a time, of each lane; 0: all of it.
+        lanes: equal parts of a batch.
+        batch: consecutive positions that make one; a multiple of `lanes`.
     """
 
-    def __init__(self, seed: int, sizes: Sequence[int], window: int) -> None:
-        self.seed, self.window = seed, window
+    def __init__(self, seed: int, sizes: Sequence[int], window: int, lanes: int = 1, batch: int = 1) -> None:
+        self.seed, self.window, self.lanes, self.batch = seed, window or len(sizes), lanes, batch
         self.sizes = np.asarray(sizes, np.int64)
         self.starts = np.cumsum(self.sizes) - self.sizes  # of each shard in the manifest's order
         self.samples = int(self.sizes.sum())
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
     # A cached method cannot travel to a loader process, and its permutations are quickly made there again.
-    def __getstate__(self) -> tuple[int, np.ndarray, int]:
-        return self.seed, self.sizes, self.window
+    def __getstate__(self) -> tuple[int, np.ndarray, int, int, int]:
+        return self.seed, self.sizes, self.window, self.lanes, self.batch
 
-    def __setstate__(self, state: tuple[int, np.ndarray, int]) -> None:
-        seed, sizes, window = state
-        self.__init__(seed, sizes, window)  # type: ignore[misc]
+    def __setstate__(self, state: tuple[int, np.ndarray, int, int, int]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     def __call__(self, position: int) -> int:
         """Return the index, in the manifest's order, of the sample at a position of the endless stream."""
-        epoch, index = divmod(position, self.samples)
+        epoch = position // self.samples
         shards, ends = self.epoch(epoch)
-        first = int(np.searchsorted(ends, index, "right")) // self.window * self.window
-        begin = int(ends[first - 1]) if first else 0
-        end = int(ends[min(first + self.window, len(ends)) - 1])
+        index, begin, end = self._place(position)
+        first, last = self._window(ends, index, begin, end)
+        low = max(begin, int(ends[first - 1]) if first else 0)
+        high = min(end, int(ends[last - 1]))
         keys = round_keys(f"window/{self.seed}/{epoch}/{first}")
-        index = begin + permuted(keys, index - begin, end - begin)
+        index = low + permuted(keys, index - low, high - low)
         place = int(np.searchsorted(ends, index, "right"))
         return int(self.starts[shards[place]] + index - (ends[place] - self.sizes[shards[place]]))
 
@@ -93,12 +107,51 @@ class WindowedOrder:
         """Indices of the samples at several positions."""
         return [self(position) for position in positions]
 
-    def upcoming(self, position: int) -> list[int]:
-        """The shards of the window that a position is in, and of the one after it in this epoch."""
-        epoch, index = divmod(position, self.samples)
-        shards, ends = self.epoch(epoch)
-        first = int(np.searchsorted(ends, index, "right")) // self.window * self.window
-        return shards[first : first + 2 * self.window].tolist()
+    def upcoming(self, positions: Sequence[int]) -> list[int]:
+        """The shards of the windows that some positions are in, then those that their lanes go on with."""
+        now, later = list[int](), list[int]()
+        for lane, position in {self._lane(p): p for p in reversed(positions)}.items():
+            shards, ends = self.epoch(position // self.samples)
+            index, begin, end = self._place(position)
+            first, last = self._window(ends, index, begin, end)
+            now += shards[first:last].tolist()
+            if ends[last - 1] < end:
+                later += shards[slice(*self._window(ends, int(ends[last - 1]), begin, end))].tolist()
+            else:
+                position = self._begins(lane, position // self.samples + 1)
+                shards, ends = self.epoch(position // self.samples)
+                later += shards[slice(*self._window(ends, *self._place(position)))].tolist()
+        return list(dict.fromkeys([*now, *later]))
+
+    def _lane(self, position: int) -> int:
+        return position % self.batch * self.lanes // self.batch
+
+    def _begins(self, lane: int, epoch: int) -> int:
+        """The first position of a lane in an epoch."""
+        start, part = epoch * self.samples, self.batch // self.lanes
+        offset = start % self.batch
+        begin = max(offset, lane * part)
+        return start - offset + (begin if begin < (lane + 1) * part else self.batch + lane * part)
+
+    def _place(self, position: int) -> tuple[int, int, int]:
+        """Place of a position in the row of its epoch's samples, before its window is mixed, and its lane's stretch."""
+        start = position // self.samples * self.samples
+        lane = self._lane(position)
+        begin = self._until(lane, start + self.samples) - self._until(lane, start)
+        end = self._until(lane + 1, start + self.samples) - self._until(lane + 1, start)
+        walked = [self._until(lane + 1, p) - self._until(lane, p) for p in (start, position)]
+        return begin + walked[1] - walked[0], begin, end
+
+    def _until(self, lane: int, position: int) -> int:
+        """Positions below this one that belong to lanes below this one."""
+        share = lane * self.batch // self.lanes
+        return position // self.batch * share + min(position % self.batch, share)
+
+    def _window(self, ends: np.ndarray, index: int, begin: int, end: int) -> tuple[int, int]:
+        """The first shard, in the epoch's order, of the window around a place in a stretch, and the one behind it."""
+        lane, place = (int(np.searchsorted(ends, i, "right")) for i in (begin, index))
+        first = lane + (place - lane) // self.window * self.window
+        return first, min(first + self.window, int(np.searchsorted(ends, end - 1, "right")) + 1)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in the order of this epoch, and where each ends in it."""

@@ -49,9 +49,14 @@ class Mixed:
         return {**batch, "skipped": skipped} if self.datasets[0].skip else batch
 
 
-def image_stream(folder: str, images: ImageConfig, seed: int, stream: StreamConfig) -> ImageDataset | Mixed:
+def image_stream(
+    folder: str, images: ImageConfig, seed: int, stream: StreamConfig, global_batch: int
+) -> ImageDataset | Mixed:
     """Images and captions for a training: FOLDER/train, and its share of each data set of the mix."""
-    members = _members(folder, seed, stream, lambda train, own_seed: ImageDataset(train, images, own_seed, stream))
+    batch = _shared_by_lanes(stream, global_batch)
+    members = _members(
+        folder, seed, stream, lambda train, own_seed: ImageDataset(train, images, own_seed, stream, batch=batch)
+    )
     return members[0] if len(members) == 1 else Mixed(members, [1.0, *stream.mix.values()], seed)
 
 
@@ -59,8 +64,8 @@ def latent_stream(
     folder: str, seed: int, stream: StreamConfig, global_batch: int
 ) -> tuple[LatentDataset | Mixed, list[Manifest]]:
     """Cached latents for a training, and of each data set of the mix; with the manifests, which must fit the run."""
-    run = stream.bucket_run or global_batch
-    members = _members(folder, seed, stream, lambda train, own_seed: LatentDataset(train, own_seed, stream, run))
+    run, batch = stream.bucket_run or global_batch, _shared_by_lanes(stream, global_batch)
+    members = _members(folder, seed, stream, lambda train, own_seed: LatentDataset(train, own_seed, stream, run, batch))
     if len(members) > 1 and any(len(member.layouts) > 1 for member in members):
         raise UserError("stream.mix: caches with aspect buckets cannot be mixed; precompute with buckets.max_aspect=1")
     for name, member in zip(stream.mix, members[1:], strict=True):
@@ -71,6 +76,17 @@ def latent_stream(
             )
     mixed = members[0] if len(members) == 1 else Mixed(members, [1.0, *stream.mix.values()], seed)
     return mixed, [member.manifest for member in members]
+
+
+def _shared_by_lanes(stream: StreamConfig, global_batch: int) -> int:
+    """Consecutive positions of the stream of which each lane has its part."""
+    batch = stream.lane_batch or global_batch
+    if batch % max(1, stream.lanes):
+        name = f"stream.lane_batch={batch}" if stream.lane_batch else f"batch.global_batch_size={batch}"
+        raise UserError(f"stream.lanes={stream.lanes}: must divide {name}")
+    if stream.lanes > 1 and stream.mix:
+        raise UserError("stream.lanes: a mix is not read in lanes; leave stream.mix out, or set stream.lanes=0")
+    return batch
 
 
 def _described(layout: Layout) -> str:

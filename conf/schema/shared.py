@@ -172,7 +172,9 @@ class BatchConfig:
 class StreamConfig:
     """How a training walks through its data."""
 
-    window: int = 0  # shards whose samples are mixed at a time; 0: all, each epoch a full permutation
+    window: int = 0  # shards (of each lane) whose samples are mixed at a time; 0: all, each epoch a full permutation
+    lanes: int = 0  # parts of a batch that read shards of their own, so that each machine reads its share alone; 0: off
+    lane_batch: int = 0  # samples that the lanes share in turn; 0: the global batch; a run keeps what it began with
     skip_broken: bool = False  # leave out samples that cannot be read, and name them, instead of ending the run
     verify: bool = False  # compare each shard with the SHA-256 of its manifest when it is first opened
     mix: dict[str, float] = field(default_factory=dict, metadata=PATH)  # {FOLDER: WEIGHT}; the first data set's is 1
@@ -184,6 +186,8 @@ class StreamConfig:
     def __post_init__(self) -> None:
         require(self.bucket_run >= 0, f"stream.bucket_run={self.bucket_run}: must be 0 (global batch) or positive")
         require(self.window >= 0, f"stream.window={self.window}: must be 0 (all shards) or positive")
+        require(self.lanes >= 0, f"stream.lanes={self.lanes}: must be 0 (off) or positive, a multiple of the processes")
+        require(self.lane_batch >= 0, f"stream.lane_batch={self.lane_batch}: must be 0 (global batch) or positive")
         require_positive(self, "cache_gb", "timeout_s", group="stream.")
         for folder, weight in self.mix.items():
             require(

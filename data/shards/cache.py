@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from conf.process import wait_for_lock
 from conf.schema import StreamConfig
 from data.shards.remote import RemoteError, fetch, joined
 from data.shards.shard import ShardInfo
+from data.shards.tar_index import cache_top
 
 
 class ShardCache:
@@ -26,8 +26,7 @@ class ShardCache:
 
     def __init__(self, url: str, stream: StreamConfig) -> None:
         self.url, self.limit, self.timeout_s = url, int(stream.cache_gb * 1e9), stream.timeout_s
-        default = Path(tempfile.gettempdir()) / f"latentline-{os.getuid()}"
-        self.top = Path(stream.cache_dir) if stream.cache_dir else default
+        self.top = cache_top(stream.cache_dir)
         self.folder = self.top / hashlib.sha256(url.encode()).hexdigest()[:16]
         self._ahead: threading.Thread | None = None
 

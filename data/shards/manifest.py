@@ -9,15 +9,17 @@ from typing import Any
 from conf.errors import UserError
 from conf.files import atomic_write
 from conf.plain_json import dumps, loads_finite
+from conf.schema import StreamConfig
 from data.shards.remote import is_remote, joined, read_remote
-from data.shards.shard import ShardInfo, ShardReader, tars_in
+from data.shards.shard import ShardInfo, tars_in
+from data.shards.tar_index import find_index, make_indices
 
 __all__ = ["MANIFEST", "Manifest", "ShardInfo", "find_shards", "folder_of"]
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
 FIELDS = {"kind": str, "shards": list, "provenance": dict, "stats": dict}
-SHARD_FIELDS = {"name", "samples", "bytes", "sha256"}
+SHARD_FIELDS = {"name", "samples", "bytes", "sha256"}  # and "index", which older ones do not have
 SIDES = ("train", "heldout")
 HELDOUT = 0.04  # of foreign shards
 REMEDY = {
@@ -66,7 +68,9 @@ class Manifest:
         before, after = _canonical(self._head() | {"shards": []}).split('"shards":[]')
         digest = hashlib.sha256(before.encode() + b'"shards":[')
         for number, shard in enumerate(self.shards):
-            digest.update(b"," * (number > 0) + _canonical(_shard_dict(shard)).encode())
+            known = _shard_dict(shard)
+            known.pop("index", None)  # says nothing that the shard itself does not
+            digest.update(b"," * (number > 0) + _canonical(known).encode())
         digest.update(b"]" + after.encode())
         return digest.hexdigest()
 
@@ -97,24 +101,26 @@ class Manifest:
 
 
 def _shard_dict(shard: ShardInfo) -> dict[str, Any]:
-    return {"name": shard.name, "samples": shard.samples, "bytes": shard.bytes, "sha256": shard.sha256}
+    known = {"name": shard.name, "samples": shard.samples, "bytes": shard.bytes, "sha256": shard.sha256}
+    return known | ({"index": shard.index} if shard.index else {})
 
 
 def _shard_or_dict(content: dict[str, Any]) -> Any:
     """Shards as what they are at once: as dictionaries a hundred thousand of them would take ten times the memory."""
-    return ShardInfo(**content) if content.keys() == SHARD_FIELDS else content
+    return ShardInfo(**content) if content.keys() - {"index"} == SHARD_FIELDS else content
 
 
 def _canonical(content: Any) -> str:
     return dumps(content, sort_keys=True, separators=(",", ":"))
 
 
-def find_shards(folder: str | Path, kind: str = "images", skip_broken: bool = False) -> Manifest:
-    """Return the manifest of a folder; foreign shards (img2dataset) without one are scanned.
+def find_shards(folder: str | Path, kind: str = "images", stream: StreamConfig | None = None) -> Manifest:
+    """Return the manifest of a folder; of foreign shards (img2dataset) without one, what their indices say.
 
     `UserError` when there are no shards, when they are of another kind, or, unless broken ones are to be skipped, when
     a file is not as the manifest says.
     """
+    stream = stream or StreamConfig()
     try:
         manifest = Manifest.load(folder)
     except FileNotFoundError:
@@ -122,10 +128,10 @@ def find_shards(folder: str | Path, kind: str = "images", skip_broken: bool = Fa
             raise UserError(
                 f"no {MANIFEST} at '{folder}': upload the whole folder that the shards were made in"
             ) from None
-        manifest = _scan(Path(folder), kind, skip_broken)
+        manifest = _scan(Path(folder), kind, stream)
     else:
         _check_names(folder, manifest)
-        if not is_remote(folder) and not skip_broken:
+        if not is_remote(folder) and not stream.skip_broken:
             _check_files(Path(folder), manifest)
         if not manifest.samples and Path(folder).name == "heldout":
             raise UserError(f"'{folder}' holds no samples: build the shards with heldout_fraction above 0")
@@ -164,8 +170,11 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise UserError(f"shard {path} has {size} bytes, not {shard.bytes} as {MANIFEST} says: rebuild it")
 
 
-def _scan(folder: Path, kind: str, skip_broken: bool) -> Manifest:
-    """Foreign shards; in a flat folder the last 4 % of them are held out, at least one."""
+def _scan(folder: Path, kind: str, stream: StreamConfig) -> Manifest:
+    """Foreign shards by their indices, which the processes that start together share out.
+
+    In a flat folder the last 4 % of them are held out, at least one.
+    """
     there = Path(folder_of(folder))
     paths = tars_in(there)
     if kind == "latents" and paths:
@@ -178,15 +187,16 @@ def _scan(folder: Path, kind: str, skip_broken: bool) -> Manifest:
     for path in tars_in(there, compressed=True):
         print(f"left out: shard {path} is compressed: make a plain .tar of it", file=sys.stderr)
     shards = []
+    make_indices(paths, stream.cache_dir)
     for path in paths:
         try:
-            reader = ShardReader(path)
-            shards.append(ShardInfo(name=path.name, samples=len(reader), bytes=path.stat().st_size))
-            if reader.others:
-                count, first = len(reader.others), reader.others[0]
+            index = find_index(path, "", stream.cache_dir)
+            shards.append(ShardInfo(name=path.name, samples=len(index), bytes=path.stat().st_size))
+            if index.others:
+                count, first = len(index.others), index.others[0]
                 print(f"left out: {count} files without an extension in {path}, such as '{first}'", file=sys.stderr)
         except UserError as error:
-            if not skip_broken:
+            if not stream.skip_broken:
                 raise
             print(f"left out: {error}", file=sys.stderr)
     return Manifest(kind=kind, shards=shards, provenance={"source": "foreign shards"} if shards else {})

@@ -1,24 +1,31 @@
-"""All samples of a folder of shards by index; what is read is opened, checked and mapped when it is first needed."""
+"""All samples of a folder of shards by index; what is read is opened, checked and mapped when it is first needed.
+
+A process holds the maps of a bounded number of shards and, for each shard of the manifest, where it begins: nothing
+else grows with the data set.
+"""
 
 import math
 import threading
 import time
+from array import array
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from conf.process import machines
 from conf.schema import StreamConfig
 from data.shards.cache import ShardCache
 from data.shards.manifest import REMEDY, Manifest, folder_of
 from data.shards.remote import RemoteError, is_remote, joined
 from data.shards.shard import ShardReader, described, sha256_of, without_dots
+from data.shards.tar_index import find_index
 
 NAMED = 4  # of the extensions that a sample lacks, the usual ones
-OPEN_SHARDS = 512  # memory-mapped at a time in one process: each holds a file descriptor
+OPEN_SHARDS = 256  # memory-mapped at a time in one process: each holds two file descriptors, of usually 1,024
 RETRY_S = 600.0  # after which a shard that could not be fetched is asked for again; a broken file stays broken
 
 
@@ -29,24 +36,22 @@ class RecordStore:
         required: one extension of each tuple must be there, in every sample.
     """
 
-    of_process = ("readers", "opened", "broken", "lock")  # made anew in each process
+    of_process = ("readers", "broken", "lock")  # made anew in each process
 
     def __init__(
         self, folder: str | Path, manifest: Manifest, required: Sequence[tuple[str, ...]], stream: StreamConfig
     ) -> None:
         self.folder, self.manifest, self.required = folder_of(folder), manifest, required
         self.cache = remote_cache(str(folder), manifest, stream) if is_remote(folder) else None
-        self.verify, self.skip = stream.verify, stream.skip_broken
-        self.ends = list(accumulate(shard.samples for shard in manifest.shards))
-        self.firsts = [0, *self.ends[:-1]]  # index of the first sample of each shard
+        self.verify, self.skip, self.cache_dir = stream.verify, stream.skip_broken, stream.cache_dir
+        self.ends = array("q", accumulate(shard.samples for shard in manifest.shards))
         self._forget()
         if not self.skip:
             self[0]  # a data set of another form is found before the training starts
 
     def _forget(self) -> None:
         # Neither maps nor locks can be pickled: a process that gets the store opens by itself what it reads.
-        self.readers: dict[int, ShardReader] = {}
-        self.opened: deque[int] = deque()
+        self.readers: dict[int, ShardReader] = {}  # the one that was opened first is closed first
         self.broken: dict[int, tuple[UserError, float]] = {}  # shards that cannot be read, and until when they rest
         self.lock = threading.Lock()
 
@@ -58,8 +63,8 @@ class RecordStore:
         self._forget()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        shard = bisect_right(self.ends, index)
-        reader, row = self._open(shard), index - self.firsts[shard]
+        shard, row = self.place(index)
+        reader = self._open(shard)
         try:
             record = reader[row]
         except UserError as error:
@@ -71,13 +76,17 @@ class RecordStore:
     def place(self, index: int) -> tuple[int, int]:
         """Shard and row of a sample."""
         shard = bisect_right(self.ends, index)
-        return shard, index - self.firsts[shard]
+        return shard, index - (self.ends[shard - 1] if shard else 0)
+
+    def first(self, shard: int) -> int:
+        """Index of the first sample of a shard."""
+        return self.ends[shard - 1] if shard else 0
 
     def find(self, shard: int, key: str) -> int:
         """Index of the sample of a shard whose latents have this key."""
         reader = self._open(shard)
         row = next(i for i in range(len(reader)) if without_dots(reader.key(i)) == key)
-        return self.firsts[shard] + row
+        return self.first(shard) + row
 
     def key(self, index: int) -> str:
         """Key of a sample, also of one that cannot be read."""
@@ -107,41 +116,37 @@ class RecordStore:
 
     def _open(self, shard: int) -> ShardReader:
         reader = self.readers.get(shard)
-        if reader is not None and reader.is_open:  # without the lock, which decoding threads would queue at
+        if reader is not None:  # without the lock, which decoding threads would queue at
             return reader
         with self.lock:
-            return self._opened(shard)
+            return self.readers.get(shard) or self._opened(shard)
 
     def _opened(self, shard: int) -> ShardReader:
-        reader = self.readers.get(shard)
-        if reader is not None and reader.is_open:  # another thread was first
-            return reader
         if shard in self.broken and time.monotonic() < self.broken[shard][1]:
             raise self.broken[shard][0]
-        if len(self.opened) == OPEN_SHARDS:
-            self.readers[self.opened.popleft()].release()  # its index stays: opening it again scans nothing
         try:
-            if reader is None or not reader.path.exists():  # a cached shard may have made room
-                reader = self._checked(shard)
-            reader.open()
+            reader = self._checked(shard)
         except UserError as error:
             self.broken[shard] = error, time.monotonic() + RETRY_S if isinstance(error, RemoteError) else math.inf
             raise
+        if len(self.readers) == OPEN_SHARDS:
+            self.readers.pop(next(iter(self.readers)))  # its maps go with the last record that is in use
         self.readers[shard] = reader
-        self.opened.append(shard)
         return reader
 
     def _checked(self, shard: int) -> ShardReader:
         """A new reader; every sample must have what is required."""
-        reader, info, remedy = ShardReader(self._path(shard)), self.manifest.shards[shard], REMEDY[self.manifest.kind]
-        if self.verify and info.sha256 and sha256_of(reader.path) != info.sha256:
-            raise UserError(f"shard {reader.path} differs from the sha256 of its manifest: {remedy}")
+        info, path, remedy = self.manifest.shards[shard], self._path(shard), REMEDY[self.manifest.kind]
+        if self.verify and info.sha256 and sha256_of(path) != info.sha256:
+            raise UserError(f"shard {path} differs from the sha256 of its manifest: {remedy}")
+        index = None if self.verify else find_index(path, info.sha256, self.cache_dir)  # None: seen with its own eyes
+        reader = ShardReader(path, index=index)
         if len(reader) != info.samples:
             raise UserError(
-                f"shard {reader.path} has {len(reader)} samples, not {info.samples} as its manifest says: {remedy}"
+                f"shard {path} has {len(reader)} samples, not {info.samples} as its manifest says: {remedy}"
             )
-        for i in range(0 if self.skip else len(reader)):
-            self._require(reader.extensions(i), f"sample '{reader.key(i)}'", shard)
+        if not self.skip and (lacking := reader.index.lacking(self.required)) is not None:
+            self._require(reader.index.extensions(lacking), f"sample '{reader.key(lacking)}'", shard)
         return reader
 
     def _require(self, present: Collection[str], sample: str, shard: int) -> None:
@@ -154,9 +159,10 @@ class RecordStore:
 def remote_cache(url: str, manifest: Manifest, stream: StreamConfig) -> ShardCache:
     """The cache of a remote data set; `UserError` when it could not hold what is read at a time."""
     largest = sorted((shard.bytes for shard in manifest.shards), reverse=True)
-    needed, limit = sum(largest[: 2 * stream.window or None]), stream.cache_gb * 1e9  # this window and the next
+    lanes = max(1, ceil(stream.lanes / machines()))  # whose windows this machine reads: the present ones and the next
+    needed, limit = sum(largest[: 2 * lanes * stream.window or None]), stream.cache_gb * 1e9
     if needed > limit:
-        window = max(1, int(limit / (2 * largest[0])))
+        window = max(1, int(limit / (2 * lanes * largest[0])))
         raise UserError(
             f"stream.cache_gb={stream.cache_gb:g}: {needed / 1e9:.3g} GB of {url} are read at a time and would be "
             f"fetched again and again: set stream.window={window} (shards), or more cache_gb"

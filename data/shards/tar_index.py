@@ -1,11 +1,35 @@
-"""Offsets of the members of a tar: ustar, GNU long names and pax headers, without tarfile's cost per member."""
+"""Where the members of a shard lie: found by walking its headers once, kept in a flat file beside it.
 
+The file, `00000.idx` beside `00000.tar`, has safetensors' format and is memory-mapped, so that the processes of a
+machine share what they read of it. It says which tar it belongs to: by the digest that a manifest gives, or, of shards
+of others, by size and time of the file.
+"""
+
+import hashlib
+import json
+import mmap
+import os
 import re
+import struct
 import tarfile
-from collections.abc import Iterator
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+from safetensors.numpy import save
 
 from conf.errors import UserError
+from conf.files import atomic_write
+from conf.process import lock, wait_for_lock
+from data.images import EXTENSIONS
+from data.labels import MAP
 
 BLOCK = 512  # bytes: tar headers and the padding of members
 END_OF_ARCHIVE = bytes(2 * BLOCK)
@@ -13,6 +37,10 @@ REGULAR_FILES = (b"0", b"\0", b"7")
 WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders and pipes
 NO_FILES = (b"5", b"g", b"V", b"M")  # folders, headers for all, volume labels, parts of another volume
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+TEXTS = ("txt", "json")  # where a caption may be
+TWICE = -2  # in place of the size of a member that its sample has already
+SCHEMA = 1
+TYPES = {"U8": "B", "U16": "H", "U32": "I", "U64": "Q", "I64": "q"}  # safetensors' names to memoryview's
 
 
 def unreadable(path: Path, start: bytes = b"") -> UserError:
@@ -101,3 +129,375 @@ def _pax(content: bytes) -> dict[str, str]:
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
         content = content[int(digits) :]
     return records
+
+
+Column = Sequence[int] | memoryview  # of integers: arrays while an index is made, views of the file where it is read
+
+
+@dataclass(slots=True)
+class ShardIndex:
+    """Samples of a shard, and the extensions and places of their members; nothing of it grows with use."""
+
+    patterns: list[tuple[str, ...]]  # the extensions that samples have, each combination once
+    key_ends: Column  # in bytes of `keys`, of each sample
+    keys: bytes | memoryview
+    offsets: Column  # bytes before each member's content; with a stride, of the first sample's alone
+    sizes: Column  # bytes of each member's content
+    stride: int = 0  # bytes from a sample to the next one where all lie alike; 0: they do not
+    pattern: Column = ()  # number of each sample's; empty: there is one
+    first: Column = ()  # number of each sample's first member; empty: all have equally many
+    broken: dict[int, str] = field(default_factory=dict)  # samples that cannot be read, and why
+    others: list[str] = field(default_factory=list)  # names of files that are of no sample
+    problem: str = ""  # where a tar breaks off, as far as it was read
+
+    def __len__(self) -> int:
+        return len(self.key_ends)
+
+    def key(self, i: int) -> str:
+        """Key of sample `i`."""
+        begin = self.key_ends[i - 1] if i else 0
+        return str(self.keys[begin : self.key_ends[i]], "utf-8")
+
+    def extensions(self, i: int) -> tuple[str, ...]:
+        """Extensions of sample `i`."""
+        return self.patterns[self.pattern[i] if self.pattern else 0]
+
+    def members(self, i: int) -> list[tuple[str, int, int]]:
+        """Extension, offset and size in bytes of each member of sample `i`; `UserError` where it cannot be read."""
+        if i in self.broken:
+            raise UserError(self.broken[i])
+        names = self.extensions(i)
+        first = self.first[i] if self.first else i * len(names)
+        sizes = self.sizes[first : first + len(names)]
+        if self.stride:
+            shift = i * self.stride
+            return [(name, offset + shift, size) for name, offset, size in zip(names, self.offsets, sizes, strict=True)]
+        return list(zip(names, self.offsets[first : first + len(names)], sizes, strict=True))
+
+    def span(self, i: int) -> tuple[int, int]:
+        """Where the content of a sample begins and ends, in bytes."""
+        places = [(offset, offset + size) for _, offset, size in self.members(i)]
+        return min(begin for begin, _ in places), max(end for _, end in places)
+
+    def lacking(self, required: Collection[Collection[str]]) -> int | None:
+        """The first sample that lacks one of each tuple of extensions; None where all have what is required."""
+        lack = {n for n, names in enumerate(self.patterns) if any(set(names).isdisjoint(some) for some in required)}
+        if not lack:
+            return None
+        return next((i for i, number in enumerate(self.pattern) if number in lack), 0)
+
+    def dumps(self, of: dict[str, Any]) -> bytes:
+        """The content of its file; `of` says which tar it is of."""
+        facts = {"schema": SCHEMA, **of, "stride": self.stride, "patterns": self.patterns, "others": self.others}
+        columns = {"key_ends": self.key_ends, "offsets": self.offsets, "sizes": self.sizes}
+        columns |= {"pattern": self.pattern, "first": self.first}
+        arrays = {name: _narrow(column) for name, column in columns.items()}
+        arrays["keys"] = np.frombuffer(self.keys, np.uint8)
+        # One entry, as the library writes several in any order, and equal shards shall have equal indices.
+        return save(arrays, {"index": json.dumps(facts | {"broken": list(self.broken.items())}, sort_keys=True)})
+
+    @classmethod
+    def loads(cls, content: memoryview, of: dict[str, Any]) -> Self | None:
+        """An index whose columns are views of a file's content; None for that of another tar, or of none."""
+        try:
+            (length,) = struct.unpack_from("<Q", content)
+            header = json.loads(bytes(content[8 : 8 + length]))
+            facts = json.loads(header.pop("__metadata__")["index"])
+            if any(facts[name] != value for name, value in {"schema": SCHEMA, **of}.items()):
+                return None
+            columns: dict[str, Any] = {}
+            for name, tensor in header.items():
+                begin, end = (8 + length + offset for offset in tensor["data_offsets"])
+                columns[name] = _view(content[begin:end], tensor["dtype"])
+            return cls(
+                patterns=[tuple(names) for names in facts["patterns"]],
+                stride=facts["stride"],
+                broken=dict(facts["broken"]),
+                others=facts["others"],
+                **columns,
+            )
+        except (ValueError, KeyError, TypeError, struct.error, RecursionError):
+            return None
+
+
+def _view(content: memoryview, dtype: str) -> memoryview:
+    if dtype not in TYPES:
+        raise ValueError(dtype)
+    view: memoryview = content.cast(TYPES[dtype])  # type: ignore[call-overload]
+    return view
+
+
+def _narrow(column: Column) -> np.ndarray:
+    values = np.asarray(column, np.uint64)
+    return values.astype(np.min_scalar_type(values.max(initial=0)))
+
+
+class IndexBuilder:
+    """Sorts the members of a shard into samples, as they come.
+
+    By webdataset's rule, a key ends at the first dot of a file's name, but without its losses: a member that comes
+    after those of other samples joins its own; a sample whose key was there before gets one of its own, `KEY~2`; and
+    `KEY.1.jpg` and `KEY.1.txt` are the sample `KEY.1`.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.extensions: list[str] = []
+        self.others: list[str] = []
+        # Arrays and no objects: a shard may have tens of thousands of members.
+        self.samples: array[int] = array("q")  # of each member
+        self.extension_ids: array[int] = array("I")
+        self.offsets: array[int] = array("q")
+        self.sizes: array[int] = array("q")
+        self._ids: dict[str, int] = {}
+        self._latest: dict[str, int] = {}  # by key, the last sample that has it
+        self._copies = Counter[str]()
+        self._present: list[int] = []  # a bit for each extension that a sample has
+        self._last, self._sample = "", -1
+
+    def add(self, name: str, offset: int, size: int) -> None:
+        """Take in the next member; the size of a link or a special file is -1."""
+        folder, slash, base = name.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if not stem or not dot:
+            if stem:  # names that begin with a dot are hidden, such as macOS's ._KEY.jpg
+                self.others.append(name)
+            return
+        key, extension = folder + slash + stem, extension.lower()
+        extension_id = self._ids.setdefault(extension, len(self._ids))
+        if extension_id == len(self.extensions):
+            self.extensions.append(extension)
+        if key != self._last:
+            self._last, self._sample = key, self._latest.get(key, -1)
+            if self._sample < 0 or self._present[self._sample] >> extension_id & 1:
+                self._copies[key] += 1
+                self._sample = self._latest[key] = len(self.keys)
+                self.keys.append(key if self._copies[key] == 1 else f"{key}~{self._copies[key]}")
+                self._present.append(0)
+        elif self._present[self._sample] >> extension_id & 1:
+            size = TWICE
+        self._present[self._sample] |= 1 << extension_id
+        self.samples.append(self._sample)
+        self.extension_ids.append(extension_id)
+        self.offsets.append(offset)
+        self.sizes.append(size)
+
+    def drop_last(self) -> None:
+        """Leave out the sample that a broken file ends with: it may lack members."""
+        if self.samples:
+            kept = [member for member, sample in enumerate(self.samples) if sample != self.samples[-1]]
+            self._take(kept)
+            self.samples = array("q", [self.samples[member] for member in kept])
+
+    def finish(self, problem: str = "") -> ShardIndex:
+        """The index of all that was added."""
+        dotted = {i for i, name in enumerate(self.extensions) if _image_stem(name)}
+        unsorted = any(before > after for before, after in pairwise(self.samples))
+        if unsorted or dotted.intersection(self.extension_ids) or len(set(self.samples)) < len(self.keys):
+            self._arrange()
+        counts = Counter(self.samples)
+        ends = list(accumulate((counts[i] for i in range(len(self.keys))), initial=0))
+        broken = {}
+        for member in [number for number, size in enumerate(self.sizes) if size < 0]:
+            twice = self.sizes[member] == TWICE
+            reason = "is there twice" if twice else "is a link or a special file, which shards cannot have"
+            broken[self.samples[member]] = f"its .{self.extensions[self.extension_ids[member]]} {reason}"
+            self.sizes[member] = 0
+        patterns: dict[tuple[str, ...], int] = {}
+        pattern = []
+        for begin, end in pairwise(ends):
+            names = tuple(self.extensions[i] for i in self.extension_ids[begin:end])
+            pattern.append(patterns.setdefault(names, len(patterns)))
+        keys = [key.encode() for key in self.keys]
+        index = ShardIndex(
+            patterns=list(patterns),
+            key_ends=list(accumulate(map(len, keys))),
+            keys=b"".join(keys),
+            offsets=self.offsets,
+            sizes=self.sizes,
+            broken=broken,
+            others=self.others,
+            problem=problem,
+        )
+        if len(patterns) > 1:
+            index.pattern, index.first = pattern, ends[:-1]
+        elif stride := _stride(np.asarray(self.offsets), len(keys)):
+            index.offsets, index.stride = self.offsets[: ends[1]], stride
+        return index
+
+    def _arrange(self) -> None:
+        """Put the members of each sample side by side, and those of keys with dots into samples of their own."""
+        names = [self.extensions[i] for i in self.extension_ids]
+        present: dict[int, set[str]] = {}
+        for sample, name in zip(self.samples, names, strict=True):
+            present.setdefault(sample, set()).add(name)
+        stems = {sample: _stems(found) for sample, found in present.items()}
+        parts: dict[tuple[int, str], list[int]] = {}
+        for member, (sample, name) in enumerate(zip(self.samples, names, strict=True)):
+            parts.setdefault((sample, _stem_of(name, stems[sample])), []).append(member)
+        ordered = sorted(parts.items(), key=lambda part: part[0][0])  # else as they come first
+        ids = {name: number for number, name in enumerate(self.extensions)}
+        for (_, stem), found in ordered:
+            for member in found if stem else ():
+                self.extension_ids[member] = ids.setdefault(names[member][len(stem) + 1 :], len(ids))
+        self.extensions = list(ids)
+        self.keys = [f"{self.keys[sample]}.{stem}" if stem else self.keys[sample] for (sample, stem), _ in ordered]
+        self._take([member for _, found in ordered for member in found])
+        self.samples = array("q", [number for number, (_, found) in enumerate(ordered) for _ in found])
+
+    def _take(self, members: list[int]) -> None:
+        """Keep these members, in this order."""
+        for column in (self.offsets, self.sizes, self.extension_ids):
+            column[:] = array(column.typecode, [column[member] for member in members])
+
+
+def _stride(offsets: np.ndarray, samples: int) -> int:
+    """Bytes from each sample to the next one, where all members are equally far from those of the first; else 0."""
+    if samples < 2:
+        return 0
+    steps = np.diff(offsets.reshape(samples, -1), axis=0)
+    return int(steps[0, 0]) if (steps == steps[0, 0]).all() else 0
+
+
+def _image_stem(extension: str) -> str:
+    """The part of an image's extension that may belong to its key: "05" of 05.png; "" of png and of our maps."""
+    stem, _, suffix = extension.rpartition(".")
+    return stem if suffix in EXTENSIONS and extension != MAP else ""
+
+
+def _stems(extensions: set[str]) -> set[str]:
+    """Stems of samples of their own: they have an image and a text."""
+    # beside an image, depth.png and depth.json may be maps of that image and no sample
+    texts = ("txt",) if extensions.intersection(EXTENSIONS) else TEXTS
+    found = {_image_stem(extension) for extension in extensions} - {""}
+    return {stem for stem in found if any(f"{stem}.{text}" in extensions for text in texts)}
+
+
+def _stem_of(extension: str, stems: set[str]) -> str:
+    """The longest of these stems that an extension begins with, or ""."""
+    while extension := extension.rpartition(".")[0]:
+        if extension in stems:
+            return extension
+    return ""
+
+
+def index_of(content: memoryview, path: Path, tolerant: bool = False) -> ShardIndex:
+    """Index of the content of a tar; one that is not whole is a `UserError`, or with `tolerant` read up to there."""
+    builder, problem = IndexBuilder(), ""
+    try:
+        for member in scan_tar(content, path):
+            builder.add(*member)
+    except UserError as error:
+        if not tolerant:
+            raise
+        problem = str(error)
+        builder.drop_last()
+    return builder.finish(problem)
+
+
+def index_name(tar_name: str) -> str:
+    """Name of the file of a shard's index."""
+    return f"{tar_name[:-4]}.idx"
+
+
+def find_index(path: Path, digest: str, cache_dir: str | None) -> ShardIndex:
+    """The index of a tar: read beside it or from a cache, else made, by one of the processes that ask at a time.
+
+    It is kept beside the tar, or where that folder cannot be written, below `cache_dir` (None: $TMPDIR).
+
+    Args:
+        digest: of the tar, sha256 in hex; empty where nobody knows it.
+
+    Raises:
+        UserError: the tar is missing or cannot be read.
+    """
+    of, places = identity(path, digest), _places(path, cache_dir)
+    if found := _load_any(places, of):
+        return found
+    with _opened(path) as file:
+        if not lock(file.fileno()):
+            wait_for_lock(file.fileno())
+        return _load_any(places, of) or _made(path, of, places)
+
+
+def make_indices(paths: Iterable[Path], cache_dir: str | None) -> None:
+    """Make the indices that tars of others lack, but for those that another process is making at the moment.
+
+    What cannot be read is passed over: who asks for that index is told why.
+    """
+    for path in paths:
+        with suppress(UserError):
+            of, places = identity(path, ""), _places(path, cache_dir)
+            if _load_any(places, of) is None:
+                with _opened(path) as file:
+                    if lock(file.fileno()):
+                        _made(path, of, places)
+
+
+def _made(path: Path, of: dict[str, Any], places: Sequence[Path]) -> ShardIndex:
+    index = index_of(map_file(path), path)
+    for place in places:
+        try:
+            atomic_write(place, index.dumps(of))
+        except OSError:  # no permission, no room: then the next place, or each process for itself
+            continue
+        break
+    return index
+
+
+def identity(path: Path, digest: str) -> dict[str, Any]:
+    """What an index says of the tar that it is of; a missing tar is a `UserError`."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise missing(path) from None
+    known = {"sha256": digest} if digest else {"mtime_ns": status.st_mtime_ns}
+    return {"bytes": status.st_size, **known}
+
+
+def _load_any(places: Iterable[Path], of: dict[str, Any]) -> ShardIndex | None:
+    for place in places:
+        try:
+            found = ShardIndex.loads(map_file(place), of)
+        except UserError:
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def _places(path: Path, cache_dir: str | None) -> list[Path]:
+    """Where the index of a tar may lie: beside it, and on the local disk."""
+    folder = hashlib.sha256(os.fsencode(path.parent.resolve())).hexdigest()[:16]
+    name = index_name(path.name)
+    return [path.with_name(name), cache_top(cache_dir) / "indices" / folder / name]
+
+
+def cache_top(cache_dir: str | None) -> Path:
+    """Folder of all that is kept on the local disk: `stream.cache_dir`, or below $TMPDIR one of the user's own."""
+    return Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"latentline-{os.getuid()}"
+
+
+def missing(path: Path) -> UserError:
+    """The error of a shard that is not there."""
+    listed = (path.parent / "manifest.json").exists()
+    remedy = "rebuild it, or delete manifest.json beside it" if listed else "check its path, or copy it there"
+    return UserError(f"shard {path} is missing: {remedy}")
+
+
+def map_file(path: Path) -> memoryview:
+    """The content of a file as a memory map; `UserError` where it cannot be read."""
+    with _opened(path) as file:
+        try:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except ValueError:  # an empty file cannot be mapped
+            raise unreadable(path) from None
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise missing(path) from None
+    except OSError as error:  # a folder of that name, no permission
+        raise UserError(f"shard {path} cannot be read: {error.strerror}") from None

@@ -1,5 +1,6 @@
 """The order: a permutation per epoch, a pure function of (seed, position), fair, and cut alike for any world."""
 
+import pickle
 import time
 
 import numpy as np
@@ -119,3 +120,64 @@ def test_a_mix_keeps_its_shares_and_the_order_of_each_stream(weights: list[float
     for start in range(0, len(places), 512):  # no stretch is of one stream alone
         share = sum(s == 0 for s, _ in places[start : start + 512]) / 512
         assert share == pytest.approx(weights[0] / sum(weights), abs=0.1)
+
+
+# --- lanes
+
+SIZES = [50, 7, 1, 90, 33, 20, 64, 0, 41, 12, 80, 55, 16, 77, 29, 48]
+SHARD_OF = np.repeat(np.arange(len(SIZES)), SIZES)
+
+
+@pytest.mark.parametrize("lanes, batch, window", [(2, 8, 1), (4, 4, 2), (8, 24, 1), (8, 40, 0), (16, 1600, 3)])
+def test_epochs_of_lanes_are_permutations_wherever_batches_end(lanes: int, batch: int, window: int) -> None:
+    order, total = WindowedOrder(3, SIZES, window, lanes, batch), sum(SIZES)
+    assert total % batch  # an epoch begins within a batch
+    epochs = [order.many(range(epoch * total, (epoch + 1) * total)) for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(total)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_lane_reads_a_window_of_shards_at_a_time(window: int) -> None:
+    lanes, batch, total = 4, 8, sum(SIZES)
+    order = WindowedOrder(3, SIZES, window, lanes, batch)
+    for lane in range(lanes):
+        positions = [p for p in range(total) if p % batch // (batch // lanes) == lane]
+        shards = SHARD_OF[order.many(positions)]
+        spans = [np.flatnonzero(shards == shard) for shard in set(shards.tolist())]
+        most = max(sum(span[0] <= i <= span[-1] for span in spans) for i in range(len(shards)))
+        assert most <= window and len(shards) == pytest.approx(total / lanes, abs=batch)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_each_rank_reads_its_own_shards_and_its_share_alone(world: int) -> None:
+    sizes, lanes, batch = [20] * 96, 8, 24
+    order, total = WindowedOrder(1, sizes, 2, lanes, batch), 20 * 96
+    for epoch in (0, 3):
+        read = []
+        for rank in range(world):
+            steps = range(epoch * total, (epoch + 1) * total, batch)
+            own = [p for step in steps for part in step_positions(step, batch, rank, world, 1) for p in part]
+            read.append({index // 20 for index in order.many(own)})
+        assert set.union(*read) == set(range(96))
+        # Stretches end within shards; a third of eight lanes shares two of them with its neighbours.
+        assert sum(map(len, read)) <= 96 + 2 * (world - 1) + 2 * 12 * (lanes % world > 0)
+
+
+def test_what_is_upcoming_is_what_is_read() -> None:
+    lanes, batch = 4, 8
+    order, total = WindowedOrder(3, SIZES, 2, lanes, batch), sum(SIZES)
+    for step in range(0, 2 * total, batch):
+        for first, last in ((0, 8), (2, 4), (4, 8)):  # of one process, or of a share of lanes
+            positions = range(step + first, step + last)
+            now = set(SHARD_OF[order.many(positions)].tolist())
+            assert now <= set(order.upcoming(positions))
+            assert len(order.upcoming(positions)) <= 2 * 2 * (last - first) // (batch // lanes)
+    assert FullOrder(0, 9).upcoming(range(3)) == []
+
+
+def test_one_lane_is_the_windowed_order_and_lanes_are_frozen() -> None:
+    assert [WindowedOrder(3, [5, 7, 1, 9, 4], 2, 1, 6)(p) for p in (0, 1, 2, 25, 26, 51)] == [1, 12, 2, 6, 24, 12]
+    order = WindowedOrder(3, SIZES, 2, 4, 8)
+    assert order.many([0, 1, 2, 7, 8, 622, 623, 10_000]) == [196, 192, 159, 292, 317, 256, 505, 439]
+    assert pickle.loads(pickle.dumps(order)).many(range(50)) == order.many(range(50))

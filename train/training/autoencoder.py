@@ -68,7 +68,7 @@ class AutoencoderStage:
 
     def __init__(self, cfg: AutoencoderRun, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
-        self.dataset = image_stream(cfg.shards, cfg.images, cfg.seed, cfg.stream)
+        self.dataset = image_stream(cfg.shards, cfg.images, cfg.seed, cfg.stream, cfg.batch.global_batch_size)
         self.heldout = ImageDataset(f"{cfg.shards}/heldout", cfg.images, cfg.seed, cfg.stream)
         self.extend = Draws(cfg.seed, partial(wanted_of, cfg=cfg.model))
         torch.manual_seed(cfg.seed)  # initial weights

@@ -48,7 +48,7 @@ class ClipStage:
                 "batch.micro_batch_size: contrastive learning needs the whole global batch at once; set it to 0 or "
                 "lower batch.global_batch_size"
             )
-        self.dataset = image_stream(cfg.shards, cfg.images, cfg.seed, cfg.stream)
+        self.dataset = image_stream(cfg.shards, cfg.images, cfg.seed, cfg.stream, cfg.batch.global_batch_size)
         self.heldout = ImageDataset(f"{cfg.shards}/heldout", cfg.images, cfg.seed, cfg.stream)
         torch.manual_seed(cfg.seed)  # initial weights
         self.clip = Clip.from_config(cfg.model)

@@ -76,9 +76,9 @@ class ShardsSource:
             return
         for row in range(rows):
             yield Ref(f"{prefix}{row:06d}", f"{shard}: {reader.key(row)}", (str(reader.path), row))
-        rejects = [(name, "no extension, and so of no sample") for name in reader.others]
-        if reader.problem:
-            rejects.append(("", reader.problem + (f"; its first {rows} samples are used" if rows else "")))
+        rejects = [(name, "no extension, and so of no sample") for name in reader.index.others]
+        if problem := reader.index.problem:
+            rejects.append(("", problem + (f"; its first {rows} samples are used" if rows else "")))
         for row, (name, problem) in enumerate(rejects, rows):
             yield Ref(f"{prefix}{row:06d}", f"{shard}: {name}" if name else shard, None, problem)
 

@@ -4,7 +4,6 @@ import errno
 import gc
 import io
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -37,7 +36,7 @@ def read(path: Path) -> dict[str, dict[str, bytes]]:
 
 def test_round_trip_and_names(tmp_path: Path) -> None:
     names = write(tmp_path)
-    assert names == ["00000.tar", "00001.tar", "00002.tar"] == sorted(os.listdir(tmp_path))
+    assert names == ["00000.tar", "00001.tar", "00002.tar"] == sorted(path.name for path in tmp_path.glob("*.tar"))
     assert {k: v for name in names for k, v in read(tmp_path / name).items()} == SAMPLES
 
 
@@ -98,12 +97,8 @@ def test_truncated_shard_is_refused(tmp_path: Path, cut: int) -> None:
     if cut == -512:  # one end block is enough
         assert read(tmp_path / "cut.tar") == SAMPLES
         return
-    for _ in range(2):  # the second try must not see what the first one indexed
-        reader = ShardReader(tmp_path / "cut.tar")
-        with pytest.raises(UserError, match=r"cut\.tar is not a readable tar \(truncated\?\)"):
-            len(reader)
-        with pytest.raises(UserError, match="truncated"):
-            reader[0]
+    with pytest.raises(UserError, match=r"cut\.tar is not a readable tar \(truncated\?\)"):
+        ShardReader(tmp_path / "cut.tar")
 
 
 def test_damaged_header_is_refused(tmp_path: Path) -> None:
@@ -129,22 +124,12 @@ def test_a_folder_in_place_of_a_shard_is_one_line(tmp_path: Path) -> None:
         read(tmp_path / "a.tar")
 
 
-def test_reader_survives_pickle_and_release(tmp_path: Path) -> None:
-    write(tmp_path)
-    reader = ShardReader(tmp_path / "00000.tar")
-    before = bytes(reader[1]["png"])
-    copy = pickle.loads(pickle.dumps(reader))
-    assert not copy.is_open and bytes(copy[1]["png"]) == before
-    reader.release()
-    assert not reader.is_open and bytes(reader[1]["png"]) == before
-
-
 def test_failed_writer_leaves_only_whole_shards(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), ShardWriter(tmp_path, 3) as writer:
         for key, files in list(SAMPLES.items())[:5]:
             writer.add(key, files)
         raise RuntimeError
-    assert os.listdir(tmp_path) == ["00000.tar"]
+    assert sorted(os.listdir(tmp_path)) == ["00000.idx", "00000.tar"]
 
 
 def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,10 +156,10 @@ def test_killed_writer_leaves_no_half_shard(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=root, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.glob("[!.]*")] == ["00000.tar"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["00000.idx", "00000.tar"]
     with ShardWriter(tmp_path, 3, first_shard=1) as writer:  # the next run clears the leftover away
         writer.add("3", {"txt": b"x"})
-    assert sorted(os.listdir(tmp_path)) == ["00000.tar", "00001.tar"]
+    assert sorted(os.listdir(tmp_path)) == ["00000.idx", "00000.tar", "00001.idx", "00001.tar"]
 
 
 @pytest.mark.parametrize("key", ["", "a.b", "last"])
@@ -253,7 +238,7 @@ def test_further_files_of_one_sample_stay_with_it(tmp_path: Path) -> None:
 def test_a_sample_with_a_link_or_a_member_twice_is_broken_alone(tmp_path: Path, form: int) -> None:
     path = pack(tmp_path / "a.tar", "a.jpg", "a.txt@", "b.jpg", "b.jpg", "b.txt", "c.jpg", "c.txt", "README", form=form)
     reader = ShardReader(path)
-    assert [reader.key(i) for i in range(len(reader))] == ["a", "b", "c"] and reader.others == ["README"]
+    assert [reader.key(i) for i in range(len(reader))] == ["a", "b", "c"] and reader.index.others == ["README"]
     for row, reason in ((0, r"its \.txt is a link"), (1, r"its \.jpg is there twice")):
         with pytest.raises(UserError, match=reason):
             reader[row]
@@ -267,7 +252,7 @@ def test_of_a_shard_that_breaks_off_the_last_sample_is_left_out(tmp_path: Path, 
     (tmp_path / "a.tar").write_bytes(whole[: 3 * 1024])  # three members of four
     reader = ShardReader(tmp_path / "a.tar", tolerant=True)
     assert [reader.key(i) for i in range(len(reader))] == (["b"] if unsorted else ["a"])
-    assert "truncated" in reader.problem
+    assert "truncated" in reader.index.problem
 
 
 def test_tars_that_were_joined_are_read_to_their_end(tmp_path: Path) -> None:

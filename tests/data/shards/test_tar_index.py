@@ -1,0 +1,218 @@
+"""Indices of shards: what a writer notes is what headers say, one process makes each, a wrong one is not trusted."""
+
+import json
+import multiprocessing
+import os
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from conf.errors import UserError
+from conf.schema import StreamConfig
+from data.shards import tar_index
+from data.shards.manifest import Manifest, find_shards
+from data.shards.shard import ShardReader, ShardWriter, sha256_of
+from data.shards.store import RecordStore
+from data.shards.tar_index import ShardIndex, find_index, identity, index_of, map_file
+
+REQUIRED = [("txt",)]
+
+
+def content(index: ShardIndex) -> list[tuple[str, list[tuple[str, int, int]]]]:
+    """All that an index says of its samples."""
+    return [(index.key(i), list(index.members(i))) for i in range(len(index)) if i not in index.broken]
+
+
+def latents(folder: Path, samples: int = 50) -> Path:
+    """A shard whose records differ in their texts alone."""
+    with ShardWriter(folder, samples) as writer:
+        for i in range(samples):
+            writer.add(f"{i:09d}", {"moments.npy": bytes(3000), "txt": b"a" * (i + 1), "json": b"{}"})
+    return folder / "00000.tar"
+
+
+def uneven(folder: Path) -> Path:
+    """A shard of samples with other members each."""
+    with ShardWriter(folder, 99) as writer:
+        writer.add("a", {"jpg": bytes(700), "txt": b"1"})
+        writer.add("ключ", {"png": bytes(7), "txt": b"1", "json": b"{}"})
+        writer.add("k" * 187, {"jpg": b"", "txt": b"1"})
+        writer.add("a", {"seg.png": b"1"})  # joins the first
+    return folder / "00000.tar"
+
+
+def foreign(path: Path, samples: int = 3) -> Path:
+    """A tar that another program has written."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(samples):
+            for extension in ("jpg", "txt"):
+                info = tarfile.TarInfo(f"{i}.{extension}")
+                info.size = 5
+                tar.addfile(info, BytesIO(b"12345"))
+    return path
+
+
+@pytest.mark.parametrize("shard", [latents, uneven])
+def test_what_the_writer_notes_is_what_the_headers_say(tmp_path: Path, shard: "type[Path]") -> None:
+    path = shard(tmp_path)
+    written = ShardIndex.loads(map_file(path.with_suffix(".idx")), identity(path, sha256_of(path)))
+    assert written is not None and content(written) == content(index_of(map_file(path), path))
+    assert len(content(written)) > 2 and written.patterns == index_of(map_file(path), path).patterns
+    with safe_open(path.with_suffix(".idx"), "np") as file:  # and safetensors alone reads it
+        assert sum(file.get_tensor("sizes").tolist()) == sum(
+            size for _, found in content(written) for *_, size in found
+        )
+
+
+def test_records_that_lie_alike_have_one_stride(tmp_path: Path) -> None:
+    path = latents(tmp_path)
+    index = find_index(path, sha256_of(path), None)
+    assert len(index.offsets) == 3 and index.stride == 512 * 3 + 3072 + 512 * 2
+    assert not index.first and not index.pattern and path.with_suffix(".idx").stat().st_size < 50 * 30 + 600
+
+
+def test_equal_shards_have_equal_indices(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        uneven(tmp_path / name)
+    assert (tmp_path / "a" / "00000.idx").read_bytes() == (tmp_path / "b" / "00000.idx").read_bytes()
+
+
+def test_the_manifest_names_it_and_an_older_one_is_the_same_data_set(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, 9) as writer:
+        writer.add("a", {"txt": b"1"})
+    manifest = Manifest(kind="images", shards=writer.finished)
+    manifest.save(tmp_path)
+    assert Manifest.load(tmp_path).shards[0].index == sha256_of(tmp_path / "00000.idx")
+    older = json.loads((tmp_path / "manifest.json").read_text())
+    del older["shards"][0]["index"]
+    (tmp_path / "manifest.json").write_text(json.dumps(older))
+    assert Manifest.load(tmp_path).shards[0].index == "" and Manifest.load(tmp_path).digest() == manifest.digest()
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "noise", "of another tar", "a later schema"])
+def test_without_a_sound_index_the_headers_are_walked_and_it_is_made_anew(tmp_path: Path, damage: str) -> None:
+    path, other = latents(tmp_path / "a"), latents(tmp_path / "b", 7)
+    digest, index = sha256_of(path), path.with_suffix(".idx")
+    whole = index.read_bytes()
+    broken = {
+        "empty": b"",
+        "cut": whole[:100],
+        "noise": os.urandom(500),
+        "of another tar": other.with_suffix(".idx").read_bytes(),
+        "a later schema": whole.replace(b'\\"schema\\": 1', b'\\"schema\\": 9'),
+    }
+    index.unlink()
+    if damage != "missing":
+        index.write_bytes(broken[damage])
+    assert content(find_index(path, digest, None)) == content(index_of(map_file(path), path))
+    assert index.read_bytes() == whole
+
+
+def test_a_foreign_shard_that_was_written_again_is_indexed_again(tmp_path: Path) -> None:
+    path = foreign(tmp_path / "a.tar")
+    assert len(find_index(path, "", None)) == 3 and path.with_suffix(".idx").is_file()
+    foreign(path, samples=5)
+    assert len(find_index(path, "", None)) == 5
+    os.utime(path, ns=(1, 1))  # written within one tick, and as large as before
+    foreign(path, samples=5)
+    assert find_shards(tmp_path).samples == 5
+
+
+def test_where_nothing_may_be_written_indices_lie_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    path, cache = foreign(tmp_path / "data" / "a.tar"), tmp_path / "cache"
+    write = tar_index.atomic_write
+
+    def read_only(target: Path, content: bytes) -> None:  # permissions do not bind root
+        if target.parent == path.parent:
+            raise PermissionError(13, "Permission denied")
+        write(target, content)
+
+    monkeypatch.setattr(tar_index, "atomic_write", read_only)
+    stream = StreamConfig(cache_dir=str(cache))
+    assert find_shards(tmp_path / "data", stream=stream).samples == 3
+    assert [file.name for file in (tmp_path / "data").iterdir()] == ["a.tar"]
+    (kept,) = cache.rglob("*.idx")
+    assert kept.name == "a.idx"
+    monkeypatch.setattr(tar_index, "index_of", None)  # nobody walks its headers again
+    assert len(find_index(path, "", str(cache))) == 3
+    monkeypatch.undo()
+    monkeypatch.setattr(tar_index, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    kept.unlink()
+    assert len(find_index(path, "", str(cache))) == 3 and not list(cache.rglob("*.idx"))  # and a full disk is no end
+
+
+def _index_all(folder: Path, counter: "multiprocessing.sharedctypes.Synchronized[int]") -> None:  # type: ignore[name-defined]
+    walk = tar_index.index_of
+
+    def counted(*args: object) -> ShardIndex:
+        with counter.get_lock():
+            counter.value += 1
+        return walk(*args)  # type: ignore[arg-type]
+
+    tar_index.index_of = counted  # type: ignore[assignment]
+    assert find_shards(folder).samples == 20 * 300
+
+
+def test_processes_that_start_together_share_the_indices_out(tmp_path: Path) -> None:
+    for number in range(20):
+        foreign(tmp_path / f"{number:02d}.tar", samples=300)
+    context = multiprocessing.get_context("fork")
+    counter = context.Value("i", 0)
+    processes = [context.Process(target=_index_all, args=(tmp_path, counter)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert counter.value == 20  # each by one of them
+
+
+def test_a_process_keeps_a_bounded_number_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.shards.store.OPEN_SHARDS", 3)
+    with ShardWriter(tmp_path, 2) as writer:
+        for i in range(20):
+            writer.add(f"{i}", {"txt": b"%d" % i})
+    manifest = Manifest(kind="images", shards=writer.finished)
+    manifest.save(tmp_path)
+    store = RecordStore(tmp_path, manifest, REQUIRED, StreamConfig())
+    descriptors = len(os.listdir("/proc/self/fd"))
+    kept = store[0]
+    for turn in range(3):
+        assert [bytes(store[i]["txt"]) for i in range(20)] == [b"%d" % i for i in range(20)], turn
+        assert len(store.readers) == 3 and len(os.listdir("/proc/self/fd")) <= descriptors + 6
+    assert bytes(kept["txt"]) == b"0"  # a record in use outlives the map that the store holds
+
+
+def test_what_a_sample_lacks_is_found_by_the_index(tmp_path: Path) -> None:
+    index = index_of(map_file(uneven(tmp_path)), tmp_path / "00000.tar")
+    assert index.lacking([("txt",)]) is None and index.lacking([("jpg", "png"), ("txt",)]) is None
+    assert index.lacking([("json",)]) == 0 and index.lacking([("txt",), ("jpg",)]) == 1
+    plain = index_of(map_file(latents(tmp_path / "b")), tmp_path)
+    assert plain.lacking([("moments.npy",)]) is None and plain.lacking([("jpg",)]) == 0
+
+
+def test_verify_trusts_no_index(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, 9) as writer:
+        writer.add("a", {"txt": b"1"})
+    manifest = Manifest(kind="images", shards=writer.finished)
+    manifest.save(tmp_path)
+    path = tmp_path / "00000.tar"
+    wrong = index_of(map_file(path), path)
+    wrong.sizes = [0]
+    (tmp_path / "00000.idx").write_bytes(wrong.dumps(identity(path, sha256_of(path))))
+    assert bytes(RecordStore(tmp_path, manifest, REQUIRED, StreamConfig())[0]["txt"]) == b""
+    assert bytes(RecordStore(tmp_path, manifest, REQUIRED, StreamConfig(verify=True))[0]["txt"]) == b"1"
+
+
+def test_a_missing_tar_is_told_whatever_its_index_says(tmp_path: Path) -> None:
+    path = latents(tmp_path)
+    digest = sha256_of(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"00000\.tar is missing"):
+        find_index(path, digest, None)
+    with pytest.raises(UserError, match=r"00000\.tar is missing"):
+        ShardReader(path)
