@@ -54,7 +54,10 @@ class ImageDataset:
 
     def item(self, position: int) -> Batch:
         """The sample at a position of the training stream, with its own crop and flip."""
-        image, facts = self._open(self.order(position))
+        return self._item(position, self.order(position))
+
+    def _item(self, position: int, index: int) -> Batch:
+        image, facts = self._open(index)
         cut = cut_of(*image.size, self.images.crop, self.images.flip, rng(self.seed, position, "crop"))
         return {**self._cut(image, facts, cut), "position": position}
 
@@ -84,19 +87,22 @@ class ImageDataset:
     def batch(self, positions: Sequence[int]) -> Batch:
         """Collated items; broken ones are left out and named in "skipped" where the stream says so."""
         self.records.prefetch(self.order.upcoming(positions))
-        if not self.skip:
-            return self.collate([self.item(position) for position in positions])
+        indices = self.order.many(positions)
+        self.records.load(indices)
         items, skipped = [], []
-        for position in positions:
+        for position, index in zip(positions, indices, strict=True):
             try:
-                items.append(self.item(position))
+                items.append(self._item(position, index))
             except UserError as error:
+                if not self.skip:
+                    raise
                 skipped.append(str(error))
         require_some(items, skipped)
-        return {**self.collate(items), "skipped": skipped}
+        return {**self.collate(items), "skipped": skipped} if self.skip else self.collate(items)
 
     def batch_at(self, indices: Sequence[int]) -> Batch:
         """Collated samples of the manifest."""
+        self.records.load(indices)
         return self.collate([self.at(index) for index in indices])
 
     @staticmethod

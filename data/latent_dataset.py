@@ -156,6 +156,7 @@ class LatentDataset:
         rows = {name: np.empty((len(indices), *shapes[name]), array.dtype) for name, array in layout.items()}
         targets = [(name, out.reshape(-1).view(np.uint8).data, out[0].nbytes) for name, out in rows.items()]
         keys, captions, kept, skipped = list[str](), list[str](), list[int](), list[str]()
+        self.records.load(indices)
         for index, variant, position in zip(indices, variants, positions, strict=True):
             row = len(kept)
             try:

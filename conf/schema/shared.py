@@ -180,6 +180,7 @@ class StreamConfig:
     mix: dict[str, float] = field(default_factory=dict, metadata=PATH)  # {FOLDER: WEIGHT}; the first data set's is 1
     cache_dir: str | None = a_path(None)  # for remote shards; None: below $TMPDIR, which should be a local disk
     cache_gb: float = 100.0  # of them on that disk, at most, in 10^9 bytes; shared by the processes of a machine
+    transfers: int = 8  # shards that a machine fetches at a time before they are needed
     timeout_s: float = 60.0  # seconds without a byte after which a server counts as dead
     bucket_run: int = 0  # samples of one shape in a row, in a cache with aspect buckets; 0: the global batch
 
@@ -188,7 +189,7 @@ class StreamConfig:
         require(self.window >= 0, f"stream.window={self.window}: must be 0 (all shards) or positive")
         require(self.lanes >= 0, f"stream.lanes={self.lanes}: must be 0 (off) or positive, a multiple of the processes")
         require(self.lane_batch >= 0, f"stream.lane_batch={self.lane_batch}: must be 0 (global batch) or positive")
-        require_positive(self, "cache_gb", "timeout_s", group="stream.")
+        require_positive(self, "cache_gb", "timeout_s", "transfers", group="stream.")
         for folder, weight in self.mix.items():
             require(
                 weight > 0,

@@ -1,8 +1,9 @@
 """Files behind http(s):// and s3:// through fsspec, with time limits: nothing here waits without end."""
 
+import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,10 @@ Result = TypeVar("Result")
 
 class RemoteError(UserError):
     """A file that could not be fetched, and why."""
+
+
+class WrongContentError(Exception):
+    """A file that arrived, and is not the one that was wanted."""
 
 
 def is_remote(path: str | Path) -> bool:
@@ -42,21 +47,52 @@ def listed(url: str, pattern: str = "*.tar", timeout_s: float = 60.0) -> list[st
     return sorted(name for name in names if fnmatch(name.rpartition("/")[2], pattern))
 
 
-def fetch(url: str, target: Path, timeout_s: float) -> None:
+def fetch(url: str, target: Path, timeout_s: float, size: int | None = None, digest: str = "") -> None:
     """Copy a remote file; a server that fails is asked again.
+
+    Args:
+        size: in bytes; None: not known. A file of that size is there to be written over.
+        digest: sha256 in hex; empty: not known.
 
     Raises:
         RemoteError: not there, an error of the server, or no byte (or hardly any) for `timeout_s` seconds.
+        WrongContentError: what came has another size or digest.
         OSError: the local disk.
-
     """
 
     def copy() -> None:
-        with open(target, "wb") as file:
+        found = hashlib.sha256()
+        with open(target, "wb" if size is None else "r+b") as file:
             for chunk in _chunks(url, timeout_s):
                 file.write(chunk)
+                found.update(chunk)
+                if size is not None and file.tell() > size:  # a server that sends for ever shall not fill the disk
+                    raise WrongContentError(url)
+            if (size is not None and file.tell() != size) or (digest and found.hexdigest() != digest):
+                raise WrongContentError(url)
 
     _tried(copy)
+
+
+def fetch_ranges(places: Sequence[tuple[str, int, int]], timeout_s: float) -> list[bytes]:
+    """Parts of remote files, several at once: (address, first byte, the one behind the last) of each.
+
+    Raises:
+        RemoteError: as `fetch`; also by a server that sends other parts than it was asked for.
+    """
+    urls, begins, ends = (list(column) for column in zip(*places, strict=True))
+
+    def get() -> list[bytes]:
+        files = _file_system(urls[0].partition("://")[0], timeout_s)
+        found = files.cat_ranges(urls, begins, ends, on_error="return")
+        for url, begin, end, part in zip(urls, begins, ends, found, strict=True):
+            if isinstance(part, Exception):
+                raise RemoteError(f"{url}: {_reason(part, timeout_s)}") from part
+            if len(part) != end - begin:
+                raise RemoteError(f"{url}: the server sent {len(part)} bytes for a range of {end - begin}")
+        return list(found)
+
+    return _tried(get)
 
 
 def read_remote(path: str | Path, timeout_s: float = 60.0) -> bytes:

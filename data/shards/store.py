@@ -10,6 +10,7 @@ import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from itertools import accumulate
 from math import ceil
 from pathlib import Path
@@ -20,13 +21,43 @@ from conf.process import machines
 from conf.schema import StreamConfig
 from data.shards.cache import ShardCache
 from data.shards.manifest import REMEDY, Manifest, folder_of
-from data.shards.remote import RemoteError, is_remote, joined
+from data.shards.remote import RemoteError, fetch_ranges, is_remote, joined
 from data.shards.shard import ShardReader, described, sha256_of, without_dots
-from data.shards.tar_index import find_index
+from data.shards.tar_index import BLOCK, ShardIndex, find_index, is_header
 
 NAMED = 4  # of the extensions that a sample lacks, the usual ones
 OPEN_SHARDS = 256  # memory-mapped at a time in one process: each holds two file descriptors, of usually 1,024
 RETRY_S = 600.0  # after which a shard that could not be fetched is asked for again; a broken file stays broken
+
+
+class RangeReader:
+    """Random access to the samples of one remote shard, each of which is fetched alone; `reader[i]` as `ShardReader`.
+
+    What a server sends is compared with the index, as far as headers tell.
+    """
+
+    def __init__(self, url: str, index: ShardIndex, timeout_s: float) -> None:
+        self.url, self.index, self.timeout_s = url, index, timeout_s
+        self.fetched: dict[int, bytes] = {}  # samples that will be asked for next
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        begin, end = self.index.span(i)
+        part = self.fetched.pop(i, None)
+        if part is None:
+            (part,) = fetch_ranges([(self.url, begin, end)], self.timeout_s)
+        record: dict[str, Any] = {"__key__": self.index.key(i)}
+        for extension, offset, size in self.index.members(i):
+            if not is_header(part[offset - begin - BLOCK : offset - begin], size):
+                raise RemoteError(f"{self.url}: the server sent other bytes than its index says: upload it again")
+            record[extension] = memoryview(part)[offset - begin : offset - begin + size]
+        return record
+
+    def key(self, i: int) -> str:
+        """Key of sample `i`, without touching its content."""
+        return self.index.key(i)
 
 
 class RecordStore:
@@ -42,8 +73,10 @@ class RecordStore:
         self, folder: str | Path, manifest: Manifest, required: Sequence[tuple[str, ...]], stream: StreamConfig
     ) -> None:
         self.folder, self.manifest, self.required = folder_of(folder), manifest, required
-        self.cache = remote_cache(str(folder), manifest, stream) if is_remote(folder) else None
-        self.verify, self.skip, self.cache_dir = stream.verify, stream.skip_broken, stream.cache_dir
+        self.cache = ShardCache(str(folder), stream) if is_remote(folder) else None
+        self.ranges = self.cache is not None and needs_ranges(str(folder), manifest, stream)
+        self.verify, self.skip = stream.verify, stream.skip_broken
+        self.cache_dir, self.timeout_s = stream.cache_dir, stream.timeout_s
         self.ends = array("q", accumulate(shard.samples for shard in manifest.shards))
         self._forget()
         if not self.skip:
@@ -51,7 +84,7 @@ class RecordStore:
 
     def _forget(self) -> None:
         # Neither maps nor locks can be pickled: a process that gets the store opens by itself what it reads.
-        self.readers: dict[int, ShardReader] = {}  # the one that was opened first is closed first
+        self.readers: dict[int, ShardReader | RangeReader] = {}  # the one that was opened first is closed first
         self.broken: dict[int, tuple[UserError, float]] = {}  # shards that cannot be read, and until when they rest
         self.lock = threading.Lock()
 
@@ -67,6 +100,8 @@ class RecordStore:
         reader = self._open(shard)
         try:
             record = reader[row]
+        except RemoteError:
+            raise
         except UserError as error:
             raise UserError(f"{self.name(index)}: {error}: {REMEDY[self.manifest.kind]}") from None
         if self.skip:  # else it was checked when the shard was opened
@@ -103,8 +138,22 @@ class RecordStore:
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Fetch remote shards in the background."""
-        if self.cache is not None:
+        if self.cache is not None and not self.ranges:
             self.cache.prefetch(self.manifest.shards[shard] for shard in shards)
+
+    def load(self, indices: Sequence[int]) -> None:
+        """Fetch the samples that are read next, at once, where they are fetched one by one."""
+        if not self.ranges:
+            return
+        places = list[tuple[RangeReader, int]]()
+        with suppress(UserError) if self.skip else nullcontext():  # then each for itself says what is wrong with it
+            for shard, row in map(self.place, indices):
+                reader = self._open(shard)
+                assert isinstance(reader, RangeReader)
+                places.append((reader, row))
+            wanted = [(reader.url, *reader.index.span(row)) for reader, row in places]
+            for (reader, row), part in zip(places, fetch_ranges(wanted, self.timeout_s), strict=True):
+                reader.fetched[row] = part
 
     def _name(self, shard: int) -> str | Path:
         return joined(self.folder, self.manifest.shards[shard].name)
@@ -114,14 +163,14 @@ class RecordStore:
             return self.cache.path_of(self.manifest.shards[shard])
         return Path(self._name(shard))
 
-    def _open(self, shard: int) -> ShardReader:
+    def _open(self, shard: int) -> ShardReader | RangeReader:
         reader = self.readers.get(shard)
         if reader is not None:  # without the lock, which decoding threads would queue at
             return reader
         with self.lock:
             return self.readers.get(shard) or self._opened(shard)
 
-    def _opened(self, shard: int) -> ShardReader:
+    def _opened(self, shard: int) -> ShardReader | RangeReader:
         if shard in self.broken and time.monotonic() < self.broken[shard][1]:
             raise self.broken[shard][0]
         try:
@@ -134,13 +183,10 @@ class RecordStore:
         self.readers[shard] = reader
         return reader
 
-    def _checked(self, shard: int) -> ShardReader:
+    def _checked(self, shard: int) -> ShardReader | RangeReader:
         """A new reader; every sample must have what is required."""
-        info, path, remedy = self.manifest.shards[shard], self._path(shard), REMEDY[self.manifest.kind]
-        if self.verify and info.sha256 and sha256_of(path) != info.sha256:
-            raise UserError(f"shard {path} differs from the sha256 of its manifest: {remedy}")
-        index = None if self.verify else find_index(path, info.sha256, self.cache_dir)  # None: seen with its own eyes
-        reader = ShardReader(path, index=index)
+        info, path, remedy = self.manifest.shards[shard], self._name(shard), REMEDY[self.manifest.kind]
+        reader = self._range_reader(shard) if self.ranges else self._reader(shard)
         if len(reader) != info.samples:
             raise UserError(
                 f"shard {path} has {len(reader)} samples, not {info.samples} as its manifest says: {remedy}"
@@ -149,6 +195,17 @@ class RecordStore:
             self._require(reader.index.extensions(lacking), f"sample '{reader.key(lacking)}'", shard)
         return reader
 
+    def _reader(self, shard: int) -> ShardReader:
+        info, path = self.manifest.shards[shard], self._path(shard)
+        if self.verify and info.sha256 and sha256_of(path) != info.sha256:
+            raise UserError(f"shard {path} differs from the sha256 of its manifest: {REMEDY[self.manifest.kind]}")
+        index = None if self.verify else find_index(path, info.sha256, self.cache_dir)  # None: seen with its own eyes
+        return ShardReader(path, index=index)
+
+    def _range_reader(self, shard: int) -> RangeReader:
+        assert self.cache is not None
+        return RangeReader(str(self._name(shard)), self.cache.index_of(self.manifest.shards[shard]), self.timeout_s)
+
     def _require(self, present: Collection[str], sample: str, shard: int) -> None:
         for choices in self.required:
             if not any(extension in present for extension in choices):
@@ -156,15 +213,23 @@ class RecordStore:
                 raise UserError(f"shard {self._name(shard)}: {sample} {lack}: {REMEDY[self.manifest.kind]}")
 
 
-def remote_cache(url: str, manifest: Manifest, stream: StreamConfig) -> ShardCache:
-    """The cache of a remote data set; `UserError` when it could not hold what is read at a time."""
+def needs_ranges(url: str, manifest: Manifest, stream: StreamConfig) -> bool:
+    """Whether samples of a remote data set are fetched one by one, as the cache cannot hold what is read at a time.
+
+    Raises:
+        UserError: windows that it cannot hold, or shards without an index.
+    """
     largest = sorted((shard.bytes for shard in manifest.shards), reverse=True)
     lanes = max(1, ceil(stream.lanes / machines()))  # whose windows this machine reads: the present ones and the next
     needed, limit = sum(largest[: 2 * lanes * stream.window or None]), stream.cache_gb * 1e9
-    if needed > limit:
-        window = max(1, int(limit / (2 * lanes * largest[0])))
-        raise UserError(
-            f"stream.cache_gb={stream.cache_gb:g}: {needed / 1e9:.3g} GB of {url} are read at a time and would be "
-            f"fetched again and again: set stream.window={window} (shards), or more cache_gb"
-        )
-    return ShardCache(url, stream)
+    if needed <= limit:
+        return False
+    indexed = all(shard.index for shard in manifest.shards)
+    if stream.window == 0 and indexed and not stream.verify:
+        return True
+    window = max(1, int(limit / (2 * lanes * largest[0])))
+    single = ", or stream.window=0 to fetch samples one by one" if indexed and not stream.verify else ""
+    raise UserError(
+        f"stream.cache_gb={stream.cache_gb:g}: {needed / 1e9:.3g} GB of {url} are read at a time and would be "
+        f"fetched again and again: set stream.window={window} (shards){single}, or more cache_gb"
+    )

@@ -101,6 +101,15 @@ def scan_tar(content: memoryview, path: Path) -> Iterator[tuple[str, int, int]]:
         long_name, long_size = "", -1
 
 
+def is_header(block: bytes, size: int) -> bool:
+    """Whether a block is a sound header of a member with so many bytes."""
+    try:
+        checksum = sum(block) - sum(block[148:156]) + 8 * 0x20
+        return block[257:262] == b"ustar" and (_number(block[124:136]), _number(block[148:156])) == (size, checksum)
+    except tarfile.HeaderError:
+        return False
+
+
 def _number(field: bytes) -> int:
     try:
         return int(field.rstrip(b"\0 "), 8)
@@ -175,8 +184,8 @@ class ShardIndex:
         return list(zip(names, self.offsets[first : first + len(names)], sizes, strict=True))
 
     def span(self, i: int) -> tuple[int, int]:
-        """Where the content of a sample begins and ends, in bytes."""
-        places = [(offset, offset + size) for _, offset, size in self.members(i)]
+        """Where a sample begins, with the header of its first member, and ends, in bytes."""
+        places = [(offset - BLOCK, offset + size) for _, offset, size in self.members(i)]
         return min(begin for begin, _ in places), max(end for _, end in places)
 
     def lacking(self, required: Collection[Collection[str]]) -> int | None:

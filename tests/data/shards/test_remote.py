@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,6 +22,7 @@ from data.latent_record import LatentWriter
 from data.loader import batches
 from data.shards import cache as shard_cache
 from data.shards import remote
+from data.shards.cache import ShardCache
 from data.shards.manifest import Manifest
 from data.shards.remote import RemoteError, fetch, listed, read_remote
 
@@ -101,9 +103,172 @@ def test_the_next_window_is_fetched_ahead(http: Any, tmp_path: Path) -> None:
 def test_a_cache_that_would_fetch_again_and_again_is_refused_with_the_window_to_set(http: Any, tmp_path: Path) -> None:
     size = write(tmp_path / "served" / "train").shards[0].bytes
     limit = {"cache_dir": str(tmp_path / "cache"), "cache_gb": 4.5 * size / 1e9}
-    for window in (0, 3):
-        with pytest.raises(UserError, match=r"stream\.cache_gb=.* set stream\.window=2 \(shards\)"):
-            stream_of(f"{http.url}/train", 1, window=window, **limit)
+    with pytest.raises(UserError, match=r"cache_gb=.* set stream\.window=2 \(shards\), or stream\.window=0 to fetch"):
+        stream_of(f"{http.url}/train", 1, window=3, **limit)
+    for window in (0, 3):  # nobody can fetch single samples and know that they are right
+        with pytest.raises(UserError, match=r"stream\.cache_gb=.* set stream\.window=2 \(shards\), or more"):
+            stream_of(f"{http.url}/train", 1, window=window, verify=True, **limit)
+    with pytest.raises(UserError, match=r"set stream\.window=1 \(shards\)"):  # of each of two lanes
+        stream_of(f"{http.url}/train", 1, window=2, lanes=2, **limit)
+
+
+# --- single samples
+
+
+def small(tmp_path: Path, shard: int) -> dict[str, Any]:
+    """A cache that holds one shard and a half."""
+    return {"cache_dir": str(tmp_path / "cache"), "cache_gb": 1.5 * shard / 1e9}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_of_a_data_set_that_no_disk_holds_samples_are_fetched_one_by_one(
+    http: Any, tmp_path: Path, workers: int
+) -> None:
+    manifest = write(tmp_path / "served" / "train")
+    options = small(tmp_path, manifest.shards[0].bytes)
+    ours = stream_of(f"{http.url}/train", 10, workers, **options)
+    for batch, expected in zip(ours, stream_of(tmp_path / "served" / "train", 10), strict=True):
+        assert batch["key"] == expected["key"] and torch.equal(batch["moments"], expected["moments"])
+    assert not cached(tmp_path)
+    tars, indices = (sum(n for name, n in http.sent.items() if name.endswith(end)) for end in (".tar", ".idx"))
+    if workers == 0:  # a worker loads further than is asked for
+        assert tars <= 2.1 * manifest.bytes and all(http.requests[f"{i:05d}.idx"] == 1 for i in range(SHARDS))
+    assert 0 < indices < manifest.bytes
+
+
+@pytest.mark.parametrize("fault", ["no ranges", "shifted", "500", "missing index", "wrong index", "index of another"])
+def test_a_server_that_sends_something_else_than_a_sample_is_found_out(http: Any, tmp_path: Path, fault: str) -> None:
+    folder = tmp_path / "served" / "train"
+    manifest = write(folder)
+    if fault == "missing index":
+        (folder / "00003.idx").unlink()
+    elif fault == "wrong index":
+        (folder / "00003.idx").write_bytes((folder / "00003.idx").read_bytes() + b" ")
+    elif fault == "index of another":
+        (folder / "00003.idx").write_bytes((folder / "00004.idx").read_bytes())
+    else:
+        http.faults["00003.tar"] = fault
+    options = small(tmp_path, manifest.shards[0].bytes)
+    with pytest.raises(
+        RemoteError, match=r"00003\.(tar|idx).*(for a range of|other bytes|500|not found|not the index)"
+    ):
+        stream_of(f"{http.url}/train", 5, **options)
+    found = stream_of(f"{http.url}/train", 5, skip_broken=True, **options)
+    assert {key for batch in found for key in batch["key"]} == {f"{i:04d}" for i in range(SAMPLES) if i // SHARD != 3}
+
+
+# --- several transfers
+
+
+def fetched_ahead(cache: ShardCache, manifest: Manifest, timeout_s: float = 20.0) -> float:
+    """Seconds until all shards are on the disk."""
+    began = time.monotonic()
+    while len(list(cache.folder.glob("*.tar"))) < len(manifest.shards):
+        assert time.monotonic() < began + timeout_s
+        cache.prefetch(manifest.shards)
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("transfers", [1, 4])
+def test_several_shards_are_fetched_at_a_time_and_no_more_than_allowed(
+    http: Any, tmp_path: Path, transfers: int
+) -> None:
+    manifest = write(tmp_path / "served" / "train")
+    http.delay_s = 0.1
+    stream = StreamConfig(cache_dir=str(tmp_path / "cache"), transfers=transfers)
+    caches = [ShardCache(f"{http.url}/train", stream) for _ in range(3)]  # as of three processes
+    threads = [threading.Thread(target=fetched_ahead, args=(cache, manifest)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert http.most_busy == transfers
+    assert all(http.requests[f"{i:05d}.tar"] == 1 for i in range(SHARDS))
+
+
+def test_who_needs_a_shard_does_not_wait_for_what_is_fetched_ahead(http: Any, tmp_path: Path) -> None:
+    manifest = write(tmp_path / "served" / "train")
+    http.faults |= {f"{i:05d}.tar": "stall" for i in range(4)}
+    stream = StreamConfig(cache_dir=str(tmp_path / "cache"), transfers=4)
+    cache = ShardCache(f"{http.url}/train", stream)
+    cache.prefetch(manifest.shards[:4])
+    while http.busy < 4:
+        time.sleep(0.01)
+    assert cache.path_of(manifest.shards[7]).stat().st_size == manifest.shards[7].bytes
+
+
+def test_what_is_on_its_way_counts_and_what_a_killed_process_left_makes_room(http: Any, tmp_path: Path) -> None:
+    manifest = write(tmp_path / "served" / "train")
+    size = manifest.shards[0].bytes + (tmp_path / "served" / "train" / "00000.idx").stat().st_size
+    http.delay_s = 0.02
+    stream = StreamConfig(cache_dir=str(tmp_path / "cache"), transfers=4, cache_gb=3.2 * size / 1e9)
+    caches = [ShardCache(f"{http.url}/train", stream) for _ in range(4)]
+    left = caches[0].folder / f".{manifest.shards[0].sha256[:16]}-00000.tar.part"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(bytes(3 * size))
+    ended = threading.Event()
+    most = 0
+
+    def fetch_all(cache: ShardCache) -> None:
+        for info in (*manifest.shards, *manifest.shards):
+            with suppress(UserError):
+                cache.path_of(info)
+        ended.set()
+
+    threads = [threading.Thread(target=fetch_all, args=(cache,)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    while not ended.is_set():
+        most = max(most, bytes_of([*caches[0].folder.glob("*.tar"), *caches[0].folder.glob(".*.part")]))
+    for thread in threads:
+        thread.join()
+    assert 0 < most <= 4.2 * size and not left.exists()  # one may be counted on its way and under its name
+
+
+def test_a_server_that_sends_without_end_is_not_listened_to(http: Any, tmp_path: Path) -> None:
+    manifest = write(tmp_path / "served" / "train")
+    http.faults["00003.tar"] = "long"
+    cache = ShardCache(f"{http.url}/train", StreamConfig(cache_dir=str(tmp_path / "cache")))
+    with pytest.raises(RemoteError, match="not the one that its manifest describes"):
+        cache.path_of(manifest.shards[3])
+
+
+def test_the_index_comes_with_its_shard_and_is_made_where_it_does_not(http: Any, tmp_path: Path) -> None:
+    manifest = write(tmp_path / "served" / "train")
+    (tmp_path / "served" / "train" / "00001.idx").unlink()
+    cache = ShardCache(f"{http.url}/train", StreamConfig(cache_dir=str(tmp_path / "cache")))
+    paths = [cache.path_of(info) for info in manifest.shards[:2]]
+    assert [path.with_suffix(".idx").exists() for path in paths] == [True, False]
+    keys = [
+        key for batch in stream_of(f"{http.url}/train", 5, cache_dir=str(tmp_path / "cache")) for key in batch["key"]
+    ]
+    assert len(set(keys)) == SAMPLES and paths[1].with_suffix(".idx").exists()
+
+
+# --- lanes
+
+
+@pytest.mark.parametrize("nodes", [2, 4, 8])
+def test_in_lanes_each_machine_fetches_its_share_alone(http: Any, tmp_path: Path, nodes: int) -> None:
+    with LatentWriter(tmp_path / "served" / "train", SHARD, CacheDtype.fp16) as writer:
+        for i in range(64 * SHARD):
+            writer.add(f"{i:04d}", np.zeros((1, 8, 4, 4), np.float32), np.arange(3), "noise", {})
+    manifest = Manifest(kind="latents", shards=writer.close())
+    manifest.save(tmp_path / "served" / "train")
+    keys, read = list[str](), list[int]()
+    for node in range(nodes):
+        http.sent.clear()
+        stream = StreamConfig(window=2, lanes=8, cache_dir=str(tmp_path / f"cache{node}"))
+        dataset = LatentDataset(f"{http.url}/train", 0, stream, batch=16)
+        steps = manifest.samples // 16
+        for batch in itertools.islice(batches(dataset, 16, 16 // nodes, node, nodes, 0, 0), steps):
+            keys += batch["key"]
+        read.append(sum(count for name, count in http.sent.items() if name.endswith(".tar")))
+    assert sorted(keys) == [f"{i:04d}" for i in range(64 * SHARD)]
+    # An eighth of 64 shards is eight: what it begins and ends in counts for much more here than in a large data set,
+    # as do the first shard, of which each checks the layout, and the first window of the next epoch.
+    assert sum(read) / manifest.bytes < 1 + nodes * (1 + 2 + 2 * 8 / nodes) / 64
 
 
 def rest_of(batch: Any, lost: int) -> bool:
@@ -140,7 +305,7 @@ def test_a_shard_that_cannot_be_had_is_named_or_skipped_and_nothing_hangs(
     assert all(rest_of(batch, 3) for batch in found)
     keys = {key for batch in found for key in batch["key"]}
     assert keys == {f"{i:04d}" for i in range(SAMPLES) if i // SHARD != 3}
-    assert len(cached(tmp_path)) == SHARDS - 1 and not list((tmp_path / "cache").rglob("*.tmp"))
+    assert len(cached(tmp_path)) == SHARDS - 1 and not list((tmp_path / "cache").rglob("*.part"))
 
 
 def test_a_server_that_fails_once_is_asked_again(http: Any, tmp_path: Path) -> None:
@@ -159,8 +324,8 @@ def test_a_cache_disk_that_fills_gives_back_what_it_holds_and_then_says_which_op
     write(tmp_path / "served" / "train")
     original, room = shard_cache.fetch, [1]
 
-    def full(url: str, target: Path, timeout_s: float) -> None:
-        original(url, target, timeout_s)
+    def full(url: str, target: Path, *others: Any) -> None:
+        original(url, target, *others)
         if len(cached(tmp_path)) >= room[0]:
             raise OSError(28, "No space left on device")
 
