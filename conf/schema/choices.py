@@ -132,6 +132,7 @@ class DistillMethod(Enum):
     lcm = "lcm"
     scm = "scm"  # of a teacher of v or flow
     consistency_training = "consistency_training"
+    guidance = "guidance"  # alone, for solvers of many steps
 
 
 class Sampler(Enum):

@@ -8,7 +8,7 @@ from conf.errors import UserError
 from conf.overrides import a_path
 from conf.schema.choices import Accelerator, CacheDtype, DistillMethod, Precision, TerminalImages
 from conf.schema.shared import WandbConfig, require, require_positive
-from conf.schema.training import SLOPE, TARGETS, UNetRun, passes_beside
+from conf.schema.training import SLOPE, TARGETS, UNetRun, asks_teacher, passes_beside
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,7 +100,7 @@ class PlanRun(UNetRun):
     @property
     def taught(self) -> bool:
         """Whether every process holds a teacher."""
-        return self.method in (DistillMethod.lcm, DistillMethod.scm) or self.adversarial_weight > 0
+        return self.method is not None and asks_teacher(self.method, self.adversarial_weight > 0)
 
     def refusal(self) -> str:
         """Why `program` would not start with these options; "" where nothing in them hinders it."""

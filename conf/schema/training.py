@@ -197,7 +197,17 @@ class UNetRun:
 
 
 SLOPE = 2  # calls of a network between which its slope is seen
-TARGETS = {DistillMethod.lcm: 1, DistillMethod.scm: SLOPE, DistillMethod.consistency_training: 1}  # calls for a target
+TARGETS = {  # calls of the student for its own target
+    DistillMethod.lcm: 1,
+    DistillMethod.scm: SLOPE,
+    DistillMethod.consistency_training: 1,
+    DistillMethod.guidance: 0,
+}
+
+
+def asks_teacher(method: DistillMethod, judged: bool) -> bool:
+    """Whether every process holds a teacher: for its steps, or as an adversary's eye."""
+    return method is not DistillMethod.consistency_training or judged
 
 
 def passes_beside(method: DistillMethod, judged: bool) -> int:
@@ -258,6 +268,11 @@ class DistillRun:
         require(
             self.adversarial_weight >= 0,
             f"adversarial_weight={self.adversarial_weight}: must be 0 (off) or positive",
+        )
+        require(
+            self.adversarial_weight == 0 or self.method is not DistillMethod.guidance,
+            f"adversarial_weight={self.adversarial_weight}: method=guidance is for solvers of many steps, of which no "
+            "single one draws an image to be judged; leave it out",
         )
         require(
             len(self.guidance) == 2 and 1 <= self.guidance[0] <= self.guidance[1],

@@ -18,7 +18,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from conf.errors import UserError
-from conf.schema import STOCHASTIC, Sampler, SamplingConfig
+from conf.schema import STOCHASTIC, DistillMethod, Sampler, SamplingConfig
 from models.diffusion.process import Denoise
 
 Callback = Callable[[int, Tensor, Tensor], None]  # (step, x before the step, guess x0)
@@ -403,6 +403,11 @@ class Student:
     method: str
     guidance: list[float] | None
 
+    @property
+    def in_few_steps(self) -> bool:
+        """Whether it says where its teacher's path ends; else it is like any network, with its guidance inside."""
+        return self.method != DistillMethod.guidance.value
+
     @classmethod
     def read(cls, found: Mapping[str, Any]) -> Self | None:
         """Of plain values; None for a network that is no student. Raises TypeError for what no training writes."""
@@ -422,7 +427,9 @@ class Student:
             UserError: another sampler, too many steps, or guidance that it was not taught.
         """
         about = f"this network is a student of distillation ({self.method})"
-        if sampling.sampler is not Sampler.lcm or sampling.steps > MOST_STEPS:
+        if not self.in_few_steps and sampling.sampler in (Sampler.lcm, Sampler.mean_flow):
+            raise UserError(f"sampler={sampling.sampler.value}: {about}, for solvers; set another one, such as unipc")
+        if self.in_few_steps and (sampling.sampler is not Sampler.lcm or sampling.steps > MOST_STEPS):
             raise UserError(
                 f"sampler={sampling.sampler.value}, steps={sampling.steps}: {about}; set sampler=lcm and steps=1 to "
                 f"{MOST_STEPS}"

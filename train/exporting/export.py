@@ -18,6 +18,7 @@ from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.denoiser import Denoiser
 from models.diffusion.process import SCHEDULER, Process
+from models.diffusion.samplers import Student
 from models.formats.clip import text_config, text_to_hugging_face, tokenizer_files, with_padding
 from models.formats.single_file import write_single_file
 from models.formats.weights import CONFIG_NAME, save_folder
@@ -57,7 +58,9 @@ def export_model(cfg: ExportRun) -> None:
     clip = _clip(cfg) if "text_encoder" in parts else None
     absorb_normalisation(autoencoder, torch.tensor(info.latent_mean), torch.tensor(info.latent_std))
     process, unet = Process(info.process_config()), denoiser.unet
-    if info.student and process.flow:
+    student = Student.read(info.student)
+    in_few_steps = student is not None and student.in_few_steps
+    if in_few_steps and process.flow:
         raise UserError(
             f"unet={cfg.unet}: {name} draws with no student of a flow, its LCMScheduler knows eps, v and x0 alone; "
             "load the U-Net in that folder by itself, or sample with train/sample.py"
@@ -71,7 +74,7 @@ def export_model(cfg: ExportRun) -> None:
         if network is not None:
             network.to(DTYPES[cfg.dtype.value])
     if cfg.format is ExportFormat.diffusers:
-        scheduler = process.scheduler_config(student=bool(info.student))
+        scheduler = process.scheduler_config(student=in_few_steps)
         write = partial(write_pipeline, unet=unet, autoencoder=autoencoder, clip=clip, scheduler=scheduler, name=name)
         _replace_folder(Path(cfg.output_dir), write)
         say("export", f"{cfg.output_dir}: {name}.from_pretrained reads it")

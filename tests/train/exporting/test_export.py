@@ -190,6 +190,26 @@ def test_pipeline_of_diffusers_draws_the_images_of_its_network_with_a_student_s_
     assert np.abs(drawn - theirs()).max() <= 2 / 255
 
 
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_guidance_inside_is_guidance_inside_in_diffusers(
+    project: Any, runtime: Runtime, tmp_path: Path, prediction: str
+) -> None:
+    """With the schedulers of any network, each at half the price."""
+    model = replace(project.config("unet").model, time_cond_proj_dim=256)
+    untrained(
+        project, tmp_path / "plain", model, {"caption": {}}, student={"method": "guidance", "guidance": [1.0, 4.0]}
+    )
+    unet = trained_as(project, tmp_path / "unet", prediction, tmp_path / "plain")
+    export.export_model(config(project, tmp_path / "export", f"unet={unet}"))
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "export", low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    ours = load_model(project.config("sample", "prompts=[x]", f"unet={unet}"), runtime.device)
+    drawn = shown(ours(PROMPTS, [0, 0], SamplingConfig(sampler=Sampler.ddim, steps=4, guidance_scale=3.0)))
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": noise_of(ours, PROMPTS), "output_type": "np"}
+    theirs = pipeline(PROMPTS, height=drawn.shape[1], width=drawn.shape[2], **options).images
+    assert np.abs(drawn - theirs).max() <= 2 / 255
+
+
 def test_student_of_a_flow_has_no_pipeline(project: Any, tmp_path: Path) -> None:
     model = replace(project.config("unet").model, time_cond_proj_dim=256)
     student = {"method": "lcm", "guidance": [1.0, 4.0]}

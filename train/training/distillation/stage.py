@@ -1,4 +1,4 @@
-"""The fourth training: a student of a trained U-Net learns to draw in one to four steps."""
+"""The fourth training: a student of a trained U-Net learns to draw in few steps, or with its guidance inside."""
 
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -11,7 +11,7 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import ConditionsConfig, DistillMethod, DistillRun, Prediction, TimestepSampling, UNetRun
 from conf.schema.networks import UNetConfig
-from conf.schema.training import passes_beside
+from conf.schema.training import asks_teacher, passes_beside
 from data.image_dataset import Batch
 from models.conditions import Conditions, Inputs, Wanted
 from models.denoiser import Denoiser
@@ -28,6 +28,7 @@ from train.latents.provenance import INFO, UNetInfo, trained_otherwise
 from train.training.distillation.adversarial import Apart, Heads, TeacherMaps, both_pulls, judged_loss, judges_loss
 from train.training.distillation.consistency import Lesson, Level, Levels, consistency_loss
 from train.training.distillation.continuous import continuous_loss
+from train.training.distillation.guidance import guidance_loss
 from train.training.unet import Measure, UNetStage, by_timestep, wanted_of
 
 EMBEDDING = 256  # width of that of the guidance scale: what diffusers' latent consistency models have
@@ -120,7 +121,7 @@ class DistillStage(UNetStage):
             ),
         )
         self.teacher: Denoiser | None = None
-        if cfg.method is not DistillMethod.consistency_training or cfg.adversarial_weight > 0:
+        if asks_teacher(cfg.method, cfg.adversarial_weight > 0):
             unet = UNet.from_pretrained(cfg.teacher)
             teacher = Denoiser(unet, self.conditions_of(unet.cfg))
             teacher.load_conditions(cfg.teacher)
@@ -203,23 +204,23 @@ class DistillStage(UNetStage):
         """What the method has a student learn; samples_seen None: of one that is measured."""
         cfg, (rng, x0, noise, inputs, scales) = self.distillation, drawn
         told = inputs if cfg.guided is None else inputs | {"guidance": scales}
-        u, teacher = rng.uniform("level"), partial(self.guided, inputs, scales)
+        u, teacher, process = rng.uniform("level"), partial(self.guided, inputs, scales), self.process
 
         def predict(network: Any, x_t: Tensor, timesteps: Tensor) -> Tensor:
             prediction: Tensor = network(x_t, timesteps, told)
             return prediction
 
-        if cfg.method is not DistillMethod.scm:
+        says = partial(predict, student)
+        if cfg.method in (DistillMethod.lcm, DistillMethod.consistency_training):
             steps = teacher if cfg.method is DistillMethod.lcm else None
-            levels = self.levels.neighbours(u, x0)
-            return consistency_loss(partial(predict, student), steps, self.process, levels, x0, noise, cfg.huber)
+            return consistency_loss(says, steps, process, self.levels.neighbours(u, x0), x0, noise, cfg.huber)
         timesteps = self.everywhere.draw_timesteps(u)
-        level = Level(timesteps, *self.process.levels(timesteps, x0))
+        level = Level(timesteps, *process.levels(timesteps, x0))
+        if cfg.method is DistillMethod.guidance:
+            return guidance_loss(says, teacher, process, level, x0, noise)
         measured, ramp = samples_seen is None, cfg.tangent_warmup
         warmup = 1.0 if samples_seen is None or ramp == 0 else min(1.0, samples_seen / ramp)
-        return continuous_loss(
-            partial(predict, student), teacher, self.process, level, x0, noise, warmup, normalised=not measured
-        )
+        return continuous_loss(says, teacher, process, level, x0, noise, warmup, normalised=not measured)
 
     def guided(self, inputs: Inputs, scales: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """The teacher's prediction [B, C, h, w] with a scale of guidance [B] for each sample, in one call."""
