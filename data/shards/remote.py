@@ -122,7 +122,8 @@ def _tried(work: Callable[[], Result]) -> Result:
 def _chunks(url: str, timeout_s: float) -> Iterator[bytes]:
     """The content of a file in pieces; every failure of the other side is a `RemoteError`."""
     try:
-        options = {"block_size": 0} if url.startswith("http") else {}  # 0: a stream, no requests of ranges
+        # 0: a stream, no requests of ranges. With any size the server is not asked for it first, a way there and back.
+        options = {"block_size": 0, "size": 1} if url.startswith("http") else {}
         with _file_system(url.partition("://")[0], timeout_s).open(url, "rb", **options) as file:
             mark, arrived = time.monotonic(), 0
             while chunk := file.read(CHUNK):

@@ -23,7 +23,7 @@ from data.shards.cache import ShardCache
 from data.shards.manifest import REMEDY, Manifest, folder_of
 from data.shards.remote import RemoteError, fetch_ranges, is_remote, joined
 from data.shards.shard import ShardReader, described, sha256_of, without_dots
-from data.shards.tar_index import BLOCK, ShardIndex, find_index, is_header
+from data.shards.tar_index import BLOCK, ShardIndex, find_index, is_header, size_of
 
 NAMED = 4  # of the extensions that a sample lacks, the usual ones
 OPEN_SHARDS = 256  # memory-mapped at a time in one process: each holds two file descriptors, of usually 1,024
@@ -197,6 +197,10 @@ class RecordStore:
 
     def _reader(self, shard: int) -> ShardReader:
         info, path = self.manifest.shards[shard], self._path(shard)
+        if (size := size_of(path)) != info.bytes:
+            raise UserError(
+                f"shard {path} has {size} bytes, not {info.bytes} as its manifest says: {REMEDY[self.manifest.kind]}"
+            )
         if self.verify and info.sha256 and sha256_of(path) != info.sha256:
             raise UserError(f"shard {path} differs from the sha256 of its manifest: {REMEDY[self.manifest.kind]}")
         index = None if self.verify else find_index(path, info.sha256, self.cache_dir)  # None: seen with its own eyes

@@ -456,12 +456,15 @@ def _made(path: Path, of: dict[str, Any], places: Sequence[Path]) -> ShardIndex:
 
 def identity(path: Path, digest: str) -> dict[str, Any]:
     """What an index says of the tar that it is of; a missing tar is a `UserError`."""
+    return {"bytes": size_of(path), **({"sha256": digest} if digest else {"mtime_ns": path.stat().st_mtime_ns})}
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a tar; a missing one is a `UserError`."""
     try:
-        status = path.stat()
+        return path.stat().st_size
     except FileNotFoundError:
         raise missing(path) from None
-    known = {"sha256": digest} if digest else {"mtime_ns": status.st_mtime_ns}
-    return {"bytes": status.st_size, **known}
 
 
 def _load_any(places: Iterable[Path], of: dict[str, Any]) -> ShardIndex | None:
