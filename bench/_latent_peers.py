@@ -1,7 +1,6 @@
-"""Other loaders of the same latents, in an environment of their own: `python _latent_peers.py LIBRARY FOLDER`.
+"""Other loaders of the same latents, in an environment of their own; see `_peers.Peer`.
 
-Reads one line after another from stdin and answers each with the seconds of an epoch: batches of float32 moments and
-int64 tokens in a shuffled order, in one process with one thread.
+An epoch: batches of float32 moments and int64 tokens in a shuffled order, in one process with one thread.
 """
 
 import sys
@@ -15,7 +14,7 @@ import torch
 BATCH = 64
 
 
-def write(library: str, source: str, folder: str) -> None:
+def write(source: str, folder: str, library: str) -> None:
     """The records of an .npz file in the library's own format."""
     arrays = np.load(source)
     records = [{"moments": m, "tokens": t} for m, t in zip(arrays["moments"], arrays["tokens"], strict=True)]
@@ -38,7 +37,7 @@ def write(library: str, source: str, folder: str) -> None:
         writer.merge()
 
 
-def batches(library: str, folder: str) -> Iterable[dict[str, torch.Tensor]]:
+def batches(folder: str, library: str) -> Iterable[dict[str, torch.Tensor]]:
     """An epoch of the library's own loader."""
     if library == "mosaicml-streaming":
         from streaming import StreamingDataset
@@ -52,10 +51,10 @@ def batches(library: str, folder: str) -> Iterable[dict[str, torch.Tensor]]:
     return StreamingDataLoader(LitDataset(folder, shuffle=True), batch_size=BATCH, num_workers=0)
 
 
-def main(library: str, folder: str) -> None:
+def main(folder: str, library: str) -> None:
     """Answer until stdin ends."""
     torch.set_num_threads(1)
-    loader = batches(library, folder)
+    loader = batches(folder, library)
     for _ in sys.stdin:
         started = time.perf_counter()
         count = sum(len(convert(batch)) for batch in loader)
@@ -72,4 +71,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "write":
         write(*sys.argv[2:])
     else:
-        main(*sys.argv[1:])
+        main(*sys.argv[2:])

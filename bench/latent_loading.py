@@ -1,15 +1,8 @@
-"""Loading cached latents in one process with one thread, against webdataset, mosaicml-streaming, litdata and os.read.
-
-mosaicml-streaming and litdata want other versions of our dependencies: they get a virtual environment in the cache
-folder of the user, which is made at the first run.
-"""
+"""Loading cached latents in one process, with one thread: webdataset, mosaicml-streaming, litdata, os.read and ours."""
 
 import io
 import os
 import resource
-import subprocess
-import sys
-import sysconfig
 import tarfile
 import tempfile
 import time
@@ -21,6 +14,7 @@ import numpy as np
 import torch
 import webdataset
 from _compare import Comparison, main
+from _peers import PEERS, Peer
 
 from conf.schema import CacheDtype
 from data.latent_dataset import LatentDataset
@@ -31,8 +25,6 @@ from data.shards.manifest import Manifest
 
 RECORDS, SHARD, BATCH = 2048, 256, 64
 SHAPE, LENGTH = (1, 8, 64, 64), 77  # moments of a 512-pixel image at f8, tokens of CLIP
-PEERS = ("mosaicml-streaming", "litdata")
-ENVIRONMENT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "latentline" / "bench-latent-loading"
 
 
 def write_records(folder: Path) -> None:
@@ -106,39 +98,6 @@ def plain_reads(folder: Path) -> Callable[[], float]:
     return epoch
 
 
-def environment() -> Path:
-    """Python of the peers' environment, which sees our torch and has its own everything else."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "complete").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
-        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        here = ENVIRONMENT / "lib" / version / "site-packages" / "ours.pth"
-        here.write_text(sysconfig.get_paths()["purelib"] + "\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS], check=True, stderr=subprocess.DEVNULL)
-        (ENVIRONMENT / "complete").touch()
-    return python
-
-
-class Peer:
-    """A library in a process of its own that answers when it is asked for an epoch."""
-
-    def __init__(self, library: str, folder: Path) -> None:
-        script, own = str(Path(__file__).with_name("_latent_peers.py")), str(folder / library)
-        python = str(environment())
-        subprocess.run([python, script, "write", library, str(folder / "records.npz"), own], check=True)
-        self.process = subprocess.Popen(
-            [python, script, library, own], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __call__(self) -> float:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("epoch\n")
-        self.process.stdin.flush()
-        count, seconds = self.process.stdout.readline().split()
-        assert int(count) == RECORDS
-        return RECORDS / float(seconds)
-
-
 def growth(folder: Path) -> float:
     """Memory after three epochs relative to that after one."""
     epoch = ours(folder)
@@ -161,7 +120,7 @@ def comparisons(folder: Path) -> Iterator[Comparison]:
     )
     fast = ours(folder)
     rates: dict[str, Callable[[], float]] = {"webdataset": web_dataset(folder)}
-    rates |= {library: Peer(library, folder) for library in PEERS}
+    rates |= {library: Peer("_latent_peers.py", folder / "records.npz", folder / library, library) for library in PEERS}
     for name, peer in rates.items():
         yield Comparison(name=f"latents_against_{name}", ours=fast, peer=peer, unit="samples/s", bar=3.0)
     bare = ours(folder, cast=False)

@@ -15,8 +15,8 @@ from PIL import Image
 from conf.entry import compose, to_plain
 from conf.schema import ImageFormat, PrecomputeRun
 from conf.schema.networks import AutoencoderConfig, ClipConfig
+from data.image_dataset import collate
 from data.images import encode_image
-from data.loader import sequential
 from data.shards.manifest import Manifest
 from data.shards.shard import ShardWriter
 from models.autoencoder import Autoencoder
@@ -122,7 +122,9 @@ def comparisons(folder: Path) -> Iterator[Comparison]:
     cfg = config(folder, str(folder / "latents"))
     runtime = start(cfg.runtime)
     encoder = encoder_of(cfg, runtime)
-    batches = list(sequential(open_splits(cfg, encoder)[0].images, range(IMAGES), cfg.batch_size))
+    images = open_splits(cfg, encoder)[0].images
+    starts = range(0, IMAGES, cfg.batch_size)
+    batches = [collate([images.variants(start + i, 1) for i in range(cfg.batch_size)]) for start in starts]
 
     def whole() -> None:
         with tempfile.TemporaryDirectory() as output:
@@ -131,7 +133,7 @@ def comparisons(folder: Path) -> Iterator[Comparison]:
     def bare() -> None:
         for batch in batches:
             encoder.forget()
-            encoder({"image": batch["image"][:, None], "caption": batch["caption"]})
+            encoder(batch)
 
     yield Comparison(
         name="precompute_against_the_bare_encoder",

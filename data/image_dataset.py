@@ -15,7 +15,7 @@ from PIL import Image
 from conf.errors import UserError
 from conf.schema import ImageConfig, StreamConfig
 from data.buckets import Shape, nearest_shape
-from data.images import EXTENSIONS, Cut, cut_of, open_image, to_pixels, to_tensor
+from data.images import EXTENSIONS, Cut, cut_of, in_range, open_image, to_pixels, to_tensor
 from data.labels import MAP, Labels, Vocabulary, cut_labels, read_labels
 from data.order import FullOrder, Order, WindowedOrder, rng
 from data.samples import caption_of, fields_of, image_of
@@ -29,6 +29,8 @@ REBUILD = "rebuild the shards with data/build_shards.py, which leaves broken sam
 
 class ImageDataset:
     """Images and captions. An item: {"image" [3, H, W] float32 in [-1, 1], "caption", "key", "meta", "position"}.
+
+    Of a training's stream it has "pixels", uint8, in place of the image: a quarter of the way to the device.
 
     With `labels` also "labels", a `data.labels.Labels` of what the image shows, cut and mirrored as it is.
     """
@@ -64,10 +66,11 @@ class ImageDataset:
     def at(self, index: int) -> Batch:
         """Sample `index` of the manifest, centre crop, never mirrored; its position is its index."""
         image, facts = self._open(index)
-        return {**self._cut(image, facts, cut_of(*image.size)), "position": index}
+        item = self._cut(image, facts, cut_of(*image.size))
+        return {"image": in_range(item.pop("pixels")), **item, "position": index}
 
     def variants(self, index: int, count: int, shapes: Sequence[Shape] = ()) -> Batch:
-        """Sample `index` several times, "image" [V, 3, H, W] and their "cuts" out of an image of "size".
+        """Sample `index` several times, "pixels" [V, 3, H, W] and their "cuts" out of an image of "size".
 
         The first is the centre, the others have a crop and a flip of their own, pure functions of (seed, index). They
         are squares, or have that one of the `shapes` which is nearest to the image's.
@@ -79,10 +82,10 @@ class ImageDataset:
         for variant in range(1, count):
             generator = rng(self.seed, index, f"variant {variant}")
             cuts.append(cut_of(*image.size, self.images.crop, self.images.flip, generator, aspect))
-        pixels = torch.stack([to_tensor(to_pixels(image, *shape, cut)) for cut in cuts])
+        pixels = torch.stack([to_tensor(to_pixels(image, *shape, cut, self.images.filter)) for cut in cuts])
         if self.labels:
             facts["labels"] = [cut_labels(facts["labels"], cut, *shape, image.size) for cut in cuts]
-        return {"image": pixels, "cuts": cuts, "size": image.size, "index": index, **facts}
+        return {"pixels": pixels, "cuts": cuts, "size": image.size, "index": index, **facts}
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Collated items; broken ones are left out and named in "skipped" where the stream says so."""
@@ -130,7 +133,7 @@ class ImageDataset:
     def _cut(self, image: Image.Image, facts: Batch, cut: Cut) -> Batch:
         """A square of an image as a tensor, with all that is known of it."""
         side = self.images.resolution
-        item = {"image": to_tensor(to_pixels(image, side, side, cut)), **facts}
+        item = {"pixels": to_tensor(to_pixels(image, side, side, cut, self.images.filter)), **facts}
         if self.labels:
             item["labels"] = cut_labels(facts["labels"], cut, side, side, image.size)
         return item

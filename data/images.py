@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 from PIL.IcoImagePlugin import IcoFile
 
 from conf.errors import UserError
-from conf.schema import Crop, ImageFormat
+from conf.schema import Crop, ImageFormat, ResizeFilter
 from data.color_profiles import to_srgb
 
 if TYPE_CHECKING:
@@ -176,22 +176,41 @@ def cut_of(
     return Cut(left, top, wide, high, flipped=flip and rng is not None and bool(rng.random() < 0.5))
 
 
-def to_pixels(image: Image.Image, width: int, height: int, cut: Cut) -> np.ndarray:
+def to_pixels(
+    image: Image.Image, width: int, height: int, cut: Cut, resize: ResizeFilter = ResizeFilter.lanczos
+) -> np.ndarray:
     """A part of an RGB image, scaled to uint8 `[height, width, 3]`.
 
     It is cut out and scaled in one operation, so an extreme aspect ratio costs no memory.
     """
     box = (cut.left, cut.top, cut.left + cut.width, cut.top + cut.height)
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))  # [H, W, 3]
+    if resize is ResizeFilter.lanczos:
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))  # [H, W, 3]
+    else:
+        pixels = _bicubic(np.asarray(image.crop(box)), width, height)
     return np.ascontiguousarray(pixels[:, ::-1] if cut.flipped else pixels)
 
 
+def _bicubic(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Pillow's own bicubic filter, up to rounding, by torch's vector code."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    scaled = interpolate(image, (height, width), mode="bicubic", antialias=True)[0]
+    return scaled.permute(1, 2, 0).numpy()
+
+
 def to_tensor(pixels: np.ndarray) -> "torch.Tensor":
-    """uint8 `[H, W, 3]` → float32 `[3, H, W]` in [-1, 1]."""
+    """uint8 `[H, W, 3]` → uint8 `[3, H, W]`."""
     import torch  # here, so that the processes that build shards start without it
 
-    scaled = pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0  # [3, H, W]
-    return torch.from_numpy(np.ascontiguousarray(scaled))
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def in_range(pixels: "torch.Tensor") -> "torch.Tensor":
+    """uint8 `[...]` → float32 in [-1, 1], on its device."""
+    return pixels.float() / 127.5 - 1.0
 
 
 def encode_image(image: Image.Image, image_format: ImageFormat, quality: int) -> bytes:

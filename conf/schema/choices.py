@@ -65,6 +65,11 @@ class ImageFormat(Enum):
     webp = "webp"
 
 
+class ResizeFilter(Enum):
+    lanczos = "lanczos"
+    bicubic = "bicubic"
+
+
 class Crop(Enum):
     center = "center"
     random = "random"

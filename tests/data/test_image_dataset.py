@@ -69,7 +69,7 @@ def test_a_window_gives_every_sample_once_for_any_world(tmp_path: Path) -> None:
 
 def test_a_mix_keeps_its_shares_for_any_world_and_from_any_position(tmp_path: Path) -> None:
     first, second = write_images(tmp_path / "a", 20, "a"), write_images(tmp_path / "b", 10, "b")
-    mixed = image_stream(str(first), IMAGES, 3, StreamConfig(mix={str(second): 0.5}))
+    mixed = image_stream(str(first), IMAGES, 3, StreamConfig(mix={str(second): 0.5}), 24)
     stream = keys(mixed, 0, 4096)
     counts = Counter(key[0] for key in stream)
     assert counts["b"] == pytest.approx(4096 / 3, abs=1)
@@ -130,7 +130,7 @@ def test_broken_samples_are_left_out_and_named_and_the_rest_comes_once(tmp_path:
     for batch in found:
         lost = {7, 13, *range(15, 20)}
         assert sorted(batch["key"]) == [f"{i:04d}" for i in range(24) if i not in lost]
-        assert len(batch["position"]) == len(batch["image"]) == 24 - len(lost)
+        assert len(batch["position"]) == len(batch["pixels"]) == 24 - len(lost)
         assert len(batch["skipped"]) == len(lost)
         assert sum("sample '0007': not a readable image" in text for text in batch["skipped"]) == 1
         assert sum("00003.tar" in text for text in batch["skipped"]) == 5
@@ -179,12 +179,12 @@ def test_labels_are_cut_and_mirrored_with_their_image(tmp_path: Path) -> None:
     write_labelled(tmp_path, {})
     dataset = ImageDataset(tmp_path, IMAGES, 0, labels=True)
     items = [dataset.item(position) for position in range(15)]
-    shown = [(item["image"], item["labels"]) for item in items]
+    shown = [(item["pixels"], item["labels"]) for item in items]
     for index in range(5):
         found = dataset.variants(index, 3)
-        shown += zip(found["image"], found["labels"], strict=True)
+        shown += zip(found["pixels"], found["labels"], strict=True)
     for image, labels in shown:
-        assert np.array_equal(((image[0] + 1) * 127.5).round().to(torch.uint8), labels.segments)
+        assert np.array_equal(image[0], labels.segments)
         assert len(labels.boxes) == 1 and 0 in labels.boxes[0].corners and 1 in labels.boxes[0].corners
     assert len({labels.boxes[0].corners for _, labels in shown}) > 4
     assert [labels.class_id for labels in dataset.batch_at(range(5))["labels"]] == [0, 1, 2, 3, 4]

@@ -5,15 +5,18 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
-from conf.schema import Crop, ImageFormat
+from conf.schema import Crop, ImageFormat, ResizeFilter
 from data.images import (
     SUFFIXES,
+    Cut,
     ImageError,
     Unfit,
     cut_of,
     encode_image,
+    in_range,
     open_image,
     open_indices,
     open_mask,
@@ -183,8 +186,27 @@ def test_tensor_spans_minus_one_to_one() -> None:
     pixels = np.zeros((2, 3, 3), np.uint8)
     pixels[0, 0] = (0, 128, 255)
     tensor = to_tensor(pixels)
-    assert tensor.shape == (3, 2, 3) and str(tensor.dtype) == "torch.float32" and tensor.is_contiguous()
-    assert tensor[:, 0, 0].tolist() == pytest.approx([-1.0, 128 / 127.5 - 1, 1.0], abs=1e-6)
+    assert tensor.shape == (3, 2, 3) and str(tensor.dtype) == "torch.uint8" and tensor.is_contiguous()
+    assert tensor[:, 0, 0].tolist() == [0, 128, 255]
+    assert in_range(tensor)[:, 0, 0].tolist() == pytest.approx([-1.0, 128 / 127.5 - 1, 1.0], abs=1e-6)
+    every = np.arange(256, dtype=np.uint8)  # as numpy's arithmetic has it, of which caches and golden numbers are
+    assert np.array_equal(in_range(torch.from_numpy(every)).numpy(), every.astype(np.float32) / 127.5 - 1.0)
+
+
+@pytest.mark.parametrize("side", [16, 40, 64, 150])
+def test_bicubic_filter_is_pillows(side: int) -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(256, size=(6, 9, 3), dtype=np.uint8)).resize(
+        (90, 60), Image.Resampling.LANCZOS
+    )
+    cut = Cut(15, 3, 50, 50, flipped=True)
+    ours = to_pixels(image, side, side, cut, ResizeFilter.bicubic)
+    theirs = image.resize((side, side), Image.Resampling.BICUBIC, box=(15, 3, 65, 53))
+    difference = np.abs(ours.astype(int) - np.asarray(theirs)[:, ::-1])
+    assert difference.max() <= 2 and difference.mean() < 0.1
+    lanczos = to_pixels(image, side, side, cut)
+    assert side == 50 or not np.array_equal(lanczos, ours)
+    assert np.array_equal(to_pixels(image, 50, 50, cut, ResizeFilter.bicubic), to_pixels(image, 50, 50, cut))
 
 
 @pytest.mark.parametrize("format", list(ImageFormat))

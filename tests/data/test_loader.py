@@ -23,6 +23,7 @@ from PIL import Image
 from conf.errors import UserError
 from conf.schema import CacheDtype, Crop, ImageConfig
 from data.image_dataset import ImageDataset
+from data.images import in_range
 from data.latent_dataset import LatentDataset
 from data.latent_record import LatentWriter
 from data.loader import batches, sequential
@@ -150,10 +151,10 @@ def test_loading_draws_nothing_from_the_global_stream(dataset: Any) -> None:
 def test_images_are_cropped_and_mirrored_by_position_and_plain_for_evaluation(tmp_path: Path) -> None:
     dataset = ImageDataset(write_images(tmp_path), IMAGES, seed=0)
     batch = dataset.batch(range(4 * SAMPLES))
-    assert batch["image"].shape == (4 * SAMPLES, 3, 8, 8) and batch["image"].dtype == torch.float32
-    assert -1 <= batch["image"].min() < -0.9 and 0.9 < batch["image"].max() <= 1
+    assert batch["pixels"].shape == (4 * SAMPLES, 3, 8, 8) and batch["pixels"].dtype == torch.uint8
+    assert batch["pixels"].min() < 12 and batch["pixels"].max() > 243
     assert batch["meta"][0] == {"kind": "noise"}
-    views = {batch["image"][i].numpy().tobytes() for i in range(4 * SAMPLES) if batch["key"][i] == "000000000"}
+    views = {batch["pixels"][i].numpy().tobytes() for i in range(4 * SAMPLES) if batch["key"][i] == "000000000"}
     assert len(views) > 1
     whole = np.asarray(Image.open(io.BytesIO(image(3))))  # [8, 12, 3]: the centre has columns 2 to 9
     np.testing.assert_allclose(
@@ -200,7 +201,8 @@ def test_foreign_shards_work_as_they_are(tmp_path: Path) -> None:
     batch = next(batches(dataset, 6, 6, 0, 1, 0, 0))
     assert sorted(batch["key"]) == [f"{s:05d}{i:04d}" for s in range(2) for i in range(3)]
     assert batch["caption"] == ["red"] * 6
-    assert torch.allclose(batch["image"].mean(dim=(0, 2, 3)), torch.tensor([0.96, -1.0, -1.0]), atol=0.03)
+    means = in_range(batch["pixels"]).mean(dim=(0, 2, 3))
+    assert torch.allclose(means, torch.tensor([0.96, -1.0, -1.0]), atol=0.03)
 
 
 def bad(folder: Path, files: dict[str, bytes], position: int = 1) -> Path:

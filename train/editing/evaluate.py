@@ -18,7 +18,7 @@ from conf.plain_json import dumps
 from conf.schema import EvaluateEditsRun, ImageConfig, Perceptual
 from data.building.sources.demo import LAYOUTS, attributes_of, render_scene, scene_of
 from data.image_dataset import ImageDataset
-from data.images import to_tensor
+from data.images import in_range, to_tensor
 from models.editing.editing import Edited, edit_images
 from models.losses import distance_inside, perceptual_distance
 from models.pipeline import DiffusionPipeline
@@ -133,7 +133,7 @@ def perfect_distances(measures: Measures, numbers: Sequence[int], edits: Sequenc
         [scene_of(words, number % LAYOUTS) for words in edit.scenes]
         for number, edit in zip(numbers, edits, strict=True)
     ]
-    tensors = [[to_tensor(np.asarray(render_scene(scene, side))) for scene in pair] for pair in drawn]
+    tensors = [[in_range(to_tensor(np.asarray(render_scene(scene, side)))) for scene in pair] for pair in drawn]
     before, after = map(torch.stack, zip(*tensors, strict=True))
     device = next(measures.distance.parameters()).device
     return measures.distance(after.to(device), before.to(device))

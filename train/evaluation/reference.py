@@ -83,7 +83,8 @@ def reference_of(
 
 def reference_facts(digest: str, images: ImageConfig, extractor: Extractor) -> dict[str, Any]:
     """All that the features of real images depend on."""
-    return {"pictures": digest, "resolution": images.resolution, "crop": "center", "extractor": extractor.facts()}
+    facts = {"pictures": digest, "resolution": images.resolution, "crop": "center", "extractor": extractor.facts()}
+    return facts | images.other_filter()
 
 
 def from_file(path: Path, extractor: Extractor, facts: dict[str, Any]) -> Reference:

@@ -93,6 +93,7 @@ class GeneratedImages:
         self.facts = {
             "captions": self.prompts.digest,
             "resolution": cfg.images.resolution,
+            **cfg.images.other_filter(),
             **sampling_facts(cfg),
             "seed": cfg.seed,
             "precision": cfg.runtime.precision.value,
@@ -170,6 +171,7 @@ class Reconstructions:
         self.facts = {
             "originals": self.originals.digest,
             "resolution": cfg.images.resolution,
+            **cfg.images.other_filter(),
             "precision": cfg.runtime.precision.value,
             "perceptual": cfg.perceptual.value if cfg.perceptual is not Perceptual.none else None,
             "weights_sha256": weights_digest(cfg.autoencoder),

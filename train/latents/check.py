@@ -10,6 +10,7 @@ from conf.files import atomic_path
 from conf.schema import PrecomputeRun
 from data.buckets import bucket_shapes
 from data.image_dataset import ImageDataset
+from data.images import in_range
 from data.latent_record import as_float32, read_latent
 from data.shards.manifest import ShardInfo
 from data.shards.shard import ShardReader
@@ -49,7 +50,7 @@ def originals_and_decoded(
     stored = np.stack([as_float32(read_latent(reader[row]).moments[0]) for row in rows])
     mean, _ = split_moments(torch.from_numpy(stored).to(encoder.device))
     sources = [images.records.find(int(path.stem.partition("-")[0]), reader.key(row)) for row in rows]
-    originals = torch.stack([images.variants(source, 1, shapes)["image"][0] for source in sources])
+    originals = in_range(torch.stack([images.variants(source, 1, shapes)["pixels"][0] for source in sources]))
     network = encoder.autoencoder
     decoded = [
         decode_in_tiles(network.decode, z, cfg.tile, network.cfg.downscale).clamp(-1, 1).cpu()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import Precision
+from data.images import in_range
 from data.labels import Labels
 from data.order import rng
 from models.autoencoder import Autoencoder, finite_or_fp32, split_moments
@@ -60,10 +61,10 @@ class LatentEncoder:
 
     def __call__(self, batch: dict[str, Any]) -> Encoded:
         """Encode items of `ImageDataset.variants`; a caption that came before is not encoded again."""
-        images = batch["image"]  # [B, V, 3, H, W]
-        moments = self.moments(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        pixels = batch["pixels"]  # [B, V, 3, H, W]
+        moments = self.moments(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
         made = self.conditions.prepare(self._samples(batch), self)
-        arrays = {name: array.unflatten(0, images.shape[:2]).numpy() for name, array in made.items()}
+        arrays = {name: array.unflatten(0, pixels.shape[:2]).numpy() for name, array in made.items()}
         if not self.conditions.takes_text:
             return Encoded(moments.numpy(), None, None, arrays)
         tokens = self.text_tower.tokenize(batch["caption"])
@@ -73,11 +74,11 @@ class LatentEncoder:
 
     def _samples(self, batch: dict[str, Any]) -> Samples:
         """All variants of a batch as samples of their own."""
-        images = batch["image"]
-        variants = range(images.shape[1])
-        unlabelled = [[Labels()] * len(variants)] * len(images)
+        pixels = batch["pixels"]
+        variants = range(pixels.shape[1])
+        unlabelled = [[Labels()] * len(variants)] * len(pixels)
         return Samples(
-            images=images.flatten(0, 1),
+            images=in_range(pixels.flatten(0, 1)) if self.conditions.need_images else pixels.flatten(0, 1),
             labels=[labels for row in batch.get("labels", unlabelled) for labels in row],
             framings=torch.tensor(
                 [
@@ -113,7 +114,7 @@ class LatentEncoder:
         self.cuts = Cuts(0)
 
     def moments(self, images: Tensor) -> Tensor:
-        """Moments [N, 2·C, h, w] of images [N, 3, H, W], on the CPU."""
+        """Moments [N, 2·C, h, w] of images [N, 3, H, W], in [-1, 1] or as pixels, on the CPU."""
         return self._in_parts(self._moments, images)
 
     def states(self, tokens: Tensor) -> Tensor:
@@ -131,7 +132,8 @@ class LatentEncoder:
         network = self.autoencoder
         encode = partial(encode_in_tiles, network.encode, side=self.tile, downscale=network.cfg.downscale)
         with autocast(self.device, self.precision):
-            return finite_or_fp32(encode, images.to(self.device)).cpu()
+            images = images.to(self.device)
+            return finite_or_fp32(encode, in_range(images) if images.dtype == torch.uint8 else images).cpu()
 
     @torch.no_grad()
     def _states(self, tokens: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ def _pretrained(source: str) -> list[Path]:
 
 def image_facts(images: ImageConfig) -> dict[str, Any]:
     """The preprocessing that a cache was made with, in plain values."""
-    return {"resolution": images.resolution, "crop": images.crop.value, "flip": images.flip, "range": [-1.0, 1.0]}
+    facts = {"resolution": images.resolution, "crop": images.crop.value, "flip": images.flip, "range": [-1.0, 1.0]}
+    return facts | images.other_filter()
 
 
 @dataclass(kw_only=True)

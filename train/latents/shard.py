@@ -83,7 +83,7 @@ class LatentWriters:
         )
 
     def _writer(self, batch: Batch) -> LatentWriter:
-        height, width = batch["image"].shape[-2:]
+        height, width = batch["pixels"].shape[-2:]
         suffix = suffix_of((width, height)) if self.cfg.buckets.max_aspect > 1 else ""
         if suffix not in self.writers:
             writer = LatentWriter(self.folder, self.samples, self.cfg.dtype, self.index, suffix)
@@ -166,8 +166,8 @@ def decoded_batches(
             if "reason" in item:
                 rejects.append(item)
                 continue
-            group = waiting.setdefault(item["image"].shape, [])
+            group = waiting.setdefault(item["pixels"].shape, [])
             group.append(item)
             if len(group) == cfg.batch_size:
-                yield collate(waiting.pop(item["image"].shape))
+                yield collate(waiting.pop(item["pixels"].shape))
     yield from map(collate, waiting.values())

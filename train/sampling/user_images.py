@@ -18,7 +18,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import ImageConfig
-from data.images import ImageError, Unfit, open_image, open_mask, to_tensor
+from data.images import ImageError, Unfit, in_range, open_image, open_mask, to_tensor
 from data.labels import read_labels
 from data.samples import caption_in, fields_in
 
@@ -50,7 +50,13 @@ def read_user_image(path: str, option: str = "inputs") -> UserImage:
     digest = hashlib.sha256(content)
     for name, beside in contents.items():
         digest.update(f"{name} {-1 if beside is None else len(beside)} ".encode() + (beside or b""))
-    item = {"key": path, "image": to_tensor(np.asarray(image)), "labels": labels, "already_small": True, **masks}
+    item = {
+        "key": path,
+        "image": in_range(to_tensor(np.asarray(image))),
+        "labels": labels,
+        "already_small": True,
+        **masks,
+    }
     return UserImage(item, digest.hexdigest())
 
 

@@ -15,6 +15,7 @@ from conf.process import tell
 from conf.schema import AutoencoderRun, Reconstruction
 from conf.schema.networks import AutoencoderConfig
 from data.image_dataset import Batch, ImageDataset
+from data.images import in_range
 from data.streams import image_stream
 from models.autoencoder import Autoencoder, Quantised, codebook_use, kl
 from models.conditions import Wanted
@@ -58,7 +59,7 @@ def latent_shape(images: Tensor, cfg: AutoencoderConfig) -> tuple[int, int, int]
 
 def wanted_of(batch: Batch, cfg: AutoencoderConfig) -> Wanted:
     """The random numbers that training asks for of a batch."""
-    return {"posterior": latent_shape(batch["image"], cfg)}
+    return {"posterior": latent_shape(batch["pixels"], cfg)}
 
 
 class AutoencoderStage:
@@ -108,7 +109,7 @@ class AutoencoderStage:
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of one micro-batch through both networks."""
-        images = batch["image"]  # [B, 3, H, W]
+        images = in_range(batch["pixels"])  # [B, 3, H, W]
         draws = SampleRng.of(batch, self.cfg.seed, images.device)
         noise = draws.normal("posterior", latent_shape(images, self.cfg.model))
         reconstruction, latents = self.generator(images, noise)

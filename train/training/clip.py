@@ -11,6 +11,7 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import ClipRun
 from data.image_dataset import Batch, ImageDataset
+from data.images import in_range
 from data.streams import image_stream
 from models.clip import Clip, contrastive_loss, top1_accuracy
 from models.flops import counted_flops
@@ -70,7 +71,7 @@ class ClipStage:
         if self.looks_for_cuts and batch["fill"] and (cuts := Cuts.of(self.clip, batch["caption"])).count:
             self.looks_for_cuts = False
             say("clip", f"of the first batch with any, {cuts.line('captions')}")
-        image, text, scale = self.towers(batch["image"], tokens)  # [B, D], [B, D], []
+        image, text, scale = self.towers(in_range(batch["pixels"]), tokens)  # [B, D], [B, D], []
         loss = contrastive_loss(image, text, scale, self.runtime.rank, self.runtime.world)
         self.towers.backward(loss, last)
         found_text, _ = top1_accuracy(image.detach(), text.detach(), tokens)

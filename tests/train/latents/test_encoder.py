@@ -59,7 +59,7 @@ def encoder(precision: Precision = Precision.fp32, limit: int = 8, most: int = 1
 def batch(images: Tensor, captions: list[str] | None = None) -> dict[str, Any]:
     count = len(images)
     return {
-        "image": images[:, None] if images.ndim == 4 else images,
+        "pixels": images[:, None] if images.ndim == 4 else images,
         "caption": captions or ["x"] * count,
         "size": [(4, 4)] * count,
         "cuts": [[Cut(0, 0, 4, 4)] * (images.shape[1] if images.ndim == 5 else 1)] * count,

@@ -20,7 +20,7 @@ from conf.errors import UserError
 from conf.schema import Device, ImageFormat, RuntimeConfig, StreamConfig
 from data.buckets import bucket_of
 from data.image_dataset import ImageDataset
-from data.images import encode_image
+from data.images import encode_image, in_range
 from data.latent_dataset import LatentDataset
 from data.latent_record import ChannelStats, read_latent
 from data.loader import batches
@@ -98,7 +98,8 @@ def test_manifest_says_who_made_it_from_what(latents: Any) -> None:
 
 def test_nothing_of_the_work_is_left_beside_the_cache(latents: Any) -> None:
     found = {name for name in files_below(latents.folder / "latents") if not name.startswith(("config", "metrics"))}
-    shards = {"train/00000.tar", "train/00001.tar", "train/00002.tar", "heldout/00000.tar"}
+    names = ("train/00000", "train/00001", "train/00002", "heldout/00000")
+    shards = {f"{name}.{suffix}" for name in names for suffix in ("tar", "idx")}
     described = {f"{split}/{name}" for split in ("train", "heldout") for name in ("manifest.json", "decoded.png")}
     assert found == shards | described | {"null_text.safetensors"}
     assert not list((latents.folder / "latents").rglob(".parts"))
@@ -244,7 +245,7 @@ def test_images_that_were_not_normalised_are_noticed(
     monkeypatch.setattr(  # [0, 1] instead of [-1, 1]
         stage.LatentEncoder,
         "__call__",
-        lambda encoder, batch: encode(encoder, batch | {"image": (batch["image"] + 1) / 2}),
+        lambda encoder, batch: encode(encoder, batch | {"pixels": batch["pixels"] // 2 + 128}),
     )
     with pytest.raises(UserError, match=rf"decode back at .* dB, less than min_psnr={right - 2:.1f}"):
         precompute(towers, runtime, tmp_path, f"min_psnr={right - 2:.1f}")
@@ -324,9 +325,11 @@ def test_variants_are_the_centre_and_squares_of_their_own(towers: Any, runtime: 
     assert record.moments.shape == (3, 8, 8, 8)
     squares = images.variants(0, 3)
     assert [cut["flipped"] for cut in record.meta["cuts"]] == [cut.flipped for cut in squares["cuts"]]
-    assert torch.equal(squares["image"][0], images.at(0)["image"])
+    assert torch.equal(in_range(squares["pixels"])[0], images.at(0)["image"])
     with torch.no_grad():
-        np.testing.assert_allclose(record.moments, autoencoder.encode(squares["image"]).numpy(), rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(
+            record.moments, autoencoder.encode(in_range(squares["pixels"])).numpy(), rtol=2e-3, atol=2e-3
+        )
     flips = {cut.flipped for index in range(10) for cut in images.variants(index, 3)["cuts"][1:]}
     assert flips == {True, False}
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
+from data.images import in_range
 from models.autoencoder import Autoencoder, kl
 from models.discriminator import discriminator_loss
 from train.engine.metric_log import MetricLog
@@ -98,7 +99,7 @@ def test_discriminator_learns_from_its_own_loss_alone(scenes: Any, runtime: Runt
     found = [parameter.grad.clone() for parameter in stage.critic.module.parameters()]
     stage.critic.module.zero_grad()
     real, fake = stage.critic.module(seen[-1]).chunk(2)  # [images; reconstructions]
-    assert torch.equal(seen[-1][:16], batch["image"])
+    assert torch.equal(seen[-1][:16], in_range(batch["pixels"]))
     discriminator_loss(real, fake).backward()
     for ours, parameter in zip(found, stage.critic.module.parameters(), strict=True):
         torch.testing.assert_close(ours, parameter.grad)
@@ -124,7 +125,7 @@ def test_accumulation_takes_the_step_of_the_whole_batch(scenes: Any, runtime: Ru
 
 def test_loss_is_its_terms_with_their_weights(scenes: Any, runtime: Runtime) -> None:
     stage = make(scenes, runtime, "loss.perceptual=efficientnet", "loss.perceptual_weight=0.3", "loss.kl_weight=0.01")
-    images = stage.dataset.batch(range(4))["image"]
+    images = in_range(stage.dataset.batch(range(4))["pixels"])
     output, moments = stage.autoencoder(images, torch.zeros(4, 4, 8, 8))
     metrics, likelihood, loss = stage.reconstruction_loss(images, output, moments)
     distance = (output - images).abs().mean() + 0.3 * stage.perceptual(output, images).mean()
@@ -136,7 +137,7 @@ def test_loss_is_its_terms_with_their_weights(scenes: Any, runtime: Runtime) -> 
 def test_codebook_takes_the_place_of_the_divergence(scenes: Any, runtime: Runtime, tmp_path: Any) -> None:
     vq = ["model.num_vq_embeddings=64", "model.latent_channels=3", "loss.codebook_weight=0.7", "optim.lr=2e-3"]
     stage = make(scenes, runtime, *vq)
-    images = stage.dataset.batch(range(4))["image"]
+    images = in_range(stage.dataset.batch(range(4))["pixels"])
     output, quantised = stage.autoencoder(images, torch.zeros(0))
     _, likelihood, loss = stage.reconstruction_loss(images, output, quantised)
     torch.testing.assert_close(loss, likelihood + 0.7 * quantised.loss)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import PlaygroundRun, Precision, SamplingConfig
-from data.images import to_tensor
+from data.images import in_range, to_tensor
 from data.shards.manifest import MANIFEST
 from models.diffusion.samplers import Callback
 from models.editing.editing import DrawnImage, edit_images, read_prompt, read_words, watch_images
@@ -127,7 +127,7 @@ class Studio:
             (image,) = watch_images(self.model, [edit.prompt], seeds, sampling, callback=watched, inputs=inputs)
             return [(edit.prompt, image, None)], None
         if request.image:
-            given = to_tensor(pixels_of(request.image, *self.size(sampling)))[None]
+            given = in_range(to_tensor(pixels_of(request.image, *self.size(sampling))))[None]
         (made,) = edit_images(
             self.model,
             [edit],

@@ -90,7 +90,8 @@ def cached_judge(
 ) -> Judge:
     """The judge of the images in a folder of shards, trained once by the main process and kept; collective."""
     dataset = ImageDataset(folder, images, seed, labels=True)
-    known = json.dumps([kind.__name__, dataset.digest, images.resolution, seed, kind.steps, kind.batch])
+    facts = [kind.__name__, dataset.digest, images.resolution, seed, kind.steps, kind.batch]
+    known = json.dumps(facts + list(images.other_filter().values()))
     path = cache / f"judge-{hashlib.sha256(known.encode()).hexdigest()[:16]}.safetensors"
     if runtime.is_main and not path.is_file():
         train_judge(kind, dataset, seed, runtime.device).save(path)

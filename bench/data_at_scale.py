@@ -114,6 +114,11 @@ def read(folder: Path, processes: int, workers: int, count: int = 20) -> tuple[f
     return ready, first, float(size)
 
 
+def waited(folder: Path, place: int) -> float:
+    """Seconds of one process: 0 for its start, 1 for its first batch."""
+    return read(folder, 1, 0, 0)[place]
+
+
 def index_bytes(folder: Path, load: Callable[[Path], Any]) -> float:
     """Bytes of a process's own memory per sample, of the indices of 20 shards."""
 
@@ -220,8 +225,8 @@ def comparisons(folder: Path) -> Iterator[Comparison]:
     for name, place, bar in (("start", 0, 5.0), ("first_batch_after_a_resume", 1, 6.0)):
         yield Comparison(
             name=f"{name}_of_1e9_samples_against_{bar:g}_s",
-            ours=lambda place=place: read(there["1e9"], 1, 0, 0)[place],
-            peer=lambda bar=bar: bar,
+            ours=partial(waited, there["1e9"], place),
+            peer=partial(float, bar),
             unit="s",
             bar=1.0,
             lower_is_better=True,
