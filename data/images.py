@@ -187,7 +187,7 @@ def to_pixels(
     if resize is ResizeFilter.lanczos:
         pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))  # [H, W, 3]
     else:
-        pixels = _bicubic(np.asarray(image.crop(box)), width, height)
+        pixels = _bicubic(np.array(image.crop(box)), width, height)
     return np.ascontiguousarray(pixels[:, ::-1] if cut.flipped else pixels)
 
 

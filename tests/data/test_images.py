@@ -201,7 +201,7 @@ def test_bicubic_filter_is_pillows(side: int) -> None:
     )
     cut = Cut(15, 3, 50, 50, flipped=True)
     ours = to_pixels(image, side, side, cut, ResizeFilter.bicubic)
-    theirs = image.resize((side, side), Image.Resampling.BICUBIC, box=(15, 3, 65, 53))
+    theirs = image.crop((15, 3, 65, 53)).resize((side, side), Image.Resampling.BICUBIC)
     difference = np.abs(ours.astype(int) - np.asarray(theirs)[:, ::-1])
     assert difference.max() <= 2 and difference.mean() < 0.1
     lanczos = to_pixels(image, side, side, cut)
