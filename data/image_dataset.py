@@ -17,8 +17,8 @@ from conf.schema import ImageConfig, StreamConfig
 from data.buckets import Shape, nearest_shape
 from data.images import EXTENSIONS, Cut, cut_of, in_range, open_image, to_pixels, to_tensor
 from data.labels import MAP, Labels, Vocabulary, cut_labels, read_labels
-from data.order import FullOrder, Order, WindowedOrder, rng
-from data.samples import caption_of, fields_of, image_of
+from data.order import FullOrder, Order, WindowedOrder, choice, rng
+from data.samples import caption_of, captions_named, fields_of, image_of
 from data.shards.manifest import Manifest, find_shards
 from data.shards.store import RecordStore
 from data.shards.tar_index import TEXTS
@@ -52,6 +52,7 @@ class ImageDataset:
         self.vocabulary = Vocabulary.of(self.manifest.provenance.get("labels", {}))
         self.order = order_of(seed, [shard.samples for shard in self.manifest.shards], stream, batch)
         self.skip = stream.skip_broken
+        self.captions, self.weights = list(stream.captions) or ["caption"], list(stream.captions.values()) or [1.0]
         self.records = RecordStore(folder, self.manifest, [EXTENSIONS, TEXTS], stream)
 
     def item(self, position: int) -> Batch:
@@ -60,17 +61,19 @@ class ImageDataset:
 
     def _item(self, position: int, index: int) -> Batch:
         image, facts = self._open(index)
+        facts["caption"] = facts.pop("captions")[choice(self.seed, position, "caption", self.weights)]
         cut = cut_of(*image.size, self.images.crop, self.images.flip, rng(self.seed, position, "crop"))
         return {**self._cut(image, facts, cut), "position": position}
 
     def at(self, index: int) -> Batch:
         """Sample `index` of the manifest, centre crop, never mirrored; its position is its index."""
         image, facts = self._open(index)
+        facts["caption"] = facts.pop("captions")[0]
         item = self._cut(image, facts, cut_of(*image.size))
         return {"image": in_range(item.pop("pixels")), **item, "position": index}
 
     def variants(self, index: int, count: int, shapes: Sequence[Shape] = ()) -> Batch:
-        """Sample `index` several times, "pixels" [V, 3, H, W] and their "cuts" out of an image of "size".
+        """Sample `index` several times, "pixels" [V, 3, H, W] and "cuts" out of an image of "size"; its "captions".
 
         The first is the centre, the others have a crop and a flip of their own, pure functions of (seed, index). They
         are squares, or have that one of the `shapes` which is nearest to the image's.
@@ -118,11 +121,11 @@ class ImageDataset:
         record = self.records[index]
         try:
             image = open_image(image_of(record), self.images.max_pixels)
-            caption, meta = caption_of(record), fields_of(record)
+            captions, meta = captions_named(record, self.captions), fields_of(record)
             labels = {"labels": self._labels(record, meta, image.size)} if self.labels else {}
         except UserError as error:
             raise UserError(f"{self.records.name(index)}: {error}: {REBUILD}") from None
-        return image, {"caption": caption, "key": record["__key__"], "meta": meta, **labels}
+        return image, {"captions": captions, "key": record["__key__"], "meta": meta, **labels}
 
     def _labels(self, record: dict[str, Any], meta: dict[str, Any], size: tuple[int, int]) -> Labels:
         labels = read_labels(meta, bytes(record[MAP]) if MAP in record else None, size)

@@ -15,7 +15,8 @@ from data.buckets import BucketedOrder, bucket_of
 from data.captions import decode_text
 from data.image_dataset import Batch, collate, digest_of, order_of, require_some
 from data.latent_record import decode_npy
-from data.order import Order, rng
+from data.order import Order, choice, rng
+from data.samples import captions_named
 from data.shards.manifest import find_shards
 from data.shards.store import RecordStore
 
@@ -82,6 +83,13 @@ class LatentDataset:
         self.seed, self.skip = seed, stream.skip_broken
         captioned = "caption" in self.manifest.provenance.get("conditions", ["caption"])
         required = [("moments.npy",), *([("tokens.npy",)] if captioned else []), ("txt",)]
+        self.captions: list[str] = self.manifest.provenance.get("captions", ["caption"])
+        if unknown := stream.captions.keys() - self.captions:
+            raise UserError(
+                f"stream.captions: '{folder}' has {', '.join(self.captions)}, not {min(unknown)}: precompute with "
+                f"captions=[{','.join([*self.captions, min(unknown)])}]"
+            )
+        self.weights = [stream.captions.get(name, 0.0 if stream.captions else 1.0) for name in self.captions]
         self.records = RecordStore(folder, self.manifest, required, stream)
         sizes = [shard.samples for shard in self.manifest.shards]
         self.buckets = [bucket_of(shard.name) for shard in self.manifest.shards]
@@ -126,11 +134,12 @@ class LatentDataset:
         self.records.prefetch(self.order.upcoming(positions))
         variants = self.layout["moments"].shape[0]
         chosen = [int(rng(self.seed, p, "variant").integers(variants)) if variants > 1 else 0 for p in positions]
-        return self._gather(self.order.many(positions), chosen, positions, self.skip)
+        spoken = [choice(self.seed, position, "caption", self.weights) for position in positions]
+        return self._gather(self.order.many(positions), chosen, spoken, positions, self.skip)
 
     def batch_at(self, indices: Sequence[int]) -> Batch:
         """Collated samples of the manifest, of one shape."""
-        return self._gather(indices, [0] * len(indices), indices)
+        return self._gather(indices, [0] * len(indices), [0] * len(indices), indices)
 
     def batches_at(self, indices: Sequence[int], size: int) -> Iterator[Batch]:
         """Collated samples of the manifest, at most `size` of one shape at a time."""
@@ -148,23 +157,30 @@ class LatentDataset:
         return collate(items)
 
     def _gather(
-        self, indices: Sequence[int], variants: Sequence[int], positions: Sequence[int], skip: bool = False
+        self,
+        indices: Sequence[int],
+        variants: Sequence[int],
+        captions: Sequence[int],
+        positions: Sequence[int],
+        skip: bool = False,
     ) -> Batch:
         # Straight from the memory maps into the batch: a record that is decoded and stacked would be copied twice.
         layout = self._common_layout(indices)
-        shapes = {name: array.shape[name not in SHARED :] for name, array in layout.items()}  # of one variant
+        several = len(self.captions) > 1
+        shapes = {name: array.shape[name not in SHARED or several :] for name, array in layout.items()}  # of one each
         rows = {name: np.empty((len(indices), *shapes[name]), array.dtype) for name, array in layout.items()}
         targets = [(name, out.reshape(-1).view(np.uint8).data, out[0].nbytes) for name, out in rows.items()]
-        keys, captions, kept, skipped = list[str](), list[str](), list[int](), list[str]()
+        keys, texts, kept, skipped = list[str](), list[str](), list[int](), list[str]()
         self.records.load(indices)
-        for index, variant, position in zip(indices, variants, positions, strict=True):
+        for index, variant, caption, position in zip(indices, variants, captions, positions, strict=True):
             row = len(kept)
             try:
                 record = self.records[index]
                 for name, target, size in targets:
-                    data, first = self._data(record, name, index, layout), 0 if name in SHARED else size * variant
+                    data = self._data(record, name, index, layout)
+                    first = size * (caption * several if name in SHARED else variant)
                     target[row * size : (row + 1) * size] = data[first : first + size]
-                captions.append(self._caption(record, index))
+                texts.append(self._caption(record, index, caption))
             except UserError as error:
                 if not skip:
                     raise
@@ -176,7 +192,7 @@ class LatentDataset:
         batch: Batch = {name: _tensor(out[: len(kept)]) for name, out in rows.items()}
         if "tokens" in batch:
             batch["tokens"] = batch["tokens"].long()
-        batch |= {"caption": captions, "key": keys, "position": torch.tensor(kept)}
+        batch |= {"caption": texts, "key": keys, "position": torch.tensor(kept)}
         return {**batch, "skipped": skipped} if skip else batch
 
     def _common_layout(self, indices: Sequence[int]) -> Layout:
@@ -191,9 +207,9 @@ class LatentDataset:
             )
         return self.layouts[first]
 
-    def _caption(self, record: dict[str, Any], index: int) -> str:
+    def _caption(self, record: dict[str, Any], index: int, caption: int) -> str:
         try:
-            return decode_text(record["txt"])
+            return captions_named(record, self.captions)[caption] if caption else decode_text(record["txt"])
         except UserError as error:
             problem = f"its .txt is {error}: run data/precompute_latents.py again"
             raise UserError(f"{self.records.name(index)}: {problem}") from None

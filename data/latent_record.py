@@ -1,8 +1,9 @@
 """The latent record: moments of the autoencoder's posterior, tokens and text states of one image, in a shard.
 
 `KEY.moments.npy` [variants, 2·C, h, w] (mean, then log-variance), where captions are a condition `KEY.tokens.npy` [L]
-int32 and mostly `KEY.text.npy` [L, D], of each other condition its arrays `KEY.NAME.npy` [variants, ...], `KEY.txt`,
-`KEY.json`. bfloat16, which npy does not know, is stored as its bits in uint16.
+int32 and mostly `KEY.text.npy` [L, D], both with an axis before those where there are several captions of each image,
+of each other condition its arrays `KEY.NAME.npy` [variants, ...], `KEY.txt` (the first caption), `KEY.json`.
+bfloat16, which npy does not know, is stored as its bits in uint16.
 """
 
 import io

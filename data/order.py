@@ -5,8 +5,10 @@ needs one integer and no number of ranks, workers or micro-batches changes the s
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from math import isqrt
 from typing import Protocol
 
@@ -188,6 +190,14 @@ class Mix:
 def rng(seed: int, position: int, purpose: str) -> np.random.Generator:
     """Return the random stream of one sample for one purpose ("crop", "noise" …), independent of all others."""
     return np.random.Generator(np.random.Philox(key=_stream_key(seed, purpose), counter=[0, 0, 0, position]))
+
+
+def choice(seed: int, position: int, purpose: str, weights: Sequence[float]) -> int:
+    """Number of one of several, drawn for a sample by their weights."""
+    if len(weights) == 1:
+        return 0
+    ends = list(accumulate(weights))
+    return min(bisect_right(ends, rng(seed, position, purpose).random() * ends[-1]), len(ends) - 1)
 
 
 def step_positions(step_start: int, global_batch: int, rank: int, world: int, micro: int) -> list[list[int]]:

@@ -3,7 +3,7 @@
 Captions lie in `KEY.txt` or as "caption" in `KEY.json`; images have one of the extensions `EXTENSIONS`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conf.errors import UserError
@@ -35,6 +35,27 @@ def caption_of(record: Mapping[str, Any]) -> str:
     if "caption" not in fields:
         raise UserError(f'no caption: it has no .txt, and no "caption" in a .json; {described(record)}')
     return caption_from(fields["caption"])
+
+
+def captions_named(record: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Captions of a sample by name: "caption" is the usual one, others are fields of its .json, as "synthetic.long".
+
+    An image that lacks one has the first in its place, and one that lacks the first has the usual one.
+    """
+    found = [None if name == "caption" else _field(record, name) for name in names]
+    first = caption_of(record) if found[0] is None else caption_from(found[0])
+    return [first, *(first if value is None else caption_from(value) for value in found[1:])]
+
+
+def _field(record: Mapping[str, Any], name: str) -> Any:
+    """A field of a sample's .json, also of an object or list in it; None where there is none."""
+    value: Any = fields_of(record)
+    for part in name.split("."):
+        if isinstance(value, list) and part.isdecimal():
+            value = value[int(part)] if int(part) < len(value) else None
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def caption_in(content: Buffer) -> str:

@@ -7,7 +7,7 @@ from omegaconf import MISSING
 from conf.overrides import a_path
 from conf.schema.choices import DRAWN, CacheDtype, Crop, ImageFormat, Source
 from conf.schema.conditions import ConditionsConfig
-from conf.schema.shared import ImageConfig, RuntimeConfig, WandbConfig, require, require_positive
+from conf.schema.shared import ImageConfig, RuntimeConfig, WandbConfig, require, require_captions, require_positive
 
 
 @dataclass(kw_only=True, slots=True)
@@ -142,6 +142,7 @@ class PrecomputeRun:
     clip: str = a_path()  # folder with the frozen CLIP, or a pretrained open_clip name; read where a condition needs it
     images: ImageConfig = field(default_factory=ImageConfig)
     conditions: ConditionsConfig = field(default_factory=ConditionsConfig)  # whose arrays are kept beside the moments
+    captions: list[str] = field(default_factory=lambda: ["caption"])  # of each image; others are fields of its .json
     dtype: CacheDtype = CacheDtype.fp16  # of moments and text states on disk
     text_states: bool = True  # cache the text tower's output too, not only the tokens
     variants: int = 1  # cuts kept of each image: the centre, then images.crop and images.flip drawn for each
@@ -158,6 +159,8 @@ class PrecomputeRun:
 
     def __post_init__(self) -> None:
         require_positive(self, "variants", "batch_size", "threads", "check_samples", "lease_s")
+        require(len(self.captions) > 0, "captions=[]: name one, such as caption")
+        require_captions("captions", self.captions)
         require(
             self.variants == 1 or self.images.crop is Crop.random or self.images.flip,
             f"variants={self.variants}: all would be the same; set images.crop=random or images.flip=true",

@@ -169,6 +169,14 @@ class BatchConfig:
         return micro_size, size // (processes * micro_size)
 
 
+def require_captions(option: str, names: list[str]) -> None:
+    """Refuse names of captions among which the usual one does not come first."""
+    require(all(names) and len(set(names)) == len(names), f"{option}: a name is empty, or there twice")
+    require(
+        "caption" not in names[1:], f"{option}: caption, which stands in for those that an image lacks, comes first"
+    )
+
+
 @dataclass(kw_only=True, slots=True)
 class StreamConfig:
     """How a training walks through its data."""
@@ -178,6 +186,7 @@ class StreamConfig:
     lane_batch: int = 0  # samples that the lanes share in turn; 0: the global batch; a run keeps what it began with
     skip_broken: bool = False  # leave out samples that cannot be read, and name them, instead of ending the run
     verify: bool = False  # compare each shard with the SHA-256 of its manifest when it is first opened
+    captions: dict[str, float] = field(default_factory=dict)  # {NAME: WEIGHT} of an image's; {}: caption, or all cached
     mix: dict[str, float] = field(default_factory=dict, metadata=PATH)  # {FOLDER: WEIGHT}; the first data set's is 1
     cache_dir: str | None = a_path(None)  # for remote shards; None: below $TMPDIR, which should be a local disk
     cache_gb: float = 100.0  # of them on that disk, at most, in 10^9 bytes; shared by the processes of a machine
@@ -191,6 +200,9 @@ class StreamConfig:
         require(self.lanes >= 0, f"stream.lanes={self.lanes}: must be 0 (off) or positive, a multiple of the processes")
         require(self.lane_batch >= 0, f"stream.lane_batch={self.lane_batch}: must be 0 (global batch) or positive")
         require_positive(self, "cache_gb", "timeout_s", "transfers", group="stream.")
+        require_captions("stream.captions", list(self.captions))
+        for name, weight in self.captions.items():
+            require(weight > 0, f"stream.captions: the weight of {name} is {weight}: must be positive; or leave it out")
         for folder, weight in self.mix.items():
             require(
                 weight > 0,

@@ -13,7 +13,9 @@ from conf.schema import BuildRun, ImageConfig, Source, StreamConfig
 from data.building.build import build_shards
 from data.captions import clean_caption, decode_text
 from data.image_dataset import ImageDataset, captions_of
-from data.samples import caption_of, fields_in, image_of
+from data.samples import caption_of, captions_named, fields_in, image_of
+from data.shards.manifest import Manifest
+from data.shards.shard import ShardWriter
 
 TEXTS = {  # contents of a .txt → its caption, or why there is none
     b"\xef\xbb\xbfa dog": "a dog",
@@ -143,3 +145,41 @@ def test_the_text_file_comes_before_the_json_and_the_photo_before_its_mask() -> 
         UserError, match=r"^no image: it has \.1\.jpg, \.txt; what follows the first dot of a file's name"
     ):
         image_of({"__key__": "0", "1.jpg": b"", "txt": b""})
+
+
+def test_captions_by_name_and_what_stands_in_for_those_that_lack() -> None:
+    meta = {"caption": "in the json", "told": {"long": "a long\none"}, "all": ["first", "second"], "number": 3}
+    record = {"__key__": "a", "txt": b"the usual", "json": json.dumps(meta).encode()}
+    names = ["caption", "told.long", "all.1", "all.2", "told", "told.short", "nothing.at.all"]
+    with pytest.raises(UserError, match='"caption" is not text but an object'):
+        captions_named(record, names)
+    names.remove("told")
+    assert captions_named(record, names) == ["the usual", "a long one", "second", *["the usual"] * 3]
+    assert captions_named(record, ["all.0", "told.short"]) == ["first", "first"]
+    assert captions_named(record, ["told.short"]) == ["the usual"]
+    assert captions_named({"__key__": "a", "txt": b"x"}, ["caption", "all.0"]) == ["x", "x"]
+
+
+def test_one_of_several_captions_is_drawn_by_its_weight(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    with ShardWriter(tmp_path, 9) as writer:
+        meta = json.dumps({"synthetic": "made up"}).encode()
+        writer.add("a", {"png": buffer.getvalue(), "txt": b"the usual", "json": meta})
+    Manifest(kind="images", shards=writer.finished).save(tmp_path)
+    stream = StreamConfig(captions={"caption": 1.0, "synthetic": 3.0})
+    dataset = ImageDataset(tmp_path, ImageConfig(resolution=8), 5, stream)
+    drawn = dataset.batch(range(2000))["caption"]
+    assert drawn.count("made up") == pytest.approx(1500, abs=4 * (2000 * 0.75 * 0.25) ** 0.5)
+    assert dataset.batch([1234, 7])["caption"] == [drawn[1234], drawn[7]]
+    assert dataset.at(0)["caption"] == "the usual"
+    assert ImageDataset(tmp_path, ImageConfig(resolution=8), 6, stream).batch(range(2000))["caption"] != drawn
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [({"a": 1.0, "caption": 1.0}, "comes first"), ({"a": 0.0}, "the weight of a is 0"), ({"": 1.0}, "is empty")],
+)
+def test_captions_that_cannot_be_named_are_refused(captions: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        StreamConfig(captions=captions)

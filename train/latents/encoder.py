@@ -67,10 +67,14 @@ class LatentEncoder:
         arrays = {name: array.unflatten(0, pixels.shape[:2]).numpy() for name, array in made.items()}
         if not self.conditions.takes_text:
             return Encoded(moments.numpy(), None, None, arrays)
-        tokens = self.text_tower.tokenize(batch["caption"])
-        self.cuts += Cuts.of(self.text_tower, batch["caption"], tokens)
-        text = self._texts(batch["caption"], tokens).numpy() if self.text_states else None
-        return Encoded(moments.numpy(), tokens.numpy(), text, arrays)
+        captions = [caption for captions in batch["captions"] for caption in captions]
+        tokens = self.text_tower.tokenize(captions)
+        self.cuts += Cuts.of(self.text_tower, captions, tokens)
+        text = self._texts(captions, tokens) if self.text_states else None
+        if len(captions) > len(pixels):  # several of each image: [B, K, L] and [B, K, L, D]
+            tokens = tokens.unflatten(0, (len(pixels), -1))
+            text = None if text is None else text.unflatten(0, (len(pixels), -1))
+        return Encoded(moments.numpy(), tokens.numpy(), None if text is None else text.numpy(), arrays)
 
     def _samples(self, batch: dict[str, Any]) -> Samples:
         """All variants of a batch as samples of their own."""

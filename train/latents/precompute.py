@@ -48,10 +48,9 @@ def open_splits(cfg: PrecomputeRun, encoder: LatentEncoder) -> list[LatentSplit]
 
     """
     facts, splits = latents_provenance(cfg, encoder), []
+    stream = StreamConfig(window=1, captions=dict.fromkeys(cfg.captions, 1.0))  # shard by shard
     for name in SPLITS:
-        images = ImageDataset(
-            f"{cfg.shards}/{name}", cfg.images, cfg.seed, StreamConfig(window=1), encoder.conditions.need_labels
-        )  # shard by shard
+        images = ImageDataset(f"{cfg.shards}/{name}", cfg.images, cfg.seed, stream, encoder.conditions.need_labels)
         labels = images.manifest.provenance.get("labels", {})
         encoder.conditions.check_names(labels)
         folder = Path(cfg.output_dir) / name
@@ -73,6 +72,7 @@ def latents_provenance(cfg: PrecomputeRun, encoder: LatentEncoder) -> dict[str, 
         "clip": None if encoder.clip is None else weights_digest(cfg.clip),
         "images": image_facts(cfg.images),
         "variants": cfg.variants,
+        "captions": cfg.captions,
         "shapes": [list(shape) for shape in shapes],
         "tile": cfg.tile or None,
         "dtype": cfg.dtype.value,

@@ -28,7 +28,8 @@ from models.formats.weights import WEIGHTS_NAME, metadata_of
 INFO = "latentline.json"
 NULL_TEXT = "null_text.safetensors"
 PROCESS = "latentline_process"  # entry of the weights' metadata
-OLDER: dict[str, Any] = {"conditions": {"caption": {}}, "labels": {}}  # of caches from before they said so
+# Of caches from before they said so.
+OLDER: dict[str, Any] = {"conditions": {"caption": {}}, "labels": {}, "captions": ["caption"]}
 
 C = TypeVar("C")
 

@@ -76,7 +76,7 @@ class LatentWriters:
             batch["key"][row],
             encoded.moments[row],
             tokens,
-            batch["caption"][row],
+            batch["captions"][row][0],
             batch["meta"][row] | found,
             text,
             {name: array[row] for name, array in encoded.arrays.items()},

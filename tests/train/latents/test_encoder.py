@@ -60,7 +60,7 @@ def batch(images: Tensor, captions: list[str] | None = None) -> dict[str, Any]:
     count = len(images)
     return {
         "pixels": images[:, None] if images.ndim == 4 else images,
-        "caption": captions or ["x"] * count,
+        "captions": [[caption] for caption in captions or ["x"] * count],
         "size": [(4, 4)] * count,
         "cuts": [[Cut(0, 0, 4, 4)] * (images.shape[1] if images.ndim == 5 else 1)] * count,
         "index": list(range(count)),

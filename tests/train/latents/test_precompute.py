@@ -78,6 +78,7 @@ def test_manifest_says_who_made_it_from_what(latents: Any) -> None:
             "clip": sha256(run_dir / "clip" / "export" / "open_clip_model.safetensors"),
             "images": {"resolution": 32, "crop": "center", "flip": False, "range": [-1.0, 1.0]},
             "variants": 1,
+            "captions": ["caption"],
             "shapes": [[32, 32]],
             "tile": None,
             "dtype": "fp16",
@@ -124,6 +125,55 @@ def test_records_are_the_towers_outputs_in_the_order_of_the_images(latents: Any)
             moments, text = autoencoder.encode(item["image"][None]).numpy(), clip.text_states(tokens).numpy()
         np.testing.assert_allclose(record.moments, moments, rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(record.text, text[0], rtol=2e-3, atol=2e-3)
+
+
+def retold(source: Path, target: Path) -> None:
+    """The same shards with further captions in their .json; every third image lacks the long one."""
+    for side in ("train", "heldout"):
+        manifest = Manifest.load(source / side)
+        with ShardWriter(target / side, 20) as writer:
+            for reader in (ShardReader(source / side / shard.name) for shard in manifest.shards):
+                for row in range(len(reader)):
+                    record = reader[row]
+                    meta = json.loads(bytes(record["json"]))
+                    meta["told"] = {"short": [f"short {row}"]} | ({"long": f"long {row}"} if row % 3 else {})
+                    files = {name: value for name, value in record.items() if name not in ("__key__", "json")}
+                    writer.add(record["__key__"], files | {"json": json.dumps(meta).encode()})
+        Manifest(kind="images", shards=writer.finished, provenance=manifest.provenance).save(target / side)
+
+
+def test_all_captions_of_an_image_are_cached_and_one_is_drawn_for_a_position(
+    towers: Any, latents: Any, runtime: Runtime, tmp_path: Path
+) -> None:
+    retold(latents.folder / "shards", tmp_path / "shards")
+    names = ["caption", "told.long", "told.short.0"]
+    precompute(towers, runtime, tmp_path, f"shards={tmp_path}/shards", f"captions=[{','.join(names)}]", "min_psnr=1")
+    clip = Clip.from_pretrained(towers.config("latents").clip)
+    folder = tmp_path / "train"
+    images = ImageDataset(tmp_path / "shards" / "train", latents.config("latents").images, 0)
+    every = LatentDataset(folder, seed=0)
+    batch = every.batch(range(53))
+    with torch.no_grad():
+        tokens = clip.tokenize(batch["caption"])
+        states = clip.text_states(tokens)
+    assert torch.equal(batch["tokens"], tokens.long())  # those of the caption that goes with them
+    torch.testing.assert_close(batch["text"].float(), states, rtol=2e-3, atol=2e-3)
+    kinds = [caption.split()[0] if caption[:5] in ("short", "long ") else "usual" for caption in batch["caption"]]
+    assert {kind: kinds.count(kind) for kind in set(kinds)}.keys() == {"usual", "long", "short"}
+    for weights, allowed in (({"told.short.0": 1.0}, {"short"}), ({"caption": 1.0}, {"usual"})):
+        some = LatentDataset(folder, 0, StreamConfig(captions=weights)).batch(range(53))
+        assert some["key"] == batch["key"] and torch.equal(some["moments"], batch["moments"])
+        assert {"short" if caption.startswith("short") else "usual" for caption in some["caption"]} == allowed
+    assert [every.at(i)["caption"] for i in range(9)] == [images.at(i)["caption"] for i in range(9)]
+    for row in (3, 4):
+        told = images.records[row]
+        assert ("long" in json.loads(bytes(told["json"]))["told"]) is (row % 3 > 0)
+    with pytest.raises(
+        UserError, match=r"has caption, told\.long, told\.short\.0, not other: precompute with captions="
+    ):
+        LatentDataset(folder, 0, StreamConfig(captions={"other": 1.0}))
+    with pytest.raises(UserError, match="holds latents with another captions"):
+        precompute(towers, runtime, tmp_path, f"shards={tmp_path}/shards", "min_psnr=1")
 
 
 def test_channel_statistics_equal_numpy_over_the_whole_set(latents: Any) -> None:
