@@ -153,12 +153,14 @@ class PrecomputeRun:
     lease_s: float = 120.0  # seconds after which the claim of a process that shows no life on another machine is void
     check_samples: int = 64  # latents decoded back against their images
     min_psnr: float = 15.0  # dB; a cache that decodes worse is refused
+    train_shards: int = 0  # of images that are encoded for training, for trainings with encode=true; 0: all
     plan: bool = False  # only say how much storage and time the cache will take
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
         require_positive(self, "variants", "batch_size", "threads", "check_samples", "lease_s")
+        require(self.train_shards >= 0, f"train_shards={self.train_shards}: must be 0 (all) or positive")
         require(len(self.captions) > 0, "captions=[]: name one, such as caption")
         require_captions("captions", self.captions)
         require(

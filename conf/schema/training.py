@@ -145,6 +145,8 @@ class UNetRun:
     latents: str = a_path()  # folder that holds train/ and heldout/
     autoencoder: str = a_path()  # must be the one that made the latents; decodes the sample grids
     clip: str = a_path()  # must be the one that the latents' captions are of; encodes the prompts of the sample grids
+    encode: bool = False  # train on images of shards, encoded in each step; the cache need not have all of them
+    shards: str = a_path()  # folder of images that holds train/, for encode=true
     init_from: str | None = a_path(None)
     sample_prompts: int = 16  # held-out samples whose conditions are drawn at each evaluation
     conditions: ConditionsConfig = field(default_factory=ConditionsConfig)

@@ -55,6 +55,7 @@ def open_splits(cfg: PrecomputeRun, encoder: LatentEncoder) -> list[LatentSplit]
         encoder.conditions.check_names(labels)
         folder = Path(cfg.output_dir) / name
         wanted = facts | {"source": images.manifest.digest(), "labels": labels}
+        wanted["train_shards"] = (cfg.train_shards or None) if name == "train" else None
         splits.append(LatentSplit(name, images, folder, wanted, existing_manifest(folder, wanted)))
     return splits
 

@@ -1,6 +1,7 @@
 """One image shard to its latent shard, or one for each shape: decoding, encoding and writing side by side."""
 
 import json
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,8 +40,8 @@ class LatentSplit:
 
     @property
     def shards(self) -> int:
-        """Image shards, and so latent shards."""
-        return len(self.images.manifest.shards)
+        """Image shards that are encoded, and so latent shards."""
+        return min(len(self.images.manifest.shards), self.provenance["train_shards"] or sys.maxsize)
 
     def samples_of(self, index: int) -> range:
         """Numbers of the samples of an image shard."""

@@ -1,7 +1,7 @@
 """The third training: the cross-attention U-Net learns to denoise cached latents (LDM paper, eq. 3)."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.process import tell
-from conf.schema import UNetRun
+from conf.schema import Crop, ImageConfig, Precision, ResizeFilter, UNetRun
 from conf.schema.networks import UNetConfig
 from conf.schema.training import SLOPE
-from data.image_dataset import Batch
+from data.image_dataset import Batch, ImageDataset
+from data.images import in_range
 from data.latent_dataset import LatentDataset
-from data.streams import latent_stream
+from data.shards.manifest import Manifest, find_shards
+from data.streams import Mixed, image_stream, latent_stream
 from models.autoencoder import Autoencoder, sample_moments, split_moments
 from models.conditions import Conditions, Embedders, Inputs, Wanted
 from models.denoiser import Denoiser, widened
@@ -80,13 +82,64 @@ def by_timestep(losses: Tensor, times: Tensor) -> dict[str, Tensor]:
     return {f"train/loss_by_timestep/{quarter}": pair for quarter, pair in enumerate(pairs, start=1)}
 
 
-def wanted_of(batch: Batch, offset: bool, conditions: Conditions, ends: bool = False) -> Wanted:
-    """The random numbers that training asks for of a batch; `offset`: also those of offset noise, `ends`: of steps."""
-    _, twice, height, width = batch["moments"].shape  # [B, 2C, h, w]
-    latent: Wanted = dict.fromkeys(("posterior", "noise"), (twice // 2, height, width))
-    mean: Wanted = {"offset_noise": (twice // 2, 1, 1)} if offset else {}
+def wanted_of(
+    batch: Batch,
+    offset: bool,
+    conditions: Conditions,
+    ends: bool = False,
+    latent: tuple[int, int, int] | None = None,
+) -> Wanted:
+    """The random numbers that training asks for of a batch.
+
+    Args:
+        offset: also those of offset noise.
+        ends: also those of steps.
+        latent: shape [C, h, w] of one, where the batch has images.
+    """
+    _, twice, *sides = (0, 0) if latent is not None else batch["moments"].shape  # [B, 2C, h, w]
+    shape = latent or (twice // 2, *sides)
+    drawn: Wanted = dict.fromkeys(("posterior", "noise"), shape)
+    mean: Wanted = {"offset_noise": (shape[0], 1, 1)} if offset else {}
     times: Wanted = {"timestep": None, "end": None} if ends else {"timestep": None}
-    return latent | mean | times | conditions.wanted(batch)
+    return drawn | mean | times | conditions.wanted(batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenised:
+    """Adds the tokens [B, L] of its captions to a batch of images, where it is loaded, and then what else is drawn."""
+
+    tokenize: Callable[[list[str]], Tensor]
+    extend: Callable[[Batch], Batch]
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with them."""
+        return self.extend({**batch, "tokens": self.tokenize(batch["caption"])})
+
+
+def training_stream(cfg: UNetRun) -> tuple[LatentDataset | ImageDataset | Mixed, list[Manifest]]:
+    """What the U-Net is trained on: cached latents, or images that are cut as those of the cache.
+
+    Raises:
+        UserError: images whose latents cannot be made in a step.
+    """
+    if not cfg.encode:
+        return latent_stream(cfg.latents, cfg.seed, cfg.stream, cfg.batch.global_batch_size)
+    manifest = find_shards(f"{cfg.latents}/train", "latents", cfg.stream)
+    facts = manifest.provenance
+    others = sorted(set(Conditions(cfg.conditions).facts()) - {"caption"})
+    if others or len(facts.get("shapes", [1])) > 1:
+        lacking = f"conditions.{others[0]} is made" if others else "aspect buckets are sorted"
+        raise UserError(f"encode=true: {lacking} by data/precompute_latents.py alone; set encode=false")
+    made = facts["images"]
+    images = ImageConfig(
+        resolution=made["resolution"],
+        crop=Crop(made["crop"]),
+        flip=made["flip"],
+        filter=ResizeFilter(made.get("filter", ResizeFilter.lanczos.value)),
+    )
+    captions = cfg.stream.captions or dict.fromkeys(facts.get("captions", ["caption"]), 1.0)
+    stream = replace(cfg.stream, captions=captions)
+    return image_stream(cfg.shards, images, cfg.seed, stream, cfg.batch.global_batch_size), [manifest]
 
 
 class UNetStage:
@@ -100,7 +153,7 @@ class UNetStage:
 
     def __init__(self, cfg: UNetRun, runtime: Runtime, measure: Measure | None = None) -> None:
         self.cfg, self.runtime, self.measure = cfg, runtime, measure
-        self.dataset, manifests = latent_stream(cfg.latents, cfg.seed, cfg.stream, cfg.batch.global_batch_size)
+        self.dataset, manifests = training_stream(cfg)
         self.heldout = LatentDataset(f"{cfg.latents}/heldout", cfg.seed, cfg.stream)
         self.info, *_ = (check_latents(cfg, manifest) for manifest in manifests)
         self.mean, self.std = (self.channels(values) for values in (self.info.latent_mean, self.info.latent_std))
@@ -113,15 +166,26 @@ class UNetStage:
             load_pretrained(cfg.init_from, self.network)
         if cfg.lora.rank > 0:
             add_adapters(self.network.unet, cfg.lora)
-        self.extend = Draws(
+        self.text_tower = self.autoencoder = None
+        if cfg.conditions.caption is not None and (cfg.encode or "text" not in self.heldout.layout):
+            self.text_tower = self.frozen(load_text_tower(cfg.clip))
+        latent = None
+        if cfg.encode:
+            self.autoencoder = self.frozen(Autoencoder.from_pretrained(cfg.autoencoder))
+            latent = (cfg.model.out_channels, cfg.model.sample_size, cfg.model.sample_size)
+        draws = Draws(
             cfg.seed,
             partial(
                 wanted_of,
                 offset=cfg.process.offset_noise > 0,
                 conditions=self.network.conditions.source,
                 ends=cfg.process.mean_flow > 0,
+                latent=latent,
             ),
         )
+        self.extend: Callable[[Batch], Batch] = draws
+        if cfg.encode and self.text_tower is not None:
+            self.extend = Tokenised(self.text_tower.tokenize, draws)
         self.network.unet.checkpoint_gradients(cfg.runtime.gradient_checkpointing)
         self.unet = Trainable(
             runtime, self.network, cfg.optim, cfg.batch, cfg.loop.samples, cfg.runtime, cfg.ema, name="unet"
@@ -131,9 +195,6 @@ class UNetStage:
         passes += SLOPE if cfg.process.mean_flow > 0 else 0
         side = cfg.model.sample_size
         self.flops_per_sample = passes * unet_flops(cfg.model, side, side, self.network.conditions.tokens)
-        self.text_tower = None
-        if cfg.conditions.caption is not None and "text" not in self.dataset.layout:
-            self.text_tower = self.frozen(load_text_tower(cfg.clip))
 
     def build(self) -> Denoiser:
         """A U-Net with its conditions, untrained."""
@@ -179,7 +240,7 @@ class UNetStage:
 
     def latents(self, batch: dict[str, Any], draws: SampleRng) -> tuple[Tensor, Tensor]:
         """Normalised latents [B, C, h, w] and noise of that shape."""
-        moments = batch["moments"].float()  # [B, 2C, h, w]
+        moments = self.moments(batch)  # [B, 2C, h, w]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         z = sample_moments(moments, draws.normal("posterior", shape))
         noise = draws.normal("noise", shape)
@@ -187,9 +248,18 @@ class UNetStage:
             noise = self.process.with_offset(noise, draws.normal("offset_noise", (shape[0], 1, 1)))
         return (z - self.mean) / self.std, noise
 
+    def moments(self, batch: dict[str, Any]) -> Tensor:
+        """Moments of the posterior [B, 2C, h, w], from the cache, or from the frozen autoencoder."""
+        if "moments" in batch:
+            return batch["moments"].float()
+        assert self.autoencoder is not None
+        half = self.runtime.precision is Precision.fp16  # in which autoencoders overflow
+        with torch.no_grad(), autocast(self.runtime.device, Precision.fp32 if half else self.runtime.precision):
+            return self.autoencoder.encode(in_range(batch["pixels"])).float()
+
     def inputs(self, batch: dict[str, Any]) -> Inputs:
         """Arrays of the conditions, from the cache; text states from the frozen tower where they are not in it."""
-        arrays = {name: batch[name] for name in self.dataset.layout if name != "moments"}
+        arrays = {name: batch[name] for name in self.heldout.layout if name != "moments" and name in batch}
         tokens = arrays.pop("tokens", None)
         if "text" in arrays:
             arrays["text"] = arrays["text"].float()

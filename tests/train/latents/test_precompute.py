@@ -79,6 +79,7 @@ def test_manifest_says_who_made_it_from_what(latents: Any) -> None:
             "images": {"resolution": 32, "crop": "center", "flip": False, "range": [-1.0, 1.0]},
             "variants": 1,
             "captions": ["caption"],
+            "train_shards": None,
             "shapes": [[32, 32]],
             "tile": None,
             "dtype": "fp16",
@@ -140,6 +141,14 @@ def retold(source: Path, target: Path) -> None:
                     files = {name: value for name, value in record.items() if name not in ("__key__", "json")}
                     writer.add(record["__key__"], files | {"json": json.dumps(meta).encode()})
         Manifest(kind="images", shards=writer.finished, provenance=manifest.provenance).save(target / side)
+
+
+def test_a_part_of_the_training_side_is_a_cache_of_its_own(towers: Any, runtime: Runtime, tmp_path: Path) -> None:
+    precompute(towers, runtime, tmp_path, "train_shards=2")
+    counts = {side: Manifest.load(tmp_path / side).samples for side in ("train", "heldout")}
+    assert counts == {"train": 40, "heldout": 7} and LatentDataset(tmp_path / "train", 0).samples == 40
+    with pytest.raises(UserError, match=r"another train_shards \(2, now None\)"):
+        precompute(towers, runtime, tmp_path)
 
 
 def test_all_captions_of_an_image_are_cached_and_one_is_drawn_for_a_position(
