@@ -5,7 +5,7 @@ from (seed, position).
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +120,11 @@ class ImageDataset:
         """The decoded image of a sample, and what else is known of it."""
         record = self.records[index]
         try:
-            image = open_image(image_of(record), self.images.max_pixels)
-            captions, meta = captions_named(record, self.captions), fields_of(record)
-            labels = {"labels": self._labels(record, meta, image.size)} if self.labels else {}
+            image, facts = decoded(record, self.images, self.captions)
+            labels = {"labels": self._labels(record, facts["meta"], image.size)} if self.labels else {}
         except UserError as error:
             raise UserError(f"{self.records.name(index)}: {error}: {REBUILD}") from None
-        return image, {"captions": captions, "key": record["__key__"], "meta": meta, **labels}
+        return image, facts | labels
 
     def _labels(self, record: dict[str, Any], meta: dict[str, Any], size: tuple[int, int]) -> Labels:
         labels = read_labels(meta, bytes(record[MAP]) if MAP in record else None, size)
@@ -140,6 +139,13 @@ class ImageDataset:
         if self.labels:
             item["labels"] = cut_labels(facts["labels"], cut, side, side, image.size)
         return item
+
+
+def decoded(record: Mapping[str, Any], images: ImageConfig, captions: Sequence[str]) -> tuple[Image.Image, Batch]:
+    """The image of a record, and its "captions", "key" and "meta"; raises UserError."""
+    image = open_image(image_of(record), images.max_pixels)
+    texts, meta = captions_named(record, captions), fields_of(record)
+    return image, {"captions": texts, "key": record["__key__"], "meta": meta}
 
 
 def captions_of(folder: str | Path, samples: int = 0) -> list[str]:

@@ -7,11 +7,11 @@ import atexit
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count, takewhile
-from typing import Any, Protocol
+from itertools import count, islice, takewhile
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from conf.errors import UserError
 from data.image_dataset import Batch, ImageDataset
@@ -29,8 +29,19 @@ class Dataset(Protocol):
         """The samples at these positions of the training stream."""
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """A data set whose samples come in an order that nobody knows beforehand."""
+
+    samples: int
+    digest: str
+
+    def read(self, parts: Iterable[list[int]], start: int, reader: int, readers: int) -> Iterator[Batch]:
+        """A batch for each list of positions, as one of so many readers."""
+
+
 def batches(
-    dataset: Dataset,
+    dataset: Dataset | Stream,
     global_batch: int,  # samples per optimiser step over all ranks
     micro_batch: int,  # samples per rank and forward pass
     rank: int,
@@ -48,6 +59,8 @@ def batches(
         )
     steps = takewhile(lambda step: stop is None or step < stop, count(start, global_batch))
     parts = (part for step in steps for part in step_positions(step, global_batch, rank, world, micro_batch))
+    if isinstance(dataset, Stream):
+        return _load(_Read(dataset, parts, extend, start, rank, world), None, workers)
     return _load(_Fetch(dataset.batch, extend), parts, workers)
 
 
@@ -73,10 +86,37 @@ class _Fetch:
             return error
 
 
-def _load(fetch: _Fetch, parts: Iterable[list[int]], workers: int) -> Iterator[Batch]:
+class _Read(IterableDataset):
+    """The same of a stream: batches, or the user's error; each loader process reads every so manieth of them."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        parts: Iterable[list[int]],
+        extend: Callable[[Batch], Batch] | None,
+        start: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.stream, self.parts, self.extend = stream, parts, extend
+        self.start, self.rank, self.world = start, rank, world
+
+    def __iter__(self) -> Iterator[Batch | UserError]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        reader, readers = self.rank * workers + worker, self.world * workers
+        try:
+            for batch in self.stream.read(islice(self.parts, worker, None, workers), self.start, reader, readers):
+                yield batch if self.extend is None else self.extend(batch)
+        except UserError as error:
+            yield error
+
+
+def _load(fetch: _Fetch | _Read, parts: Iterable[list[int]] | None, workers: int) -> Iterator[Batch]:
+    """Batches by their numbers, or without `parts` as they come."""
     loader: DataLoader = DataLoader(
         fetch,  # type: ignore[arg-type]
-        batch_sampler=parts,
+        **({"batch_size": None} if parts is None else {"batch_sampler": parts}),
         num_workers=workers,
         collate_fn=_as_it_is,
         worker_init_fn=_leave_signals_to_training,

@@ -1,17 +1,24 @@
 """What a training sees: one data set, or several with their shares of one stream."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from braceexpand import braceexpand
+from torch.utils.data import IterableDataset
 
 from conf.errors import UserError
 from conf.schema import ImageConfig, StreamConfig
-from data.image_dataset import Batch, ImageDataset
+from data.image_dataset import Batch, ImageDataset, collate, decoded
+from data.images import cut_of, to_pixels, to_tensor
 from data.latent_dataset import LatentDataset, Layout
-from data.order import Mix
+from data.order import Mix, choice, rng
 from data.shards.manifest import REMEDY, Manifest
 
 Dataset = TypeVar("Dataset")
@@ -49,10 +56,84 @@ class Mixed:
         return {**batch, "skipped": skipped} if self.datasets[0].skip else batch
 
 
+class WebStream:
+    """Images and captions that webdataset's own pipeline reads: tars at any address that it knows, also `pipe:`.
+
+    Nobody knows which sample stands at a position before it is read. So none is promised to come once in an epoch, a
+    training that goes on reads the shards in another order, and another number of processes sees others. All that is
+    drawn for a sample is still of its position. Each process reads its share of the shards, unless there are too few.
+    """
+
+    samples = sys.maxsize
+
+    def __init__(self, urls: str, images: ImageConfig, seed: int, stream: StreamConfig) -> None:
+        self.urls, self.images, self.seed = list(braceexpand(urls)), images, seed
+        self.skip, self.buffer = stream.skip_broken, stream.buffer
+        self.captions, self.weights = list(stream.captions) or ["caption"], list(stream.captions.values()) or [1.0]
+        self.digest = hashlib.sha256(urls.encode()).hexdigest()
+        if os.environ.get("RANK", "0") == "0":
+            lost = "that each comes once, and that a run which goes on sees what it would have seen"
+            print(f"stream.webdataset: {len(self.urls)} shards in no exact order; lost is {lost}", file=sys.stderr)
+
+    def read(self, parts: Iterable[list[int]], start: int, reader: int, readers: int) -> Iterator[Batch]:
+        """A batch for each list of positions; of so many readers this one begins with so many samples seen."""
+        import webdataset
+
+        order = random.Random(f"{self.seed}/{start}/{reader}")
+        handler = webdataset.warn_and_continue if self.skip else webdataset.reraise_exception
+        records = iter(
+            webdataset.DataPipeline(
+                _Shards(self.urls, f"{self.seed}/{start}", reader, readers),
+                webdataset.tarfile_to_samples(handler=handler),
+                webdataset.shuffle(self.buffer, initial=min(self.buffer, 100), rng=order),
+            )
+        )
+        for positions in parts:
+            items, skipped = list[Batch](), list[str]()
+            while len(items) < len(positions):
+                try:
+                    items.append(self._item(next(records), positions[len(items)]))
+                except UserError as error:
+                    if not self.skip:
+                        raise
+                    skipped.append(str(error))
+                except Exception as error:  # each protocol has errors of its own
+                    raise UserError(f"stream.webdataset: {' '.join(str(error).split())[:300]}") from None
+            yield {**collate(items), "skipped": skipped} if self.skip else collate(items)
+
+    def _item(self, record: dict[str, Any], position: int) -> Batch:
+        try:
+            image, facts = decoded(record, self.images, self.captions)
+        except UserError as error:
+            raise UserError(f"{record.get('__url__')}: sample '{record['__key__']}': {error}") from None
+        facts["caption"] = facts.pop("captions")[choice(self.seed, position, "caption", self.weights)]
+        cut = cut_of(*image.size, self.images.crop, self.images.flip, rng(self.seed, position, "crop"))
+        side = self.images.resolution
+        pixels = to_tensor(to_pixels(image, side, side, cut, self.images.filter))
+        return {"pixels": pixels, **facts, "position": position}
+
+
+class _Shards(IterableDataset):
+    """Addresses without end, as webdataset's pipeline takes them: of each epoch a reader's share, in a new order."""
+
+    def __init__(self, urls: list[str], seed: str, reader: int, readers: int) -> None:
+        super().__init__()
+        self.urls, self.seed, self.reader, self.readers = urls, seed, reader, readers
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for epoch in count():
+            urls = list(self.urls)
+            random.Random(f"{self.seed}/{epoch}").shuffle(urls)
+            own = urls[self.reader :: self.readers] if len(urls) >= self.readers else urls
+            yield from ({"url": url} for url in own)
+
+
 def image_stream(
     folder: str, images: ImageConfig, seed: int, stream: StreamConfig, global_batch: int
-) -> ImageDataset | Mixed:
-    """Images and captions for a training: FOLDER/train, and its share of each data set of the mix."""
+) -> ImageDataset | Mixed | WebStream:
+    """Images and captions for a training: FOLDER/train, and its share of each data set of the mix; or what is named."""
+    if stream.webdataset is not None:
+        return WebStream(stream.webdataset, images, seed, stream)
     batch = _shared_by_lanes(stream, global_batch)
     members = _members(
         folder, seed, stream, lambda train, own_seed: ImageDataset(train, images, own_seed, stream, batch=batch)

@@ -186,6 +186,8 @@ class StreamConfig:
     lane_batch: int = 0  # samples that the lanes share in turn; 0: the global batch; a run keeps what it began with
     skip_broken: bool = False  # leave out samples that cannot be read, and name them, instead of ending the run
     verify: bool = False  # compare each shard with the SHA-256 of its manifest when it is first opened
+    webdataset: str | None = None  # addresses for webdataset's own pipeline, in place of train/ and its exact order
+    buffer: int = 2000  # samples among which it shuffles
     captions: dict[str, float] = field(default_factory=dict)  # {NAME: WEIGHT} of an image's; {}: caption, or all cached
     mix: dict[str, float] = field(default_factory=dict, metadata=PATH)  # {FOLDER: WEIGHT}; the first data set's is 1
     cache_dir: str | None = a_path(None)  # for remote shards; None: below $TMPDIR, which should be a local disk
@@ -199,7 +201,11 @@ class StreamConfig:
         require(self.window >= 0, f"stream.window={self.window}: must be 0 (all shards) or positive")
         require(self.lanes >= 0, f"stream.lanes={self.lanes}: must be 0 (off) or positive, a multiple of the processes")
         require(self.lane_batch >= 0, f"stream.lane_batch={self.lane_batch}: must be 0 (global batch) or positive")
-        require_positive(self, "cache_gb", "timeout_s", "transfers", group="stream.")
+        require_positive(self, "cache_gb", "timeout_s", "transfers", "buffer", group="stream.")
+        require(
+            self.webdataset is None or not (self.mix or self.window or self.lanes),
+            f"stream.webdataset={self.webdataset}: has an order of its own; leave out stream.mix, window and lanes",
+        )
         require_captions("stream.captions", list(self.captions))
         for name, weight in self.captions.items():
             require(weight > 0, f"stream.captions: the weight of {name} is {weight}: must be positive; or leave it out")

@@ -97,7 +97,7 @@ class Handler(SimpleHTTPRequestHandler):
 @pytest.fixture
 def http(tmp_path: Path) -> Iterator[Server]:
     """A server of `tmp_path / "served"`."""
-    (tmp_path / "served").mkdir()
+    (tmp_path / "served").mkdir(exist_ok=True)
     server = Server(tmp_path / "served")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

@@ -14,7 +14,7 @@ from conf.errors import UserError
 from conf.files import atomic_write
 from conf.plain_json import dumps, read_object
 from data.image_dataset import Batch
-from data.loader import Dataset
+from data.loader import Dataset, Stream
 from train.engine.metric_log import MetricLog, finite_metrics
 from train.engine.trainable import Trainable
 
@@ -34,7 +34,7 @@ class Stage(Protocol):
         """Adds to a loaded micro-batch what else can be made of it on the CPU; goes to the loader's processes."""
 
     @property
-    def dataset(self) -> Dataset:
+    def dataset(self) -> Dataset | Stream:
         """What the loop draws batches from."""
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:

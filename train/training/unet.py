@@ -19,7 +19,7 @@ from data.image_dataset import Batch, ImageDataset
 from data.images import in_range
 from data.latent_dataset import LatentDataset
 from data.shards.manifest import Manifest, find_shards
-from data.streams import Mixed, image_stream, latent_stream
+from data.streams import Mixed, WebStream, image_stream, latent_stream
 from models.autoencoder import Autoencoder, sample_moments, split_moments
 from models.conditions import Conditions, Embedders, Inputs, Wanted
 from models.denoiser import Denoiser, widened
@@ -116,7 +116,7 @@ class Tokenised:
         return self.extend({**batch, "tokens": self.tokenize(batch["caption"])})
 
 
-def training_stream(cfg: UNetRun) -> tuple[LatentDataset | ImageDataset | Mixed, list[Manifest]]:
+def training_stream(cfg: UNetRun) -> tuple[LatentDataset | ImageDataset | Mixed | WebStream, list[Manifest]]:
     """What the U-Net is trained on: cached latents, or images that are cut as those of the cache.
 
     Raises:
