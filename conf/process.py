@@ -153,6 +153,11 @@ def usable_cpus() -> set[int]:
     return os.sched_getaffinity(0) if sys.platform == "linux" else set(range(os.cpu_count() or 1))
 
 
+def cores() -> int:
+    """CPUs of this process: its share of those that it and the other processes of a machine may use."""
+    return max(1, int(min(len(usable_cpus()), cpu_quota()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def machines() -> int:
     """Machines that the processes of this command run on, as torchrun says; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1

@@ -149,7 +149,7 @@ class PrecomputeRun:
     buckets: BucketConfig = field(default_factory=BucketConfig)
     batch_size: int = 64  # images decoded and encoded together; halved by itself where memory is short
     tile: int = 0  # pixels: larger images are encoded in overlapping squares of this side, one at a time; 0: whole
-    threads: int = 2  # that decode images beside the encoder
+    threads: int | None = None  # that decode images beside the encoder; null: as many as the process has cores
     lease_s: float = 120.0  # seconds after which the claim of a process that shows no life on another machine is void
     check_samples: int = 64  # latents decoded back against their images
     min_psnr: float = 15.0  # dB; a cache that decodes worse is refused
@@ -159,7 +159,8 @@ class PrecomputeRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        require_positive(self, "variants", "batch_size", "threads", "check_samples", "lease_s")
+        require_positive(self, "variants", "batch_size", "check_samples", "lease_s")
+        require(self.threads is None or self.threads > 0, f"threads={self.threads}: must be null or positive")
         require(self.train_shards >= 0, f"train_shards={self.train_shards}: must be 0 (all) or positive")
         require(len(self.captions) > 0, "captions=[]: name one, such as caption")
         require_captions("captions", self.captions)

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from conf.errors import UserError
-from conf.process import cpu_quota, usable_cpus
+from conf.process import cores, cpu_quota, usable_cpus
 from conf.schema import Device, Precision, RuntimeConfig, TrainingRuntimeConfig
 from train.engine.metric_log import say
 from train.engine.precision import resolved
 
 TORCHS_CHOICE = torch.get_num_threads()  # CPU cores that this process may use, before anybody changes it
 CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")  # set by the user, or torchrun
-MOST_LOADERS = 8  # processes that load for one that trains
+MOST_LOADERS = 32  # processes that load for one that trains
 WINDOW_S = 0.5  # in which CPU time is compared, or the length of a step where that is longer
 CALM = 2  # such windows in a row, after which a core that others left is taken
 TAKEN, LEFT = 0.5, 0.3  # share of a core: others who use more have taken it, those who use less have left it
@@ -121,11 +121,11 @@ def choose_threads(cfg: RuntimeConfig, device: torch.device) -> Threads:
     compiled = isinstance(cfg, TrainingRuntimeConfig) and cfg.compile
     if cfg.threads > 0 or compiled or device.type != "cpu" or any(name in os.environ for name in CHOSEN_BY):
         return Threads()
-    cores = min(TORCHS_CHOICE, len(usable_cpus()))
-    most = max(1, round(min(cores, cpu_quota())))
+    few = min(TORCHS_CHOICE, len(usable_cpus()))
+    most = max(1, round(min(few, cpu_quota())))
     if most != torch.get_num_threads():  # a member of a sweep before this one may have left another number
         torch.set_num_threads(most)
-    return Threads(most, cores)
+    return Threads(most, few)
 
 
 class Late:
@@ -176,8 +176,7 @@ class Runtime:
         """
         if chosen is not None or self.device.type == "cpu":
             return chosen or 0
-        cores = min(len(usable_cpus()), cpu_quota()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return max(1, min(MOST_LOADERS, int(cores) - 1))
+        return max(1, min(MOST_LOADERS, cores() - 1))
 
     def barrier(self) -> None:
         """Wait for all processes."""

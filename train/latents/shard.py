@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 
 from conf.errors import UserError
-from conf.process import tell
+from conf.process import cores, tell
 from conf.schema import PrecomputeRun
 from data.buckets import bucket_shapes, suffix_of
 from data.image_dataset import Batch, ImageDataset, collate
@@ -159,7 +159,7 @@ def decoded_batches(
     waiting: dict[torch.Size, list[Batch]] = {}
     pending: deque[Future[Batch]] = deque()
     upcoming = iter(samples)
-    with ThreadPoolExecutor(cfg.threads) as pool:
+    with ThreadPoolExecutor(cfg.threads or cores()) as pool:
         pending.extend(pool.submit(load, index) for index in islice(upcoming, AHEAD * cfg.batch_size))
         while pending:
             item = pending.popleft().result()

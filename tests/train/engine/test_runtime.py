@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conf import process
 from conf.errors import UserError
 from conf.schema import BatchConfig, Device, RuntimeConfig, TrainingRuntimeConfig
 from train.engine import runtime as module_under_test
@@ -297,12 +298,12 @@ def test_loaders_are_as_many_as_a_gpu_leaves_cores(monkeypatch: pytest.MonkeyPat
     assert (runtime.loaders(None), runtime.loaders(3), runtime.loaders(0)) == (0, 3, 0)
     gpu = replace(runtime, device=torch.device("cuda", 0))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(module_under_test, "cpu_quota", lambda: 1000)
+    monkeypatch.setattr(process, "cpu_quota", lambda: 1000)
     found = {}
-    for cores in (8, 32, 64, 224):
-        monkeypatch.setattr(module_under_test, "usable_cpus", lambda cores=cores: set(range(cores)))
+    for cores in (8, 32, 64, 224, 1024):
+        monkeypatch.setattr(process, "usable_cpus", lambda cores=cores: set(range(cores)))
         found[cores] = gpu.loaders(None)
-    assert found == {8: 1, 32: 3, 64: 7, 224: 8} and gpu.loaders(0) == 0
+    assert found == {8: 1, 32: 3, 64: 7, 224: 27, 1024: 32} and gpu.loaders(0) == 0
 
 
 def test_nccl_has_the_time_limit_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
