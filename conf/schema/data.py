@@ -153,6 +153,7 @@ class PrecomputeRun:
     lease_s: float = 120.0  # seconds after which the claim of a process that shows no life on another machine is void
     check_samples: int = 64  # latents decoded back against their images
     min_psnr: float = 15.0  # dB; a cache that decodes worse is refused
+    moments: str | None = a_path(None)  # a cache of the same images and autoencoder: only its texts are made anew
     train_shards: int = 0  # of images that are encoded for training, for trainings with encode=true; 0: all
     plan: bool = False  # only say how much storage and time the cache will take
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -162,6 +163,10 @@ class PrecomputeRun:
         require_positive(self, "variants", "batch_size", "check_samples", "lease_s")
         require(self.threads is None or self.threads > 0, f"threads={self.threads}: must be null or positive")
         require(self.train_shards >= 0, f"train_shards={self.train_shards}: must be 0 (all) or positive")
+        require(
+            self.moments is None or self.buckets.max_aspect == 1,
+            f"moments={self.moments}: a cache with aspect buckets cannot be taken over; leave it out",
+        )
         require(len(self.captions) > 0, "captions=[]: name one, such as caption")
         require_captions("captions", self.captions)
         require(

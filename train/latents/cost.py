@@ -4,12 +4,13 @@ import shutil
 import tempfile
 import time
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 from conf.schema import PrecomputeRun
 from train.engine.metric_log import say
 from train.latents.encoder import LatentEncoder
-from train.latents.shard import LatentSplit, LatentWriters, decoded_batches, part_of
+from train.latents.shard import LatentSplit, LatentWriters, decoded_batches, known_batches, part_of
 
 PROCESSES = (1, 8, 64)
 
@@ -39,9 +40,10 @@ def print_plan(cfg: PrecomputeRun, encoder: LatentEncoder, splits: list[LatentSp
 def cost_per_sample(cfg: PrecomputeRun, encoder: LatentEncoder, split: LatentSplit) -> tuple[float, float]:
     """Bytes on disk and seconds of one process, without the first batch: that one warms up."""
     indices = range(min(split.images.samples, 2 * cfg.batch_size))
+    known = islice(known_batches(split, 0, cfg, []), 2) if split.known is not None else None
     samples, seconds = list[int](), list[float]()
     with tempfile.TemporaryDirectory() as folder, LatentWriters(cfg, Path(folder), 0, len(indices)) as write:
-        for batch in decoded_batches(split.images, indices, cfg, []):
+        for batch in known or decoded_batches(split.images, indices, cfg, []):
             began = time.perf_counter()
             encoded = encoder(batch)
             for row in range(len(batch["key"])):

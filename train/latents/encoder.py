@@ -60,21 +60,25 @@ class LatentEncoder:
     cuts: Cuts = field(default=Cuts(0))  # captions since `forget` that are longer than the context
 
     def __call__(self, batch: dict[str, Any]) -> Encoded:
-        """Encode items of `ImageDataset.variants`; a caption that came before is not encoded again."""
-        pixels = batch["pixels"]  # [B, V, 3, H, W]
-        moments = self.moments(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-        made = self.conditions.prepare(self._samples(batch), self)
-        arrays = {name: array.unflatten(0, pixels.shape[:2]).numpy() for name, array in made.items()}
+        """Encode items of `ImageDataset.variants`, or of those that a cache has; each caption is encoded once."""
+        moments, arrays = (batch["moments"], batch["arrays"]) if "moments" in batch else self._of_images(batch)
         if not self.conditions.takes_text:
-            return Encoded(moments.numpy(), None, None, arrays)
+            return Encoded(moments, None, None, arrays)
         captions = [caption for captions in batch["captions"] for caption in captions]
         tokens = self.text_tower.tokenize(captions)
         self.cuts += Cuts.of(self.text_tower, captions, tokens)
         text = self._texts(captions, tokens) if self.text_states else None
-        if len(captions) > len(pixels):  # several of each image: [B, K, L] and [B, K, L, D]
-            tokens = tokens.unflatten(0, (len(pixels), -1))
-            text = None if text is None else text.unflatten(0, (len(pixels), -1))
-        return Encoded(moments.numpy(), tokens.numpy(), None if text is None else text.numpy(), arrays)
+        if len(captions) > len(moments):  # several of each image: [B, K, L] and [B, K, L, D]
+            tokens = tokens.unflatten(0, (len(moments), -1))
+            text = None if text is None else text.unflatten(0, (len(moments), -1))
+        return Encoded(moments, tokens.numpy(), None if text is None else text.numpy(), arrays)
+
+    def _of_images(self, batch: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Moments and the arrays of other conditions than captions."""
+        pixels = batch["pixels"]  # [B, V, 3, H, W]
+        moments = self.moments(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        made = self.conditions.prepare(self._samples(batch), self)
+        return moments.numpy(), {name: array.unflatten(0, pixels.shape[:2]).numpy() for name, array in made.items()}
 
     def _samples(self, batch: dict[str, Any]) -> Samples:
         """All variants of a batch as samples of their own."""

@@ -37,6 +37,7 @@ from train.latents.provenance import NULL_TEXT, OLDER, asks_clip, image_facts, w
 from train.latents.shard import PARTS, LatentSplit, encode_shard, part_of
 
 SPLITS = ("train", "heldout")
+OF_TEXTS = {"clip", "captions", "text_states", "text_dim", "context_length"}  # fields that moments do not depend on
 REJECTS = "rejects.jsonl"
 
 
@@ -56,8 +57,21 @@ def open_splits(cfg: PrecomputeRun, encoder: LatentEncoder) -> list[LatentSplit]
         folder = Path(cfg.output_dir) / name
         wanted = facts | {"source": images.manifest.digest(), "labels": labels}
         wanted["train_shards"] = (cfg.train_shards or None) if name == "train" else None
-        splits.append(LatentSplit(name, images, folder, wanted, existing_manifest(folder, wanted)))
+        known = None if cfg.moments is None else known_moments(cfg.moments, name, wanted)
+        splits.append(LatentSplit(name, images, folder, wanted, existing_manifest(folder, wanted), known))
     return splits
+
+
+def known_moments(cache: str, side: str, wanted: dict[str, Any]) -> Path:
+    """One side of a cache whose moments are those that are wanted; refuses another, naming the field."""
+    found = {**OLDER, **Manifest.load(Path(cache) / side).provenance}
+    for field in wanted.keys() - OF_TEXTS:
+        before, now = found.get(field), wanted[field]
+        if field == "conditions":
+            before, now = ({name: of[name] for name in of or () if name != "caption"} for of in (before, now))
+        if before != now:
+            raise UserError(f"moments={cache}: its {field} is {before}, not {now}: leave it out to encode all anew")
+    return Path(cache) / side
 
 
 def latents_provenance(cfg: PrecomputeRun, encoder: LatentEncoder) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from conf.errors import UserError
@@ -19,8 +20,10 @@ from conf.process import cores, tell
 from conf.schema import PrecomputeRun
 from data.buckets import bucket_shapes, suffix_of
 from data.image_dataset import Batch, ImageDataset, collate
-from data.latent_record import ChannelStats, LatentWriter
+from data.latent_record import ChannelStats, LatentWriter, as_float32, read_latent
+from data.samples import captions_named
 from data.shards.manifest import Manifest, ShardInfo
+from data.shards.shard import ShardReader, without_dots
 from train.engine.runtime import Threads
 from train.latents.encoder import Encoded, LatentEncoder
 
@@ -37,6 +40,7 @@ class LatentSplit:
     folder: Path
     provenance: dict[str, Any]
     finished: Manifest | None  # of an earlier run with this provenance
+    known: Path | None = None  # a cache whose moments are taken over
 
     @property
     def shards(self) -> int:
@@ -69,8 +73,10 @@ class LatentWriters:
 
     def __call__(self, encoded: Encoded, row: int, batch: Batch) -> None:
         """Append sample `row` of a batch, with what micro-conditioning needs: the image's size and the cuts."""
-        cuts, (width, height) = batch["cuts"][row], batch["size"][row]
-        found = {"width": width, "height": height, "cuts": [asdict(cut) for cut in cuts]}
+        found: dict[str, Any] = {}  # of what a cache has, its metadata say so already
+        if "cuts" in batch:
+            cuts, (width, height) = batch["cuts"][row], batch["size"][row]
+            found = {"width": width, "height": height, "cuts": [asdict(cut) for cut in cuts]}
         text = None if encoded.text is None else encoded.text[row]
         tokens = None if encoded.tokens is None else encoded.tokens[row]
         self._writer(batch).add(
@@ -84,8 +90,10 @@ class LatentWriters:
         )
 
     def _writer(self, batch: Batch) -> LatentWriter:
-        height, width = batch["pixels"].shape[-2:]
-        suffix = suffix_of((width, height)) if self.cfg.buckets.max_aspect > 1 else ""
+        suffix = ""
+        if self.cfg.buckets.max_aspect > 1:
+            height, width = batch["pixels"].shape[-2:]
+            suffix = suffix_of((width, height))
         if suffix not in self.writers:
             writer = LatentWriter(self.folder, self.samples, self.cfg.dtype, self.index, suffix)
             self.writers[suffix] = self.stack.enter_context(writer)
@@ -124,7 +132,8 @@ def encode_shard(
 
     with LatentWriters(cfg, split.folder, index, len(samples)) as writers, ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
-        for batch in decoded_batches(split.images, samples, cfg, rejects):
+        known = known_batches(split, index, cfg, rejects) if split.known is not None else None
+        for batch in known or decoded_batches(split.images, samples, cfg, rejects):
             threads.adjust()
             encoded = encoder(batch)
             encoded_samples += len(batch["key"])
@@ -142,6 +151,43 @@ def encode_shard(
         "rejects": rejects,
         "captions_cut": [encoder.cuts.count, encoder.cuts.lost],
     }
+
+
+def known_batches(split: LatentSplit, index: int, cfg: PrecomputeRun, rejects: list[dict[str, str]]) -> Iterator[Batch]:
+    """Batches of the samples of a shard that another cache has, with their captions; no image is decoded."""
+    assert split.known is not None
+    path, images = split.known / f"{index:05d}.tar", split.images
+    reader = ShardReader(path) if path.is_file() else ()  # no file: it has none of them
+    rows = {reader.key(row): row for row in range(len(reader))} if isinstance(reader, ShardReader) else {}
+    batch = list[Batch]()
+    for number in split.samples_of(index):
+        key = images.records.key(number)
+        if without_dots(key) not in rows:
+            rejects.append({"key": key, "reason": f"{split.known} has no latents of it"})
+            continue
+        assert isinstance(reader, ShardReader)
+        record = read_latent(reader[rows[without_dots(key)]])
+        captions = captions_named(images.records[number], cfg.captions)
+        batch.append(
+            {
+                "key": key,
+                "captions": captions,
+                "meta": record.meta,
+                "moments": as_float32(record.moments),
+                "arrays": record.arrays,
+            }
+        )
+        if len(batch) == cfg.batch_size:
+            yield _stacked(batch)
+            batch = []
+    if batch:
+        yield _stacked(batch)
+
+
+def _stacked(items: list[Batch]) -> Batch:
+    batch: Batch = {name: [item[name] for item in items] for name in items[0]}
+    arrays = {name: np.stack([item[name] for item in batch["arrays"]]) for name in batch["arrays"][0]}
+    return batch | {"moments": np.stack(batch["moments"]), "arrays": arrays}
 
 
 def decoded_batches(

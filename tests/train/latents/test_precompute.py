@@ -143,6 +143,29 @@ def retold(source: Path, target: Path) -> None:
         Manifest(kind="images", shards=writer.finished, provenance=manifest.provenance).save(target / side)
 
 
+def test_moments_of_another_cache_are_taken_over_and_their_texts_are_new(
+    towers: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retold(towers.folder / "shards", tmp_path / "shards")
+    images, other = f"shards={tmp_path}/shards", tmp_path / "other"
+    precompute(towers, runtime, tmp_path / "old", images, "min_psnr=1")
+    torch.manual_seed(7)
+    Clip.from_config(Clip.from_pretrained(towers.config("latents").clip).config).save_pretrained(other)
+    new = [images, "min_psnr=1", f"clip={other}", "captions=[told.long,told.short.0]"]
+    precompute(towers, runtime, tmp_path / "fresh", *new)
+    asked = list[int]()
+    encode = stage.LatentEncoder._moments
+    monkeypatch.setattr(stage.LatentEncoder, "_moments", lambda *a: asked.append(1) or encode(*a))  # type: ignore[func-returns-value]
+    precompute(towers, runtime, tmp_path / "taken", *new, f"moments={tmp_path}/old")
+    assert not asked
+    for side in ("train", "heldout"):
+        fresh, taken = (Manifest.load(tmp_path / name / side) for name in ("fresh", "taken"))
+        assert taken.shards == fresh.shards and taken.provenance == fresh.provenance
+        np.testing.assert_allclose(taken.stats["std"], fresh.stats["std"], rtol=1e-3)
+    with pytest.raises(UserError, match=r"moments=.*/old: its dtype is fp16, not fp32: leave it out"):
+        precompute(towers, runtime, tmp_path / "x", *new, f"moments={tmp_path}/old", "dtype=fp32")
+
+
 def test_a_part_of_the_training_side_is_a_cache_of_its_own(towers: Any, runtime: Runtime, tmp_path: Path) -> None:
     precompute(towers, runtime, tmp_path, "train_shards=2")
     counts = {side: Manifest.load(tmp_path / side).samples for side in ("train", "heldout")}
