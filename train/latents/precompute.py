@@ -67,8 +67,8 @@ def known_moments(cache: str, side: str, wanted: dict[str, Any]) -> Path:
     found = {**OLDER, **Manifest.load(Path(cache) / side).provenance}
     for field in wanted.keys() - OF_TEXTS:
         before, now = found.get(field), wanted[field]
-        if field == "conditions":
-            before, now = ({name: of[name] for name in of or () if name != "caption"} for of in (before, now))
+        if field == "conditions":  # but for the caption
+            before, now = ({k: v for k, v in dict(facts or {}).items() if k != "caption"} for facts in (before, now))
         if before != now:
             raise UserError(f"moments={cache}: its {field} is {before}, not {now}: leave it out to encode all anew")
     return Path(cache) / side
