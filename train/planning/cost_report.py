@@ -61,6 +61,9 @@ def facts(cfg: PlanRun, cost: Cost) -> Table:
         "run": f"{cfg.loop.samples:,} samples in {hours}: {cost.gpu_hours:,.0f} GPU-hours",
         "reading": f"{cost.read_bytes_per_s / 1e6:,.1f} MB/s of latents, {cost.tokens_per_s:,.0f} tokens/s",
         "latent cache": f"{gb(cost.cache_bytes)}, {cost.record_bytes:,.0f} bytes per sample",
+        "without it": f"{cost.encoder_flops / 1e12:,.3f} TFLOP more per sample, "
+        f"{100 * cost.encoder_flops / cost.flops_per_sample:.0f} % of its arithmetic, by Stable Diffusion's encoder "
+        "in each step (encode=true)",
         "checkpoint": f"{gb(cost.checkpoint_bytes)}, of which {cfg.loop.keep_checkpoints} are kept",
     }
     table = Table.grid(padding=(0, 2))

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from conf.schema import BackendName, Offload, PlanRun, Precision
+from conf.schema.networks import AutoencoderConfig
 from data.latent_record import LatentWriter
-from models.flops import unet_flops
+from models.autoencoder import Autoencoder
+from models.flops import counted_flops, unet_flops
 from models.unet import UNet
 from train.engine.accelerators import SPECIFICATIONS
 from train.engine.backend.ddp import BUCKET_MB
@@ -90,6 +92,7 @@ class Cost:
     gpu_hours: float
     record_bytes: float  # of a cached sample
     cache_bytes: float
+    encoder_flops: float  # of a sample that is encoded in the step instead, by Stable Diffusion's autoencoder
     read_bytes_per_s: float
     tokens_per_s: float  # of the captions
     checkpoint_bytes: int  # one of them
@@ -127,6 +130,7 @@ def estimate(cfg: PlanRun) -> Cost:
         gpu_hours=cfg.gpus * cfg.loop.samples / images_per_s / 3600,
         record_bytes=record,
         cache_bytes=record * (cfg.cached_samples or cfg.loop.samples),
+        encoder_flops=encoder_flops(cfg),
         read_bytes_per_s=record * images_per_s,
         tokens_per_s=cfg.tokens * images_per_s,
         checkpoint_bytes=FP32 * elements * (4 if cfg.ema.half_life_samples > 0 else 3),  # as `Trainable.save`
@@ -291,6 +295,14 @@ def host_seconds(cfg: PlanRun) -> float:
     """Seconds of a step in which Python launches its operators, one by one; a compiled network needs fewer."""
     _, passes = cfg.batch.split(cfg.gpus)
     return passes * activations(cfg, 1).operators * LAUNCH_S
+
+
+def encoder_flops(cfg: PlanRun) -> float:
+    """FLOPs of one pass through the encoder of Stable Diffusion's autoencoder, for latents of this size."""
+    network = AutoencoderConfig()
+    side = cfg.model.sample_size * network.downscale
+    with torch.device("meta"):
+        return float(counted_flops(Autoencoder(network).encoder, torch.empty(1, network.in_channels, side, side)))
 
 
 def record_bytes(cfg: PlanRun) -> float:

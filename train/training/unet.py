@@ -122,7 +122,7 @@ def training_stream(cfg: UNetRun) -> tuple[LatentDataset | ImageDataset | Mixed 
     Raises:
         UserError: images whose latents cannot be made in a step.
     """
-    if not cfg.encode:
+    if not cfg.encode or cfg.shards is None:
         return latent_stream(cfg.latents, cfg.seed, cfg.stream, cfg.batch.global_batch_size)
     manifest = find_shards(f"{cfg.latents}/train", "latents", cfg.stream)
     facts = manifest.provenance
