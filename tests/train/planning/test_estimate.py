@@ -49,6 +49,7 @@ from train.planning.estimate import (
 from train.planning.memory import Sharding
 from train.training.distillation.consistency import Levels, consistency_loss
 from train.training.distillation.continuous import continuous_loss
+from train.training.distillation.guidance import guidance_loss
 
 SD2 = ["model.attention_head_dim=[5,10,20,20]", "model.cross_attention_dim=1024", "model.use_linear_projection=true"]
 SDXL = [
@@ -232,6 +233,8 @@ def test_distillation_takes_the_planned_operations(method: DistillMethod) -> Non
     with FlopCounterMode(display=False) as counter:
         if method is DistillMethod.scm:
             found = continuous_loss(told, guided, process, levels[0], x0, x0, 1.0)
+        elif method is DistillMethod.guidance:
+            found = guidance_loss(told, guided, process, levels[0], x0, x0)
         else:
             found = consistency_loss(told, answers, process, levels, x0, x0, 0.001)
         found.losses.sum().backward()
