@@ -21,13 +21,13 @@ import webdataset
 from PIL import Image
 
 from conf.errors import UserError
-from conf.schema import CacheDtype, Crop, ImageConfig
+from conf.schema import CacheDtype, Crop, ImageConfig, StreamConfig
 from data.image_dataset import ImageDataset
 from data.images import in_range
 from data.latent_dataset import LatentDataset
 from data.latent_record import LatentWriter
 from data.loader import batches, sequential
-from data.order import sample_at
+from data.order import FullOrder, sample_at
 from data.shards import store as record_store
 from data.shards.manifest import Manifest
 from data.shards.shard import ShardWriter
@@ -67,12 +67,21 @@ def write_latents(
     return folder
 
 
-@pytest.fixture(scope="module", params=["images", "latents"])
+ORDERS = {
+    "images": StreamConfig(),
+    "latents": StreamConfig(),
+    "images in lanes": StreamConfig(lanes=4, window=1),
+    "latents in lanes": StreamConfig(lanes=2, window=2),
+    "latents in windows": StreamConfig(window=2),
+}
+
+
+@pytest.fixture(scope="module", params=ORDERS)
 def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "images":
-        return ImageDataset(write_images(folder), IMAGES, seed=3)
-    return LatentDataset(write_latents(folder), seed=3)
+    folder, order = tmp_path_factory.mktemp("data"), ORDERS[request.param]
+    if request.param.startswith("images"):
+        return ImageDataset(write_images(folder), IMAGES, 3, order, batch=4)
+    return LatentDataset(write_latents(folder), 3, order, batch=4)
 
 
 def contents(batch: dict[str, Any]) -> Iterator[tuple]:
@@ -121,7 +130,9 @@ def test_items_batches_and_pickles_agree(dataset: Any) -> None:
     assert list(contents(dataset.collate(items))) == list(contents(dataset.batch([5, 6])))
     copy = pickle.loads(pickle.dumps(dataset))
     assert list(contents(copy.batch([5, 6]))) == list(contents(dataset.batch([5, 6])))
-    assert items[0]["key"] == f"{sample_at(3, 5, SAMPLES):09d}"
+    assert items[0]["key"] == f"{dataset.order(5):09d}"
+    if isinstance(dataset.order, FullOrder):
+        assert dataset.order(5) == sample_at(3, 5, SAMPLES)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
