@@ -12,7 +12,6 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from itertools import accumulate
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +223,9 @@ def needs_ranges(url: str, manifest: Manifest, stream: StreamConfig) -> bool:
         UserError: windows that it cannot hold, or shards without an index.
     """
     largest = sorted((shard.bytes for shard in manifest.shards), reverse=True)
-    lanes = max(1, ceil(stream.lanes / machines()))  # whose windows this machine reads: the present ones and the next
+    lanes = max(
+        1, math.ceil(stream.lanes / machines())
+    )  # whose windows this machine reads: the present ones and the next
     needed, limit = sum(largest[: 2 * lanes * stream.window or None]), stream.cache_gb * 1e9
     if needed <= limit:
         return False

@@ -61,7 +61,21 @@ class LatentEncoder:
 
     def __call__(self, batch: dict[str, Any]) -> Encoded:
         """Encode items of `ImageDataset.variants`, or of those that a cache has; each caption is encoded once."""
-        moments, arrays = (batch["moments"], batch["arrays"]) if "moments" in batch else self._of_images(batch)
+        return self.with_texts(batch, *self.of_images(batch))
+
+    def of_images(self, batch: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Moments and the arrays of other conditions than captions; several threads may ask at a time."""
+        if "moments" in batch:
+            return batch["moments"], batch["arrays"]
+        pixels = batch["pixels"]  # [B, V, 3, H, W]
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        moments = self.moments(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        made = self.conditions.prepare(self._samples(batch), self)
+        return moments.numpy(), {name: array.unflatten(0, pixels.shape[:2]).numpy() for name, array in made.items()}
+
+    def with_texts(self, batch: dict[str, Any], moments: np.ndarray, arrays: dict[str, np.ndarray]) -> Encoded:
+        """And with the captions; one batch at a time, in order, as what was encoded before is not encoded again."""
         if not self.conditions.takes_text:
             return Encoded(moments, None, None, arrays)
         captions = [caption for captions in batch["captions"] for caption in captions]
@@ -72,13 +86,6 @@ class LatentEncoder:
             tokens = tokens.unflatten(0, (len(moments), -1))
             text = None if text is None else text.unflatten(0, (len(moments), -1))
         return Encoded(moments, tokens.numpy(), None if text is None else text.numpy(), arrays)
-
-    def _of_images(self, batch: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Moments and the arrays of other conditions than captions."""
-        pixels = batch["pixels"]  # [B, V, 3, H, W]
-        moments = self.moments(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-        made = self.conditions.prepare(self._samples(batch), self)
-        return moments.numpy(), {name: array.unflatten(0, pixels.shape[:2]).numpy() for name, array in made.items()}
 
     def _samples(self, batch: dict[str, Any]) -> Samples:
         """All variants of a batch as samples of their own."""
@@ -140,7 +147,7 @@ class LatentEncoder:
         network = self.autoencoder
         encode = partial(encode_in_tiles, network.encode, side=self.tile, downscale=network.cfg.downscale)
         with autocast(self.device, self.precision):
-            images = images.to(self.device)
+            images = images.to(self.device, non_blocking=True)
             return finite_or_fp32(encode, in_range(images) if images.dtype == torch.uint8 else images).cpu()
 
     @torch.no_grad()

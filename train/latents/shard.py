@@ -29,6 +29,7 @@ from train.latents.encoder import Encoded, LatentEncoder
 
 PARTS = ".parts"
 AHEAD = 2  # batches that are decoded before the encoder asks for them
+AT_ONCE = {"cpu": 1, "cuda": 2}  # batches that are being encoded
 
 
 @dataclass(slots=True)
@@ -133,9 +134,8 @@ def encode_shard(
     with LatentWriters(cfg, split.folder, index, len(samples)) as writers, ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
         known = known_batches(split, index, cfg, rejects) if split.known is not None else None
-        for batch in known or decoded_batches(split.images, samples, cfg, rejects):
-            threads.adjust()
-            encoded = encoder(batch)
+        batches = known or decoded_batches(split.images, samples, cfg, rejects)
+        for batch, encoded in encoded_batches(encoder, batches, threads):
             encoded_samples += len(batch["key"])
             tell("encoding", encoded_samples, split.images.samples)
             if written is not None:  # one batch is written at a time, in order; its error ends this shard
@@ -151,6 +151,27 @@ def encode_shard(
         "rejects": rejects,
         "captions_cut": [encoder.cuts.count, encoder.cuts.lost],
     }
+
+
+def encoded_batches(
+    encoder: LatentEncoder, batches: Iterator[Batch], threads: Threads
+) -> Iterator[tuple[Batch, Encoded]]:
+    """Batches and what was made of them; on a GPU the next one is on its way while the results of one are awaited."""
+    at_once = AT_ONCE[encoder.device.type]
+    if at_once == 1:
+        for batch in batches:
+            threads.adjust()
+            yield batch, encoder(batch)
+        return
+    pending = deque[tuple[Batch, Future[Any]]]()
+    with ThreadPoolExecutor(at_once) as pool:
+        for batch in batches:
+            pending.append((batch, pool.submit(encoder.of_images, batch)))
+            if len(pending) == at_once:
+                batch, made = pending.popleft()
+                yield batch, encoder.with_texts(batch, *made.result())
+        for batch, made in pending:
+            yield batch, encoder.with_texts(batch, *made.result())
 
 
 def known_batches(split: LatentSplit, index: int, cfg: PrecomputeRun, rejects: list[dict[str, str]]) -> Iterator[Batch]:

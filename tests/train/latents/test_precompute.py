@@ -30,6 +30,7 @@ from models.autoencoder import Autoencoder
 from models.clip import Clip
 from train.engine.runtime import Runtime, start
 from train.latents import precompute as stage
+from train.latents.shard import AT_ONCE
 
 
 class Calls:
@@ -141,6 +142,18 @@ def retold(source: Path, target: Path) -> None:
                     files = {name: value for name, value in record.items() if name not in ("__key__", "json")}
                     writer.add(record["__key__"], files | {"json": json.dumps(meta).encode()})
         Manifest(kind="images", shards=writer.finished, provenance=manifest.provenance).save(target / side)
+
+
+@pytest.mark.parametrize("options", [[], ["variants=2", "images.flip=true"]])
+def test_batches_that_are_encoded_at_a_time_make_the_same_shards(
+    towers: Any, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    shards = []
+    for at_once in (1, 3):
+        monkeypatch.setitem(AT_ONCE, "cpu", at_once)
+        precompute(towers, runtime, tmp_path / str(at_once), *options)
+        shards.append([Manifest.load(tmp_path / str(at_once) / side).shards for side in ("train", "heldout")])
+    assert shards[0] == shards[1]
 
 
 def test_moments_of_another_cache_are_taken_over_and_their_texts_are_new(
