@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import shutil
+import subprocess
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -216,3 +218,39 @@ def test_a_missing_tar_is_told_whatever_its_index_says(tmp_path: Path) -> None:
         find_index(path, digest, None)
     with pytest.raises(UserError, match=r"00000\.tar is missing"):
         ShardReader(path)
+
+
+def resident(path: Path) -> int:
+    """Bytes of a file that the kernel holds in memory."""
+    done = subprocess.run(["fincore", "-b", "-n", "-o", "RES", str(path)], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[0])
+
+
+@pytest.mark.skipif(shutil.which("fincore") is None, reason="fincore of util-linux tells what is in memory")
+@pytest.mark.parametrize("apart", [False, True])
+def test_of_a_shard_the_samples_that_are_read_come_into_memory_and_nothing_around_them(
+    tmp_path: Path, apart: bool
+) -> None:
+    samples, size = 200, 100_000
+    if apart:  # all images, then all texts
+        with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+            for extension, length in (("jpg", size), ("txt", 5)):
+                for i in range(samples):
+                    info = tarfile.TarInfo(f"{i:03d}.{extension}")
+                    info.size = length
+                    tar.addfile(info, BytesIO(os.urandom(length)))
+    else:
+        with ShardWriter(tmp_path, samples) as writer:
+            for i in range(samples):
+                writer.add(f"{i:03d}", {"jpg": os.urandom(size), "txt": b"12345"})
+    path = tmp_path / "00000.tar"
+    index = find_index(path, "", None)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident(path) > size:
+        pytest.skip("this file system keeps its files in memory")
+    before, reader = resident(path), ShardReader(path, index=index)
+    for i in (3, 77, 150):
+        assert len(bytes(reader[i]["jpg"])) == size
+    assert 3 * size <= resident(path) - before <= 3 * (size + 8 * 4096)
