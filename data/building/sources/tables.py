@@ -42,7 +42,7 @@ class TableRow(NamedTuple):
 
     image: str | bytes  # path, or contents of the file
     caption: str
-    meta: dict[str, Any]  # further columns whose values are numbers or text
+    meta: dict[str, Any]  # further columns whose values JSON can hold
 
 
 def rows_of(table: Path, columns: Columns) -> Iterator[tuple[int, dict[Any, Any]]]:
@@ -75,6 +75,25 @@ def parse_row(row: dict[Any, Any], columns: Columns) -> TableRow:
     return TableRow(image, _caption(row[columns.caption]), meta)
 
 
+def sample_in(row: dict[Any, Any], columns: Columns, limit: int) -> Sample:
+    """Sample of a row that holds its image, in at most `limit` bytes; raises Rejected.
+
+    Of a list of captions the first counts; all are kept under their column's name, or as "captions" where that is
+    "caption", so that a training can name them.
+    """
+    texts = row[columns.caption]
+    listed = isinstance(texts, list)
+    parsed = parse_row({**row, columns.caption: texts[0]} if listed and texts else row, columns)
+    if isinstance(parsed.image, str):
+        raise Rejected("the row holds the name of an image and not the image")
+    if len(parsed.image) > limit:
+        raise Rejected(f"more than {limit} bytes")
+    image, kept = row[columns.image], "captions" if columns.caption == "caption" else columns.caption
+    name = image.get("path") if isinstance(image, dict) else None
+    more = ({kept: texts} if listed else {}) | ({"path": name} if isinstance(name, str) else {})
+    return Sample(parsed.image, parsed.caption, parsed.meta | more)
+
+
 def _caption(value: Any) -> str:
     if isinstance(value, list | tuple):
         if len(value) != 1:
@@ -104,10 +123,11 @@ def _is_kept(name: str, value: Any) -> bool:
     """Whether JSON can hold it; a class that is no number is kept, too, and makes the row a reject."""
     if isinstance(value, float):
         return math.isfinite(value) or name == "class_id"
-    return isinstance(value, str | int)
+    return isinstance(value, str | int | list | dict)
 
 
-def _check_columns(table: Path, names: Sequence[str], columns: Columns) -> None:
+def check_columns(table: Path, names: Sequence[str], columns: Columns) -> None:
+    """Raises UserError where one of the two columns is not among `names`, or a name is there twice."""
     for option, column in (("image_column", columns.image), ("caption_column", columns.caption)):
         if column not in names:
             shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
@@ -135,7 +155,7 @@ def _rows_of_csv(table: Path, columns: Columns) -> Iterator[tuple[int, dict[Any,
             spaced = f"{mark} " in header  # "path, caption"
             reader = csv.reader(file, delimiter=mark, skipinitialspace=spaced, strict=True)
             names = [name.strip() for name in next(filter(None, reader), [])]
-            _check_columns(table, names, columns)
+            check_columns(table, names, columns)
             for number, cells in enumerate(reader, 1):
                 if cells:  # no blank line
                     yield number, _named(names, cells)
@@ -158,9 +178,13 @@ def _named(names: list[str], cells: list[str]) -> dict[Any, Any]:
 
 
 class ParquetTable:
-    """The rows of a parquet file; columns that are neither numbers nor text are read only where they are asked for."""
+    """The rows of a parquet file; columns that are neither numbers nor text are read only where they are asked for.
 
-    def __init__(self, path: Path, columns: Columns) -> None:
+    Args:
+        lists: whether lists of texts are read, too.
+    """
+
+    def __init__(self, path: Path, columns: Columns, lists: bool = False) -> None:
         try:
             import pyarrow
             from pyarrow import parquet
@@ -170,14 +194,15 @@ class ParquetTable:
             ) from error
         self.path, self.errors = path, (pyarrow.ArrowException, OSError, ValueError, OverflowError)
         try:
-            self.file = parquet.ParquetFile(path, buffer_size=BUFFER)
+            self.file = parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)  # or it holds a whole group
             schema = self.file.schema_arrow
             counts = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
         except self.errors as error:
             raise UserError(f"path={path}: not a readable parquet file ({_first_line(error)})") from error
-        _check_columns(path, schema.names, columns)
-        self.columns = [name for name in schema.names if name in columns or _is_simple(schema.field(name).type)]
-        self.image_column, self.image_type = columns.image, schema.field(columns.image).type
+        check_columns(path, schema.names, columns)
+        kinds = {name: schema.field(name).type for name in schema.names}
+        self.columns = [name for name in kinds if name in columns or _is_simple(kinds[name], lists)]
+        self.image_column, self.image_type = columns.image, kinds[columns.image]
         self.starts = list(accumulate(counts, initial=0))
         self.group, self.first, self.batch, self.batches = -1, 0, None, iter(())
 
@@ -256,16 +281,8 @@ class ParquetImages:
         """Contents and caption of a row; raises Rejected."""
         number, row = place
         if self._open is None or self._open[0] != number:
-            self._open = number, ParquetTable(self.tables[number], self.columns)
-        found = self._open[1][row]
-        parsed = parse_row(found, self.columns)
-        if isinstance(parsed.image, str):
-            raise Rejected("the row holds the name of an image and not the image")
-        if len(parsed.image) > self.limit:
-            raise Rejected(f"more than {self.limit} bytes")
-        image = found[self.columns.image]
-        name = image.get("path") if isinstance(image, dict) else None
-        return Sample(parsed.image, parsed.caption, parsed.meta | ({"path": name} if isinstance(name, str) else {}))
+            self._open = number, ParquetTable(self.tables[number], self.columns, lists=True)
+        return sample_in(self._open[1][row], self.columns, self.limit)
 
     def vocabulary(self) -> Vocabulary:
         """Vocabulary of the rows' labels."""
@@ -289,10 +306,12 @@ def row_name(tables: Sequence[Path], table: Path, number: int) -> str:
     return f"row {number}" if len(tables) == 1 else f"{table.name} row {number}"
 
 
-def _is_simple(kind: Any) -> bool:
-    """Whether a column has numbers or text, as JSON has them."""
+def _is_simple(kind: Any, lists: bool = False) -> bool:
+    """Whether a column has numbers or text, as JSON has them, or lists of texts where those are wanted."""
     from pyarrow import types
 
+    if lists and (types.is_list(kind) or types.is_large_list(kind)):
+        return types.is_string(kind.value_type) or types.is_large_string(kind.value_type)
     kind = kind.value_type if types.is_dictionary(kind) else kind
     tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
     return any(test(kind) for test in tests)

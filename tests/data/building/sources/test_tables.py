@@ -16,10 +16,11 @@ from pyarrow import parquet
 from sources import config, image, outcome
 
 from conf.errors import UserError
-from conf.schema import BuildRun, Source
+from conf.schema import BuildRun, ImageConfig, Source, StreamConfig
 from data.building.build import build_shards
 from data.building.sources import Rejected, SampleSource, open_source
 from data.building.sources.tables import BATCH, CELL
+from data.image_dataset import ImageDataset
 from data.shards.manifest import Manifest
 
 
@@ -249,6 +250,40 @@ def test_a_plain_column_of_bytes_holds_images_too(tmp_path: Path) -> None:
         ("row 3", "the caption column holds no text"),
         ("row 4", "not a readable image"),
     ]
+
+
+@pytest.mark.parametrize("name", ["text", "caption"])
+def test_of_several_captions_the_first_counts_and_all_are_kept(tmp_path: Path, name: str) -> None:
+    texts = [["a dog", "a brown dog"], ["one"], [], ["a cat", None]]
+    columns = {"tags": [["x", "y"]] * 4, "sizes": [[1, 2]] * 4, "sound": [True] * 4, "score": [0.5] * 4}
+    rows = hub(4, **columns).drop(["text"]).append_column(name, [texts])
+    parquet.write_table(rows, tmp_path / "t.parquet")
+    options = {"image_column": "image", "caption_column": name}
+    source = open_source(config(Source.folder, path=str(tmp_path / "t.parquet"), **options))
+    sample, kept = source.sample((0, 0)), "captions" if name == "caption" else name
+    plain = {"tags": ["x", "y"], "sound": True, "score": 0.5}
+    assert sample.caption == "a dog" and sample.meta == {**plain, "path": "0.png", kept: texts[0]}
+    assert source.sample((0, 1)).meta == {**plain, "path": "1.png", kept: ["one"]}
+    with pytest.raises(Rejected, match="a list of 0"):
+        source.sample((0, 2))
+    made, rejects = built(tmp_path, tmp_path / "t.parquet", caption_column=name, heldout_fraction=0.0)
+    assert made == 3 and [reject["path"] for reject in rejects] == ["row 3"]
+    cfg = StreamConfig(captions={f"{kept}.1": 1.0})
+    dataset = ImageDataset(tmp_path / "out0" / "train", ImageConfig(resolution=8), 0, stream=cfg)
+    assert [dataset.at(i)["caption"] for i in range(3)] == ["a brown dog", "one", "a cat"]
+
+
+def test_a_row_group_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    path, content = tmp_path / "t.parquet", np.random.default_rng(0).bytes(100_000)
+    rows = pyarrow.table({"image": [content] * 400, "text": ["x"] * 400})
+    parquet.write_table(rows, path, use_dictionary=False, write_batch_size=10, compression="none")
+    del rows
+    assert parquet.ParquetFile(path).num_row_groups == 1 and path.stat().st_size > 40e6
+    before = pyarrow.total_allocated_bytes()
+    source = open_source(config(Source.folder, path=str(path), **HUB))
+    for row in (0, 200, 399):
+        assert source.sample((0, row)).image == content
+        assert pyarrow.total_allocated_bytes() - before < 12e6
 
 
 def test_rejects_of_large_images_are_short(tmp_path: Path) -> None:
