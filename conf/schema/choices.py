@@ -53,6 +53,7 @@ class Source(Enum):
     twemoji = "twemoji"
     folder = "folder"
     shards = "shards"
+    mds = "mds"
     mix = "mix"
 
 

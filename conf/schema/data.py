@@ -42,8 +42,8 @@ class MixedSource:
     source: Source = Source.folder  # any but mix
     name: str | None = None  # under which samples and manifest remember it; None: that of the source
     path: str | None = a_path(None)  # as that of the build
-    image_column: str = "path"  # of a table: image file, relative to the table's folder
-    caption_column: str = "caption"  # of a table: text
+    image_column: str = "path"  # of a table or mds: image, or its file's path relative to the table's folder
+    caption_column: str = "caption"  # of a table or mds: text, or a list of texts beside images
     class_from_folder: bool = False  # as that of the build
     weight: float = 1.0  # its share of the samples, relative to the others
 
@@ -65,15 +65,15 @@ class BuildRun:
     name: str = MISSING  # of the project; the default run_dir and the W&B group
     seed: int = 0  # of all that is drawn at random
     output_dir: str = a_path()  # folder of this command's results; by default one below run_dir
-    source: Source = Source.demo  # scenes, canvases of objects, one creature, Twitter's emoji, files, shards, several
+    source: Source = Source.demo  # scenes, canvases of objects, one creature, emoji, files, shards, mosaicml's, several
     path: str | None = a_path(
         None
-    )  # folder: images or .csv, .tsv, .parquet; shards: folder or tars, also http(s)://, s3://
+    )  # folder: images or .csv, .tsv, .parquet; shards: folder or tars, also http(s)://, s3://; mds: folder
     sources: list[MixedSource] = field(default_factory=list)  # source=mix: those that are mixed
     filters: FilterConfig = field(default_factory=FilterConfig)
     timeout_s: float = 60.0  # seconds without a byte after which a server of shards counts as dead
-    image_column: str = "path"  # of a table: image file, relative to the table's folder
-    caption_column: str = "caption"  # of a table: text
+    image_column: str = "path"  # of a table or mds: image, or its file's path relative to the table's folder
+    caption_column: str = "caption"  # of a table or mds: text, or a list of texts beside images
     class_from_folder: bool = False  # source=folder: each image's class is the name of the folder it lies in
     samples: int = 0  # source=demo, layout or subject: images to draw; elsewhere the most to take, 0 for all
     resolution: int = 0  # pixels of the shorter side, never enlarged, 0 to keep; of drawn sources: of the square
@@ -92,6 +92,9 @@ class BuildRun:
         require(
             self.source is not Source.shards or bool(self.path),
             "source=shards needs path=FOLDER, 'path=\"FOLDER/{00000..00099}.tar\"' or an address of either",
+        )
+        require(
+            self.source is not Source.mds or bool(self.path), "source=mds needs path=FOLDER, which has an index.json"
         )
         require(
             (self.source is Source.mix) == bool(self.sources),

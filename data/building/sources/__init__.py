@@ -93,6 +93,10 @@ def open_source(cfg: BuildRun) -> SampleSource:
         from data.building.sources.shards import ShardsSource
 
         return ShardsSource(cfg)
+    if cfg.source is Source.mds:
+        from data.building.sources.mds import MdsSource
+
+        return MdsSource(cfg)
     if cfg.source is Source.mix:
         from data.building.sources.mix import MixSource
 
