@@ -186,7 +186,7 @@ class StreamConfig:
     lane_batch: int = 0  # samples that the lanes share in turn; 0: the global batch; a run keeps what it began with
     skip_broken: bool = False  # leave out samples that cannot be read, and name them, instead of ending the run
     verify: bool = False  # compare each shard with the SHA-256 of its manifest when it is first opened
-    webdataset: str | None = None  # addresses for webdataset's own pipeline, in place of train/ and its exact order
+    webdataset: str | None = a_path(None)  # addresses for webdataset's own pipeline, in place of train/
     buffer: int = 2000  # samples among which it shuffles
     captions: dict[str, float] = field(default_factory=dict)  # {NAME: WEIGHT} of an image's; {}: caption, or all cached
     mix: dict[str, float] = field(default_factory=dict, metadata=PATH)  # {FOLDER: WEIGHT}; the first data set's is 1

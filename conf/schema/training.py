@@ -146,7 +146,7 @@ class UNetRun:
     autoencoder: str = a_path()  # must be the one that made the latents; decodes the sample grids
     clip: str = a_path()  # must be the one that the latents' captions are of; encodes the prompts of the sample grids
     encode: bool = False  # train on images of shards, encoded in each step; the cache need not have all of them
-    shards: str | None = a_path(None)  # folder of images that holds train/, for encode=true
+    shards: str | None = a_path(None)  # folder of these images that holds train/; null: shards/ of run_dir
     init_from: str | None = a_path(None)
     sample_prompts: int = 16  # held-out samples whose conditions are drawn at each evaluation
     conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
@@ -164,7 +164,6 @@ class UNetRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        require(not self.encode or self.shards is not None, "encode=true: set shards=FOLDER to the images")
         options = ["num_class_embeds", "class_embed_type", "addition_embed_type"]
         if self.process.mean_flow > 0:
             self.model = replace(self.model, time_cond_proj_dim=LENGTH_EMBEDDING)

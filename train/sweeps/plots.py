@@ -1,6 +1,7 @@
 """Plots of a sweep over sampling: the distance against what it is traded for, and against the steps."""
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -60,6 +61,7 @@ class Looks:
         self.kinds = sweep.values(self.kind) if self.kind else [None]
         self.steps = sweep.values("steps") if "steps" in sweep.varied else [None]
         self.rest = [name for name in sweep.varied if name not in (self.kind, "steps")]
+        self.paths = {name: apart(sweep.values(name)) for name in sweep.varied}
 
     def of_kind(self, kind: Any) -> dict[str, Any]:
         """A sampler always looks the same."""
@@ -83,9 +85,15 @@ class Looks:
     def text(self, result: Result) -> str:
         """What colour and size do not tell; of guidance the number alone."""
         words = (
-            result.option(name) if name == "guidance_scale" else f"{name}={result.option(name)}" for name in self.rest
+            value if name == "guidance_scale" else f"{name}={value}"
+            for name in self.rest
+            for value in [self.word(name, result)]
         )
         return ", ".join(map(str, words))
+
+    def word(self, name: str, result: Result) -> Any:
+        """The value of an option; of a path what tells it from the others."""
+        return self.paths.get(name, {}).get(result.option(name), result.option(name))
 
     def legend(self) -> list[Line2D]:
         """A line for each colour, and for each size."""
@@ -96,6 +104,20 @@ class Looks:
         grey: dict[str, Any] = {"linestyle": "", "marker": "o", "color": "0.6"}
         marks += [Line2D([], [], markersize=size, label=f"{steps} steps", **grey) for steps, size in sizes]
         return [*marks, Line2D([], [], color=FRONT, label="front: beaten by no other")]
+
+
+def apart(values: Sequence[Any]) -> dict[Any, str]:
+    """Of paths the parts in which they differ, from the first to the last; nothing of other values."""
+    parts = {value: value.split("/") for value in values if isinstance(value, str) and "/" in value}
+    if len(parts) < 2 or len(parts) < len(values):
+        return {}
+    shortest = min(map(len, parts.values()))
+    ends = []
+    for direction in (1, -1):
+        rows = [path[::direction] for path in parts.values()]
+        same = (len({row[place] for row in rows}) == 1 for place in range(shortest))
+        ends.append(sum(takewhile(bool, same)))
+    return {value: "/".join(path[ends[0] : len(path) - ends[1]]) or value for value, path in parts.items()}
 
 
 def scatter(axes: Axes, sweep: Sweep, metric: str, looks: Looks) -> None:
@@ -122,7 +144,7 @@ def scatter(axes: Axes, sweep: Sweep, metric: str, looks: Looks) -> None:
         marks.append(axes.scatter(*at[result.name], edgecolors="black", linewidths=0.9, zorder=4, **look))
         away = looks.radius(result) * (1 if rising else -1)  # where a front leaves room
         annotate(axes, at[result.name], away, letter(number), drop=8, fontsize=8, weight="bold", zorder=6)
-    names = [f"{letter(i)}  {', '.join(str(m.option(name)) for name in sweep.varied)}" for i, m in enumerate(front)]
+    names = [f"{letter(i)}  {', '.join(str(looks.word(n, m)) for n in sweep.varied)}" for i, m in enumerate(front)]
     axes.legend(marks, names, fontsize=7, title=f"front: {', '.join(sweep.varied)}", title_fontsize=7)
     name_axes(axes, metric, distance)
     for axis, values in zip("xy", zip(*at.values(), strict=True), strict=True):

@@ -122,7 +122,7 @@ def training_stream(cfg: UNetRun) -> tuple[LatentDataset | ImageDataset | Mixed 
     Raises:
         UserError: images whose latents cannot be made in a step.
     """
-    if not cfg.encode or cfg.shards is None:
+    if not cfg.encode:
         return latent_stream(cfg.latents, cfg.seed, cfg.stream, cfg.batch.global_batch_size)
     manifest = find_shards(f"{cfg.latents}/train", "latents", cfg.stream)
     facts = manifest.provenance
@@ -139,7 +139,8 @@ def training_stream(cfg: UNetRun) -> tuple[LatentDataset | ImageDataset | Mixed 
     )
     captions = cfg.stream.captions or dict.fromkeys(facts.get("captions", ["caption"]), 1.0)
     stream = replace(cfg.stream, captions=captions)
-    return image_stream(cfg.shards, images, cfg.seed, stream, cfg.batch.global_batch_size), [manifest]
+    shards = cfg.shards or f"{cfg.run_dir}/shards"
+    return image_stream(shards, images, cfg.seed, stream, cfg.batch.global_batch_size), [manifest]
 
 
 class UNetStage:
