@@ -224,6 +224,9 @@ class LoopConfig:
     log_every: int = 2560  # between two lines of metrics (means over the interval)
     evaluate_every: int = 100_000  # between two evaluations with images; one more at the end
     checkpoint_every: int = 100_000  # between two checkpoints; one more at the end and on a signal
+    log_every_s: float = 0.0  # seconds: where two lines would come faster, those between are left out
+    evaluate_every_s: float = 0.0  # the same of evaluations
+    checkpoint_every_s: float = 0.0  # the same of checkpoints, but for those that loop.keep_best needs
     keep_checkpoints: int = 2  # complete checkpoints left on disk: the newest, and what the next two options add
     keep_every: int = 0  # samples: the first checkpoint at or after every multiple stays; 0: none
     keep_best: str | None = None  # metric of the evaluations (eval/loss) whose best checkpoint stays
@@ -234,6 +237,8 @@ class LoopConfig:
     def __post_init__(self) -> None:
         names = ("samples", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "most_skipped_steps")
         require_positive(self, *names, group="loop.")
+        for name in ("log_every_s", "evaluate_every_s", "checkpoint_every_s"):
+            require(getattr(self, name) >= 0, f"loop.{name}={getattr(self, name)}: must be 0 (no floor) or positive")
         require(self.keep_every >= 0, f"loop.keep_every={self.keep_every}: must be 0 (off) or positive")
         require(
             self.keep_best is None or self.evaluate_every % self.checkpoint_every == 0,

@@ -60,12 +60,16 @@ class Diverged(UserError):
         )
 
 
+NOW_AND_THEN = ("log", "evaluate", "checkpoint")
+
+
 class Verdict(NamedTuple):
     """How a step went, on all processes but for `finite`."""
 
     asked: bool  # whether a signal asked for a stop
     failed: bool  # whether a checkpoint could not be written
     unsound: bool  # whether a loss was not finite
+    ripe: dict[str, bool]  # by the name of what is done now and then, whether it was long enough ago
     finite: list[bool]  # whether those of this process's micro-batches were
     metrics: dict[str, float]  # of the optimiser's step
 
@@ -83,7 +87,7 @@ class Begun:
         measured: metrics of each micro-batch.
         keys: samples of each micro-batch.
         finite: of each micro-batch, whether its losses are, [accumulation].
-        raised: the first three of a verdict, [3].
+        raised: the first three of a verdict, and what is ripe, [3 + 3].
         metrics: of the optimiser's step.
     """
 
@@ -104,9 +108,10 @@ class Begun:
     def verdict(self) -> Verdict:
         """How it went; waits until that is known."""
         asked, failed, unsound, *rest = self.numbers.read()
+        ripe, rest = dict(zip(NOW_AND_THEN, map(bool, rest), strict=False)), rest[len(NOW_AND_THEN) :]
         finite, told = rest[: len(self.keys)], dict(zip(self.names, rest[len(self.keys) :], strict=True))
         metrics = {name: told[name] if name in told else float(value) for name, value in self.metrics.items()}
-        return Verdict(bool(asked), bool(failed), bool(unsound), [bool(one) for one in finite], metrics)
+        return Verdict(bool(asked), bool(failed), bool(unsound), ripe, [bool(one) for one in finite], metrics)
 
 
 def fit(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
@@ -168,6 +173,11 @@ def train(
     begun: Begun | None = None  # the step before, until it is known how that went
     skipped_in_a_row, suspects = 0, list[str]()  # suspects: samples of this process whose loss was not finite
     state.wandb_run_id, clock = journal.run_id, time.monotonic()
+    every = {"log": loop.log_every, "evaluate": loop.evaluate_every, "checkpoint": loop.checkpoint_every}
+    floors = {"log": loop.log_every_s, "evaluate": loop.evaluate_every_s, "checkpoint": loop.checkpoint_every_s}
+    done_at = {"log": -math.inf, "evaluate": clock, "checkpoint": clock}
+    # As the main process's clock said at the last step that is known.
+    ripe = {name: name == "log" or floor == 0 for name, floor in floors.items()}
     if runtime.is_main and state.samples_seen:
         say(stage.name, f"continues from the checkpoint at {state.samples_seen:,} samples")
 
@@ -177,8 +187,9 @@ def train(
 
     def settle(step: Begun) -> bool:
         """Count a step by how it went, the same on all processes; returns whether one of them was asked to stop."""
-        nonlocal skipped_in_a_row, suspects
+        nonlocal skipped_in_a_row, suspects, ripe
         verdict = step.verdict()
+        ripe = verdict.ripe
         if verdict.failed:
             checkpoints.wait()  # raises on all processes what went wrong in the main process's thread
         for values in () if verdict.unsound else step.measured:  # by all or none: the meter sums over them by name
@@ -198,11 +209,13 @@ def train(
             raise Diverged(stage.name, skipped_in_a_row, began, step.samples_seen, named)
         return verdict.asked
 
+    wanted = {name: due(samples) for name, samples in every.items()}
     while state.samples_seen < loop.samples:
         # -------------------- evaluate
         # Before the step and after the checkpoint of the one before: a kill during an evaluation costs only that.
-        if due(loop.evaluate_every):
+        if wanted["evaluate"]:
             evaluate(stage, runtime, state, journal, watchdog)
+            done_at["evaluate"] = time.monotonic()
 
         runtime.threads.adjust()
         profile.step()
@@ -231,12 +244,17 @@ def train(
         # pass of the last micro-batch and in the norm; that is not finite either, and every backend then leaves its
         # weights as they are.
         losses = torch.stack(finite)  # [accumulation]
-        raised = runtime.raised([bool(asked), checkpoints.failed, ~losses.all()])
+        ago = [runtime.is_main and time.monotonic() - done_at[name] >= floors[name] for name in NOW_AND_THEN]
+        raised = runtime.raised([bool(asked), checkpoints.failed, ~losses.all(), *ago])
         stepped = stage.finish_step(state.samples_seen)
         before, begun = begun, Begun(state.samples_seen, measured, keys, losses, raised, stepped)
         over = state.samples_seen >= loop.samples
         stopping = before is not None and settle(before)
-        if over or stopping or any(map(due, (loop.log_every, loop.checkpoint_every, loop.evaluate_every))):
+        if any(wanted.values()) and any(map(due, every.values())) and any(floors.values()):
+            stopping, begun = settle(begun) or stopping, None  # what is ripe was said before something was done
+        wanted = {name: due(samples) and ripe[name] for name, samples in every.items()}
+        wanted["checkpoint"] |= loop.keep_best is not None and wanted["evaluate"]
+        if begun is not None and (over or stopping or any(wanted.values())):
             stopping, begun = settle(begun) or stopping, None
         meter.tick(batch_size, time.perf_counter() - step_began, wait_s)
         tell("training", state.samples_seen, loop.samples)
@@ -245,19 +263,21 @@ def train(
         clock = now
 
         # -------------------- log
-        if over or due(loop.log_every):
+        if over or wanted["log"]:
             own_s = sum(trainable.clock.read() for trainable in stage.trainables.values())
             samples_left = max(0, loop.samples - state.samples_seen)
             # Means over the processes: all of them take part in a line that the main process alone writes.
             line = meter.report(runtime, samples_left, own_s, stage.flops_per_sample) | gauges(stage)
             journal.log(state.samples_seen, line | {"perf/device_hours": state.device_hours})
+            done_at["log"] = time.monotonic()
 
         # -------------------- checkpoint
         # After the log, so that what it holds of the interval is what the next line lacks.
-        if over or stopping or due(loop.checkpoint_every):
+        if over or stopping or wanted["checkpoint"]:
             watchdog.note("at a checkpoint")
             state.interval = meter.state(runtime)
             checkpoints.save(stage.trainables, state, wait=over or stopping)
+            done_at["checkpoint"] = time.monotonic()
 
         # -------------------- stop on a signal
         if stopping:
