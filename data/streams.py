@@ -15,13 +15,14 @@ from torch.utils.data import IterableDataset
 
 from conf.errors import UserError
 from conf.schema import ImageConfig, StreamConfig
-from data.image_dataset import Batch, ImageDataset, collate, decoded
+from data.image_dataset import Batch, ImageDataset, collate, decoded, require_some
 from data.images import cut_of, to_pixels, to_tensor
 from data.latent_dataset import LatentDataset, Layout
 from data.order import Mix, choice, rng
 from data.shards.manifest import REMEDY, Manifest
 
 Dataset = TypeVar("Dataset")
+UNREADABLE = 1000  # samples in a row after which a stream is given up
 SEED_STRIDE = 1_000_003  # between the seeds of the data sets of a mix
 
 
@@ -94,9 +95,11 @@ class WebStream:
                 try:
                     items.append(self._item(next(records), positions[len(items)]))
                 except UserError as error:
+                    skipped.append(str(error))
                     if not self.skip:
                         raise
-                    skipped.append(str(error))
+                    if not items and len(skipped) == UNREADABLE:
+                        require_some(items, skipped)
                 except Exception as error:  # each protocol has errors of its own
                     raise UserError(f"stream.webdataset: {' '.join(str(error).split())[:300]}") from None
             yield {**collate(items), "skipped": skipped} if self.skip else collate(items)

@@ -100,6 +100,8 @@ def test_what_cannot_be_read_is_one_line_or_left_out(shards: Path) -> None:
             tar.addfile(info, io.BytesIO(content))
     with pytest.raises(UserError, match=r"08\.tar: sample 'broken': "):
         read(f"{shards}/08.tar", 1)
+    with pytest.raises(UserError, match="none of the 1000 samples of a micro-batch can be read; the first: "):
+        read(f"{shards}/08.tar", 1, skip_broken=True)
     found = read(f"{shards}/{{00..08}}.tar", 8, skip_broken=True)
     assert all(len(batch["key"]) == 12 for batch in found)
     assert any("sample 'broken'" in line for batch in found for line in batch["skipped"])
