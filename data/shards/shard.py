@@ -150,8 +150,9 @@ class ShardWriter:
             self.abort()
 
     def _open(self) -> None:
-        for leftover in self.folder.glob(f".{self.shard_name}.*.tmp"):  # of a killed writer of this very shard
-            leftover.unlink(missing_ok=True)
+        for name in (self.shard_name, index_name(self.shard_name)):
+            for leftover in self.folder.glob(f".{name}.*.tmp"):  # of a killed writer of this very shard
+                leftover.unlink(missing_ok=True)
         self._temporary = self.folder / f".{self.shard_name}.{os.getpid()}.tmp"
         self._file = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by _finish_shard or abort)
         self._samples = self._written = 0

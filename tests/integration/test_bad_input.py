@@ -217,7 +217,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
         assert line.startswith(f"Not a directory '{tmp_path}/file/run") and "set run_dir=" in line
     with pytest.raises(NotADirectoryError):
         train(tmp_path, f"shards={shards(tmp_path / 'shards')}", f"output_dir={tmp_path}/file/run")
-    assert files_below(tmp_path) - {"shards/train/00000.tar", "shards/heldout/00000.tar"} == {"file"}
+    assert {name for name in files_below(tmp_path) if not name.startswith("shards/")} == {"file"}
 
 
 def test_processes_that_do_not_divide_the_batch(tmp_path: Path) -> None:

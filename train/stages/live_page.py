@@ -54,7 +54,7 @@ def live_page(cfg: PipelineRun, tasks: Sequence[Task], console: Console, keep: i
 
 def page_of(cfg: PipelineRun, tasks: Sequence[Task]) -> list[str]:
     """Arguments of `train/report.py`, for a shell: the run, and its images where they are another one's."""
-    found = {task.cfg.shards for task in tasks if hasattr(task.cfg, "shards")} - {f"{cfg.run_dir}/shards"}
+    found = {shards for task in tasks if (shards := getattr(task.cfg, "shards", None))} - {f"{cfg.run_dir}/shards"}
     return [argument("run_dir", cfg.run_dir), *(argument("shards", shards) for shards in sorted(found)[:1])]
 
 

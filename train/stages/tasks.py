@@ -154,7 +154,7 @@ class Task:
 
 def images_of(tasks: Sequence[Task]) -> int | None:
     """Images in the data set of some stages: that are there, else that are asked for; None: nobody knows."""
-    shards = next((Path(task.cfg.shards) for task in tasks if hasattr(task.cfg, "shards")), Path())
+    shards = next((Path(named) for task in tasks if (named := getattr(task.cfg, "shards", None))), Path())
     there = sum(read_object(shards / side / "manifest.json").get("samples", 0) for side in ("train", "heldout"))
     return there or next((task.cfg.samples for task in tasks if isinstance(task.cfg, BuildRun)), 0) or None
 

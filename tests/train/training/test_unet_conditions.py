@@ -21,6 +21,7 @@ from waits import Waits
 
 FINE_TUNINGS = {
     "distill_demo",
+    "guidance_demo",
     "dreambooth_demo",
     "finetune_demo",
     "lora_demo",
