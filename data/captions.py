@@ -16,7 +16,10 @@ _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f]")
 
 def decode_text(content: bytes | bytearray | memoryview) -> str:
     """Text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark; raises UserError for anything else."""
-    start = bytes(content[:4])
+    plain = bytes(content)
+    if plain.isascii() and not _NO_TEXT.search(text := plain.decode("ascii")):  # nearly all of them
+        return text
+    start = plain[:4]
     encoding = next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8-sig")
     try:
         text = str(content, encoding)

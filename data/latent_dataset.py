@@ -134,7 +134,8 @@ class LatentDataset:
         self.records.prefetch(self.order.upcoming(positions))
         variants = self.layout["moments"].shape[0]
         chosen = [int(rng(self.seed, p, "variant").integers(variants)) if variants > 1 else 0 for p in positions]
-        spoken = [choice(self.seed, position, "caption", self.weights) for position in positions]
+        several = len(self.captions) > 1
+        spoken = [choice(self.seed, p, "caption", self.weights) if several else 0 for p in positions]
         return self._gather(self.order.many(positions), chosen, spoken, positions, self.skip)
 
     def batch_at(self, indices: Sequence[int]) -> Batch:

@@ -214,21 +214,21 @@ class ShardReader:
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        record: dict[str, Any] = {"__key__": self.index.key(i)}
-        members = self.index.members(i)
+        members, content = self.index.members(i), self.content
         if not self._asked[i]:
-            self._ask(i, members)
+            self._ask(i)
+        record: dict[str, Any] = {"__key__": self.index.key(i)}
         for extension, offset, size in members:
-            record[extension] = self.content[offset : offset + size]
+            record[extension] = content[offset : offset + size]
         return record
 
     def key(self, i: int) -> str:
         """Key of sample `i`, without touching its content."""
         return self.index.key(i)
 
-    def _ask(self, i: int, members: list[tuple[str, int, int]]) -> None:
+    def _ask(self, i: int) -> None:
         """Have the pages of a sample read in one request, not one by one; of members that lie apart in several."""
-        self._asked[i] = 1
+        self._asked[i], members = 1, list(self.index.members(i))
         begin, end = self.index.span(i)
         together = end - begin <= 2 * sum(size for _, _, size in members) + APART
         for first, last in [(begin, end)] if together else [(at, at + size) for _, at, size in members if size]:

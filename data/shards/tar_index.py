@@ -171,17 +171,15 @@ class ShardIndex:
         """Extensions of sample `i`."""
         return self.patterns[self.pattern[i] if self.pattern else 0]
 
-    def members(self, i: int) -> list[tuple[str, int, int]]:
+    def members(self, i: int) -> Iterator[tuple[str, int, int]]:
         """Extension, offset and size in bytes of each member of sample `i`; `UserError` where it cannot be read."""
         if i in self.broken:
             raise UserError(self.broken[i])
-        names = self.extensions(i)
+        names = self.patterns[self.pattern[i] if self.pattern else 0]
         first = self.first[i] if self.first else i * len(names)
-        sizes = self.sizes[first : first + len(names)]
-        if self.stride:
-            shift = i * self.stride
-            return [(name, offset + shift, size) for name, offset, size in zip(names, self.offsets, sizes, strict=True)]
-        return list(zip(names, self.offsets[first : first + len(names)], sizes, strict=True))
+        end = first + len(names)
+        offsets = map((i * self.stride).__add__, self.offsets) if self.stride else self.offsets[first:end]
+        return zip(names, offsets, self.sizes[first:end], strict=True)
 
     def span(self, i: int) -> tuple[int, int]:
         """Where a sample begins, with the header of its first member, and ends, in bytes."""
