@@ -89,7 +89,10 @@ def fetch_ranges(places: Sequence[tuple[str, int, int]], timeout_s: float) -> li
             if isinstance(part, Exception):
                 raise RemoteError(f"{url}: {_reason(part, timeout_s)}") from part
             if len(part) != end - begin:
-                raise RemoteError(f"{url}: the server sent {len(part)} bytes for a range of {end - begin}")
+                raise RemoteError(
+                    f"{url}: the server sent {len(part)} bytes for a range of {end - begin}, it cannot give parts of a "
+                    "file: set stream.window, so that whole shards are fetched, or more stream.cache_gb"
+                )
         return list(found)
 
     return _tried(get)
