@@ -87,7 +87,7 @@ class _Fetch:
 
 
 class _Read(IterableDataset):
-    """The same of a stream: batches, or the user's error; each loader process reads every so manieth of them."""
+    """What a DataLoader sees of a `Stream`: each of N loader processes reads every N-th batch, or its error."""
 
     def __init__(
         self,

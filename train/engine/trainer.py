@@ -108,7 +108,8 @@ class Begun:
     def verdict(self) -> Verdict:
         """How it went; waits until that is known."""
         asked, failed, unsound, *rest = self.numbers.read()
-        ripe, rest = dict(zip(NOW_AND_THEN, map(bool, rest), strict=False)), rest[len(NOW_AND_THEN) :]
+        clocks, rest = rest[: len(NOW_AND_THEN)], rest[len(NOW_AND_THEN) :]
+        ripe = dict(zip(NOW_AND_THEN, map(bool, clocks), strict=True))
         finite, told = rest[: len(self.keys)], dict(zip(self.names, rest[len(self.keys) :], strict=True))
         metrics = {name: told[name] if name in told else float(value) for name, value in self.metrics.items()}
         return Verdict(bool(asked), bool(failed), bool(unsound), ripe, [bool(one) for one in finite], metrics)

@@ -9,7 +9,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from io import BytesIO
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,8 +91,8 @@ class MdsSource:
 
     def refs(self, scratch: Path) -> Iterator[Ref]:
         """Shard by shard; where one breaks off, or is missing, its other samples are one ref."""
-        starts = accumulate((shard.samples for shard in self.shards), initial=0)
-        for number, (shard, start) in enumerate(zip(self.shards, starts, strict=False)):
+        *starts, _ = accumulate((shard.samples for shard in self.shards), initial=0)
+        for number, (shard, start) in enumerate(zip(self.shards, starts, strict=True)):
             try:
                 reader = MdsReader(self.folder, shard)
                 rows, problem = len(reader), reader.problem
@@ -170,10 +170,8 @@ class MdsReader:
         sizes = [next(said, 0) if column.size is None else column.size for column in self.columns]
         if 4 * varying + sum(sizes) != len(sample):
             raise Rejected("its columns have other sizes than the sample")
-        ends = accumulate(sizes, initial=4 * varying)
-        return (
-            (column, sample[end : end + size]) for column, size, end in zip(self.columns, sizes, ends, strict=False)
-        )
+        bounds = pairwise(accumulate(sizes, initial=4 * varying))
+        return ((column, sample[begin:end]) for column, (begin, end) in zip(self.columns, bounds, strict=True))
 
 
 def _listed(folder: Path) -> list[MdsShard]:

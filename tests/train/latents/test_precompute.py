@@ -130,7 +130,7 @@ def test_records_are_the_towers_outputs_in_the_order_of_the_images(latents: Any)
 
 
 def retold(source: Path, target: Path) -> None:
-    """The same shards with further captions in their .json; every third image lacks the long one."""
+    """Copy a data set with further captions in each .json; every third image lacks the long one."""
     for side in ("train", "heldout"):
         manifest = Manifest.load(source / side)
         with ShardWriter(target / side, 20) as writer:
