@@ -340,18 +340,22 @@ def test_page_fits_a_phone_and_a_tap_shows_what_a_word_looks_at(browser: Any, ur
 
 
 @pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated")  # of gradio, with pandas 3
-def test_visitor_edits_a_image_of_his_own(browser: Any, url: str) -> None:
+def test_visitor_edits_a_image_of_his_own(browser: Any, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, words = threading.Event(), STUDIO.words
+    monkeypatch.setattr(STUDIO, "words", lambda *args: told.wait(60) and words(*args))
     visitor = Visitor(browser, url)
     page, choose = visitor.page, visitor.page.get_by_label("Your image", exact=True)
     page.get_by_text("Edit your own image").click()
     choose.set_input_files({"name": "text.png", "mimeType": "image/png", "buffer": b"hello"})
     page.get_by_role("alert").wait_for()
+    told.set()  # only now the page is told which words its prompt has
+    visitor.type("prompt", RED)
+    page.get_by_label("number input for dog").wait_for()
     assert page.get_by_role("alert").inner_text() == "your image: not a readable image"
     content = base64.b64decode(data_url(GIVEN).partition(",")[2])
     choose.set_input_files({"name": "mine.png", "mimeType": "image/png", "buffer": content})
     page.locator(".preview").wait_for()
     assert page.get_by_role("alert").count() == 0
-    visitor.type("prompt", RED)
     visitor.type("edit", BLUE)
     page.locator("#change").click()
     expected = drawn(image=data_url(GIVEN), edit=BLUE, sampler="ddim")

@@ -101,30 +101,33 @@ def build_page(cfg: PlaygroundRun, studio: Studio) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=2, min_width=340):
                 controls, generate, another = image_controls(cfg)
-                own, looks, away = own_controls()
+                own, looks, away, broken = own_controls()
                 changes, change = edit_controls()
+                # Each kind of event tells its trouble in a place of its own: answers overtake each other, and one that
+                # has nothing to tell would else wipe out another's message.
+                unread = gr.HTML(elem_classes="trouble")
                 with gr.Accordion("How much each word counts", visible=False, elem_id="weights") as weights:
                     gr.Markdown("1: as written; 0: gone; 2: clearly more; below 0: the opposite", elem_classes="hint")
                     sliders = [gr.Slider(-1, 3, 1, step=0.1, visible=False) for _ in range(MOST_WORDS)]
                 controls |= own | changes | how_controls(cfg) | strength_controls()
             with gr.Column(scale=3, min_width=340, elem_id="shown"):
-                trouble, result = gr.HTML(elem_id="trouble"), gr.HTML(EMPTY, elem_id="result", min_height=240)
+                refused, result = gr.HTML(elem_classes="trouble"), gr.HTML(EMPTY, elem_id="result", min_height=240)
         events = Events(cfg, studio, controls, sliders)
         gr.on(
             [page.load, controls["prompt"].change, controls["edit"].change],
             events.weigh,
             [controls["prompt"], controls["edit"], events.words, *sliders],
-            [trouble, events.words, weights, *sliders],
+            [unread, events.words, weights, *sliders],
             trigger_mode="always_last",
             **QUIETLY,
         )
-        taken = [controls["image"], looks, away, trouble]
+        taken = [controls["image"], looks, away, broken]
         controls["image"].change(events.take, controls["image"], taken, **QUIETLY)
         away.click(lambda: events.take(""), None, taken, **QUIETLY)
         drawing: dict[str, Any] = {
             "fn": events.draw,
             "inputs": {events.words, *controls.values(), *sliders},
-            "outputs": [result, trouble],
+            "outputs": [result, refused],
             "show_progress_on": result,
             "concurrency_id": ONE_AT_A_TIME,
             "concurrency_limit": 1,
@@ -180,14 +183,15 @@ def image_controls(cfg: PlaygroundRun) -> tuple[Controls, gr.Button, gr.Button]:
     return {"prompt": prompt, "seed": seed}, generate, another
 
 
-def own_controls() -> tuple[Controls, gr.HTML, gr.Button]:
-    """A given image in place of a drawn one; how it looks, and the button that takes it away."""
+def own_controls() -> tuple[Controls, gr.HTML, gr.Button, gr.HTML]:
+    """A given image in place of a drawn one; how it looks, the button that takes it away, and what is wrong with it."""
     with gr.Accordion("Edit your own image", open=False, elem_id="own"):
         gr.Markdown(OWN_HELP, elem_classes="hint")
         gr.HTML(INPUT)
+        broken = gr.HTML(elem_classes="trouble")
         looks, away = gr.HTML(), gr.Button("Take it away", visible=False, size="sm", elem_id="away")
         image = gr.Textbox("", elem_id="image")
-    return {"image": image}, looks, away
+    return {"image": image}, looks, away, broken
 
 
 def edit_controls() -> tuple[Controls, gr.Button]:
