@@ -155,12 +155,17 @@ def usable_cpus() -> set[int]:
 
 def cores() -> int:
     """CPUs of this process: its share of those that it and the other processes of a machine may use."""
-    return max(1, int(min(len(usable_cpus()), cpu_quota()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, int(min(len(usable_cpus()), cpu_quota()) / processes_here()))
+
+
+def processes_here() -> int:
+    """Processes of this command on this machine, as torchrun says; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def machines() -> int:
     """Machines that the processes of this command run on, as torchrun says; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1
+    return int(os.environ.get("WORLD_SIZE", "1")) // processes_here() or 1
 
 
 def cpu_quota(root: Path = Path("/")) -> float:

@@ -69,16 +69,34 @@ class UNetRuntimeConfig(TrainingRuntimeConfig):
     backend: BackendName = BackendName.deepspeed  # what divides the training among the processes
     zero_stage: int = 2  # 0-3, of backend=deepspeed: shards 1 the optimizer, 2 gradients too, 3 weights too
     offload: Offload = Offload.none  # what of the training waits in the CPU's memory, for want of a GPU's
+    shard_processes: int | None = None  # that cut the weights among them, others hold copies; null: those of a machine
 
     def __post_init__(self) -> None:
         TrainingRuntimeConfig.__post_init__(self)
         require(self.zero_stage in (0, 1, 2, 3), f"runtime.zero_stage={self.zero_stage}: must be 0, 1, 2 or 3")
+        require(
+            self.shard_processes is None or self.shard_processes > 0,
+            f"runtime.shard_processes={self.shard_processes}: must be positive, or null for those of a machine",
+        )
         self._check_offload()
         require(
             not (self.compile and self.backend is BackendName.deepspeed and self.zero_stage == 3),
             "runtime.compile=true: ZeRO stage 3 breaks the graph at every layer; set runtime.backend=fsdp or "
             "runtime.zero_stage=2",
         )
+
+    def sharing(self, processes: int, per_machine: int) -> int:
+        """How many of all processes cut a network among them, where its weights are cut at all.
+
+        Raises:
+            UserError: all processes are no multiple of them.
+        """
+        chosen = min(self.shard_processes or per_machine, processes)
+        require(
+            processes % chosen == 0,
+            f"runtime.shard_processes={chosen}: {processes} processes are no multiple of it; set one that divides them",
+        )
+        return chosen
 
     def _check_offload(self) -> None:
         """Each backend can offload its shards only, and FSDP2 all of them or nothing."""

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, so that nobody has to hold a whole model to save it.
+"""Safetensors files written tensor by tensor, or in parts, so that nobody has to hold a whole model to save it.
 
 The format (github.com/huggingface/safetensors): the header's length as 8 bytes, a JSON header with dtype, shape and
 place of every tensor, then their bytes end to end.
@@ -29,7 +29,10 @@ DTYPES = {
 }
 ALIGNMENT = 8  # bytes, of the first tensor
 
+HEADER_BYTES = 100_000_000  # most that a header may have
+
 Fingerprint = tuple[int, str]  # bytes and sha256 of a file
+Place = tuple[int, int]  # of a tensor in a file: its first byte, and the first after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ def stream_of(weights: Mapping[str, Tensor]) -> TensorStream:
 
 def write_stream(path: Path, stream: TensorStream, metadata: Mapping[str, str] | None = None) -> Fingerprint:
     """Write a file with one tensor in memory at a time, and flush it to disk. Raises OSError."""
-    return _write(path, chain([_header(stream.specs, metadata)], _checked_bytes(stream)))
+    return _write(path, chain([header_of(stream.specs, metadata)], _checked_bytes(stream)))
 
 
 def write_bytes(path: Path, content: bytes) -> Fingerprint:
@@ -72,7 +75,8 @@ def write_bytes(path: Path, content: bytes) -> Fingerprint:
     return _write(path, [content])
 
 
-def _header(specs: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+def header_of(specs: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The beginning of a file of tensors that follow in this order."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     place = 0
     for name, spec in specs.items():
@@ -82,6 +86,32 @@ def _header(specs: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> 
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def places_of(header: bytes) -> dict[str, tuple[str, tuple[int, ...], Place]]:
+    """Dtype, shape and place in the file of each tensor that a header lists, in the order of their places.
+
+    Raises:
+        ValueError: it is no such header.
+    """
+    entries = json.loads(header[8:])
+    entries.pop("__metadata__", None)
+    found = {
+        name: (entry["dtype"], tuple(entry["shape"]), tuple(len(header) + at for at in entry["data_offsets"]))
+        for name, entry in entries.items()
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1][2]))
+
+
+def read_header(path: Path) -> bytes:
+    """The header of a file; raises ValueError where it has none, OSError where there is no file."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        length = int.from_bytes(size, "little")
+        text = file.read(length) if length <= HEADER_BYTES else b""
+    if len(size) < 8 or len(text) != length:
+        raise ValueError(f"{path}: no safetensors file")
+    return size + text
 
 
 def _checked_bytes(stream: TensorStream) -> Iterator[memoryview]:

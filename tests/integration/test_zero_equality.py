@@ -169,6 +169,13 @@ def test_resume_in_another_layout_continues_the_run(
     assert difference(runs[processes].weights(f"{change}-end-ema"), plain[2]) < 1e-5
 
 
+def test_run_that_goes_through_all_layouts_is_that_of_plain_torch(runs: dict[int, Run], plain: Any) -> None:
+    history, weights, average = plain
+    assert relative(runs[4].numbers["tour"], history) < 1e-5
+    assert difference(runs[4].weights("tour-end"), weights) < 1e-5
+    assert difference(runs[4].weights("tour-end-ema"), average) < 1e-5
+
+
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_resume_reaches_tensors_that_stage_3_leaves_whole(runs: dict[int, Run], plain: Any, processes: int) -> None:
     assert difference(runs[processes].weights("zero2-to-persistent-end"), plain[1]) < 1e-5

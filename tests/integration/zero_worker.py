@@ -27,19 +27,22 @@ from conf.schema import (
     RuntimeConfig,
     UNetRuntimeConfig,
 )
+from train.engine import contents
 from train.engine.backend import distribute as backend
 from train.engine.runtime import Runtime, start, stop
 from train.engine.trainable import Trainable
 
-FSDP = BackendName.fsdp
+FSDP, PAIR = BackendName.fsdp, 2
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"backend": BackendName.ddp},
     "fsdp": {"backend": FSDP},
     "fsdp-offload": {"backend": FSDP, "offload": Offload.parameters},
+    "fsdp-hybrid": {"backend": FSDP, "shard_processes": PAIR},
     "zero0": {"zero_stage": 0},
     "zero1": {"zero_stage": 1},
     "zero2": {"zero_stage": 2},
     "zero3": {"zero_stage": 3},
+    "zero3-hybrid": {"zero_stage": 3, "shard_processes": PAIR},
     "zero1-offload": {"zero_stage": 1, "offload": Offload.optimizer},
     "zero2-offload": {"zero_stage": 2, "offload": Offload.optimizer},
     "zero3-offload": {"zero_stage": 3, "offload": Offload.optimizer},
@@ -47,7 +50,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 CHANGES = (("zero1", "zero3"), ("zero3", "fsdp"), ("ddp", "zero1"), ("zero2", "ddp"), ("fsdp", "zero2-offload"))
 CHAIN = {4: (0, 13), 2: (13, 26), 1: (26, 38), 3: (38, 50)}  # processes: the part of a run that they do in turn
-BATCH, STEPS, SAVED_AT, SHORT = 12, 50, 40, 8
+BATCH, STEPS, SAVED_AT, SHORT, TOUR = 12, 50, 40, 8, 4
 OPTIM = {"lr": 5e-3, "weight_decay": 0.1, "grad_clip": 0.4, "warmup_samples": 120}
 HALF_LIFE, EMA_WARMUP = 90.0, 0.5
 
@@ -83,13 +86,16 @@ def data(step: int) -> tuple[Tensor, Tensor]:
 def trainable(
     runtime: Runtime, layout: str, micro: int = 0, seed: int = 0, compiled: bool = False, **optim: Any
 ) -> Trainable:
+    options = LAYOUTS[layout]
+    if runtime.world % options.get("shard_processes", 1):
+        options = options | {"shard_processes": None}
     return Trainable(
         runtime,
         Network(seed),
         OptimConfig(**OPTIM | optim),
         BatchConfig(global_batch_size=BATCH, micro_batch_size=micro),
         total_samples=BATCH * STEPS,
-        cfg=UNetRuntimeConfig(**LAYOUTS[layout], compile=compiled),
+        cfg=UNetRuntimeConfig(**options, compile=compiled),
         ema=EmaConfig(half_life_samples=HALF_LIFE, warmup_ratio=EMA_WARMUP),
         name="network",
     )
@@ -151,6 +157,20 @@ def continued(report: Report, runtime: Runtime, saved: str, layout: str, name: s
     for index in range(SAVED_AT, STEPS):
         step(t, runtime, index)
     report.ends(name, t)
+
+
+def tour(report: Report, runtime: Runtime) -> None:
+    """One run that changes its layout every few steps, through all of them."""
+    history, layouts = list[tuple[float, float]](), [*LAYOUTS, "ddp"]
+    for number, layout in enumerate(layouts):
+        t = trainable(runtime, layout, seed=number)
+        if number:
+            t.load(report.folder / f"tour-{number - 1}")
+        history += [step(t, runtime, index) for index in range(len(history), min(STEPS, len(history) + TOUR))]
+        t.save(report.folder / f"tour-{number}")
+        runtime.barrier()
+    report.numbers["tour"] = history
+    report.ends("tour", t)
 
 
 def chain(report: Report, runtime: Runtime, previous: Path | None, layout: str) -> None:
@@ -240,6 +260,10 @@ def compile_eagerly(report: Report) -> None:
 
 
 def main(out: Path, previous: Path | None) -> None:
+    contents.ALIGNMENT, contents.ROUND = (
+        64,
+        640,
+    )  # bytes: every process has parts of these small files, of several rounds
     runtime = start(RuntimeConfig(threads=1, timeout_s=60))
     report = Report(runtime, out)
     compile_eagerly(report)
@@ -250,8 +274,10 @@ def main(out: Path, previous: Path | None) -> None:
         if runtime.world <= 2:
             short_runs(report, runtime, layout)
         muon(report, runtime, layout)
-        if layout == "fsdp-offload":
+        if layout == "fsdp-hybrid":
             report.numbers["deepspeed imported"] = "deepspeed" in sys.modules
+    if runtime.world == 4:
+        tour(report, runtime)
     if runtime.world <= 2:
         for old, new in CHANGES:
             continued(report, runtime, old, new, f"{old}-to-{new}")

@@ -5,27 +5,27 @@
         state.json      samples seen and digests of what the weights belong to
         COMPLETE        size and sha256 of every other file; written last
 
-A folder is filled under a temporary name and renamed when complete, so a kill leaves the previous one as it was. All
-processes make the tensors together, the main process alone writes: by default a copy in its memory, in a thread, while
-training goes on. No collective operation may happen in that thread.
+A folder is filled under a temporary name and renamed when complete, so a kill leaves the previous one as it was. Each
+process writes its part of the files: by default a copy in its memory, in a thread, while training goes on. No collective
+operation may happen in that thread: that all have written is found out at a training step, in the exchange that it has
+anyway, and then the main process gives the folder its marker and its name.
 """
 
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self, TypeVar
 
 from conf.errors import UserError
-from conf.files import TEMPORARY, atomic_folder
+from conf.files import TEMPORARY, publish_folder
 from conf.schema import LoopConfig
 from models.formats.tensor_stream import write_bytes
-from train.engine.contents import Contents, HostMemory, join_contents
-from train.engine.marker import MARKER, damage_of
+from train.engine.contents import HostMemory, join_contents
+from train.engine.marker import MARKER, Part, damage_of, joined
 from train.engine.metric_log import METRICS
 from train.engine.posthoc import forget_copies, keep_copies
 from train.engine.retention import kept, scores_of
@@ -37,6 +37,21 @@ STATE = "state.json"
 CARRIED = ("samples_seen", "seconds", "device_hours", "wandb_run_id", "interval")
 
 Result = TypeVar("Result")
+
+
+@dataclass
+class Write:
+    """A checkpoint that is being written."""
+
+    target: Path
+    scores: Mapping[int, float]  # that its retention goes by
+    parts: Future[dict[str, Part]]  # this process's
+    finish: Future[None] | None = None  # the main process's last part, once all have written theirs
+
+    @property
+    def staging(self) -> Path:
+        """The folder until it is complete."""
+        return self.target.with_name(f"{TEMPORARY}{self.target.name}")
 
 
 class Checkpoints:
@@ -51,12 +66,15 @@ class Checkpoints:
         self.broken: list[Path] = []
         self.memory: HostMemory = {}
         self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.pending: Future[None] | None = None  # the main process's latest write
+        self.latest: Write | None = None  # the same one on all processes
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        # After an exception the others may be gone, who would have to agree that a checkpoint is complete.
+        if exception[0] is None or self.runtime.world == 1:
+            self.commit()
         self.thread.shutdown()
 
     def resume(self, trainables: Mapping[str, Trainable], fresh: State) -> State:
@@ -92,7 +110,8 @@ class Checkpoints:
 
         Args:
             wait: return when it is complete. Otherwise, with `loop.async_checkpoints`, training may go on as soon as
-                the main process has a copy in its memory; `failed`, the next `save` and `wait` tell how it ended.
+                each process has a copy of its part in memory; it calls `commit` once nobody is `writing`, and `failed`,
+                the next `save` and `wait` tell how it ended.
 
         Raises OSError, on all processes, when this one or the one before could not be written (full disk): its
         temporary folder is removed and the complete checkpoints are as they were.
@@ -103,17 +122,20 @@ class Checkpoints:
         scores = self._together(lambda: scores_of(self.output_dir / METRICS, self.cfg) if self.runtime.is_main else {})
         parts = [trainable.contents() for trainable in trainables.values()]
         contents = join_contents(parts, {STATE: asdict(state)})
-        target = self.root / f"{state.samples_seen:012d}"
+        write = Write(self.root / f"{state.samples_seen:012d}", scores, Future())
+        self._together(lambda: self._empty(write.staging))
         if self.cfg.async_checkpoints and not wait:
             # All collective work happens here, in the copy: NCCL and gloo pair operations by their order, so that one
             # in a thread would be paired with one of the next training step.
-            copy = self._together(lambda: contents.held(self.memory, self.runtime))
-            if self.runtime.is_main:
-                self.pending = self.thread.submit(self._write, target, copy, scores)
-        else:
-            # The main process writes each tensor as it is made; the others help to make it and keep nothing.
-            write = partial(self._write, target, contents, scores) if self.runtime.is_main else contents.drain
-            self._together(write)
+            copy = self._together(lambda: contents.held(self.memory))
+            write.parts, self.latest = self.thread.submit(copy.write, write.staging, self.runtime.is_main), write
+            return
+        try:
+            write.parts.set_result(contents.write(write.staging, self.runtime.is_main))
+        except OSError as error:
+            write.parts.set_exception(error)
+        self.latest = write
+        self.wait()
 
     def any(self) -> bool:
         """Whether there is a checkpoint to go back to."""
@@ -121,24 +143,61 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether this process knows that its latest write failed."""
-        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
+        """Whether this process knows that its part of the latest write failed."""
+        futures = [] if self.latest is None else [self.latest.parts, self.latest.finish]
+        return any(future is not None and future.done() and future.exception() is not None for future in futures)
+
+    @property
+    def writing(self) -> bool:
+        """Whether this process still writes its part."""
+        return self.latest is not None and not self.latest.parts.done()
+
+    def commit(self) -> None:
+        """Have the main process complete what all have written their parts of, once; does nothing without such.
+
+        Raises what went wrong, on all processes.
+        """
+        write = self.latest
+        if write is None or write.finish is not None:
+            return
+        try:
+            parts = self._together(write.parts.result)
+        except Exception:
+            self.latest = None
+            if self.runtime.is_main:
+                shutil.rmtree(write.staging, ignore_errors=True)  # nobody writes to it any more
+            raise
+        written = self.runtime.gather_objects(parts)
+        write.finish = Future()
+        if self.runtime.is_main:
+            write.finish = self.thread.submit(self._finish, write, written)
+        else:
+            write.finish.set_result(None)
 
     def wait(self) -> None:
         """Until nothing is being written; raises what went wrong, on all processes."""
-        pending, self.pending = self.pending, None
-        self._together(lambda: None if pending is None else pending.result())
+        self.commit()
+        write, self.latest = self.latest, None
+        self._together(lambda: None if write is None or write.finish is None else write.finish.result())
 
-    def _write(self, target: Path, contents: Contents, scores: Mapping[int, float]) -> None:
-        """The whole checkpoint, by the main process, in either thread."""
+    def _empty(self, staging: Path) -> None:
+        """Have the folder there for all, with nothing in it."""
+        if self.runtime.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+
+    def _finish(self, write: Write, written: Sequence[Mapping[str, Part]]) -> None:
+        """Complete a folder to which all have written, and delete what it makes superfluous."""
+        staging, target = write.staging, write.target
         try:
-            with atomic_folder(target) as staging:
-                prints = contents.write(staging)
-                keep_copies(staging, self.output_dir, int(target.name), prints)
-                write_bytes(staging / MARKER, json.dumps({"schema": 1, "files": prints}, indent=1).encode())
-        finally:
-            contents.drain()  # after a full disk, too: the others wait in the next tensor's collective operation
-        self._prune(target, scores)
+            prints = joined(written)
+            keep_copies(staging, self.output_dir, int(target.name), prints)
+            write_bytes(staging / MARKER, json.dumps({"schema": 2, "files": prints}, indent=1).encode())
+            publish_folder(staging, target)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        self._prune(target, write.scores)
 
     def _folders(self) -> list[Path]:
         """Checkpoints by name, newest first, as the main process sees them; it clears what a kill left behind."""
@@ -156,7 +215,7 @@ class Checkpoints:
             forget_copies(self.output_dir, samples_seen)
 
     def _damage(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint, None for nothing; each process reads its share of the files."""
+        """What is wrong with a checkpoint, None for nothing; each process reads its share."""
         found = damage_of(folder, slice(self.runtime.rank, None, self.runtime.world), STATE)
         return next((damage for damage in self.runtime.gather_objects(found) if damage), None)
 

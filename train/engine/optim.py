@@ -163,15 +163,16 @@ class Muon(torch.optim.AdamW):
         """Replace the momentum of these matrices by their steps, in `updates`; collective."""
         layout = self.layout
         assert layout is not None
-        alone = not dist.is_initialized() or dist.get_world_size() == 1
-        world, rank = (1, 0) if alone else (dist.get_world_size(), dist.get_rank())
+        # Those that hold all matrices together share the work, in plain DDP all that hold the same.
+        members = layout.shards if layout.sharded else layout.copies
+        world, rank = members.size, members.rank
         # All collective operations before the work and after it: nobody waits in one for a matrix of another process.
         wholes = [layout.collect(name, updates, i % world).to(layout.device) for i, name in enumerate(names)]
         mine = [i % world == rank for i in range(len(names))]
         steps = [step_of(w) if own else torch.empty_like(w) for w, own in zip(wholes, mine, strict=True)]
         for i, (name, step) in enumerate(zip(names, steps, strict=True)):
-            if not alone:
-                dist.broadcast(step, src=i % world)
+            if world > 1:
+                dist.broadcast(step, group=members.group, group_src=i % world)
             layout.disperse(name, step, updates)
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.files import atomic_folder, sync
-from models.formats.tensor_stream import Fingerprint, write_bytes
-from train.engine.marker import MARKER, damage_of
+from models.formats.tensor_stream import write_bytes
+from train.engine.marker import MARKER, Print, damage_of
 
 FOLDER, PREFIX = "averages", "posthoc-"
 
@@ -67,7 +67,7 @@ def name_of(sigma_rel: float) -> str:
     return f"{PREFIX}{sigma_rel:g}"
 
 
-def keep_copies(checkpoint: Path, output_dir: Path, samples_seen: int, prints: Mapping[str, Fingerprint]) -> None:
+def keep_copies(checkpoint: Path, output_dir: Path, samples_seen: int, prints: Mapping[str, Print]) -> None:
     """Let a checkpoint's power function averages outlive it: the same files, without being written again."""
     names = [name for name in prints if Path(name).name.startswith(PREFIX)]
     if not names:

@@ -19,7 +19,7 @@ from conf.errors import UserError
 from conf.schema import BackendName, BatchConfig, EmaConfig, OptimConfig, UNetRuntimeConfig
 from models.formats.tensor_stream import TensorStream
 from train.engine.backend.distribute import distribute
-from train.engine.contents import Contents, read_into, stream
+from train.engine.contents import Contents, TensorFile, read_into, stream
 from train.engine.ema import Ema
 from train.engine.meter import Clock
 from train.engine.optim import Muon, lr_at
@@ -126,33 +126,25 @@ class Trainable:
         return stream(self.backend.layout, self._shards(ema), self._others())
 
     def contents(self) -> Contents:
-        """The whole state as it is while the streams are asked for; collective then."""
+        """The whole state as it is while the files are asked for their bytes; collective then."""
         self.settle()
         layout, states = self.backend.layout, [self._state_of(master) for master in self.backend.masters]
-        streams = {WEIGHTS: stream(layout, self.backend.masters, self._buffers())}
+        files = {WEIGHTS: TensorFile(layout, self.backend.masters, self._buffers())}
         for key in MOMENTS:
-            streams[f"{key}.safetensors"] = stream(layout, [state[key] for state in states], {})
+            files[f"{key}.safetensors"] = TensorFile(layout, [state[key] for state in states], {})
         for average, shards in self._averages().items():
-            streams[f"{average}.safetensors"] = stream(layout, shards, {})
+            files[f"{average}.safetensors"] = TensorFile(layout, shards, {})
         scalars = {
             "step": self.steps,
             "skipped_steps": self.skipped_steps,
             "loss_scale": self.backend.scale.state(),
             "frozen": self.frozen,
         }
-        return Contents({f"{self.name}/{file}": s for file, s in streams.items()}, {f"{self.name}/{SCALARS}": scalars})
+        return Contents({f"{self.name}/{file}": f for file, f in files.items()}, {f"{self.name}/{SCALARS}": scalars})
 
     def save(self, folder: Path | str) -> None:
-        """Write the whole state to `folder`/name; collective, the main process writes.
-
-        Raises OSError on the main process alone.
-        """
-        contents = self.contents()
-        try:
-            if self.runtime.is_main:
-                contents.write(Path(folder))
-        finally:
-            contents.drain()
+        """Write the whole state to `folder`/name, each process its part; collective. Raises OSError where it fails."""
+        self.contents().write(Path(folder), self.runtime.is_main)
 
     def load(self, folder: Path | str) -> None:
         """Counterpart of `save`, in any layout; collective.

@@ -68,6 +68,7 @@ class Verdict(NamedTuple):
 
     asked: bool  # whether a signal asked for a stop
     failed: bool  # whether a checkpoint could not be written
+    writing: bool  # whether a process still writes its part of one
     unsound: bool  # whether a loss was not finite
     ripe: dict[str, bool]  # by the name of what is done now and then, whether it was long enough ago
     finite: list[bool]  # whether those of this process's micro-batches were
@@ -87,7 +88,7 @@ class Begun:
         measured: metrics of each micro-batch.
         keys: samples of each micro-batch.
         finite: of each micro-batch, whether its losses are, [accumulation].
-        raised: the first three of a verdict, and what is ripe, [3 + 3].
+        raised: the first four of a verdict, and what is ripe, [4 + 3].
         metrics: of the optimiser's step.
     """
 
@@ -107,12 +108,14 @@ class Begun:
 
     def verdict(self) -> Verdict:
         """How it went; waits until that is known."""
-        asked, failed, unsound, *rest = self.numbers.read()
+        asked, failed, writing, unsound, *rest = self.numbers.read()
         clocks, rest = rest[: len(NOW_AND_THEN)], rest[len(NOW_AND_THEN) :]
         ripe = dict(zip(NOW_AND_THEN, map(bool, clocks), strict=True))
         finite, told = rest[: len(self.keys)], dict(zip(self.names, rest[len(self.keys) :], strict=True))
         metrics = {name: told[name] if name in told else float(value) for name, value in self.metrics.items()}
-        return Verdict(bool(asked), bool(failed), bool(unsound), ripe, [bool(one) for one in finite], metrics)
+        flags = {"asked": asked, "failed": failed, "writing": writing, "unsound": unsound}
+        sound = [bool(one) for one in finite]
+        return Verdict(**{n: bool(flag) for n, flag in flags.items()}, ripe=ripe, finite=sound, metrics=metrics)
 
 
 def fit(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
@@ -192,7 +195,9 @@ def train(
         verdict = step.verdict()
         ripe = verdict.ripe
         if verdict.failed:
-            checkpoints.wait()  # raises on all processes what went wrong in the main process's thread
+            checkpoints.wait()  # raises on all processes what went wrong in a thread of one
+        if not verdict.writing:
+            checkpoints.commit()
         for values in () if verdict.unsound else step.measured:  # by all or none: the meter sums over them by name
             meter.add(values)
         meter.add({name: value for name, value in verdict.metrics.items() if math.isfinite(value)})
@@ -246,7 +251,7 @@ def train(
         # weights as they are.
         losses = torch.stack(finite)  # [accumulation]
         ago = [runtime.is_main and time.monotonic() - done_at[name] >= floors[name] for name in NOW_AND_THEN]
-        raised = runtime.raised([bool(asked), checkpoints.failed, ~losses.all(), *ago])
+        raised = runtime.raised([bool(asked), checkpoints.failed, checkpoints.writing, ~losses.all(), *ago])
         stepped = stage.finish_step(state.samples_seen)
         before, begun = begun, Begun(state.samples_seen, measured, keys, losses, raised, stepped)
         over = state.samples_seen >= loop.samples

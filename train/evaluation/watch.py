@@ -1,6 +1,5 @@
 """Evaluation beside a training: each checkpoint as it appears, the newest first, and at last the export."""
 
-import json
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 
 from conf.entry import to_object
 from conf.errors import UserError, first_line
+from conf.files import sha256
 from conf.schema import EvaluateRun, UNetRun
 from data.shards.manifest import find_shards
 from models.autoencoder import Autoencoder
@@ -88,7 +88,7 @@ def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) 
     network = Denoiser(UNet(training.model), conditions)
     gone = False
     try:
-        digest = json.loads((folder / MARKER).read_bytes())["files"][name][1]
+        digest = sha256(folder / name)  # no matter by how many processes it was written
         network.load_state_dict(load_file(folder / name))
     except (OSError, SafetensorError):  # its retention has deleted it
         gone = True

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conf import files
 from conf.errors import UserError
 from conf.schema import LoopConfig, Precision
-from models.formats.tensor_stream import TensorStream, write_stream
 from train.engine import checkpoint as checkpoint_module
 from train.engine import contents as contents_module
+from train.engine.backend.layout import Members, whole
 from train.engine.checkpoint import Checkpoints
-from train.engine.contents import Contents
+from train.engine.contents import Contents, TensorFile, write_part
 from train.engine.runtime import Runtime
 from train.engine.state import State, architecture_of, read_done, require_same_run, write_done
 
@@ -31,20 +30,26 @@ ALONE = Runtime(0, 1, 0, torch.device("cpu"), Precision.fp32, None)  # type: ign
 
 
 class Number:
-    """The smallest trainable: one value."""
+    """The smallest trainable: one value, of one or of several processes."""
 
-    def __init__(self, value: int = 0) -> None:
+    def __init__(self, value: int = 0, processes: int = 1, rank: int = 0) -> None:
         self.value = torch.full((100,), float(value))
-        self.made = 0  # tensors that were asked for
+        self.members, self.made = Members(processes, rank), 0  # files whose bytes were asked for to the end
 
-    def tensors(self) -> Iterator[torch.Tensor]:
-        for tensor in (self.value, self.value[:1]):
+    def file(self, names: Iterable[str] = ("all", "one")) -> TensorFile:
+        tensors = {name: self.value if name == "all" else self.value[:1] for name in names}
+        file = TensorFile(whole(tensors, ALONE.device, self.members), list(tensors.values()), {})
+        made = file.made
+
+        def counted() -> Iterator[Any]:
+            yield from made()
             self.made += 1
-            yield tensor
+
+        file.made = counted  # type: ignore[method-assign]
+        return file
 
     def contents(self) -> Contents:
-        specs = {"all": self.value, "one": self.value[:1]}
-        return Contents({"number/weights": TensorStream(specs, self.tensors())}, {"number/about.json": {}})
+        return Contents({"number/weights": self.file()}, {"number/about.json": {}})
 
     def load(self, folder: Path) -> None:
         self.value = load_file(folder / "number" / "weights")["all"]
@@ -129,9 +134,7 @@ def test_retention_keeps_the_newest_and_never_counts_a_broken_one(tmp_path: Path
 def test_copies_of_power_function_averages_outlive_their_checkpoints(tmp_path: Path) -> None:
     class Averaged(Number):
         def contents(self) -> Contents:
-            specs = {"all": self.value}
-            streams = {f"number/{name}": TensorStream(specs, iter([self.value])) for name in ("weights", "posthoc-0.1")}
-            return Contents(streams, {})
+            return Contents({f"number/{name}": self.file(["all"]) for name in ("weights", "posthoc-0.1")}, {})
 
     def copies() -> list[str]:
         return sorted(path.name for path in (tmp_path / "averages").iterdir())
@@ -150,9 +153,10 @@ def test_copies_of_power_function_averages_outlive_their_checkpoints(tmp_path: P
     assert copies() == ["000000000010", "000000000020", "000000000030"]
 
 
-def full_disk(path: Path, stream: TensorStream) -> Any:
+def full_disk(path: Path, size: int, part: Any, pieces: Iterator[Any]) -> Any:
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"half")
-    next(stream.tensors)
+    next(pieces)
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -161,7 +165,7 @@ def test_full_disk_leaves_the_previous_checkpoint_and_no_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: bool
 ) -> None:
     save(tmp_path, 10, keep=1)
-    monkeypatch.setattr(contents_module, "write_stream", full_disk)
+    monkeypatch.setattr(contents_module, "write_part", full_disk)
     with (
         Checkpoints(tmp_path, ALONE, keeping(1)) as checkpoints,
         pytest.raises(OSError, match="No space left") as caught,
@@ -187,18 +191,18 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     """The write is held back; what happens to the weights meanwhile does not reach the checkpoint."""
     go_on, number = threading.Event(), Number(1)
 
-    def slowly(path: Path, stream: TensorStream) -> Any:
+    def slowly(*args: Any) -> Any:
         assert go_on.wait(60)
-        return write_stream(path, stream)
+        return write_part(*args)
 
-    monkeypatch.setattr(contents_module, "write_stream", slowly)
+    monkeypatch.setattr(contents_module, "write_part", slowly)
     state = State(samples_seen=10)
     with Checkpoints(tmp_path, ALONE, keeping(2)) as checkpoints:
         checkpoints.save({"number": number}, state, wait=False)  # type: ignore[dict-item]
         number.value.fill_(5)
         state.samples_seen = 50
         wait_for((tmp_path / "checkpoints" / ".tmp-000000000010").is_dir)
-        assert names(tmp_path) == [".tmp-000000000010"]
+        assert names(tmp_path) == [".tmp-000000000010"] and checkpoints.writing
         go_on.set()
         checkpoints.wait()
         assert names(tmp_path) == ["000000000010"]
@@ -218,6 +222,8 @@ def killed_in(folder: Path, moment: str) -> None:
     """Save two checkpoints in the background, the second of which never gets past `moment`."""
 
     def kill(path: Path, *rest: Any) -> Any:
+        if moment == "write_part":
+            path.parent.mkdir()
         if moment != "publish_folder":
             path.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -225,12 +231,11 @@ def killed_in(folder: Path, moment: str) -> None:
     with Checkpoints(folder, ALONE, keeping(1)) as checkpoints:
         checkpoints.save({"number": Number(1)}, State(samples_seen=10), wait=False)  # type: ignore[dict-item]
         checkpoints.wait()
-        modules = {"write_stream": contents_module, "write_bytes": checkpoint_module, "publish_folder": files}
-        setattr(modules[moment], moment, kill)
+        setattr(contents_module if moment == "write_part" else checkpoint_module, moment, kill)
         checkpoints.save({"number": Number(2)}, State(samples_seen=20), wait=False)  # type: ignore[dict-item]
 
 
-@pytest.mark.parametrize("moment", ["write_stream", "write_bytes", "publish_folder"])
+@pytest.mark.parametrize("moment", ["write_part", "write_bytes", "publish_folder"])
 def test_kill_during_the_write_leaves_the_previous_checkpoint(tmp_path: Path, moment: str) -> None:
     process = get_context("fork").Process(target=killed_in, args=(tmp_path, moment))
     process.start()
@@ -252,7 +257,7 @@ def test_what_a_kill_left_is_cleared_by_the_next_start(tmp_path: Path) -> None:
 def test_failure_of_one_process_is_the_failure_of_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: bool
 ) -> None:
-    """Two processes, played by threads: the first cannot write, and both hear of it."""
+    """Two processes, played by threads: one cannot write, and both hear of it."""
     barrier, slots = threading.Barrier(2, timeout=10), [None, None]
 
     class Rank:
@@ -273,6 +278,9 @@ def test_failure_of_one_process_is_the_failure_of_all(
 
     failures: dict[int, int | None] = {}
 
+    def write(path: Path, size: int, part: tuple[int, int], pieces: Iterator[Any]) -> Any:
+        return (full_disk if part[0] > 0 else write_part)(path, size, part, pieces)
+
     def work(rank: int, number: Number) -> None:
         with Checkpoints(tmp_path, Rank(rank), keeping(2)) as checkpoints:  # type: ignore[arg-type]
             checkpoints.resume({}, State())
@@ -282,17 +290,19 @@ def test_failure_of_one_process_is_the_failure_of_all(
             except OSError as error:
                 failures[rank] = error.errno
 
+    monkeypatch.setattr(contents_module, "ALIGNMENT", 64)  # or one of them would have all
+    monkeypatch.setattr(contents_module, "ROUND", 64)
     for expected in ({}, {0: errno.ENOSPC, 1: errno.ENOSPC}):
         if expected:
-            monkeypatch.setattr(contents_module, "write_stream", full_disk)
-        numbers = [Number(1 + len(expected)) for _ in range(2)]
+            monkeypatch.setattr(contents_module, "write_part", write)
+        numbers = [Number(1 + len(expected), 2, rank) for rank in range(2)]
         threads = [threading.Thread(target=work, args=(rank, number)) for rank, number in enumerate(numbers)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert failures == expected
-        assert [number.made for number in numbers] == [2, 2]  # or one would wait for the other
+        assert [number.made for number in numbers] == [1, 1]  # or one would wait for the other
         assert names(tmp_path) == ["000000000020"]
     assert resume(tmp_path) == (20, 1)
 

@@ -217,8 +217,8 @@ def test_copy_in_memory_is_what_was_when_it_was_made(
     for name in ("first", "second"):  # the second fills the memory of the first again
         train(t)
         t.save(tmp_path / name)
-        copy = t.contents().held(memory, runtime)
+        copy = t.contents().held(memory)
         train(t)
-        copy.write(tmp_path / f"{name}-copy")
+        copy.write(tmp_path / f"{name}-copy", main=True)
         for path in (tmp_path / name / "model").iterdir():
             assert path.read_bytes() == (tmp_path / f"{name}-copy" / "model" / path.name).read_bytes()

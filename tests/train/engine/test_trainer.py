@@ -330,13 +330,13 @@ def test_checkpoint_that_cannot_be_written_ends_the_run_soon(
 ) -> None:
     failed = threading.Event()
 
-    def full_disk(path: Path, stream: Any) -> Any:
+    def full_disk(*args: Any) -> Any:
         failed.set()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     cfg = config(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(contents, "write_stream", full_disk)
+        patch.setattr(contents, "write_part", full_disk)
         interruption = Interruption("step", 5, lambda: failed.wait(60))
         with pytest.raises(OSError, match=r"No space left.*checkpoints"):
             trainer.fit(LineStage(cfg, runtime, interruption), cfg, runtime)

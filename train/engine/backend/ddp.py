@@ -8,7 +8,7 @@ from accelerate.utils import DistributedDataParallelKwargs, convert_to_fp32
 from torch import Tensor, nn
 
 from conf.schema import OptimConfig
-from train.engine.backend.layout import Layout, whole
+from train.engine.backend.layout import Layout, Members, whole
 from train.engine.optim import Accumulating, make_optimizer, sound_step
 from train.engine.precision import autocast
 from train.engine.runtime import Runtime
@@ -36,7 +36,7 @@ class DdpBackend(Accumulating):
         self.device, self.precision = runtime.device, runtime.precision
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.masters: list[Tensor] = list(parameters.values())
-        self.layout: Layout = whole(parameters, self.device)
+        self.layout: Layout = whole(parameters, self.device, Members(runtime.world, runtime.rank))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Through the wrapper, in the run's precision; outputs in fp32."""

@@ -1,7 +1,9 @@
 """One network under torch's FSDP2 (Zhao et al. 2023): weights, gradients and AdamW's moments in shards, no DeepSpeed.
 
-Each parameter is cut along its first dimension into one run of rows per process. The optimiser and the average work on
-those rows as flat tensors, so a step costs no exchange but that of the gradients' norm.
+Each parameter is cut along its first dimension into one run of rows for each process of a machine, and machines hold
+copies (hybrid sharding): what is gathered and scattered for each part of the network stays within a machine, and only
+sums of gradients travel between them. The optimiser and the average work on those rows as flat tensors, so a step costs
+no exchange but that of the gradients' norm.
 """
 
 from typing import Any
@@ -9,16 +11,19 @@ from typing import Any
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from conf.process import processes_here
 from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
 from train.engine.backend.distribute import parts_of
-from train.engine.backend.layout import Layout, Piece, require_cuttable
+from train.engine.backend.layout import Layout, Members, Piece, cut_over, require_cuttable
 from train.engine.optim import Accumulating, make_optimizer, sound_step
 from train.engine.precision import AUTOCAST, autocast
 from train.engine.runtime import Runtime
+
+SMALLEST = 64  # parts of a network that have less than a 64th of it travel with the part that holds them
 
 
 class FsdpBackend(Accumulating):
@@ -31,7 +36,8 @@ class FsdpBackend(Accumulating):
         parameters = dict(module.named_parameters())
         require_cuttable(parameters)
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        shard(module.to(runtime.device), runtime, cfg)
+        mesh = mesh_of(runtime, cfg.sharing(runtime.world, min(runtime.gather_objects(processes_here()))))
+        shard(module.to(runtime.device), mesh, runtime, cfg)
         self.runtime, self.module = runtime, module
         self.parameters: dict[str, Any] = dict(module.named_parameters())  # DTensors
         self.masters: list[Tensor] = [_rows(parameter) for parameter in self.parameters.values()]
@@ -39,16 +45,23 @@ class FsdpBackend(Accumulating):
         masters = dict(zip(self.parameters.values(), self.masters, strict=True))
         for group in self.optimizer.param_groups:
             group["params"] = [masters[parameter] for parameter in group["params"]]
+        copies, shards = (Members(mesh.size(i), mesh.get_local_rank(i), mesh.get_group(i)) for i in (0, 1))
         pieces = {
-            name: _piece(index, shapes[name], runtime, master.numel())
+            name: _piece(index, shapes[name], shards, master.numel())
             for index, (name, master) in enumerate(zip(shapes, self.masters, strict=True))
         }
-        self.layout = Layout(shapes=shapes, pieces=pieces, sharded=True, device=runtime.device)
+        self.layout: Layout = cut_over(shards, copies, shapes, pieces, runtime.device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Through the sharded network, in the run's precision; outputs in fp32."""
         with autocast(self.runtime.device, self.runtime.precision):
             return convert_to_fp32(self.module(*args, **kwargs))
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients within each machine; over the machines they are summed in the last pass."""
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_requires_all_reduce(last)
+        super().backward(loss, last)
 
     def step(self) -> Tensor:
         """Clip, update, clear; returns the norm before clipping, []. Not finite: the update was skipped."""
@@ -60,23 +73,34 @@ class FsdpBackend(Accumulating):
 
     def _over_processes(self, norm: Tensor) -> Tensor:
         own = norm.to(self.runtime.device, torch.float64)  # with offload of the parameters it is on the CPU
-        return self.runtime.summed(own.square()).sqrt()
+        # Each copy has all squares once; copies have the same.
+        return (self.runtime.summed(own.square()) / self.layout.copies.size).sqrt()
 
 
-def shard(module: nn.Module, runtime: Runtime, cfg: UNetRuntimeConfig) -> None:
-    """Cut the network in place; parts that it holds in lists (blocks, layers) are gathered one at a time."""
+def mesh_of(runtime: Runtime, shards: int) -> DeviceMesh:
+    """The processes as [copies, shards]: neighbours cut a network among them."""
+    sides = (runtime.world // shards, shards)
+    return init_device_mesh(runtime.device.type, sides, mesh_dim_names=("copies", "shards"))
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, runtime: Runtime, cfg: UNetRuntimeConfig) -> None:
+    """Cut the network in place; parts that it holds in lists (blocks, layers) are gathered one at a time.
+
+    Small ones are not: an exchange takes some time however little it moves.
+    """
     dtype = AUTOCAST.get(runtime.precision)
     on_gpu = runtime.device.type == "cuda"
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(runtime.device.type, (runtime.world,)),
+        "mesh": mesh if mesh.size(0) > 1 else mesh["shards"],
         "reshard_after_forward": True,  # the outermost part, too: a step finds no gathered copy that it would outdate
         # Gathered in the type that autocast computes in: half the bytes, and no fp32 copy beside it.
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if cfg.offload is Offload.parameters else OffloadPolicy(),
     }
+    least = sum(parameter.numel() for parameter in module.parameters()) / SMALLEST
     for part in parts_of(module):
-        sharded = [isinstance(parameter, DTensor) for parameter in part.parameters()]
-        if not all(sharded):
+        left = sum(p.numel() for p in part.parameters() if not isinstance(p, DTensor))
+        if left >= least or part is module:
             fully_shard(part, **options)
 
 
@@ -86,8 +110,8 @@ def _rows(tensor: Any) -> Tensor:
     return rows
 
 
-def _piece(index: int, shape: torch.Size, runtime: Runtime, numel: int) -> Piece:
+def _piece(index: int, shape: torch.Size, shards: Members, numel: int) -> Piece:
     """Rows are dealt out in equal runs; the last processes may get fewer, or none."""
-    rows = -(-shape[0] // runtime.world)
-    start = min(runtime.rank * rows, shape[0]) * shape[1:].numel()
+    rows = -(-shape[0] // shards.size)
+    start = min(shards.rank * rows, shape[0]) * shape[1:].numel()
     return Piece(index, 0, start, numel)

@@ -19,8 +19,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from conf.process import processes_here
 from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
-from train.engine.backend.layout import BUCKET, Layout, Piece, require_cuttable, whole
+from train.engine.backend.layout import BUCKET, Layout, Members, Piece, cut_over, require_cuttable, whole
 from train.engine.optim import judge_gradients, make_optimizer
 from train.engine.precision import AUTOCAST, LossScale
 from train.engine.runtime import Runtime
@@ -56,7 +57,9 @@ class ZeroBackend:
             "zero_force_ds_cpu_optimizer": False,  # its own is compiled; torch's fused AdamW runs on a CPU, too
             "steps_per_print": None,
             "timers": {"throughput": {"enabled": False}},  # it would wait for the device four times per step
-            "zero_optimization": zero_options(stage, elements) | offload_options(cfg.offload, runtime),
+            "zero_optimization": zero_options(stage, elements)
+            | offload_options(cfg.offload, runtime)
+            | hybrid_options(cfg, runtime),
         }
         dtype = AUTOCAST.get(runtime.precision)
         if dtype is not None:
@@ -67,11 +70,12 @@ class ZeroBackend:
         self.scale = LossScale(runtime.precision, runtime.device)
         self.engine = start_engine(runtime, module, optim, config)
         zero = self.engine.optimizer
+        everyone = Members(runtime.world, runtime.rank)
         if stage == 0:
             self.engine.torch_autocast_z0_gradscaler = None
             self.optimizer: torch.optim.AdamW = zero
             self.masters: list[Tensor] = list(parameters.values())
-            self.layout: Layout = whole(parameters, runtime.device)
+            self.layout: Layout = whole(parameters, runtime.device, everyone)
             return
         zero.torch_autocast_gradscaler = None
         if stage < 3 and zero.overlap_comm:
@@ -82,7 +86,7 @@ class ZeroBackend:
             pieces = {name: _piece_of_slice(zero, p, runtime.rank) for name, p in parameters.items()}
         else:
             pieces = {name: _piece_of_range(p) for name, p in parameters.items()}
-        self.layout = Layout(shapes=shapes, pieces=pieces, sharded=True, device=runtime.device)
+        self.layout = cut_over(everyone, Members(), shapes, pieces, runtime.device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Through the engine, in the run's precision; outputs in fp32."""
@@ -128,6 +132,7 @@ class ZeroBackend:
         if self.stage in (1, 2):
             zero.update_lp_params()
         elif self.stage == 3:
+            zero.invalidate_secondary_tensor()  # of hybrid sharding
             for group in range(len(self.masters)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
             if zero.persistent_parameters:
@@ -146,6 +151,18 @@ def zero_options(stage: int, elements: int) -> dict[str, Any]:
     if stage == 3 and elements <= SMALL_NETWORK:
         options["stage3_param_persistence_threshold"] = 0
     return options
+
+
+def hybrid_options(cfg: UNetRuntimeConfig, runtime: Runtime) -> dict[str, Any]:
+    """Stage 3 keeps a second copy of the weights on each machine, for the backward pass (hpZ of Wang et al. 2023).
+
+    It is what DeepSpeed has of hybrid sharding: the forward pass still gathers weights from all machines. Below stage 3
+    nothing is gathered for a part of the network alone, and with offload no memory is to be spent.
+    """
+    if cfg.zero_stage < 3 or cfg.offload is not Offload.none:
+        return {}
+    shards = cfg.sharing(runtime.world, min(runtime.gather_objects(processes_here())))
+    return {"zero_hpz_partition_size": shards} if 1 < shards < runtime.world else {}
 
 
 def autocast_options(stage: int, dtype: str, module: nn.Module) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from torch.distributed.tensor import DTensor
 from conf.schema import Device, UNetRuntimeConfig
 from conf.schema.networks import UNetConfig
 from models.unet import UNet
-from train.engine.backend.fsdp import shard
+from train.engine.backend.fsdp import mesh_of, shard
 from train.engine.runtime import start
 
 
-def test_each_block_of_a_unet_is_gathered_on_its_own() -> None:
+def test_each_large_block_of_a_unet_is_gathered_on_its_own() -> None:
     cfg = UNetConfig(
         sample_size=8,
         block_out_channels=[8, 16],
@@ -24,14 +24,13 @@ def test_each_block_of_a_unet_is_gathered_on_its_own() -> None:
         cross_attention_dim=8,
     )
     network = UNet(cfg)
-    shard(network, start(UNetRuntimeConfig(device=Device.cpu)), UNetRuntimeConfig())
+    runtime = start(UNetRuntimeConfig(device=Device.cpu))
+    shard(network, mesh_of(runtime, 1), runtime, UNetRuntimeConfig())
     assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
     gathered = Counter(type(part).__name__ for part in network.modules() if isinstance(part, FSDPModule))
     assert gathered == {
-        "FSDPUNet": 1,  # what is left: first and last layers, time embedding
+        "FSDPUNet": 1,  # what is left: first and last layers, time embedding, projections around the blocks
         "FSDPResBlock": 8,
-        "FSDPSpatialTransformer": 4,  # projections around the blocks
         "FSDPTransformerBlock": 4,
-        "FSDPDownsample": 1,
         "FSDPUpsample": 1,
     }
