@@ -7,6 +7,7 @@ the text states.
 
 import math
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -58,18 +59,38 @@ class UNet(nn.Module):
 
     def _prepare(self) -> None:
         """Start every residual branch and the output at zero, as the LDM code does; tell each attention its name."""
+        last = ["conv_out"] + ["time_embedding.cond_proj"] * (self.time_embedding.cond_proj is not None)
         for name, module in self.named_modules():
             if isinstance(module, Attention):
                 module.name = name
             if isinstance(module, ResBlock):
-                _zero(module.conv2)
+                last.append(f"{name}.conv2")
             elif isinstance(module, SpatialTransformer):
-                _zero(module.proj_out)
+                last.append(f"{name}.proj_out")
             elif isinstance(module, ImageSelfAttention):
-                _zero(module.to_out[0])
-        if self.time_embedding.cond_proj is not None:
-            nn.init.zeros_(self.time_embedding.cond_proj.weight)
-        _zero(self.conv_out)
+                last.append(f"{name}.to_out.0")
+        self.zero = frozenset(last)  # layers that begin at zero
+        for name in last:
+            for parameter in self.get_submodule(name).parameters():
+                nn.init.zeros_(parameter)
+
+    def initial(self, name: str, seed: int) -> Tensor:
+        """One parameter as a training begins with it, drawn as torch draws it, whatever device this network is on.
+
+        A function of the seed and the name: any process can make any of them, without those before.
+        """
+        owner, _, kind = name.rpartition(".")
+        layer, shape = self.get_submodule(owner), self.get_parameter(name).shape
+        if owner in self.zero or (isinstance(layer, nn.GroupNorm | nn.LayerNorm) and kind == "bias"):
+            return torch.zeros(shape)
+        if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+            return torch.ones(shape)
+        generator = torch.Generator().manual_seed(int.from_bytes(sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1)
+        if isinstance(layer, nn.Embedding):
+            return torch.randn(shape, generator=generator)
+        assert isinstance(layer, nn.Linear | nn.Conv2d), name
+        bound = layer.weight[0].numel() ** -0.5  # of weights and biases: 1 / sqrt(inputs)
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
     def checkpoint_gradients(self, enabled: bool = True) -> None:
         """Train in less memory and more time: each residual block with its attention is computed again going back."""
@@ -188,11 +209,6 @@ class UNet(nn.Module):
         """Read such a folder, or a U-Net in diffusers' format; errors as in `models.formats.weights`."""
         cfg = read_config(folder, UNetConfig, *FORMATS)
         return load_folder(folder, lambda: cls(cfg))
-
-
-def _zero(layer: nn.Module) -> None:
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
 
 
 # -------------------- levels ------------------------------------------------------------------------------------------

@@ -89,15 +89,19 @@ def trainable(
     options = LAYOUTS[layout]
     if runtime.world % options.get("shard_processes", 1):
         options = options | {"shard_processes": None}
+    with torch.device("meta"):
+        network = Network(seed)
+    network.shift = torch.full((3, 1, 1), 0.1)
     return Trainable(
         runtime,
-        Network(seed),
+        network,
         OptimConfig(**OPTIM | optim),
         BatchConfig(global_batch_size=BATCH, micro_batch_size=micro),
         total_samples=BATCH * STEPS,
         cfg=UNetRuntimeConfig(**options, compile=compiled),
         ema=EmaConfig(half_life_samples=HALF_LIFE, warmup_ratio=EMA_WARMUP),
         name="network",
+        initial=dict(Network(seed).named_parameters()).__getitem__,
     )
 
 
@@ -260,10 +264,7 @@ def compile_eagerly(report: Report) -> None:
 
 
 def main(out: Path, previous: Path | None) -> None:
-    contents.ALIGNMENT, contents.ROUND = (
-        64,
-        640,
-    )  # bytes: every process has parts of these small files, of several rounds
+    contents.ALIGNMENT, contents.ROUND = 64, 640  # bytes: all have parts of these small files, of several rounds
     runtime = start(RuntimeConfig(threads=1, timeout_s=60))
     report = Report(runtime, out)
     compile_eagerly(report)

@@ -6,9 +6,9 @@
         COMPLETE        size and sha256 of every other file; written last
 
 A folder is filled under a temporary name and renamed when complete, so a kill leaves the previous one as it was. Each
-process writes its part of the files: by default a copy in its memory, in a thread, while training goes on. No collective
-operation may happen in that thread: that all have written is found out at a training step, in the exchange that it has
-anyway, and then the main process gives the folder its marker and its name.
+process writes its part of the files: by default a copy in its memory, in a thread, while training goes on. In that
+thread no collective operation may happen: that all have written is found out at a training step, in the exchange that
+it has anyway, and then the main process gives the folder its marker and its name.
 """
 
 import json

@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def parts_of(size: int, layout: Layout) -> list[list[Stretch]]:
     shards, copies = layout.shards.size, layout.copies.size
     count = shards * copies
     ends = [min(size, round(size * i / count / ALIGNMENT) * ALIGNMENT) for i in range(count)] + [size]
-    parts = list(zip(ends, ends[1:], strict=False))
+    parts = list(pairwise(ends))
     return [parts[i * copies : (i + 1) * copies] for i in range(shards)]
 
 

@@ -1,7 +1,7 @@
 """The learning rate, a pure function of the samples seen; AdamW and Muon; gradients that add up to a step."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from conf.schema import LrDecay, OptimConfig, OptimizerName
-from train.engine.backend.layout import BUCKET, Layout
+from train.engine.backend.layout import Layout, buckets_of
 from train.engine.precision import LossScale
 from train.engine.runtime import Runtime
 
@@ -55,7 +55,11 @@ def adamw(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """The trainable ones in two groups: only matrices and kernels decay, not biases, gains and scalars."""
     trainable = [p for p in parameters if p.requires_grad]
-    kinds = [([p for p in trainable if p.ndim >= 2], weight_decay), ([p for p in trainable if p.ndim < 2], 0.0)]
+
+    def matrix(p: nn.Parameter) -> bool:
+        return len(getattr(p, "ds_shape", p.shape)) >= 2  # DeepSpeed's stage 3 leaves an empty row, and notes the shape
+
+    kinds = [([p for p in trainable if matrix(p)], weight_decay), ([p for p in trainable if not matrix(p)], 0.0)]
     return [{"params": members, "weight_decay": decay} for members, decay in kinds if members]
 
 
@@ -116,7 +120,7 @@ class Muon(torch.optim.AdamW):
         updates = [self._momentum(m) if id(m) in settings else torch.empty(0) for m in self.masters]
         pieces = self.layout.pieces
         names = [name for name in self.matrices if id(self.masters[pieces[name].shard]) in settings]
-        for bucket in self._buckets(names):
+        for bucket in buckets_of(names, self.layout.shapes):
             self._orthogonalise(bucket, updates)
         for master, update in zip(self.masters, updates, strict=True):
             if id(master) in settings:
@@ -144,20 +148,6 @@ class Muon(torch.optim.AdamW):
         """1 where the step is taken, 0 where it changes nothing, []."""
         found = torch.zeros(()) if self.found_inf is None else self.found_inf
         return 1 - found.to(master.device, non_blocking=True)
-
-    def _buckets(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """As many matrices at a time as one collective operation may move."""
-        assert self.layout is not None
-        bucket, elements = list[str](), 0
-        for name in names:
-            numel = self.layout.shapes[name].numel()
-            if bucket and elements + numel > BUCKET:
-                yield bucket
-                bucket, elements = [], 0
-            bucket.append(name)
-            elements += numel
-        if bucket:
-            yield bucket
 
     def _orthogonalise(self, names: Sequence[str], updates: list[Tensor]) -> None:
         """Replace the momentum of these matrices by their steps, in `updates`; collective."""

@@ -24,10 +24,15 @@ def round_weights(network: nn.Module, precision: Precision) -> None:
     The same computation, from half of the memory, and no call casts all weights before it. Autocast itself remembers
     only what it casts of weights that have gradients.
     """
-    low = AUTOCAST.get(precision)
     for module in network.modules():
-        if low is not None and type(module) in ROUNDED:
-            module.to(low)
+        for parameter in module.parameters(recurse=False):
+            parameter.data = rounded(parameter.data, module, precision)
+
+
+def rounded(tensor: Tensor, layer: nn.Module, precision: Precision) -> Tensor:
+    """A parameter of a layer as `round_weights` keeps it."""
+    low = AUTOCAST.get(precision)
+    return tensor if low is None or type(layer) not in ROUNDED else tensor.to(low)
 
 
 def resolved(precision: Precision, device: torch.device) -> Precision:

@@ -9,6 +9,7 @@ parameters there is the digest only: whoever resumes brings the same ones.
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from conf.errors import UserError
 from conf.schema import BackendName, BatchConfig, EmaConfig, OptimConfig, UNetRuntimeConfig
 from models.formats.tensor_stream import TensorStream
 from train.engine.backend.distribute import distribute
+from train.engine.backend.layout import Initial
 from train.engine.contents import Contents, TensorFile, read_into, stream
 from train.engine.ema import Ema
 from train.engine.meter import Clock
@@ -37,6 +39,8 @@ class Trainable:
         cfg: which backend, and with which of its options; None for plain DDP.
         ema: None, or a half-life of 0, for no average.
         name: of the network, in files and messages.
+        initial: makes a parameter of the module, whole and on the CPU, the same on any process. Of parameters on the
+            meta device each process then allocates no more than it keeps.
 
     """
 
@@ -50,6 +54,7 @@ class Trainable:
         cfg: UNetRuntimeConfig | None = None,
         ema: EmaConfig | None = None,
         name: str = "model",
+        initial: Initial | None = None,
     ) -> None:
         self.runtime, self.module, self.name = runtime, module, name
         self.optim, self.batch, self.total_samples = optim, batch, total_samples
@@ -58,7 +63,7 @@ class Trainable:
         self.frozen = _digest_of_frozen(module)
         self._skipped_steps = 0
         self.latest: tuple[int, Late] | None = None  # samples seen and gradient norm of a step not yet told of
-        self.backend = distribute(runtime, module, optim, batch, cfg or PLAIN)
+        self.backend = distribute(runtime, module, optim, batch, cfg or PLAIN, initial)
         if isinstance(self.backend.optimizer, Muon):
             self.backend.optimizer.place(self.backend.layout, self.backend.masters)
         self.ema = Ema(ema, self.backend.masters) if ema is not None and ema.half_life_samples > 0 else None
@@ -120,6 +125,17 @@ class Trainable:
         whole = {name: layout.assemble(name, shards).cpu() for name in layout.shapes}
         others = self._others().items()
         return whole | {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in others}
+
+    def tensors(self, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The full state dict in fp32, one tensor after the other on the device of every process; collective.
+
+        What a process holds whole is no copy. `ema`: of the average.
+        """
+        shards, layout = self._shards(ema), self.backend.layout
+        for name, piece in layout.pieces.items():
+            whole = layout.assemble(name, shards) if layout.sharded else shards[piece.shard].detach()
+            yield name, whole.to(self.runtime.device)
+        yield from self._others().items()
 
     def stream(self, ema: bool = False) -> TensorStream:
         """The full state dict, made tensor by tensor on the main process; collective. `ema`: of the average."""

@@ -1,6 +1,6 @@
 """The third training: the cross-attention U-Net learns to denoise cached latents (LDM paper, eq. 3)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from data.shards.manifest import Manifest, find_shards
 from data.streams import Mixed, WebStream, image_stream, latent_stream
 from models.autoencoder import Autoencoder, sample_moments, split_moments
 from models.conditions import Conditions, Embedders, Inputs, Wanted
-from models.denoiser import Denoiser, widened
+from models.denoiser import UNET, Denoiser, widened
 from models.diffusion.process import Process
 from models.diffusion.samplers import Student
 from models.film import Film
@@ -33,9 +33,10 @@ from models.formats.unet import architecture
 from models.pipeline import DiffusionPipeline
 from models.text import load_text_tower
 from models.unet import UNet
+from train.engine.backend.layout import replace_parameter
 from train.engine.image_grid import captioned, film_strips, side_by_side, to_uint8
 from train.engine.metric_log import MetricLog, say
-from train.engine.precision import autocast, round_weights
+from train.engine.precision import autocast, rounded
 from train.engine.runtime import Runtime
 from train.engine.sample_rng import Draws, SampleRng
 from train.engine.trainable import Trainable
@@ -50,11 +51,11 @@ FILM_FRAMES = 8
 Measure = Callable[[DiffusionPipeline, int], dict[str, float]]  # of the model at so many samples seen
 
 
-def load_pretrained(source: str, network: Denoiser) -> None:
-    """Weights of another training's U-Net: a folder in diffusers' format or a whole checkpoint in one file.
+def load_pretrained(source: str, network: Denoiser) -> dict[str, Tensor]:
+    """Weights for a U-Net of another training's: a folder in diffusers' format or a whole checkpoint in one file.
 
     Where it takes fewer channels than this one, or is not told of guidance or lengths, what is new begins at zero;
-    parameters of conditions are taken where they are there and fit.
+    parameters of conditions are taken where they are there and fit, into the network.
     """
     cfg = network.unet.cfg
     if is_single_file(source):
@@ -70,8 +71,8 @@ def load_pretrained(source: str, network: Denoiser) -> None:
         network.load_conditions(source)
     weights = widened(found.state_dict(), cfg.in_channels)
     if cfg.time_cond_proj_dim is not None and found.cfg.time_cond_proj_dim is None:
-        weights[GUIDANCE] = torch.zeros_like(network.unet.state_dict()[GUIDANCE])
-    network.unet.load_state_dict(weights)
+        weights[GUIDANCE] = torch.zeros_like(network.unet.get_parameter(GUIDANCE), device="cpu")
+    return weights
 
 
 def by_timestep(losses: Tensor, times: Tensor) -> dict[str, Tensor]:
@@ -160,12 +161,15 @@ class UNetStage:
         self.mean, self.std = (self.channels(values) for values in (self.info.latent_mean, self.info.latent_std))
         self.process = Process(cfg.process)
         self.process.sigmas(cfg.sampling.steps, cfg.sampling.spacing, cfg.sampling.shift)  # refused now or in hours
-        torch.manual_seed(cfg.seed)  # initial weights
+        torch.manual_seed(cfg.seed)  # initial weights of the conditions
         self.network = self.build()
+        loaded: dict[str, Tensor] | None = None
         if cfg.init_from is not None:
             self.tell_differences(cfg.init_from)
-            load_pretrained(cfg.init_from, self.network)
+            loaded = load_pretrained(cfg.init_from, self.network)
         if cfg.lora.rank > 0:
+            assert loaded is not None
+            self.network.unet.load_state_dict(loaded, assign=True)  # frozen, so that nobody writes to what files hold
             add_adapters(self.network.unet, cfg.lora)
         self.text_tower = self.autoencoder = None
         if cfg.conditions.caption is not None and (cfg.encode or "text" not in self.heldout.layout):
@@ -189,7 +193,15 @@ class UNetStage:
             self.extend = Tokenised(self.text_tower.tokenize, draws)
         self.network.unet.checkpoint_gradients(cfg.runtime.gradient_checkpointing)
         self.unet = Trainable(
-            runtime, self.network, cfg.optim, cfg.batch, cfg.loop.samples, cfg.runtime, cfg.ema, name="unet"
+            runtime,
+            self.network,
+            cfg.optim,
+            cfg.batch,
+            cfg.loop.samples,
+            cfg.runtime,
+            cfg.ema,
+            name="unet",
+            initial=partial(self.initial, loaded),
         )
         self.trainables = {"unet": self.unet}
         passes = 3.0 if cfg.lora.rank == 0 else 2.0  # backward: twice forward, once for weights that are frozen
@@ -198,8 +210,15 @@ class UNetStage:
         self.flops_per_sample = passes * unet_flops(cfg.model, side, side, self.network.conditions.tokens)
 
     def build(self) -> Denoiser:
-        """A U-Net with its conditions, untrained."""
-        return Denoiser(UNet(self.cfg.model), self.conditions_of(self.cfg.model))
+        """A U-Net, without memory for its parameters (on the meta device), and its conditions, untrained."""
+        with torch.device("meta"):
+            unet = UNet(self.cfg.model)
+        return Denoiser(unet, self.conditions_of(self.cfg.model))
+
+    def initial(self, loaded: Mapping[str, Tensor] | None, name: str) -> Tensor:
+        """A parameter of the U-Net before the training, by its name in the denoiser."""
+        name = name.removeprefix(UNET)
+        return self.network.unet.initial(name, self.cfg.seed) if loaded is None else loaded[name].clone()
 
     def conditions_of(self, model: UNetConfig) -> Embedders:
         """The conditions of a U-Net on these latents, untrained."""
@@ -302,27 +321,37 @@ class UNetStage:
     @torch.no_grad()
     def evaluate(self, samples_seen: int, journal: MetricLog) -> dict[str, float]:
         """Validation loss of the averaged weights at fixed timesteps and noise; a grid of held-out captions."""
-        network = self.build()
-        network.load_state_dict(merged(self.unet.weights(ema=self.averages), self.cfg.lora))
-        network = self.frozen(network)
-        round_weights(network.unet, self.runtime.precision)
+        network = self.frozen(self.trained())
         count = min(VALIDATION, self.heldout.samples)
         mine = list(range(self.runtime.rank, count, self.runtime.world))
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for batch in map(self.runtime.batch, self.heldout.batches_at(mine, CHUNK)):
             total = total + self.errors(network, batch).sum()
         metrics = {"eval/loss": self.runtime.sum({"loss": total})["loss"] / count}
-        if self.measure is None and not (self.runtime.is_main and self.cfg.sample_prompts > 0):
+        if self.measure is None and self.cfg.sample_prompts == 0:
             return metrics
         model = self.pipeline(network)
         if self.runtime.is_main:  # precomputing told it of captions
             cuts = model.cuts([self.cfg.sampling.negative_prompt], self.cfg.sampling.prompt_syntax)
             if cuts.count:
                 say(self.name, cuts.line("negative prompts"))
-        if self.runtime.is_main and self.cfg.sample_prompts > 0:
+        if self.cfg.sample_prompts > 0:
             with self.precision():
                 self.draw(model, samples_seen, journal)
         return metrics | ({} if self.measure is None else self.measure(model, samples_seen))
+
+    def trained(self) -> Denoiser:
+        """The network with the weights that are evaluated, of which no process has more than one in fp32; collective.
+
+        Those of a training that shards nothing are the training's own where they are not rounded.
+        """
+        network, adapted = self.build(), self.cfg.lora.rank > 0
+        tensors = self.unet.tensors(ema=self.averages)
+        for name, tensor in merged(dict(tensors), self.cfg.lora).items() if adapted else tensors:
+            layer = network.get_submodule(name.rpartition(".")[0])
+            low = name.startswith(UNET)  # the rest computes in fp32
+            replace_parameter(network, name, rounded(tensor, layer, self.runtime.precision) if low else tensor)
+        return network
 
     def errors(self, network: Denoiser, batch: dict[str, Any]) -> Tensor:
         """Losses [B] of held-out samples at fixed timesteps and noise; of a mean flow those of its velocity, r = t."""
@@ -342,23 +371,38 @@ class UNetStage:
     def draw(self, model: DiffusionPipeline, samples_seen: int, journal: MetricLog) -> None:
         """Images of held-out samples' conditions, each with the same noise at every evaluation, and a film of two.
 
-        Beside an image stand its condition, where that is one, and the original.
+        Beside an image stand its condition, where that is one, and the original. Each process draws its share.
         """
         tell("drawing images")
-        cfg, conditions = self.cfg, model.conditions
+        cfg, conditions, runtime = self.cfg, model.conditions, self.runtime
         alike = [i for i in range(self.heldout.samples) if self.heldout.bucket(i) == self.heldout.bucket(0)]
-        batch = self.runtime.batch(self.heldout.batch_at(alike[: cfg.sample_prompts]))
-        captions, inputs = batch["caption"], self.inputs(batch)
-        film = Film(FILM_FRAMES, cfg.sampling.steps, range(len(captions))[:FILMED])
-        images = model(captions, [cfg.seed] * len(captions), cfg.sampling, callback=film, inputs=inputs)
-        moments = batch["moments"].float()
-        originals = model.decode((split_moments(moments)[0] - self.mean) / self.std)
-        images = conditions.finish(images, originals, inputs)
-        titles, shown = conditions.titles(captions, inputs), conditions.show(originals, inputs)
-        sheet = side_by_side([*shown, images, originals]) if shown else images
-        journal.image("prompts", captioned(to_uint8(sheet), titles), samples_seen, "held-out samples")
-        frames = np.stack([to_uint8(strip) for strip in film.frames(model, images)])
-        strips = film_strips(frames, titles[:FILMED], film.labels)
+        numbers = range(min(cfg.sample_prompts, len(alike)))
+        mine = numbers[runtime.rank :: runtime.world]
+        rows, titles, filmed, labels = dict[int, Tensor](), dict[int, str](), dict[int, Tensor](), list[str]()
+        if mine:
+            batch = runtime.batch(self.heldout.batch_at([alike[number] for number in mine]))
+            captions, inputs = batch["caption"], self.inputs(batch)
+            film = Film(FILM_FRAMES, cfg.sampling.steps, [i for i, number in enumerate(mine) if number < FILMED])
+            labels = film.labels
+            seeds, watched = [cfg.seed] * len(captions), film if film.rows else None
+            images = model(captions, seeds, cfg.sampling, callback=watched, inputs=inputs)
+            originals = model.decode((split_moments(batch["moments"].float())[0] - self.mean) / self.std)
+            images = conditions.finish(images, originals, inputs)
+            shown = conditions.show(originals, inputs)
+            sheet = side_by_side([*shown, images, originals]) if shown else images
+            rows = dict(zip(mine, sheet.cpu(), strict=True))
+            titles = dict(zip(mine, conditions.titles(captions, inputs), strict=True))
+            if film.rows:
+                filmed = dict(zip(mine, film.frames(model, images).cpu(), strict=False))
+        parts = runtime.gather_objects((rows, titles, filmed, labels))
+        if not runtime.is_main:
+            return
+        rows, titles, filmed = ({key: part for one in parts for key, part in one[kind].items()} for kind in range(3))
+        in_order = [titles[number] for number in numbers]
+        sheet = torch.stack([rows[number] for number in numbers])
+        journal.image("prompts", captioned(to_uint8(sheet), in_order), samples_seen, "held-out samples")
+        frames = np.stack([to_uint8(filmed[number]) for number in sorted(filmed)])
+        strips = film_strips(frames, in_order[:FILMED], labels)
         journal.image("film", strips, samples_seen, "guesses of the image during sampling")
 
     def export(self, folder: Path) -> None:

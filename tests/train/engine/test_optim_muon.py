@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import OptimConfig, OptimizerName
-from train.engine.backend.layout import whole
+from train.engine.backend.layout import Members, whole
 from train.engine.optim import LENGTH, MOMENTUM, Muon, hidden_matrices, make_optimizer, orthogonal, step_of
 
 
@@ -29,7 +29,7 @@ def placed(network: nn.Module, cfg: OptimConfig) -> Muon:
     optimizer = make_optimizer(network, cfg)
     assert isinstance(optimizer, Muon)
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    optimizer.place(whole(parameters, torch.device("cpu")), list(parameters.values()))
+    optimizer.place(whole(parameters, torch.device("cpu"), Members()), list(parameters.values()))
     return optimizer
 
 

@@ -8,7 +8,7 @@ from accelerate.utils import DistributedDataParallelKwargs, convert_to_fp32
 from torch import Tensor, nn
 
 from conf.schema import OptimConfig
-from train.engine.backend.layout import Layout, Members, whole
+from train.engine.backend.layout import Initial, Layout, Members, placed, whole
 from train.engine.optim import Accumulating, make_optimizer, sound_step
 from train.engine.precision import autocast
 from train.engine.runtime import Runtime
@@ -19,7 +19,9 @@ BUCKET_MB = 150  # of gradients that travel together
 class DdpBackend(Accumulating):
     """DistributedDataParallel through accelerate; the bare module on one process."""
 
-    def __init__(self, runtime: Runtime, module: nn.Module, optim: OptimConfig, accumulation: int) -> None:
+    def __init__(
+        self, runtime: Runtime, module: nn.Module, optim: OptimConfig, accumulation: int, initial: Initial | None
+    ) -> None:
         super().__init__(optim, accumulation, runtime)
         self.accelerator = runtime.accelerator
         norms = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
@@ -31,12 +33,14 @@ class DdpBackend(Accumulating):
         warnings.filterwarnings("ignore", message=r"`broadcast_buffers` is deprecated")  # accelerate knows no other
         # Gradients of 1 x 1 kernels have strides of either layout of pixels, which differ in name only.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        processes = Members(runtime.world, runtime.rank)
+        module = placed(module, runtime.device, initial, processes)
         self.wrapped: nn.Module = self.accelerator.prepare_model(module)
         self.optimizer = make_optimizer(module, optim)
         self.device, self.precision = runtime.device, runtime.precision
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.masters: list[Tensor] = list(parameters.values())
-        self.layout: Layout = whole(parameters, self.device, Members(runtime.world, runtime.rank))
+        self.layout: Layout = whole(parameters, self.device, processes)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Through the wrapper, in the run's precision; outputs in fp32."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from conf.errors import UserError
 from conf.schema import BackendName, BatchConfig, OptimConfig, UNetRuntimeConfig
 from train.engine.backend.ddp import DdpBackend
-from train.engine.backend.layout import Layout
+from train.engine.backend.layout import Initial, Layout
 from train.engine.precision import LossScale
 from train.engine.runtime import Runtime
 
@@ -33,9 +33,17 @@ class Backend(Protocol):
 
 
 def distribute(
-    runtime: Runtime, module: nn.Module, optim: OptimConfig, batch: BatchConfig, cfg: UNetRuntimeConfig
+    runtime: Runtime,
+    module: nn.Module,
+    optim: OptimConfig,
+    batch: BatchConfig,
+    cfg: UNetRuntimeConfig,
+    initial: Initial | None = None,
 ) -> Backend:
     """The backend that `cfg` asks for; those that are not asked for are not imported.
+
+    Args:
+        initial: makes the parameters that the module has on the meta device.
 
     Raises:
         UserError: it needs something that this machine lacks.
@@ -48,16 +56,16 @@ def distribute(
     if cfg.backend is BackendName.fsdp:
         from train.engine.backend.fsdp import FsdpBackend
 
-        return FsdpBackend(runtime, module, optim, accumulation, cfg)
+        return FsdpBackend(runtime, module, optim, accumulation, cfg, initial)
     if cfg.backend is BackendName.ddp:
-        return DdpBackend(runtime, module, optim, accumulation)
+        return DdpBackend(runtime, module, optim, accumulation, initial)
     try:
         from train.engine.backend.zero import ZeroBackend
     except ModuleNotFoundError as error:
         raise UserError(
             f"runtime.backend=deepspeed: no module '{error.name}'; pip install deepspeed, or set runtime.backend=fsdp"
         ) from error
-    return ZeroBackend(runtime, module, optim, micro, accumulation, cfg)
+    return ZeroBackend(runtime, module, optim, micro, accumulation, cfg, initial)
 
 
 def compile_blocks(module: nn.Module, device: torch.device) -> None:

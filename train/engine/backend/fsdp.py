@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from conf.process import processes_here
 from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
 from train.engine.backend.distribute import parts_of
-from train.engine.backend.layout import Layout, Members, Piece, cut_over, require_cuttable
+from train.engine.backend.layout import Initial, Layout, Members, Piece, cut_over, made_by_all, require_cuttable
 from train.engine.optim import Accumulating, make_optimizer, sound_step
 from train.engine.precision import AUTOCAST, autocast
 from train.engine.runtime import Runtime
@@ -30,14 +30,24 @@ class FsdpBackend(Accumulating):
     """Fully sharded data parallelism. Every micro-batch's gradients are reduced: no process ever holds all of them."""
 
     def __init__(
-        self, runtime: Runtime, module: nn.Module, optim: OptimConfig, accumulation: int, cfg: UNetRuntimeConfig
+        self,
+        runtime: Runtime,
+        module: nn.Module,
+        optim: OptimConfig,
+        accumulation: int,
+        cfg: UNetRuntimeConfig,
+        initial: Initial | None,
     ) -> None:
         super().__init__(optim, accumulation, runtime)
         parameters = dict(module.named_parameters())
         require_cuttable(parameters)
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        unmade = {name: shapes[name] for name, parameter in parameters.items() if parameter.is_meta}
         mesh = mesh_of(runtime, cfg.sharing(runtime.world, min(runtime.gather_objects(processes_here()))))
-        shard(module.to(runtime.device), mesh, runtime, cfg)
+        shard(module, mesh, runtime, cfg)
+        # What is on the meta device was cut there: only this process's rows of it are ever allocated.
+        home = torch.device("cpu") if cfg.offload is Offload.parameters else runtime.device
+        module._apply(lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor.to(home))
         self.runtime, self.module = runtime, module
         self.parameters: dict[str, Any] = dict(module.named_parameters())  # DTensors
         self.masters: list[Tensor] = [_rows(parameter) for parameter in self.parameters.values()]
@@ -51,6 +61,9 @@ class FsdpBackend(Accumulating):
             for index, (name, master) in enumerate(zip(shapes, self.masters, strict=True))
         }
         self.layout: Layout = cut_over(shards, copies, shapes, pieces, runtime.device)
+        if initial is not None:
+            for name, tensor in made_by_all(initial, unmade, runtime.device, Members(runtime.world, runtime.rank)):
+                self.layout.disperse(name, tensor, self.masters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Through the sharded network, in the run's precision; outputs in fp32."""

@@ -6,7 +6,7 @@ time (`Layout`), or as parameters lie end to end in a file, of which each proces
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 BUCKET = 50_000_000  # most elements that one collective operation moves
 FP32 = 4  # bytes
@@ -204,6 +204,55 @@ class Row:
         into = torch.empty(sum(coming), device=device)
         dist.all_to_all_single(into, sent, coming, leaving, group=self.layout.shards.group)
         yield from zip(received, into.split([cut.stop - cut.start for cut in received]), strict=True)
+
+
+Initial = Callable[[str], Tensor]  # makes a parameter, whole and on the CPU
+
+
+def buckets_of(names: Iterable[str], shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+    """As many parameters at a time as one collective operation may move."""
+    bucket, elements = list[str](), 0
+    for name in names:
+        numel = shapes[name].numel()
+        if bucket and elements + numel > BUCKET:
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append(name)
+        elements += numel
+    if bucket:
+        yield bucket
+
+
+def made_by_all(
+    initial: Initial, shapes: Mapping[str, torch.Size], device: torch.device, processes: Members
+) -> Iterator[tuple[str, Tensor]]:
+    """Whole parameters, one after the other on every process, each made by one of them; collective."""
+    for names in buckets_of(shapes, shapes):
+        makers = {name: number % processes.size for number, name in enumerate(names)}
+        # All of a bucket are made before any travels: the processes make theirs at the same time.
+        mine = {name: initial(name).to(device) for name in names if makers[name] == processes.rank}
+        for name in names:
+            tensor = mine.pop(name) if name in mine else torch.empty(shapes[name], device=device)
+            if processes.size > 1:
+                dist.broadcast(tensor, src=makers[name])
+            yield name, tensor
+
+
+def placed(module: nn.Module, device: torch.device, initial: Initial | None, processes: Members) -> nn.Module:
+    """The module on the device, with all of every parameter; what it has on the meta device is made; collective."""
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.is_meta}
+    if initial is not None:
+        for name, tensor in made_by_all(initial, shapes, device, processes):
+            replace_parameter(module, name, tensor)
+    return module.to(device)
+
+
+def replace_parameter(module: nn.Module, name: str, tensor: Tensor) -> nn.Parameter:
+    """Give a module another tensor for one of its parameters."""
+    owner, _, last = name.rpartition(".")
+    parameter = nn.Parameter(tensor)
+    module.get_submodule(owner).register_parameter(last, parameter)
+    return parameter
 
 
 def require_cuttable(parameters: Mapping[str, Tensor]) -> None:

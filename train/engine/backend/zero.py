@@ -16,12 +16,25 @@ import deepspeed.ops
 import torch
 from accelerate.utils import convert_to_fp32
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from conf.process import processes_here
 from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
-from train.engine.backend.layout import BUCKET, Layout, Members, Piece, cut_over, require_cuttable, whole
+from train.engine.backend.layout import (
+    BUCKET,
+    Initial,
+    Layout,
+    Members,
+    Piece,
+    cut_over,
+    made_by_all,
+    placed,
+    replace_parameter,
+    require_cuttable,
+    whole,
+)
 from train.engine.optim import judge_gradients, make_optimizer
 from train.engine.precision import AUTOCAST, LossScale
 from train.engine.runtime import Runtime
@@ -40,6 +53,7 @@ class ZeroBackend:
         micro: int,
         accumulation: int,
         cfg: UNetRuntimeConfig,
+        initial: Initial | None,
     ) -> None:
         stage = cfg.zero_stage
         # DeepSpeed's own norm is read by the host, which waits for it; stages 0 to 2 without offload can do without it.
@@ -68,9 +82,16 @@ class ZeroBackend:
             config["zero_optimization"]["compute_grad_norm"] = False
         self.runtime, self.stage, self.grad_clip = runtime, stage, optim.grad_clip
         self.scale = LossScale(runtime.precision, runtime.device)
-        self.engine = start_engine(runtime, module, optim, config)
-        zero = self.engine.optimizer
         everyone = Members(runtime.world, runtime.rank)
+        start_deepspeed(runtime)
+        if stage == 3:
+            cut_while_made(module, runtime, config, initial, everyone)
+        else:
+            placed(module, runtime.device, initial, everyone)
+        # Those of the network as it is now: what was on the meta device has become another tensor.
+        parameters = {name: p for name, p in module.named_parameters() if name in shapes}
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=make_optimizer(module, optim), config=config)
+        zero = self.engine.optimizer
         if stage == 0:
             self.engine.torch_autocast_z0_gradscaler = None
             self.optimizer: torch.optim.AdamW = zero
@@ -209,8 +230,26 @@ def offload_options(offload: Offload, runtime: Runtime) -> dict[str, Any]:
     return dict.fromkeys(kinds[offload], place)
 
 
-def start_engine(runtime: Runtime, module: nn.Module, optim: OptimConfig, config: dict[str, Any]) -> Any:
-    """A DeepSpeed engine on the process group that is there, silent but for errors."""
+def cut_while_made(
+    module: nn.Module, runtime: Runtime, config: dict[str, Any], initial: Initial | None, everyone: Members
+) -> None:
+    """Stage 3: cut each parameter as soon as it is made, so that no process ever holds the network whole."""
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.is_meta}
+    if initial is not None and shapes:
+        cutter = deepspeed.zero.Init(
+            module=nn.Module(),
+            config_dict_or_path=config,
+            dtype=torch.float32,
+            # Of hybrid sharding; DeepSpeed makes it once in a process, for all networks.
+            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+        )
+        for name, tensor in made_by_all(initial, shapes, runtime.device, everyone):
+            cutter._convert_to_zero_parameters([replace_parameter(module, name, tensor)])
+    module.to(runtime.device)
+
+
+def start_deepspeed(runtime: Runtime) -> None:
+    """DeepSpeed on the process group that is there, silent but for errors."""
     deepspeed_logger.setLevel(logging.ERROR)
     # It calls collectives of torch by names that torch has replaced.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
@@ -219,9 +258,6 @@ def start_engine(runtime: Runtime, module: nn.Module, optim: OptimConfig, config
     os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))  # DeepSpeed insists on it
     backend = "nccl" if runtime.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-    optimizer = make_optimizer(module.to(runtime.device), optim)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    return engine
 
 
 def _piece_of_range(parameter: Any) -> Piece:
