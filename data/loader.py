@@ -43,7 +43,7 @@ class Stream(Protocol):
 def batches(
     dataset: Dataset | Stream,
     global_batch: int,  # samples per optimiser step over all ranks
-    micro_batch: int,  # samples per rank and forward pass
+    micro_batch: int,  # samples per rank and forward pass, at most
     rank: int,
     world: int,
     start: int,  # samples seen so far: the position of the first sample

@@ -8,7 +8,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import isqrt
 from typing import Protocol
 
@@ -203,14 +203,26 @@ def choice(seed: int, position: int, purpose: str, weights: Sequence[float]) -> 
 def step_positions(step_start: int, global_batch: int, rank: int, world: int, micro: int) -> list[list[int]]:
     """Return the positions of one rank in the step that begins at `step_start` samples seen, one list per micro-batch.
 
-    The global batch is cut into `world` contiguous parts; `ValueError` when world x micro does not divide it.
+    Each rank has the same number of micro-batches, the least with which none is larger than `micro`; their sizes differ
+    by one at most. `ValueError` when one would be empty.
     """
-    share, rest = divmod(global_batch, world)
-    if rest or micro < 1 or share % micro:
-        raise ValueError(f"{world} ranks with micro-batches of {micro} do not divide a global batch of {global_batch}")
-    # Parts end to end: put together by rank, a batch is in the order of the stream at any number of ranks.
-    first = step_start + rank * share
-    return [list(range(start, start + micro)) for start in range(first, first + share, micro)]
+    passes = -(-global_batch // (world * micro)) if micro > 0 else 0
+    parts = world * passes
+    if not 0 < parts <= global_batch:
+        raise ValueError(f"{world} ranks with micro-batches of {micro} cannot share a global batch of {global_batch}")
+    # Parts end to end: put together by rank, a batch is in the order of the stream at any number of ranks. Each ends at
+    # the whole number below its share, so that the larger ones lie evenly among the others.
+    ends = [step_start + part * global_batch // parts for part in range(rank * passes, (rank + 1) * passes + 1)]
+    return [list(range(*span)) for span in pairwise(ends)]
+
+
+def micro_batch_weights(global_batch: int, rank: int, world: int, micro: int) -> list[float]:
+    """What the mean over each of a rank's micro-batches counts in the mean over a step: its size / the mean size.
+
+    All exactly 1 where `step_positions` makes them of one size.
+    """
+    parts = step_positions(0, global_batch, rank, world, micro)
+    return [len(part) * len(parts) * world / global_batch for part in parts]
 
 
 def _mix(x: int) -> int:

@@ -160,7 +160,10 @@ class BatchConfig:
     """How many samples a step takes, and who loads them."""
 
     global_batch_size: int = 256  # samples per optimiser step over all processes
-    micro_batch_size: int = 0  # samples per process and forward pass; 0: the whole share of the process
+    micro_batch_size: int = 0  # samples per process and forward pass, at most; 0: the whole share of the process
+    uneven: bool = (
+        False  # where these do not divide the global batch, micro-batches may differ by a sample; not in CLIP
+    )
     workers: int | None = None  # loader processes per training process; 0: it loads itself; None: as its device wants
 
     def __post_init__(self) -> None:
@@ -169,22 +172,24 @@ class BatchConfig:
         require(self.micro_batch_size >= 0, f"batch.micro_batch_size={self.micro_batch_size}: must be 0 or positive")
 
     def split(self, processes: int) -> tuple[int, int]:
-        """Samples per forward pass of a process, and forward passes per optimiser step.
+        """Samples per forward pass of a process, at most, and forward passes per optimiser step.
 
         Raises:
-            UserError: the processes and micro-batches do not divide `global_batch_size`.
+            UserError: the processes and micro-batches do not divide `global_batch_size`, and they must, or some process
+                would have a pass without samples.
         """
         size, unit = self.global_batch_size, processes * max(1, self.micro_batch_size)
-        if size % unit:
+        passes = -(-size // unit) if self.micro_batch_size else 1
+        enough = processes * passes <= size  # samples for every pass
+        if size % unit and not (self.uneven and enough):
             lower, upper = size // unit * unit, (size // unit + 1) * unit
             nearest = f"{lower} or {upper}" if lower else f"{upper}"
             micro = f" x batch.micro_batch_size={self.micro_batch_size}" if self.micro_batch_size else ""
             raise UserError(
                 f"batch.global_batch_size={size}: must be a multiple of {unit} ({processes} processes{micro}); "
-                f"set {nearest}"
+                f"set {nearest}{', or batch.uneven=true (not for CLIP)' if enough else ''}"
             )
-        micro_size = self.micro_batch_size or size // processes
-        return micro_size, size // (processes * micro_size)
+        return -(-size // (processes * passes)), passes
 
 
 def require_captions(option: str, names: list[str]) -> None:

@@ -102,6 +102,10 @@ class ClipRun:
     runtime: TrainingRuntimeConfig = field(default_factory=TrainingRuntimeConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
+    def __post_init__(self) -> None:
+        # Its loss is no mean over samples: each process tells its images from the texts of all, in blocks of one size.
+        require(not self.batch.uneven, "batch.uneven=true: CLIP takes its negatives from equal shares; leave it out")
+
 
 @dataclass(kw_only=True, slots=True)
 class LoraConfig:

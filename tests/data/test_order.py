@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from data.order import MIX_BLOCK, FullOrder, Mix, WindowedOrder, rng, sample_at, step_positions
+from conf.schema import BatchConfig
+from data.order import MIX_BLOCK, FullOrder, Mix, WindowedOrder, micro_batch_weights, rng, sample_at, step_positions
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 7, 16, 17, 1000, 4009])
@@ -75,11 +76,33 @@ def test_a_step_is_the_same_positions_for_any_world_and_micro_batch(world: int, 
     parts = [part for rank in range(world) for part in step_positions(24, 12, rank, world, micro)]
     assert {len(part) for part in parts} == {micro}
     assert [position for part in parts for position in part] == list(range(24, 36))
+    assert all(micro_batch_weights(12, rank, world, micro) == [1.0] * (12 // world // micro) for rank in range(world))
 
 
-@pytest.mark.parametrize("world, micro", [(5, 1), (2, 4), (1, 0)])
-def test_a_world_that_does_not_divide_is_refused(world: int, micro: int) -> None:
-    with pytest.raises(ValueError, match="do not divide"):
+def test_any_batch_is_shared_exactly_once_and_as_evenly_as_can_be() -> None:
+    drawn = np.random.default_rng(0)
+    for _ in range(2000):
+        world, micro, start = (int(drawn.integers(*bounds)) for bounds in ((1, 20), (2, 40), (0, 1000)))
+        batch = int(drawn.integers(world, 600))
+        cut = [step_positions(start, batch, rank, world, micro) for rank in range(world)]
+        (passes,) = {len(parts) for parts in cut}
+        assert passes == min(n for n in range(1, batch + 1) if -(-batch // (n * world)) <= micro)
+        parts = [part for own in cut for part in own]
+        assert [position for part in parts for position in part] == list(range(start, start + batch))
+        assert {len(part) for part in parts} <= {batch // len(parts), -(-batch // len(parts))}
+        # That of the samples of all: whatever they are, the mean over them is the weighted mean over means.
+        weights = [weight for rank in range(world) for weight in micro_batch_weights(batch, rank, world, micro)]
+        means = [np.mean(np.square(part)) for part in parts]
+        assert np.dot(weights, means) / len(parts) == pytest.approx(np.mean(np.square(range(start, start + batch))))
+        assert BatchConfig(global_batch_size=batch, micro_batch_size=micro, uneven=True).split(world) == (
+            max(map(len, parts)),
+            passes,
+        )
+
+
+@pytest.mark.parametrize("world, micro", [(5, 1), (13, 12), (1, 0)])
+def test_a_world_in_which_some_would_have_no_sample_is_refused(world: int, micro: int) -> None:
+    with pytest.raises(ValueError, match="cannot share"):
         step_positions(0, 12, 0, world, micro)
 
 
@@ -149,19 +172,19 @@ def test_a_lane_reads_a_window_of_shards_at_a_time(window: int) -> None:
         assert most <= window and len(shards) == pytest.approx(total / lanes, abs=batch)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 8])
 def test_each_rank_reads_its_own_shards_and_its_share_alone(world: int) -> None:
     sizes, lanes, batch = [20] * 96, 8, 24
-    order, total = WindowedOrder(1, sizes, 2, lanes, batch), 20 * 96
+    order, total, share = WindowedOrder(1, sizes, 2, lanes, batch), 20 * 96, -(-batch // world)
     for epoch in (0, 3):
         read = []
         for rank in range(world):
             steps = range(epoch * total, (epoch + 1) * total, batch)
-            own = [p for step in steps for part in step_positions(step, batch, rank, world, 1) for p in part]
+            own = [p for step in steps for part in step_positions(step, batch, rank, world, share) for p in part]
             read.append({index // 20 for index in order.many(own)})
         assert set.union(*read) == set(range(96))
-        # Stretches end within shards; a third of eight lanes shares two of them with its neighbours.
-        assert sum(map(len, read)) <= 96 + 2 * (world - 1) + 2 * 12 * (lanes % world > 0)
+        # Stretches end within shards; unless ranks divide the lanes, two neighbours may both read one of them.
+        assert sum(map(len, read)) <= 96 + (world - 1) * (2 + 12 * (lanes % world > 0))
 
 
 def test_what_is_upcoming_is_what_is_read() -> None:

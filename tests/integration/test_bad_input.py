@@ -225,7 +225,8 @@ def test_processes_that_do_not_divide_the_batch(tmp_path: Path) -> None:
     given = ["experiment=smoke", f"run_dir={tmp_path}", "stages=[autoencoder]", "processes=3", "runtime=cpu"]
     line = the_line(command("train/pipeline.py", *given, "loss.perceptual=none"))
     assert line == (
-        "stage autoencoder: batch.global_batch_size=16: must be a multiple of 3 (3 processes); set 15 or 18"
+        "stage autoencoder: batch.global_batch_size=16: must be a multiple of 3 (3 processes); set 15 or 18, "
+        "or batch.uneven=true (not for CLIP)"
     )
     assert not (tmp_path / "autoencoder").exists() and not (tmp_path / "summary.json").exists()
 

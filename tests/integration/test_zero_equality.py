@@ -72,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
     return found
 
 
-def reference(steps: int, grad_clip: float) -> tuple[list[tuple[float, float]], Any, Any]:
+def reference(steps: int, grad_clip: float, batch: int = worker.BATCH) -> tuple[list[tuple[float, float]], Any, Any]:
     """Losses and gradient norms, weights and their average, written out in plain torch."""
     network, optim = worker.Network(), worker.OPTIM
     matrices = [p for p in network.parameters() if p.ndim > 1]
@@ -84,8 +84,8 @@ def reference(steps: int, grad_clip: float) -> tuple[list[tuple[float, float]], 
     average = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     history = []
     for index in range(steps):
-        seen = (index + 1) * worker.BATCH
-        x, y = worker.data(index)
+        seen = (index + 1) * batch
+        x, y = worker.data(index, batch)
         loss = (network(x) - y).square().mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
@@ -94,7 +94,7 @@ def reference(steps: int, grad_clip: float) -> tuple[list[tuple[float, float]], 
         adamw.step()
         adamw.zero_grad()
         history.append((loss.item(), norm.item()))
-        decay = 0.5 ** (worker.BATCH / min(worker.HALF_LIFE, worker.EMA_WARMUP * seen))
+        decay = 0.5 ** (batch / min(worker.HALF_LIFE, worker.EMA_WARMUP * seen))
         for name, tensor in network.state_dict().items():
             average[name] = decay * average[name] + (1 - decay) * tensor
     return history, network.state_dict(), average
@@ -140,6 +140,17 @@ def test_without_clipping_equals_plain_torch(runs: dict[int, Run], processes: in
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_accumulation_equals_one_batch(runs: dict[int, Run], plain: Any, processes: int, layout: str) -> None:
     assert relative(runs[processes].numbers[f"{layout}/accumulated"], plain[0][: worker.SHORT]) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("processes", worker.CHAIN)
+def test_uneven_micro_batches_equal_one_batch(runs: dict[int, Run], processes: int, layout: str) -> None:
+    run, (history, weights, _) = runs[processes], reference(worker.SHORT, worker.OPTIM["grad_clip"], worker.UNEVEN)
+    assert relative(run.numbers[f"{layout}/uneven"], history) < 1e-5
+    assert difference(run.weights(f"{layout}-uneven"), weights) < 1e-5
+    sizes = {1: 2, 2: 1}.get(processes, 0)  # among those of the first process, where it is compiled
+    graphs = 0 if layout.startswith("zero3") else 2 * sizes
+    assert run.numbers[f"{layout}/uneven/graphs"] == graphs, "one for each of the blocks and sizes"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

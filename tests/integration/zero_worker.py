@@ -27,6 +27,7 @@ from conf.schema import (
     RuntimeConfig,
     UNetRuntimeConfig,
 )
+from data.order import step_positions
 from train.engine import contents
 from train.engine.backend import distribute as backend
 from train.engine.runtime import Runtime, start, stop
@@ -51,6 +52,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 CHANGES = (("zero1", "zero3"), ("zero3", "fsdp"), ("ddp", "zero1"), ("zero2", "ddp"), ("fsdp", "zero2-offload"))
 CHAIN = {4: (0, 13), 2: (13, 26), 1: (26, 38), 3: (38, 50)}  # processes: the part of a run that they do in turn
 BATCH, STEPS, SAVED_AT, SHORT, TOUR = 12, 50, 40, 8, 4
+UNEVEN, MOST = 13, 3  # a batch that no number of processes divides, in 5 or 6 micro-batches, or 8 of four processes
 OPTIM = {"lr": 5e-3, "weight_decay": 0.1, "grad_clip": 0.4, "warmup_samples": 120}
 HALF_LIFE, EMA_WARMUP = 90.0, 0.5
 
@@ -76,15 +78,21 @@ class Network(nn.Module):
         return self.last(x) * self.gain + self.shift
 
 
-def data(step: int) -> tuple[Tensor, Tensor]:
+def data(step: int, batch: int = BATCH) -> tuple[Tensor, Tensor]:
     """Inputs and targets of the global batch of a step."""
     generator = torch.Generator().manual_seed(1000 + step)
-    x = torch.randn(BATCH, 3, 6, 6, generator=generator)
+    x = torch.randn(batch, 3, 6, 6, generator=generator)
     return x, x.flip(1) * 0.5 + 0.1 * torch.randn(x.shape, generator=generator)
 
 
 def trainable(
-    runtime: Runtime, layout: str, micro: int = 0, seed: int = 0, compiled: bool = False, **optim: Any
+    runtime: Runtime,
+    layout: str,
+    micro: int = 0,
+    seed: int = 0,
+    compiled: bool = False,
+    batch: int = BATCH,
+    **optim: Any,
 ) -> Trainable:
     options = LAYOUTS[layout]
     if runtime.world % options.get("shard_processes", 1):
@@ -96,7 +104,7 @@ def trainable(
         runtime,
         network,
         OptimConfig(**OPTIM | optim),
-        BatchConfig(global_batch_size=BATCH, micro_batch_size=micro),
+        BatchConfig(global_batch_size=batch, micro_batch_size=micro, uneven=True),
         total_samples=BATCH * STEPS,
         cfg=UNetRuntimeConfig(**options, compile=compiled),
         ema=EmaConfig(half_life_samples=HALF_LIFE, warmup_ratio=EMA_WARMUP),
@@ -105,18 +113,17 @@ def trainable(
     )
 
 
-def step(t: Trainable, runtime: Runtime, index: int, micro: int = 0, spoil: float = 1.0) -> tuple[float, float]:
-    """One optimiser step; global loss and gradient norm. Micro-batches are interleaved over the processes."""
-    x, y = data(index)
-    micro = micro or BATCH // runtime.world
-    passes = BATCH // runtime.world // micro
+def step(t: Trainable, runtime: Runtime, index: int, spoil: float = 1.0) -> tuple[float, float]:
+    """One optimiser step; global loss and gradient norm."""
+    batch = t.batch.global_batch_size
+    x, y = data(index, batch)
+    micro, passes = t.batch.split(runtime.world)
     total = 0.0
-    for k in range(passes):
-        mine = slice((k * runtime.world + runtime.rank) * micro, (k * runtime.world + runtime.rank + 1) * micro)
+    for number, mine in enumerate(step_positions(0, batch, runtime.rank, runtime.world, micro), start=1):
         loss = (t(x[mine].to(runtime.device)) - y[mine].to(runtime.device)).square().mean() * spoil
-        t.backward(loss, last=k == passes - 1)
-        total += runtime.mean({"loss": loss})["loss"] / passes
-    return total, float(t.step((index + 1) * BATCH))
+        t.backward(loss, last=number == passes)
+        total += runtime.sum({"loss": loss * len(mine)})["loss"] / batch
+    return total, float(t.step((index + 1) * batch))
 
 
 class Report:
@@ -191,7 +198,7 @@ def short_runs(report: Report, runtime: Runtime, layout: str) -> None:
     """Accumulation, torch.compile, no clipping, and a step with a gradient that is not finite."""
     micro = BATCH // runtime.world // 2
     t = trainable(runtime, layout, micro)
-    report.numbers[f"{layout}/accumulated"] = [step(t, runtime, index, micro) for index in range(SHORT)]
+    report.numbers[f"{layout}/accumulated"] = [step(t, runtime, index) for index in range(SHORT)]
     if not layout.startswith("zero3"):
         torch._dynamo.reset()
         report.graphs = 0
@@ -208,6 +215,17 @@ def short_runs(report: Report, runtime: Runtime, layout: str) -> None:
         step(t, runtime, index)
     report.numbers[f"{layout}/skipped"] = t.skipped_steps
     report.weights(f"{layout}-spoiled", t)
+
+
+def uneven(report: Report, runtime: Runtime, layout: str) -> None:
+    """Micro-batches of two sizes, on one and two processes compiled for both."""
+    torch._dynamo.reset()
+    report.graphs = 0
+    compiled = runtime.world <= 2 and not layout.startswith("zero3")
+    t = trainable(runtime, layout, MOST, compiled=compiled, batch=UNEVEN)
+    report.numbers[f"{layout}/uneven"] = [step(t, runtime, index) for index in range(SHORT)]
+    report.numbers[f"{layout}/uneven/graphs"] = report.graphs
+    report.weights(f"{layout}-uneven", t)
 
 
 def muon(report: Report, runtime: Runtime, layout: str) -> None:
@@ -274,6 +292,7 @@ def main(out: Path, previous: Path | None) -> None:
             curve(report, runtime, layout)
         if runtime.world <= 2:
             short_runs(report, runtime, layout)
+        uneven(report, runtime, layout)
         muon(report, runtime, layout)
         if layout == "fsdp-hybrid":
             report.numbers["deepspeed imported"] = "deepspeed" in sys.modules

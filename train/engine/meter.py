@@ -23,7 +23,7 @@ class Meter:
     """Adds up on the device; nothing is read back before `report` or `state`.
 
     A metric is a number, whose mean over the steps counts, or a tensor [2]: a sum and how much it is the sum of, for
-    means over what not every micro-batch has.
+    means over what not every micro-batch has. A number may have a weight, such as that of its micro-batch.
 
     Args:
         interval: what `state` of an earlier start returned; the interval goes on where it was interrupted.
@@ -36,11 +36,11 @@ class Meter:
     def _begin(self) -> None:
         self.samples, self.wait_s, self.step_s = 0, 0.0, list[float]()
 
-    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """One more value of each metric."""
+    def add(self, metrics: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
+        """One more value of each metric; `weight` is that of the numbers among them."""
         for name, value in metrics.items():
             value = torch.as_tensor(value, dtype=torch.float64).detach()
-            term = torch.stack([value, torch.ones_like(value)]) if value.ndim == 0 else value
+            term = torch.stack([value * weight, torch.full_like(value, weight)]) if value.ndim == 0 else value
             self.totals[name] = self.totals[name].to(term.device) + term if name in self.totals else term
 
     def tick(self, samples: int, step_s: float, wait_s: float) -> None:
@@ -191,8 +191,11 @@ class Clock:
         return sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
 
 
-def left_out(stage: str, batch: dict[str, Any], micro: int) -> dict[str, float]:
-    """Name the samples that a micro-batch lacks; their share of it, where the stream may leave any out at all."""
+def left_out(stage: str, batch: dict[str, Any], micro: float) -> dict[str, float]:
+    """Name the samples that a micro-batch lacks; their share of one, where the stream may leave any out at all.
+
+    `micro`: the mean size of a step's micro-batches, so that the mean share is that of the samples.
+    """
     if "skipped" not in batch:
         return {}
     for sample in batch["skipped"]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.schema import BackendName, BatchConfig, EmaConfig, OptimConfig, UNetRuntimeConfig
+from data.order import micro_batch_weights
 from models.formats.tensor_stream import TensorStream
 from train.engine.backend.distribute import distribute
 from train.engine.backend.layout import Initial
@@ -63,6 +65,9 @@ class Trainable:
         self.frozen = _digest_of_frozen(module)
         self._skipped_steps = 0
         self.latest: tuple[int, Late] | None = None  # samples seen and gradient norm of a step not yet told of
+        micro, _ = batch.split(runtime.world)
+        self.micro_weights = micro_batch_weights(batch.global_batch_size, runtime.rank, runtime.world, micro)
+        self.pass_weights = cycle(self.micro_weights)
         self.backend = distribute(runtime, module, optim, batch, cfg or PLAIN, initial)
         if isinstance(self.backend.optimizer, Muon):
             self.backend.optimizer.place(self.backend.layout, self.backend.masters)
@@ -75,7 +80,11 @@ class Trainable:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Backward pass of one micro-batch; `loss` is its mean. `last`: the step follows."""
-        self.backend.backward(loss, last)
+        # Every backend takes the mean of the gradients over processes and passes, as if all were of as many samples.
+        # Where some are of one more they must count more, for the step to be that of the mean over the samples. Here,
+        # where all losses of all trainings pass on their way to all backends, neither has to know.
+        weight = next(self.pass_weights)
+        self.backend.backward(loss if weight == 1 else weight * loss, last)
 
     def step(self, samples_seen: int) -> Tensor:
         """Clip, update the weights, clear the gradients.

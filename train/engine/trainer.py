@@ -25,6 +25,7 @@ from conf.files import atomic_folder
 from conf.process import collected_signals, tell
 from conf.schema import AutoencoderRun, ClipRun, DistillRun, UNetRun
 from data.loader import batches
+from data.order import micro_batch_weights
 from train.engine.checkpoint import Checkpoints
 from train.engine.meter import Meter, StepProfile, left_out, peak_memory_gib
 from train.engine.metric_log import MetricLog, say
@@ -169,6 +170,7 @@ def train(
     """From `state` to the end of the run, or to a signal."""
     loop, batch_size = cfg.loop, cfg.batch.global_batch_size
     micro_batch_size, accumulation = cfg.batch.split(runtime.world)
+    weights = micro_batch_weights(batch_size, runtime.rank, runtime.world, micro_batch_size)
     place = (runtime.rank, runtime.world, state.samples_seen, runtime.loaders(cfg.batch.workers))
     # Refuses too few samples.
     source = batches(stage.dataset, batch_size, micro_batch_size, *place, extend=stage.extend)
@@ -198,8 +200,9 @@ def train(
             checkpoints.wait()  # raises on all processes what went wrong in a thread of one
         if not verdict.writing:
             checkpoints.commit()
-        for values in () if verdict.unsound else step.measured:  # by all or none: the meter sums over them by name
-            meter.add(values)
+        if not verdict.unsound:  # by all or none: the meter sums over them by name
+            for values, weight in zip(step.measured, weights, strict=True):
+                meter.add(values, weight)  # so that the curve is that of the samples, however a step is cut
         meter.add({name: value for name, value in verdict.metrics.items() if math.isfinite(value)})
         if verdict.taken:
             skipped_in_a_row, suspects = 0, []
@@ -234,7 +237,7 @@ def train(
             batch = next(source)
             wait_s += time.perf_counter() - wait_began
             watchdog.note("in a training step")
-            meter.add(left_out(stage.name, batch, micro_batch_size))
+            meter.add(left_out(stage.name, batch, batch_size / (runtime.world * accumulation)))
 
             # -------------------- forward and backward
             values = stage.micro_step(runtime.batch(batch), index == accumulation - 1, state.samples_seen)

@@ -39,12 +39,14 @@ def facts(cfg: PlanRun, cost: Cost) -> Table:
     hours = timedelta(seconds=round(cfg.loop.samples / cost.images_per_s))
     reached = cost.mfu * cost.compute_s / step_s
     peak = gpu.flops_per_s(cfg.runtime.precision) / 1e12
+    parts = cfg.gpus * cost.accumulation
+    sizes = f"{cost.micro_batch}" if cfg.batch.global_batch_size % parts == 0 else f"up to {cost.micro_batch}"
     slow = cost.host_s > cost.compute_s and not cfg.runtime.compile
     rows = {
         "U-Net": f"{cost.parameters:,} parameters, latents of {cfg.model.sample_size} x {cfg.model.sample_size}",
         "machines": f"{cfg.gpus} x {cfg.accelerator.value}, {peak:,.0f} TFLOP/s at {cost.mfu:.2f} MFU, "
         f"{cfg.runtime.precision.value}",
-        "batch": f"{cfg.batch.global_batch_size:,} = {cfg.gpus} GPUs x micro-batches of {cost.micro_batch}"
+        "batch": f"{cfg.batch.global_batch_size:,} = {cfg.gpus} GPUs x micro-batches of {sizes}"
         f" x accumulation of {cost.accumulation}",
         "arithmetic": f"{cost.flops_per_sample / 1e12:,.3f} TFLOP per sample, forwards and backwards"
         + (f", with {cfg.extra_passes} passes beside the network's own" if cfg.extra_passes else ""),
@@ -123,7 +125,8 @@ def advised(cost: Cost) -> str:
 def remedies(cfg: PlanRun, cost: Cost, chosen: Option) -> list[str]:
     """Options that may make it fit, the cheapest first."""
     share, found = cost.micro_batch * cost.accumulation, list[str]()
-    smaller = [size for size in range(1, chosen.largest_micro_batch + 1) if share % size == 0]
+    sizes = range(1, chosen.largest_micro_batch + 1)
+    smaller = [size for size in sizes if share % size == 0 or (size > 1 and cfg.batch.uneven)]
     if smaller:
         found.append(f"batch.micro_batch_size={smaller[-1]}")
     found += [

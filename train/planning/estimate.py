@@ -150,7 +150,8 @@ def utilisation(cfg: PlanRun) -> float:
 def compute_seconds(cfg: PlanRun) -> float:
     """Seconds of one step, without the exchange between GPUs."""
     peak = SPECIFICATIONS[cfg.accelerator].flops_per_s(cfg.runtime.precision)
-    return cfg.batch.global_batch_size / cfg.gpus * training_flops(cfg) / (utilisation(cfg) * peak)
+    micro, passes = cfg.batch.split(cfg.gpus)  # of an uneven batch those of the GPU that the others wait for
+    return micro * passes * training_flops(cfg) / (utilisation(cfg) * peak)
 
 
 def parameters(cfg: PlanRun) -> int:

@@ -151,7 +151,8 @@ class AutoencoderStage:
 
     def follow_verdicts(self) -> None:
         """Move the discriminator's running means by this step's verdicts, those of all processes."""
-        now = self.runtime.summed(torch.stack(self.verdicts).mean(dim=0)) / self.runtime.world  # [2]
+        weighted = [weight * one for weight, one in zip(self.critic.micro_weights, self.verdicts, strict=True)]
+        now = self.runtime.summed(torch.stack(weighted).mean(dim=0)) / self.runtime.world  # [2]
         keep = 0.5 ** (self.cfg.batch.global_batch_size / LECAM_HALF_LIFE)
         # A step that is left out leaves no trace.
         self.verdict_means.lerp_(torch.where(now.isfinite().all(), now, self.verdict_means), 1 - keep)

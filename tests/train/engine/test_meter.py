@@ -31,6 +31,17 @@ def test_sums_with_weights_are_means_over_what_they_count(runtime: Runtime) -> N
     assert "perf/mfu" not in report  # nobody knows the peak of a CPU
 
 
+def test_a_micro_batch_counts_by_its_samples(runtime: Runtime) -> None:
+    """Squares of 0 to 4 in batches of two and three; what comes as a sum has its own weight."""
+    meter = Meter({})
+    for part in (torch.arange(2.0), torch.arange(2.0, 5.0)):
+        metrics = {"loss": part.square().mean(), "quarter": torch.stack([part.sum(), torch.tensor(float(len(part)))])}
+        meter.add(metrics, weight=len(part) * 2 / 5)
+    meter.tick(5, 1.0, 0.0)
+    report = meter.report(runtime, 0, 1.0, 0.0)
+    assert report["loss"] == pytest.approx(30 / 5) and report["quarter"] == 2.0
+
+
 def test_an_interval_goes_on_where_it_was_interrupted(runtime: Runtime) -> None:
     whole, first = Meter({}), Meter({})
     for value in (1.0, 2.0):

@@ -65,11 +65,30 @@ def test_micro_batches_make_up_the_global_batch(size: int, micro: int, world: in
 
 
 @pytest.mark.parametrize(
-    ("size", "micro", "world", "named"), [(10, 0, 4, "8 or 12"), (10, 4, 1, "8 or 12"), (4, 4, 2, "8")]
+    ("size", "micro", "world", "named", "uneven"),
+    [(10, 0, 4, "8 or 12", (3, 1)), (10, 4, 1, "8 or 12", (4, 3)), (4, 4, 2, "8", (2, 1))],
 )
-def test_indivisible_batch_is_refused_with_the_nearest(size: int, micro: int, world: int, named: str) -> None:
-    with pytest.raises(UserError, match=rf"batch.global_batch_size={size}: .*; set {named}$"):
+def test_indivisible_batch_is_refused_with_the_nearest(
+    size: int, micro: int, world: int, named: str, uneven: tuple[int, int]
+) -> None:
+    with pytest.raises(UserError, match=rf"batch.global_batch_size={size}: .*; set {named}, or batch.uneven=true"):
         BatchConfig(global_batch_size=size, micro_batch_size=micro).split(world)
+    assert BatchConfig(global_batch_size=size, micro_batch_size=micro, uneven=True).split(world) == uneven
+
+
+@pytest.mark.parametrize(
+    ("size", "micro", "world", "named"), [(3, 0, 4, "4"), (13, 1, 4, "12 or 16"), (3, 2, 4, "8"), (5, 1, 3, "3 or 6")]
+)
+def test_a_batch_too_small_for_all_passes_is_refused(size: int, micro: int, world: int, named: str) -> None:
+    for uneven in (False, True):
+        with pytest.raises(UserError, match=rf"batch.global_batch_size={size}: .*; set {named}$"):
+            BatchConfig(global_batch_size=size, micro_batch_size=micro, uneven=uneven).split(world)
+
+
+@pytest.mark.parametrize(("size", "micro", "world"), [(64, 0, 4), (64, 8, 4), (48, 8, 2), (6, 1, 2), (64, 64, 1)])
+def test_what_divides_is_cut_as_ever_where_uneven_is_allowed(size: int, micro: int, world: int) -> None:
+    even, uneven = (BatchConfig(global_batch_size=size, micro_batch_size=micro, uneven=one) for one in (False, True))
+    assert even.split(world) == uneven.split(world)
 
 
 def test_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

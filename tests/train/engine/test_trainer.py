@@ -196,6 +196,20 @@ def test_lines_stand_where_the_options_say(undisturbed: Path) -> None:
     assert (done["samples_seen"], done["metrics"]) == (96, {"eval/sum": written[-1]["eval/sum"]})
 
 
+def test_uneven_micro_batches_change_neither_curve_nor_weights(
+    tmp_path: Path, undisturbed: Path, runtime: Runtime
+) -> None:
+    """Eight samples in micro-batches of two, three and three; the logged loss is the mean over the samples."""
+    cfg = config(tmp_path, micro=3)
+    cfg.batch.uneven = True
+    assert trainer.fit(LineStage(cfg, runtime), cfg, runtime).finished
+    for found, expected in zip(rows(tmp_path), rows(undisturbed), strict=True):
+        timeless = expected.keys() - {"samples", "name"}
+        assert {k: found[k] for k in timeless} == pytest.approx({k: expected[k] for k in timeless}, rel=1e-5)
+    for name, weight in weights(undisturbed).items():
+        torch.testing.assert_close(weights(tmp_path)[name], weight, rtol=1e-5, atol=1e-6)
+
+
 class Seconds:
     """A clock that goes on by so many seconds with each step of a stage."""
 

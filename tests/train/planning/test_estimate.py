@@ -251,6 +251,15 @@ def test_teacher_s_passes_cost_time_and_its_target_is_gathered_too() -> None:
     assert taught.exchange.beside_bytes == pytest.approx(plain.exchange.beside_bytes * 10 / 8)
 
 
+def test_an_uneven_batch_takes_as_long_as_the_largest_share(tmp_path: Path, small: Cost) -> None:
+    cfg = config(*SMALL, "gpus=3", "batch.uneven=true", f"output_dir={tmp_path}")  # 16 = 5 + 5 + 6
+    cost, even = estimate(cfg), estimate(config(*SMALL, "batch.global_batch_size=12"))
+    assert (cost.micro_batch, cost.accumulation) == (even.micro_batch, even.accumulation) == (6, 1)
+    assert cost.compute_s == even.compute_s and cost.option(cfg).footprint.total < even.option(cfg).footprint.total
+    assert "16 = 3 GPUs x micro-batches of up to 6 x" in printed(cfg, cost)
+    assert "16 = 2 GPUs x micro-batches of 8 x" in printed(config(*SMALL, f"output_dir={tmp_path}"), small)
+
+
 def test_report_says_whether_it_fits_and_leaves_the_same_as_json(tmp_path: Path, small: Cost) -> None:
     cfg = config(*SMALL, f"output_dir={tmp_path}")
     assert "Fits: " in printed(cfg, small)

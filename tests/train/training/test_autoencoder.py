@@ -163,6 +163,15 @@ def test_regularised_discriminator_learns_the_same_in_parts(scenes: Any, runtime
     torch.testing.assert_close(*means, rtol=0.02, atol=1e-6)
 
 
+def test_running_verdicts_are_those_of_the_samples_in_uneven_parts(scenes: Any, runtime: Runtime) -> None:
+    batch = ["batch.global_batch_size=3", "batch.micro_batch_size=2", "batch.uneven=true"]
+    stage = make(scenes, runtime, *batch, "loss.lecam_weight=0.1")
+    stage.verdicts = [torch.tensor([0.0, 3.0]), torch.tensor([3.0, 0.0])]  # of one image and of two
+    stage.follow_verdicts()
+    real, fake = stage.verdict_means
+    assert float(real / fake) == pytest.approx(2) and stage.verdicts == []
+
+
 def test_rank_without_held_out_images_joins_the_sum(scenes: Any, runtime: Runtime, tmp_path: Any) -> None:
     stage = make(scenes, runtime)
     journal = MetricLog(tmp_path, stage.cfg.wandb, "autoencoder", {}, is_main=False)

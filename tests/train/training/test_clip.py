@@ -65,6 +65,13 @@ def test_micro_batches_are_refused_since_they_would_hide_negatives(scenes: Any, 
         ClipStage(scenes.config("clip", "batch.micro_batch_size=8"), runtime)
 
 
+def test_uneven_shares_are_refused_since_negatives_come_in_equal_ones(scenes: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"^batch\.uneven=true: CLIP takes its negatives from equal shares; leave it out$"
+    ):
+        scenes.config("clip", "batch.uneven=true")
+
+
 def test_rank_without_held_out_pairs_does_not_disturb_the_others(scenes: Any, runtime: Runtime, tmp_path: Any) -> None:
     class Gathering(Runtime):
         """A runtime whose main process has already sent its part."""
