@@ -1,4 +1,4 @@
-"""A real SLURM with two pretended nodes for the tests of the batch scripts."""
+"""A real SLURM with four pretended nodes for the tests of the batch scripts."""
 
 import os
 import random
@@ -83,7 +83,7 @@ def slurm_conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             pytest.fail(reason)
         pytest.skip(reason)
     base = tmp_path_factory.mktemp("slurm")
-    start = [HERE / "cluster/start.sh", base, "2", str(free_ports(3))]
+    start = [HERE / "cluster/start.sh", base, "4", str(free_ports(5))]
     started = subprocess.run(start, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=60)
     assert started.returncode == 0, f"the cluster did not start: see {base}/log"
     yield base / "etc/slurm.conf"
