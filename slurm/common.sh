@@ -72,7 +72,8 @@ if [ ${#container[@]} -eq 0 ] && ! python -c "$found" 2>/dev/null; then
   exit 2
 fi
 
-SRUN=(srun --kill-on-bad-exit=1 "${container[@]}")
+# One task per node is said here and not to sbatch, which would count the tasks of --nodes=3-4 for the fewest nodes.
+SRUN=(srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}")
 # shellcheck disable=SC2034  # used by the scripts
 TORCHRUN=("${SRUN[@]}" bash slurm/torchrun.sh)
 
