@@ -73,7 +73,8 @@ def preflight(cfg: AutoencoderRun | ClipRun | DistillRun | UNetRun, runtime: Run
     """
     if runtime.world == 1 or not cfg.runtime.preflight:
         return
-    store = PrefixStore("preflight", c10d._get_default_store())
+    store = PrefixStore("preflight", c10d._get_default_store().clone())  # whose patience is its own
+    store.set_timeout(timedelta(seconds=2 * PATIENCE_S))
     exchange(store, runtime, "device", Report(node_name(), check_device(runtime.device)))
     folder = Path(cfg.output_dir)
     token = folder / ".preflight"
@@ -95,10 +96,10 @@ def exchange(store: Any, runtime: Runtime, name: str, own: Report) -> None:
     if runtime.is_main:
         store.set(f"{name}/verdict", judged(collected(store, name, runtime.world)))
     try:
-        store.wait([f"{name}/verdict"], timedelta(seconds=2 * PATIENCE_S))
+        verdict = store.get(f"{name}/verdict").decode()  # waits for it
     except dist.DistStoreError:
         raise UserError(f"the preflight's main process did not answer in {2 * PATIENCE_S:.0f} s") from None
-    if verdict := store.get(f"{name}/verdict").decode():
+    if verdict:
         raise UserError(verdict)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from train.engine.preflight import SAME_TIME_S, Report, check_device, slow_links, wrong_clocks
 
@@ -26,7 +27,7 @@ preflight.PATIENCE_S, preflight.SHARED_WITHIN_S = 20.0, 0.3
 cfg = SimpleNamespace(output_dir=output_dir, runtime=TrainingRuntimeConfig(device=Device.cpu, timeout_s=120))
 runtime = start(cfg.runtime)
 if fault == "device" and runtime.rank == 1:
-    preflight.SIDE = 2.0  # torch raises
+    preflight.check_device = lambda device: [preflight.Finding("multiplies wrongly")]
 if fault == "folder" and runtime.rank == 1 or fault == "all folders" and runtime.rank:
     cfg.output_dir += f"-{runtime.rank}"
 if fault == "stopped" and runtime.rank == 1:
@@ -43,8 +44,10 @@ runtime.barrier()
 
 def run(tmp_path: Path, fault: str) -> tuple[list[int], list[str]]:
     """Three processes on three nodes; returns how they ended, and what they said."""
-    port = str(20000 + os.getpid() % 20000)
-    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    # As torchrun's agent has it, the store outlives the main process, which may end before the others have read.
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1"}
+    shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     shared |= {"PYTHONPATH": os.getcwd(), "SUSPECTS_FILE": str(tmp_path / "suspects"), "LOCAL_RANK": "0"}
     (tmp_path / "rank.py").write_text(RANK)
     processes = [
@@ -75,7 +78,7 @@ def test_sound_machines_go_on_without_a_word_or_a_file_left(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("fault", "line", "suspects"),
     [
-        ("device", "rank 1 (node1): cpu fails", "node1\n"),
+        ("device", "rank 1 (node1): multiplies wrongly", "node1\n"),
         ("folder", "rank 1 (node1): '", "node1\n"),
         ("all folders", "rank 2 (node2): '", None),  # the folder's fault, and no machine's
         ("stopped", "rank 1 (node1): does not answer", "node1\n"),
