@@ -73,6 +73,14 @@ class Slurm:
             time.sleep(0.1)
         return facts
 
+    def resume(self, node: str) -> None:
+        """Bring a node back that was set down, or was named as broken; returns once all nodes are idle."""
+        self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # an error if it is not down
+        deadline = time.monotonic() + 60
+        while set(self.run("sinfo", "-h", "-N", "-p", "wide", "-o", "%t").split()) != {"idle"}:
+            assert time.monotonic() < deadline, self.run("sinfo")
+            time.sleep(0.1)
+
 
 @pytest.fixture(scope="session")
 def slurm_conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

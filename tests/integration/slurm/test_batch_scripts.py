@@ -136,7 +136,8 @@ def test_job_of_three_to_four_nodes_goes_on_with_three_when_one_fails(stand_in):
         assert {start["node"] for start in starts[4:]} == {"node1", "node2", "node4"}
         assert stand_in.job(job)["Restarts"] == "1"
     finally:
-        stand_in.run("scontrol", "update", "nodename=node3", "state=resume")
+        stand_in.run("scancel", job)
+        stand_in.resume("node3")
 
 
 def test_latents_job_that_runs_out_of_time_is_ended_and_started_again(stand_in):

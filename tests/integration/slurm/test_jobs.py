@@ -177,7 +177,8 @@ def test_job_that_loses_a_node_trains_on_with_those_that_are_left(slurm, trained
     try:
         facts = slurm.wait(job, timeout_s=240)
     finally:
-        slurm.run("scontrol", "update", "nodename=node3", "state=resume", check=False)
+        slurm.run("scancel", job, check=False)
+        slurm.resume("node3")
     assert facts["Restarts"] == "1"
     assert "attempt 1: 4 nodes of 1" in log.read_text() and "attempt 2: 3 nodes of 1" in log.read_text()
     assert facts["ExcNodeList"] == ("(null)" if lost == "node is down" else "node3")
