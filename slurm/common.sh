@@ -100,15 +100,19 @@ run() {
   exit "$status"
 }
 
+# The id of one task of an array is that of the array, too, by which scontrol would mean all of them.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
 # Only while SLURM calls the job RUNNING may it be requeued: one that scancel ended would come back.
 is_running() { [ "$(fact JobState)" = RUNNING ]; }
 
-fact() { scontrol show job -o "$SLURM_JOB_ID" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
+fact() { scontrol show job -o "$job" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
 
 requeue() {
   rm -f "$REQUEUE_FILE"
   is_running || return
-  scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this script meanwhile
+  scontrol requeue "$job" && sleep 60 # SLURM ends this script meanwhile
 }
 
 # Requeue without the nodes that the run named; what happens again and again is no node's fault.
@@ -126,6 +130,6 @@ requeue_elsewhere() {
   [ "$excluded" != "(null)" ] || excluded=
   # First the requeue: SLURM changes the nodes of waiting jobs only. It ends this script, which has a word to add.
   trap '' TERM
-  scontrol requeue "$SLURM_JOB_ID" || return
-  [ -z "$nodes" ] || scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${excluded:+$excluded,}$nodes"
+  scontrol requeue "$job" || return
+  [ -z "$nodes" ] || scontrol update "JobId=$job" "ExcNodeList=${excluded:+$excluded,}$nodes"
 }

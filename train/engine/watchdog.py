@@ -93,7 +93,7 @@ class Watchdog:
         since, first, self.told = self.since, not self.told, True
         if first:
             self._leave_traces()
-        if not self.runtime.is_main or not (first or self.timeout_s):
+        if not self.runtime.is_main or (self.timeout_s is None and not first):
             return
         before = self._published()
         self.over.wait(2 * self.patience_s / BEATS)
@@ -132,7 +132,8 @@ class Watchdog:
         # This look takes two beats, and the next one would come after the time limit.
         late = time.monotonic() - self.since + 3 * self.patience_s / BEATS > self.timeout_s
         if nodes or (late and self.doing in (LOADING, STEP)):
-            suspect(nodes)
+            with suppress(OSError):  # the disk may be what hangs: the run ends all the same
+                suspect(nodes)
             whose = f"processes on {', '.join(nodes)} do not answer" if nodes else "a step takes longer than can be"
             print(f"error: {whose}: the run is ended (runtime.watchdog_ends)", file=sys.stderr, flush=True)
             self.store.set(END, "")

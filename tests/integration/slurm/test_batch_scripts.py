@@ -149,6 +149,15 @@ def test_latents_job_that_runs_out_of_time_is_ended_and_started_again(stand_in):
     assert events(stand_in, "start")[1]["attempt"] == "1"
 
 
+def test_task_of_an_array_that_is_started_again_leaves_the_others_alone(stand_in):
+    """The last task has the id of the array."""
+    array = stand_in.sbatch("--array=0-1", "slurm/precompute_latents.sh", "events=events.jsonl", LONG)
+    wait_for_starts(stand_in, 2)
+    stand_in.run("scancel", "--signal=USR1", "--batch", f"{array}_1")
+    wait_for_starts(stand_in, 3)
+    assert [stand_in.job(f"{array}_{task}")["Restarts"] for task in "01"] == ["0", "1"]
+
+
 def test_cancelled_job_checkpoints_and_stays_cancelled(stand_in):
     job = stand_in.sbatch("slurm/train_unet.sh", "events=events.jsonl", LONG)
     wait_for_starts(stand_in, 2)
