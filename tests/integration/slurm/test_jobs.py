@@ -165,7 +165,7 @@ def worker_on(node: str, job: str) -> int:
 def test_job_that_loses_a_node_trains_on_with_those_that_are_left(slurm, trained, tmp_path, lost):
     unet, log = tmp_path / "unet", tmp_path / "log"
     overrides = ("experiment=smoke", "runtime=cpu", f"run_dir={trained}", f"output_dir={unet}", "sample_prompts=0")
-    long = ("loop.samples=2400", "loop.log_every=12", "loop.checkpoint_every=48", "loop.evaluate_every=2400")
+    long = ("loop.samples=1200", "loop.log_every=12", "loop.checkpoint_every=48", "loop.evaluate_every=1200")
     watched = ("batch.global_batch_size=12", "runtime.watchdog_s=12", "runtime.watchdog_ends=true")
     script = ("--partition=wide", "--nodes=3-4", f"--output={log}", "slurm/train_unet.sh")
     job = slurm.sbatch(*script, *overrides, *long, *watched)
@@ -182,6 +182,6 @@ def test_job_that_loses_a_node_trains_on_with_those_that_are_left(slurm, trained
     assert facts["Restarts"] == "1"
     assert "attempt 1: 4 nodes of 1" in log.read_text() and "attempt 2: 3 nodes of 1" in log.read_text()
     assert facts["ExcNodeList"] == ("(null)" if lost == "node is down" else "node3")
-    assert json.loads((unet / "DONE").read_text())["samples_seen"] == 2400
+    assert json.loads((unet / "DONE").read_text())["samples_seen"] == 1200
     seen = [line["samples_seen"] for line in metrics(unet) if "train/loss" in line]
-    assert seen == list(range(12, 2401, 12))  # nothing trained twice, nothing left out
+    assert seen == list(range(12, 1201, 12))  # nothing trained twice, nothing left out
