@@ -6,10 +6,11 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, parent_process
@@ -166,6 +167,20 @@ def processes_here() -> int:
 def machines() -> int:
     """Machines that the processes of this command run on, as torchrun says; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1")) // processes_here() or 1
+
+
+def node_name() -> str:
+    """What SLURM calls this machine; without SLURM its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def suspect(nodes: Iterable[str]) -> None:
+    """Name the nodes that end this run for its batch script, which requeues the job without them.
+
+    With none named it is requeued as it is, since nobody could tell which one it was.
+    """
+    if path := os.environ.get("SUSPECTS_FILE"):
+        Path(path).write_text("".join(f"{node}\n" for node in nodes))
 
 
 def cpu_quota(root: Path = Path("/")) -> float:

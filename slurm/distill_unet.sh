@@ -3,7 +3,6 @@
 #   sbatch slurm/distill_unet.sh experiment=distill_sd1 teacher=runs/sd1/unet/export
 #SBATCH --job-name=distill_unet
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --mem=0

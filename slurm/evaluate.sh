@@ -14,7 +14,6 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
 
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} # the metrics themselves are made by one process on its CPU cores
 source slurm/common.sh || exit 2 # not found: submit from the repository, or with --chdir=REPOSITORY
 RESTARTABLE=yes # what was measured is kept
 run "${TORCHRUN[@]}" train/evaluate.py runtime=gpu "$@"

@@ -3,7 +3,6 @@
 #   sbatch slurm/train_autoencoder.sh images.resolution=256
 #SBATCH --job-name=train_autoencoder
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --mem=0

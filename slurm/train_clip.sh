@@ -3,7 +3,6 @@
 #   sbatch slurm/train_clip.sh batch.global_batch_size=4096
 #SBATCH --job-name=train_clip
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --mem=0

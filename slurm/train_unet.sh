@@ -3,7 +3,6 @@
 #   sbatch slurm/train_unet.sh optim.lr=1e-4
 #SBATCH --job-name=train_unet
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --mem=0

@@ -12,12 +12,14 @@ def main(cfg: DistillRun) -> float:
 
     Heavy imports wait until the configuration is known to be sound.
     """
+    from train.engine.preflight import preflight
     from train.engine.runtime import start, stop
     from train.engine.trainer import fit
     from train.evaluation.in_training import small_evaluation
     from train.training.distillation.stage import DistillStage, as_training
 
     runtime = start(cfg.runtime)
+    preflight(cfg, runtime)
     stage = DistillStage(cfg, runtime, small_evaluation(as_training(cfg), runtime))
     outcome = fit(stage, cfg, runtime)
     stop()

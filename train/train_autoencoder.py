@@ -12,11 +12,13 @@ def main(cfg: AutoencoderRun) -> float:
 
     Heavy imports wait until the configuration is known to be sound.
     """
+    from train.engine.preflight import preflight
     from train.engine.runtime import start, stop
     from train.engine.trainer import fit
     from train.training.autoencoder import AutoencoderStage
 
     runtime = start(cfg.runtime)
+    preflight(cfg, runtime)
     outcome = fit(AutoencoderStage(cfg, runtime), cfg, runtime)
     stop()
     return -outcome.metrics["eval/psnr"] if outcome.finished else math.nan

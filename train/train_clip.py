@@ -12,11 +12,13 @@ def main(cfg: ClipRun) -> float:
 
     Heavy imports wait until the configuration is known to be sound.
     """
+    from train.engine.preflight import preflight
     from train.engine.runtime import start, stop
     from train.engine.trainer import fit
     from train.training.clip import ClipStage
 
     runtime = start(cfg.runtime)
+    preflight(cfg, runtime)
     outcome = fit(ClipStage(cfg, runtime), cfg, runtime)
     stop()
     if not outcome.finished:

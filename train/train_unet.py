@@ -12,12 +12,14 @@ def main(cfg: UNetRun) -> float:
 
     Heavy imports wait until the configuration is known to be sound.
     """
+    from train.engine.preflight import preflight
     from train.engine.runtime import start, stop
     from train.engine.trainer import fit
     from train.evaluation.in_training import small_evaluation
     from train.training.unet import UNetStage
 
     runtime = start(cfg.runtime)
+    preflight(cfg, runtime)
     outcome = fit(UNetStage(cfg, runtime, small_evaluation(cfg, runtime)), cfg, runtime)
     stop()
     return outcome.metrics["eval/loss"] if outcome.finished else math.nan

@@ -56,6 +56,8 @@ class TrainingRuntimeConfig(RuntimeConfig):
     gradient_checkpointing: bool = False  # train in about half the memory and a quarter more time
     profile: bool = False  # write a trace of three steps, and what a GPU did in them
     watchdog_s: float = 600.0  # seconds without a step after which all say what they are doing, and where; 0: off
+    watchdog_ends: bool = False  # ends a run in which some then do not answer; its job goes on without their nodes
+    preflight: bool = True  # of several processes: look at devices, links, folder and clocks before the training
 
     def __post_init__(self) -> None:
         RuntimeConfig.__post_init__(self)

@@ -127,7 +127,7 @@ def test_an_option_has_one_default() -> None:
         with composing(command, schema, []) as read:
             composed = OmegaConf.to_container(hydra.compose(command, read), resolve=False)
         differs = different(OmegaConf.to_container(OmegaConf.structured(schema)), composed)
-        of_a_cluster = [f"runtime.{name}" for name in ("device", "precision", "compile", "zero_stage")]
+        of_a_cluster = [f"runtime.{name}" for name in ("device", "precision", "compile", "watchdog_ends", "zero_stage")]
         assert differs == (of_a_cluster if command == "plan" else [])
 
 

@@ -40,7 +40,7 @@ from train.engine.state import (
     require_same_run,
     write_done,
 )
-from train.engine.watchdog import Watchdog
+from train.engine.watchdog import LOADING, STEP, Watchdog
 
 Cfg = AutoencoderRun | ClipRun | DistillRun | UNetRun
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # preemption, `scancel` and torchrun; `sbatch --signal=B:USR1@t`
@@ -136,7 +136,8 @@ def fit(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
         if runtime.is_main:
             say(stage.name, f"already done at {done['samples_seen']:,} samples: {output_dir / 'DONE'}")
         return Outcome(finished=True, samples_seen=done["samples_seen"], metrics=done["metrics"])
-    diverged_at, watchdog = 0, Watchdog(runtime, output_dir / "hang", cfg.runtime.watchdog_s)
+    end_after_s = cfg.runtime.timeout_s if cfg.runtime.watchdog_ends else None
+    diverged_at, watchdog = 0, Watchdog(runtime, output_dir / "hang", cfg.runtime.watchdog_s, end_after_s)
     with Checkpoints(output_dir, runtime, cfg.loop) as checkpoints, collected_signals(STOP_SIGNALS) as asked, watchdog:
         while True:
             state = checkpoints.resume(stage.trainables, fresh)
@@ -232,11 +233,11 @@ def train(
         measured, finite, keys = list[dict[str, Tensor]](), list[Tensor](), list[list[str]]()
         for index in range(accumulation):
             # -------------------- data
-            watchdog.note("waiting for data")
+            watchdog.note(LOADING)
             wait_began = time.perf_counter()
             batch = next(source)
             wait_s += time.perf_counter() - wait_began
-            watchdog.note("in a training step")
+            watchdog.note(STEP)
             meter.add(left_out(stage.name, batch, batch_size / (runtime.world * accumulation)))
 
             # -------------------- forward and backward

@@ -1,4 +1,4 @@
-"""A real SLURM with two pretended nodes for the tests of the batch scripts."""
+"""A real SLURM with four pretended nodes for the tests of the batch scripts."""
 
 import os
 import random
@@ -73,6 +73,14 @@ class Slurm:
             time.sleep(0.1)
         return facts
 
+    def resume(self, node: str) -> None:
+        """Bring a node back that was set down, or was named as broken; returns once all nodes are idle."""
+        self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # an error if it is not down
+        deadline = time.monotonic() + 60
+        while set(self.run("sinfo", "-h", "-N", "-p", "wide", "-o", "%t").split()) != {"idle"}:
+            assert time.monotonic() < deadline, self.run("sinfo")
+            time.sleep(0.1)
+
 
 @pytest.fixture(scope="session")
 def slurm_conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -83,7 +91,7 @@ def slurm_conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             pytest.fail(reason)
         pytest.skip(reason)
     base = tmp_path_factory.mktemp("slurm")
-    start = [HERE / "cluster/start.sh", base, "2", str(free_ports(3))]
+    start = [HERE / "cluster/start.sh", base, "4", str(free_ports(5))]
     started = subprocess.run(start, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=60)
     assert started.returncode == 0, f"the cluster did not start: see {base}/log"
     yield base / "etc/slurm.conf"

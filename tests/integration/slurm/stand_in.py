@@ -1,7 +1,8 @@
 """Stands in for all programs in the tests of the batch scripts: steps, checkpoints on a signal, resumes.
 
 Started like the real ones, by torchrun on every node or alone, but imports nothing heavy. Reads the overrides `steps=N`
-and `events=FILE`; each process appends a line of JSON per event to that file.
+and `events=FILE`; each process appends a line of JSON per event to that file. `broken=NODES` ends a run that has one of
+them, as the real ones end when a node does not answer.
 """
 
 import json
@@ -41,7 +42,13 @@ log(
     rendezvous=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
     gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
     overrides=overrides,
+    environment=dict(os.environ),
+    prefix=sys.prefix,
 )
+if os.environ["SLURMD_NODENAME"] in options.get("broken", "").split(","):
+    with Path(os.environ["SUSPECTS_FILE"]).open("a") as file:
+        file.write(os.environ["SLURMD_NODENAME"] + "\n")
+    sys.exit(1)
 while step < steps and not stopped:
     step += 1
     time.sleep(0.05)

@@ -1,8 +1,12 @@
 """How the batch scripts behave under SLURM, with a stand-in for the training programs."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 import time
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +107,39 @@ def test_job_whose_node_fails_goes_on_on_another(stand_in):
     assert events(stand_in, "start")[1]["attempt"] == "1" and stand_in.job(job)["Restarts"] == "1"
 
 
+def test_job_that_names_a_broken_node_goes_on_without_it_and_what_was_excluded(stand_in):
+    options = ("--partition=wide", "--nodes=1", "--exclude=node1", "slurm/train_unet.sh")
+    job = stand_in.sbatch(*options, "events=events.jsonl", "steps=1", "broken=node2,node3")
+    facts = stand_in.wait(job)
+    assert [start["node"] for start in events(stand_in, "start")] == ["node2", "node3", "node4"]
+    assert (facts["Restarts"], facts["ExcNodeList"]) == ("2", "node1,node2,node3")
+    left = {path.name for path in (stand_in.folder / "slurm/logs").iterdir()}
+    assert left == {f"train_unet-{job}.out"}  # nothing that a later job of this id could take for its own
+
+
+def test_job_that_finds_every_node_broken_is_requeued_so_often_and_no_more(stand_in):
+    options = ("--partition=wide", "--nodes=1", "slurm/train_unet.sh", "events=events.jsonl", "steps=1")
+    job = stand_in.sbatch(*options, "broken=node1,node2,node3,node4", NODE_REQUEUES="1")
+    facts = stand_in.wait(job, "FAILED")
+    assert facts["Restarts"] == "1" and len(events(stand_in, "start")) == 2
+    assert "NODE_REQUEUES=1" in Path(facts["StdOut"]).read_text()
+
+
+def test_job_of_three_to_four_nodes_goes_on_with_three_when_one_fails(stand_in):
+    job = stand_in.sbatch("--partition=wide", "--nodes=3-4", "slurm/train_unet.sh", "events=events.jsonl", LONG)
+    wait_for_starts(stand_in, 4)
+    stand_in.run("scontrol", "update", "nodename=node3", "state=down", "reason=test")
+    try:
+        wait_for_starts(stand_in, 7)
+        starts = events(stand_in, "start")
+        assert [start["world"] for start in starts] == ["4"] * 4 + ["3"] * 3
+        assert {start["node"] for start in starts[4:]} == {"node1", "node2", "node4"}
+        assert stand_in.job(job)["Restarts"] == "1"
+    finally:
+        stand_in.run("scancel", job)
+        stand_in.resume("node3")
+
+
 def test_latents_job_that_runs_out_of_time_is_ended_and_started_again(stand_in):
     job = stand_in.sbatch("slurm/precompute_latents.sh", "events=events.jsonl", LONG)
     wait_for_starts(stand_in, 1)
@@ -110,6 +147,15 @@ def test_latents_job_that_runs_out_of_time_is_ended_and_started_again(stand_in):
     wait_for_starts(stand_in, 2)
     assert not events(stand_in, "signal") and not events(stand_in, "end")
     assert events(stand_in, "start")[1]["attempt"] == "1"
+
+
+def test_task_of_an_array_that_is_started_again_leaves_the_others_alone(stand_in):
+    """The last task has the id of the array."""
+    array = stand_in.sbatch("--array=0-1", "slurm/precompute_latents.sh", "events=events.jsonl", LONG)
+    wait_for_starts(stand_in, 2)
+    stand_in.run("scancel", "--signal=USR1", "--batch", f"{array}_1")
+    wait_for_starts(stand_in, 3)
+    assert [stand_in.job(f"{array}_{task}")["Restarts"] for task in "01"] == ["0", "1"]
 
 
 def test_cancelled_job_checkpoints_and_stays_cancelled(stand_in):
@@ -192,6 +238,67 @@ def test_command_runs_inside_the_container(stand_in):
     facts = stand_in.wait(job)
     assert "0: inside image.sif" in Path(facts["StdOut"]).read_text()
     assert len(events(stand_in, "end")) == 1
+
+
+CHOSEN = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "PYTORCH_ALLOC_CONF")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 100])
+def test_cores_of_a_node_are_shared_out_and_caches_are_its_own(stand_in, processes):
+    """Without torchrun: a hundred processes would take minutes."""
+    del stand_in.env["OMP_NUM_THREADS"]
+    script = ("--nodes=1", "--time=1", "slurm/evaluate.sh", "events=events.jsonl", "steps=1")
+    inside = stand_in.folder / "container"
+    inside.write_text(f"#!/bin/bash\n{sys.executable} train/evaluate.py events=events.jsonl steps=1\n")
+    inside.chmod(0o755)
+    job = stand_in.sbatch(*script, CONTAINER=str(inside), NPROC=str(processes), TMPDIR="/tmp")
+    stand_in.wait(job)
+    environment = events(stand_in, "start")[0]["environment"]
+    own = str(max(1, 64 // processes))
+    assert [environment[name] for name in CHOSEN] == [own, own, "expandable_segments:True"]
+    caches = {name: environment[name] for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    assert set(caches.values()) == {f"/tmp/latentline-{os.getuid()}/{name}" for name in ("inductor", "triton")}
+
+
+def test_what_the_user_has_set_stays(stand_in):
+    own = dict(zip(CHOSEN, ("7", "6", "max_split_size_mb:64"), strict=True))
+    own |= {"TORCHINDUCTOR_CACHE_DIR": "/a", "TRITON_CACHE_DIR": "/b"}
+    script = ("--nodes=1", "slurm/train_unet.sh", "events=events.jsonl", "steps=1")
+    stand_in.wait(stand_in.sbatch(*script, **own))
+    assert events(stand_in, "start")[0]["environment"].items() >= own.items()
+
+
+def test_environment_is_unpacked_once_on_the_nodes_own_disk(stand_in):
+    made = stand_in.folder / "made"
+    venv.create(made, symlinks=True)
+    (packages,) = made.glob("lib/*/site-packages")
+    (packages / "all.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    tar = stand_in.folder / "venv.tar"
+    subprocess.run(["tar", "-cf", tar, "-C", made, "."], check=True)
+    disk = stand_in.folder / "disk"
+    options = ("slurm/train_unet.sh", "events=events.jsonl", "steps=1")
+    unpacked = []
+    for _ in range(2):
+        stand_in.wait(stand_in.sbatch(*options, LATENTLINE_VENV_TAR=str(tar), NODE_DISK=str(disk)))
+        (folder,) = disk.glob("latentline-*/*")  # no tar, no draft
+        unpacked.append(folder.stat().st_ino)
+    assert unpacked[0] == unpacked[1]
+    starts = events(stand_in, "start")
+    assert len(starts) == 4 and {start["prefix"] for start in starts} == {str(folder)}
+
+
+@pytest.mark.parametrize("chosen", ["", "socket", "none"])
+def test_processes_are_bound_near_their_gpus_where_that_works(stand_in, chosen):
+    """The machine has no GPU that answers, so by itself nothing is bound; whoever chooses has it in torchrun's line."""
+    fake = stand_in.folder / "venv/bin"
+    fake.mkdir(parents=True)
+    (fake / "python").write_text('#!/bin/bash\n[ "$1" = -c ] || echo "line: $*"\n')
+    (fake / "python").chmod(0o755)
+    script = ("--nodes=1", "slurm/train_unet.sh", "steps=1")
+    job = stand_in.sbatch(*script, LATENTLINE_VENV=str(fake.parent), NUMA_BINDING=chosen)
+    (line,) = re.findall("line: (.*)", Path(stand_in.wait(job)["StdOut"]).read_text())
+    assert re.findall("--numa-binding=(.*?) ", line) == ([chosen] if chosen == "socket" else [])
+    assert line.endswith("train/train_unet.py runtime=gpu steps=1")
 
 
 def test_missing_environment_is_named(stand_in):

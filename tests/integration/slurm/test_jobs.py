@@ -1,4 +1,4 @@
-"""The jobs with the real programs on two pretended nodes, one CPU process each."""
+"""The jobs with the real programs on two to four pretended nodes, one CPU process each."""
 
 import json
 import os
@@ -148,3 +148,40 @@ def test_job_requeued_before_its_time_limit_resumes_and_cancelled_stays_cancelle
     facts = slurm.job(job)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "1")
     assert max(int(folder.name) for folder in (unet / "checkpoints").iterdir()) > saved[0]
+
+
+def worker_on(node: str, job: str) -> int:
+    """The training process of a job on a node; of those of the same environment, the one that torchrun started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # ended this moment
+            lines = set((folder / "environ").read_text().split("\0"))
+            started = any(line.startswith("LOCAL_RANK=") for line in lines)
+            if started and {f"SLURM_JOB_ID={job}", f"SLURMD_NODENAME={node}"} <= lines:
+                return int(folder.name)
+    raise AssertionError(f"no process of job {job} on {node}")
+
+
+@pytest.mark.parametrize("lost", ["node is down", "process is stopped"])
+def test_job_that_loses_a_node_trains_on_with_those_that_are_left(slurm, trained, tmp_path, lost):
+    unet, log = tmp_path / "unet", tmp_path / "log"
+    overrides = ("experiment=smoke", "runtime=cpu", f"run_dir={trained}", f"output_dir={unet}", "sample_prompts=0")
+    long = ("loop.samples=1200", "loop.log_every=12", "loop.checkpoint_every=48", "loop.evaluate_every=1200")
+    watched = ("batch.global_batch_size=12", "runtime.watchdog_s=12", "runtime.watchdog_ends=true")
+    script = ("--partition=wide", "--nodes=3-4", f"--output={log}", "slurm/train_unet.sh")
+    job = slurm.sbatch(*script, *overrides, *long, *watched)
+    wait_for_samples(unet, 96)
+    if lost == "node is down":
+        slurm.run("scontrol", "update", "nodename=node3", "state=down", "reason=test")
+    else:
+        os.kill(worker_on("node3", job), signal.SIGSTOP)
+    try:
+        facts = slurm.wait(job, timeout_s=240)
+    finally:
+        slurm.run("scancel", job, check=False)
+        slurm.resume("node3")
+    assert facts["Restarts"] == "1"
+    assert "attempt 1: 4 nodes of 1" in log.read_text() and "attempt 2: 3 nodes of 1" in log.read_text()
+    assert facts["ExcNodeList"] == ("(null)" if lost == "node is down" else "node3")
+    assert json.loads((unet / "DONE").read_text())["samples_seen"] == 1200
+    seen = [line["samples_seen"] for line in metrics(unet) if "train/loss" in line]
+    assert seen == list(range(12, 1201, 12))  # nothing trained twice, nothing left out

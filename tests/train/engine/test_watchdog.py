@@ -25,7 +25,8 @@ def lost_in_thought():
         time.sleep(0.05)
 
 runtime = start(RuntimeConfig(device=Device.cpu, timeout_s=120))
-with Watchdog(runtime, Path(sys.argv[1]), patience_s=4.0) as watchdog:
+timeout_s = float(sys.argv[2]) if len(sys.argv) > 2 else None
+with Watchdog(runtime, Path(sys.argv[1]), 4.0, timeout_s) as watchdog:
     watchdog.note("in a training step")
     runtime.barrier()
     (Path(sys.argv[1]).parent / f"ready-{runtime.rank}").touch()
@@ -36,20 +37,28 @@ with Watchdog(runtime, Path(sys.argv[1]), patience_s=4.0) as watchdog:
 """
 
 
-def ranks(tmp_path: Path) -> list[subprocess.Popen[str]]:
-    """Two processes, of which the second never comes to the second barrier."""
+def ranks(tmp_path: Path, *timeout_s: str) -> list[subprocess.Popen[str]]:
+    """Two processes, of which the second never comes to the second barrier, of two nodes."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    shared |= {"PYTHONPATH": os.getcwd(), "SUSPECTS_FILE": str(tmp_path / "suspects")}
     shared["MASTER_PORT"] = str(20000 + os.getpid() % 20000)
     (tmp_path / "rank.py").write_text(RANK)
     return [
         subprocess.Popen(
-            [sys.executable, str(tmp_path / "rank.py"), str(tmp_path / "hang")],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": os.getcwd()},
+            [sys.executable, str(tmp_path / "rank.py"), str(tmp_path / "hang"), *timeout_s],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "SLURMD_NODENAME": f"node{rank}"},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
+
+
+def wait_until_ready(tmp_path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def warning_of(processes: list[subprocess.Popen[str]]) -> str:
@@ -63,20 +72,48 @@ def warning_of(processes: list[subprocess.Popen[str]]) -> str:
 def test_the_process_that_hangs_is_named_with_stack_traces(tmp_path: Path, stopped: bool) -> None:
     processes = ranks(tmp_path)
     try:
-        deadline = time.monotonic() + 120
-        while not all((tmp_path / f"ready-{rank}").exists() for rank in range(2)):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until_ready(tmp_path)
         if stopped:
             processes[1].send_signal(signal.SIGSTOP)
         told = warning_of(processes)
-        hanging = f"rank 1 ({os.uname().nodename}, pid {processes[1].pid})"
+        hanging = f"rank 1 (node1, pid {processes[1].pid})"
         assert f"DOES NOT ANSWER: {hanging}" in told if stopped else hanging in told
-        assert "in a training step for " in told and f"rank 0 ({os.uname().nodename}, pid {processes[0].pid})" in told
+        assert "in a training step for " in told and f"rank 0 (node0, pid {processes[0].pid})" in told
         assert "barrier" in (tmp_path / "hang" / "rank-00000.txt").read_text()
         if not stopped:
             assert "waiting for data for" in told
             assert "lost_in_thought" in (tmp_path / "hang" / "rank-00001.txt").read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize(("stopped", "timeout_s"), [(True, "100"), (False, "8")], ids=["as a whole", "in its own code"])
+def test_a_run_that_hangs_is_ended_and_a_node_that_does_not_answer_is_named(
+    tmp_path: Path, stopped: bool, timeout_s: str
+) -> None:
+    processes = ranks(tmp_path, timeout_s)
+    try:
+        wait_until_ready(tmp_path)
+        if stopped:
+            processes[1].send_signal(signal.SIGSTOP)
+        assert processes[0].wait(60) == 1
+        assert (tmp_path / "suspects").read_text() == ("node1\n" if stopped else "")
+    finally:
+        for process in processes:
+            process.kill()
+        errors = [process.communicate()[1] for process in processes]
+    assert ("error: processes on node1 do not answer" if stopped else "error: a step takes longer") in errors[0]
+
+
+def test_processes_that_answer_are_not_ended(tmp_path: Path) -> None:
+    processes = ranks(tmp_path, "100")
+    try:
+        wait_until_ready(tmp_path)
+        warning_of(processes)
+        time.sleep(4)
+        assert [process.poll() for process in processes] == [None, None] and not (tmp_path / "suspects").exists()
     finally:
         for process in processes:
             process.kill()

@@ -37,7 +37,7 @@ for i in $(seq 1 "$count"); do slurmd -f "$SLURM_CONF" -N "node$i"; done
 
 for _ in $(seq 1 200); do
   # "idle", not "idle*": the star marks a node that has not answered
-  [ "$(sinfo -h -N -p train -o %t 2> /dev/null | grep -cx idle)" -eq "$count" ] && exit 0
+  [ "$(sinfo -h -N -p wide -o %t 2> /dev/null | grep -cx idle)" -eq "$count" ] && exit 0
   sleep 0.1
 done
 echo "start.sh: the nodes did not become idle within 20 s" >&2
