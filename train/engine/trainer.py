@@ -180,6 +180,7 @@ def train(
     begun: Begun | None = None  # the step before, until it is known how that went
     skipped_in_a_row, suspects = 0, list[str]()  # suspects: samples of this process whose loss was not finite
     state.wandb_run_id, clock = journal.run_id, time.monotonic()
+    stood_s = dict[str, float]()  # seconds that the training stood still for its latest checkpoint, until they are told
     every = {"log": loop.log_every, "evaluate": loop.evaluate_every, "checkpoint": loop.checkpoint_every}
     floors = {"log": loop.log_every_s, "evaluate": loop.evaluate_every_s, "checkpoint": loop.checkpoint_every_s}
     done_at = {"log": -math.inf, "evaluate": clock, "checkpoint": clock}
@@ -278,7 +279,8 @@ def train(
             samples_left = max(0, loop.samples - state.samples_seen)
             # Means over the processes: all of them take part in a line that the main process alone writes.
             line = meter.report(runtime, samples_left, own_s, stage.flops_per_sample) | gauges(stage)
-            journal.log(state.samples_seen, line | {"perf/device_hours": state.device_hours})
+            journal.log(state.samples_seen, line | stood_s | {"perf/device_hours": state.device_hours})
+            stood_s = {}
             done_at["log"] = time.monotonic()
 
         # -------------------- checkpoint
@@ -286,14 +288,17 @@ def train(
         if over or stopping or wanted["checkpoint"]:
             watchdog.note("at a checkpoint")
             state.interval = meter.state(runtime)
+            began = time.monotonic()
             checkpoints.save(stage.trainables, state, wait=over or stopping)
             done_at["checkpoint"] = time.monotonic()
+            stood_s = {"perf/checkpoint_s": done_at["checkpoint"] - began}
 
         # -------------------- stop on a signal
         if stopping:
             marker = os.environ.get("REQUEUE_FILE")  # the batch script that set it submits the job again
             if runtime.is_main:
-                say(stage.name, f"{asked[-1].name if asked else 'a signal'}: stopped at {state.samples_seen:,} samples")
+                name, seconds = asked[-1].name if asked else "a signal", stood_s["perf/checkpoint_s"]
+                say(stage.name, f"{name}: stopped at {state.samples_seen:,} samples, checkpoint in {seconds:.1f} s")
                 if marker:
                     Path(marker).touch()
             runtime.barrier()  # whoever returns finds the marker

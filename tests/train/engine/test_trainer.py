@@ -269,8 +269,8 @@ def test_the_main_process_alone_has_a_clock(tmp_path: Path, runtime: Runtime) ->
 
     class Second(Runtime):
         def raised(self, flags: Sequence[bool | Tensor]) -> Tensor:
-            assert flags[3:] in ([], [False, False, False])
-            return super().raised([*flags[:3], *(True for _ in flags[3:])])
+            assert flags[4:] in ([], [False, False, False])
+            return super().raised([*flags[:4], *(True for _ in flags[4:])])
 
         @property
         def is_main(self) -> bool:
@@ -499,7 +499,7 @@ class BesideAnUnsound(Runtime):
 
     def raised(self, flags: Sequence[bool | Tensor]) -> Tensor:
         found = super().raised(flags)
-        found[2] += self.others.pop(0) if len(flags) > 1 and self.others else 0
+        found[3] += self.others.pop(0) if len(flags) > 1 and self.others else 0
         return found
 
 

@@ -8,7 +8,7 @@ from accelerate.utils import DistributedDataParallelKwargs, convert_to_fp32
 from torch import Tensor, nn
 
 from conf.schema import OptimConfig
-from train.engine.backend.layout import Initial, Layout, Members, placed, whole
+from train.engine.backend.layout import Initial, Layout, Members, materialise, whole
 from train.engine.optim import Accumulating, make_optimizer, sound_step
 from train.engine.precision import autocast
 from train.engine.runtime import Runtime
@@ -34,7 +34,7 @@ class DdpBackend(Accumulating):
         # Gradients of 1 x 1 kernels have strides of either layout of pixels, which differ in name only.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         processes = Members(runtime.world, runtime.rank)
-        module = placed(module, runtime.device, initial, processes)
+        materialise(module, runtime.device, initial, processes)
         self.wrapped: nn.Module = self.accelerator.prepare_model(module)
         self.optimizer = make_optimizer(module, optim)
         self.device, self.precision = runtime.device, runtime.precision

@@ -238,19 +238,23 @@ def made_by_all(
             yield name, tensor
 
 
-def placed(module: nn.Module, device: torch.device, initial: Initial | None, processes: Members) -> nn.Module:
-    """The module on the device, with all of every parameter; what it has on the meta device is made; collective."""
+def materialise(module: nn.Module, device: torch.device, initial: Initial | None, processes: Members) -> None:
+    """Bring a module to the device, with all of every parameter; what it has on the meta device is made; collective."""
     shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.is_meta}
+    for name, parameter in list(module.named_parameters()):
+        if name not in shapes:
+            replace_parameter(module, name, parameter.detach().to(device), parameter.requires_grad)
+    for part in module.modules():
+        part._buffers.update({name: held.to(device) for name, held in part._buffers.items() if held is not None})
     if initial is not None:
         for name, tensor in made_by_all(initial, shapes, device, processes):
             replace_parameter(module, name, tensor)
-    return module.to(device)
 
 
-def replace_parameter(module: nn.Module, name: str, tensor: Tensor) -> nn.Parameter:
+def replace_parameter(module: nn.Module, name: str, tensor: Tensor, trained: bool = True) -> nn.Parameter:
     """Give a module another tensor for one of its parameters."""
     owner, _, last = name.rpartition(".")
-    parameter = nn.Parameter(tensor)
+    parameter = nn.Parameter(tensor, trained)
     module.get_submodule(owner).register_parameter(last, parameter)
     return parameter
 

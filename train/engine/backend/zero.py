@@ -30,7 +30,7 @@ from train.engine.backend.layout import (
     Piece,
     cut_over,
     made_by_all,
-    placed,
+    materialise,
     replace_parameter,
     require_cuttable,
     whole,
@@ -87,7 +87,7 @@ class ZeroBackend:
         if stage == 3:
             cut_while_made(module, runtime, config, initial, everyone)
         else:
-            placed(module, runtime.device, initial, everyone)
+            materialise(module, runtime.device, initial, everyone)
         # Those of the network as it is now: what was on the meta device has become another tensor.
         parameters = {name: p for name, p in module.named_parameters() if name in shapes}
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=make_optimizer(module, optim), config=config)
