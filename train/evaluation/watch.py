@@ -4,6 +4,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
@@ -85,11 +86,13 @@ def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) 
     folder = trained / "checkpoints" / f"{seen:012d}"
     autoencoder = Autoencoder.from_pretrained(cfg.autoencoder)
     conditions = info.build_conditions(training.model, autoencoder.cfg.downscale)
-    network = Denoiser(UNet(training.model), conditions)
+    with torch.device("meta"):
+        unet = UNet(training.model)
+    network = Denoiser(unet, conditions)
     gone = False
     try:
         digest = sha256(folder / name)  # no matter by how many processes it was written
-        network.load_state_dict(load_file(folder / name))
+        network.load_state_dict(load_file(folder / name), assign=True)
     except (OSError, SafetensorError):  # its retention has deleted it
         gone = True
     if runtime.any(gone):

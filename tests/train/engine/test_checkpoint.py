@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from conf.errors import UserError
 from conf.schema import LoopConfig, Precision
 from train.engine import checkpoint as checkpoint_module
 from train.engine import contents as contents_module
-from train.engine.backend.layout import Members, whole
+from train.engine.backend.layout import Members, Piece, cut_over, whole
 from train.engine.checkpoint import Checkpoints
-from train.engine.contents import Contents, TensorFile, write_part
+from train.engine.contents import Contents, TensorFile, read_into, write_part
 from train.engine.runtime import Runtime
 from train.engine.state import State, architecture_of, read_done, require_same_run, write_done
 
@@ -305,6 +306,75 @@ def test_failure_of_one_process_is_the_failure_of_all(
         assert [number.made for number in numbers] == [1, 1]  # or one would wait for the other
         assert names(tmp_path) == ["000000000020"]
     assert resume(tmp_path) == (20, 1)
+
+
+class Shared(Number):
+    """A value that several processes have a piece of each."""
+
+    def __init__(self, value: int, processes: int, rank: int) -> None:
+        super().__init__(value)
+        rows = -(-100 // processes)
+        begin = rows * rank
+        self.value = torch.full((min(rows, 100 - begin),), float(value))
+        piece = {"all": Piece(0, 0, begin, len(self.value))}
+        members = Members(processes, rank)
+        self.layout = cut_over(members, Members(), {"all": torch.Size([100])}, piece, ALONE.device)
+
+    def contents(self) -> Contents:
+        return Contents({"number/weights": TensorFile(self.layout, [self.value], {})}, {"number/about.json": {}})
+
+    def load(self, folder: Path) -> None:
+        read_into(folder / "number" / "weights", self.layout, [self.value], {})
+
+
+def one_of_several(folder: Path, processes: int, rank: int, killed: int | None, wait: bool) -> None:
+    """Saves, and saves again, which one of the processes does not live to see; without such a one resumes."""
+    store = dist.FileStore(str(folder.with_name(f"store-{processes}")), processes)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    runtime = Runtime(rank, processes, 0, ALONE.device, Precision.fp32, None)  # type: ignore[arg-type]
+    number: Any = {"number": Shared(0 if killed is None else 1, processes, rank)}
+    with Checkpoints(folder, runtime, keeping()) as checkpoints:
+        if killed is None:
+            assert checkpoints.resume(number, State()).samples_seen == 10
+            assert number["number"].value.eq(1).all()
+            checkpoints.save(number, State(samples_seen=30))
+            return
+        checkpoints.save(number, State(samples_seen=10))
+        number["number"].value.fill_(2)
+        if rank == killed:
+            contents_module.write_part = lambda path, *rest: os.kill(os.getpid(), signal.SIGKILL)
+        checkpoints.save(number, State(samples_seen=20), wait)
+        checkpoints.wait()
+
+
+def ended(folder: Path, processes: int, killed: int | None, wait: bool) -> list[int | None]:
+    """Exit codes of several processes; those that outlive one of them end too, as their launcher would have them."""
+    arguments = [(folder, processes, rank, killed, wait) for rank in range(processes)]
+    running = [get_context("fork").Process(target=one_of_several, args=each) for each in arguments]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(60)
+        assert process.exitcode is not None
+    return [process.exitcode for process in running]
+
+
+@pytest.mark.parametrize("wait", [True, False], ids=["at once", "in the background"])
+@pytest.mark.parametrize("killed", [0, 1, 2])
+def test_kill_of_any_process_in_its_part_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: int, wait: bool
+) -> None:
+    monkeypatch.setattr(contents_module, "ALIGNMENT", 64)  # or one of them would have all
+    monkeypatch.setattr(contents_module, "ROUND", 64)
+    folder = tmp_path / "run"
+    codes = ended(folder, 3, killed, wait)
+    assert codes[killed] == -signal.SIGKILL and 0 not in codes
+    assert set(names(folder)) <= {"000000000010", ".tmp-000000000020"}
+    assert ended(folder, 2, None, wait) == [0, 0]  # in another layout
+    assert names(folder) == ["000000000010", "000000000030"]
+    parts = json.loads((folder / "checkpoints" / "000000000030" / "COMPLETE").read_text())["files"]["number/weights"]
+    assert len(parts[1]) == 2, "one of them has written all"
+    assert load_file(folder / "checkpoints" / "000000000030" / "number" / "weights")["all"].eq(1).all()
 
 
 def test_other_architecture_or_data_is_refused_in_one_line(tmp_path: Path) -> None:
