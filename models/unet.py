@@ -86,8 +86,6 @@ class UNet(nn.Module):
         if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
             return torch.ones(shape)
         generator = torch.Generator().manual_seed(int.from_bytes(sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1)
-        if isinstance(layer, nn.Embedding):
-            return torch.randn(shape, generator=generator)
         assert isinstance(layer, nn.Linear | nn.Conv2d), name
         bound = layer.weight[0].numel() ** -0.5  # of weights and biases: 1 / sqrt(inputs)
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)

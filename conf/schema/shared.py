@@ -80,6 +80,12 @@ class UNetRuntimeConfig(TrainingRuntimeConfig):
             self.shard_processes is None or self.shard_processes > 0,
             f"runtime.shard_processes={self.shard_processes}: must be positive, or null for those of a machine",
         )
+        cut = self.backend is BackendName.fsdp or (self.zero_stage == 3 and self.offload is Offload.none)
+        require(
+            self.shard_processes is None or (cut and self.backend is not BackendName.ddp),
+            f"runtime.shard_processes={self.shard_processes}: nothing cuts the weights but runtime.backend=fsdp and "
+            "runtime.zero_stage=3 without offload; leave it out",
+        )
         self._check_offload()
         require(
             not (self.compile and self.backend is BackendName.deepspeed and self.zero_stage == 3),

@@ -94,6 +94,7 @@ def test_a_wrong_option_is_one_line_and_exit_code_2_before_torch(
             "runtime={zero_stage: 3, compile: true}",
             r"runtime\.compile=true: ZeRO stage 3 breaks .*; set runtime\.backend=fsdp",
         ),
+        ("runtime={zero_stage: 2, shard_processes: 4}", r"runtime\.shard_processes=4: nothing cuts .*; leave it out"),
         ("runtime={zero_stage: 0, offload: optimizer}", r"runtime\.offload=optimizer: .*; set runtime\.zero_stage=1"),
         ("runtime={zero_stage: 2, offload: parameters}", r"runtime\.offload=parameters: .*; set runtime\.zero_stage=3"),
         (

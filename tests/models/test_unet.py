@@ -1,7 +1,9 @@
 """The U-Net against diffusers' with the same weights, its size, its folder and what it refuses."""
 
 import json
+import math
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -381,3 +383,25 @@ def test_latent_that_does_not_divide_is_refused() -> None:
 
 def test_untrained_network_predicts_zero() -> None:
     assert UNet(TWO_LEVELS)(**inputs(TWO_LEVELS)).abs().max() == 0
+
+
+def test_initial_parameters_are_drawn_as_torch_draws_them() -> None:
+    """Each from its own seed: the first numbers that a layer's own `reset_parameters` draws from there."""
+    with torch.device("meta"):
+        network = UNet(TWO_LEVELS)
+    real = UNet(TWO_LEVELS)
+    drawn = {name: network.initial(name, seed=7) for name, _ in network.named_parameters()}
+    for name, parameter in real.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        layer = real.get_submodule(owner)
+        if owner not in real.zero and isinstance(layer, nn.Linear | nn.Conv2d):
+            digest = sha256(f"7/{name}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:8]) >> 1)
+            if kind == "weight":
+                layer.reset_parameters()
+            else:
+                nn.init.uniform_(parameter, -1 / math.sqrt(layer.weight[0].numel()), layer.weight[0].numel() ** -0.5)
+        assert torch.equal(drawn[name], parameter), name  # norms and zero layers: as the constructor has them
+    assert sum(bool(tensor.any()) for tensor in drawn.values()) > len(drawn) / 2
+    other = network.initial("conv_in.weight", seed=8)
+    assert not torch.equal(other, drawn["conv_in.weight"])

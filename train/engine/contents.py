@@ -79,13 +79,11 @@ class TensorFile:
 
     def _known(self, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
         """What every process has of a stretch: header and others."""
-        everywhere = {"": (0, len(self.header))} | {name: self.places[name] for name in self.others}
-        for name, (begin, end) in everywhere.items():
-            low, high = max(begin, first), min(end, last)
+        header = torch.frombuffer(bytearray(self.header), dtype=torch.uint8)
+        others = ((self.places[name][0], bytes_of(tensor)) for name, tensor in self.others.items())
+        for begin, content in ((0, header), *others):
+            low, high = max(begin, first), min(begin + len(content), last)
             if low < high:
-                content = (
-                    bytes_of(self.others[name]) if name else torch.frombuffer(bytearray(self.header), dtype=torch.uint8)
-                )
                 yield low, content[low - begin : high - begin]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from conf import process
 from conf.errors import UserError
-from conf.schema import BatchConfig, Device, RuntimeConfig, TrainingRuntimeConfig
+from conf.schema import BackendName, BatchConfig, Device, RuntimeConfig, TrainingRuntimeConfig, UNetRuntimeConfig
 from train.engine import runtime as module_under_test
 from train.engine.runtime import (
     CALM,
@@ -335,3 +335,13 @@ print(c10d._get_default_timeout("nccl").seconds, c10d._get_default_timeout("gloo
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["123", "123"]
+
+
+def test_a_machines_processes_cut_a_network_unless_others_are_asked_for() -> None:
+    fsdp = BackendName.fsdp
+    assert UNetRuntimeConfig(backend=fsdp).sharing(512, 8) == 8
+    assert UNetRuntimeConfig(backend=fsdp).sharing(4, 8) == 4
+    assert UNetRuntimeConfig(backend=fsdp, shard_processes=64).sharing(512, 8) == 64
+    assert UNetRuntimeConfig(backend=fsdp, shard_processes=64).sharing(8, 8) == 8
+    with pytest.raises(UserError, match=r"runtime\.shard_processes=3: 8 processes are no multiple"):
+        UNetRuntimeConfig(backend=fsdp, shard_processes=3).sharing(8, 8)

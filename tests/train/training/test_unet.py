@@ -104,6 +104,16 @@ def test_a_step_waits_for_nothing(latents: Any, backend: str, precision: str) ->
     assert stage.unet.steps == 3 and waits.found == []
 
 
+def test_initial_weights_are_the_same_in_every_layout(latents: Any) -> None:
+    found = []
+    for layout in ("backend=ddp", "backend=fsdp", "zero_stage=2", "zero_stage=3"):
+        cfg = latents.config("unet", f"runtime.{layout}")
+        found.append(UNetStage(cfg, runtime_module.start(cfg.runtime)).unet.weights())
+    first = found[0]
+    assert all(torch.equal(weights[name], first[name]) for weights in found for name in first)
+    assert torch.equal(first["unet.conv_in.weight"], UNet(cfg.model).initial("conv_in.weight", cfg.seed))
+
+
 def test_caption_drop_is_a_function_of_seed_and_position(latents: Any, runtime: Runtime) -> None:
     options = ["conditions.caption.drop=0.3", "batch.global_batch_size=32"]
     stage = make(latents, runtime, *options, "batch.micro_batch_size=16")

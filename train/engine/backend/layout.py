@@ -5,7 +5,7 @@ A backend describes its cut as pieces, one or none per parameter and process. An
 time (`Layout`), or as parameters lie end to end in a file, of which each process has a stretch (`Row`).
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -146,10 +146,8 @@ class Row:
     def cuts(self, stretch: Stretch, member: int) -> Iterator[Cut]:
         """What number `member` holds of a stretch, in the file's order."""
         first, last = stretch
-        index = max(0, bisect_right(self.begins, first) - 1)
-        for name, begin in zip(self.names[index:], self.begins[index:], strict=True):
-            if begin >= last:
-                return
+        for index in range(max(0, bisect_right(self.begins, first) - 1), bisect_left(self.begins, last)):
+            name, begin = self.names[index], self.begins[index]
             start, stop = self.layout.held_by(name, member)
             start, stop = max(start, (first - begin) // FP32), min(stop, (last - begin) // FP32)
             if start < stop:
