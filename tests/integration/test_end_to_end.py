@@ -194,11 +194,12 @@ def test_kills_at_random_moments_leave_no_trace(
     chaos.compare(struck_at, whole)
 
 
-def test_two_processes_with_zero_2_have_the_loss_curve_of_one(
-    smoke: tuple[Path, str], undisturbed: list[dict[str, Any]], tmp_path: Path
+@pytest.mark.parametrize("layout", ["zero_stage=2", "zero_stage=3", "backend=fsdp"])
+def test_two_processes_have_the_loss_curve_of_one(
+    smoke: tuple[Path, str], undisturbed: list[dict[str, Any]], tmp_path: Path, layout: str
 ) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
-    overrides = ("runtime.zero_stage=2", "runtime.threads=1", "wandb.mode=disabled")
+    overrides = (f"runtime.{layout}", "runtime.threads=1", "wandb.mode=disabled")
     finish(*torchrun, *unet_command(smoke, tmp_path, *overrides))
     one, two = ([row["train/loss"] for row in r if "train/loss" in row] for r in (undisturbed, rows(tmp_path / "unet")))
     assert len(two) == STEPS and np.mean(one[-5:]) < 0.9 * np.mean(one[:5])
