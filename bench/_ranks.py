@@ -1,7 +1,8 @@
 """One of many ranks, simulated: what it holds and exchanges in a training step of a U-Net.
 
 The backend is the real one, DeepSpeed's and FSDP's code included; the tensors are torch's fake ones, which have a size
-and no content, and the process group is one that does nothing. Both are global, so a process simulates one case.
+and no content, and the process group is one that does nothing. Both are global, so a process simulates one case. DDP's
+own code takes no fake tensors, so that it has real ones, of a narrow network.
 
 Usage: _ranks.py NETWORK/WAY/RANKS with the names of `NETWORKS` and `WAYS`; prints a JSON object, as `Facts` has it.
 """
@@ -37,10 +38,18 @@ from train.engine.precision import AUTOCAST
 from train.engine.runtime import Runtime
 from train.engine.trainable import Trainable
 from train.planning.activations import StorageCounter, unet_activations
-from train.planning.estimate import flows, parameters, sharding, stage_of
+from train.planning.estimate import flows, parameters, rounded_layers, sharding, stage_of
 
 PER_MACHINE, STEPS = 8, 2
+TWO_LEVELS = [
+    "model.sample_size=16",
+    "model.layers_per_block=1",
+    "model.down_block_types=[DownBlock2D,CrossAttnDownBlock2D]",
+    "model.up_block_types=[CrossAttnUpBlock2D,UpBlock2D]",
+]
 NETWORKS: dict[str, list[str]] = {  # options of train/plan.py
+    "narrow": [*TWO_LEVELS, "model.block_out_channels=[160,320]"],
+    "wide": [*TWO_LEVELS, "model.block_out_channels=[640,1280]"],
     "sd1": ["model=sd1"],
     "sdxl": ["model=sdxl"],
     # SDXL twice as wide, with three layers more in its deepest transformers
@@ -139,6 +148,16 @@ def really(function: Callable) -> Callable:
     return call
 
 
+def told(observer: Observer, resize: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """The function, of which the observer hears."""
+
+    def call(tensor: Tensor) -> None:
+        resize(tensor)
+        observer.note(tensor.untyped_storage())
+
+    return call
+
+
 def pretend(observer: Observer) -> None:
     """Replace what would need content, or hides what it allocates."""
     nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign]  # fakes cannot be swapped
@@ -151,16 +170,25 @@ def pretend(observer: Observer) -> None:
     fsdp.mesh_of = really(fsdp.mesh_of)
     # FSDP empties and fills the storages of gathered weights, which no operator tells.
     for name in ("alloc_storage", "free_storage"):
-
-        def told(tensor: Tensor, resize: Callable = getattr(_fsdp_param, name)) -> None:
-            resize(tensor)
-            observer.note(tensor.untyped_storage())
-
-        setattr(_fsdp_param, name, told)
+        setattr(_fsdp_param, name, told(observer, getattr(_fsdp_param, name)))
     from deepspeed.runtime.zero import stage3, utils
 
     utils.get_lst_from_rank0 = lambda numbers: numbers
     stage3.is_invalid_grad_norm = lambda _: False  # it reads the norm
+
+
+def wrapped(module: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """DDP, which reads the results of its sums, and the pretended process group has none."""
+
+    def summed(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+        dist.all_reduce(bucket.buffer())
+        future = torch.futures.Future[Tensor]()
+        future.set_result(bucket.buffer())
+        return future
+
+    ddp = nn.parallel.DistributedDataParallel(module, **options)
+    ddp.register_comm_hook(None, summed)
+    return ddp
 
 
 def simulate(case: str) -> Facts:
@@ -171,14 +199,13 @@ def simulate(case: str) -> Facts:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     dist.init_process_group("fake", rank=0, world_size=cfg.gpus, store=FakeStore())
-    accelerator: Any = SimpleNamespace(
-        prepare_model=lambda module: nn.parallel.DistributedDataParallel(module, **accelerator.ddp_handler.to_kwargs()),
-        no_sync=lambda _: nullcontext(),
-    )
+    accelerator: Any = SimpleNamespace()
+    accelerator.prepare_model = lambda module: wrapped(module, accelerator.ddp_handler.to_kwargs())
     runtime = Alone(0, cfg.gpus, 0, torch.device("cpu"), cfg.runtime.precision, accelerator)
     pretend(observer)
     side, model = cfg.model.sample_size, cfg.model
-    with FakeTensorMode(allow_non_fake_inputs=True), observer:
+    plain = cfg.runtime.backend is BackendName.ddp
+    with nullcontext() if plain else FakeTensorMode(allow_non_fake_inputs=True), observer:
         started = time.perf_counter()
         with torch.device("meta"):
             network = UNet(model)
@@ -217,7 +244,8 @@ def planned(case: str) -> Facts:
     model, side, elements = cfg.model, cfg.model.sample_size, parameters(cfg)
     sharded = cfg.runtime.backend is BackendName.fsdp
     low, checkpointing = AUTOCAST.get(cfg.runtime.precision), cfg.runtime.gradient_checkpointing
-    found = unet_activations(model, 1, side, side, cfg.tokens, low, checkpointing, "cpu", rounded=sharded)
+    rounded = rounded_layers(sharded, stage_of(cfg))
+    found = unet_activations(model, 1, side, side, cfg.tokens, low, checkpointing, "cpu", rounded)
     part = sharding(cfg, elements, sharded, stage_of(cfg), offload=False).footprint(found)
     facts = Facts(weights=part.weights, optimizer=part.optimizer, average=part.average, most=part.total)
     for flow in flows(cfg, elements):

@@ -44,7 +44,7 @@ def unet_activations(
     low_precision: torch.dtype | None = None,
     checkpointing: bool = False,
     device: str = "cuda",
-    rounded: bool = False,
+    rounded: tuple[type[nn.Module], ...] = (),
 ) -> Activations:
     """Activations of a training step on `batch` latents of height x width, with a text of so many tokens.
 
@@ -57,12 +57,13 @@ def unet_activations(
         low_precision: what autocast casts to; None for fp32.
         checkpointing: whether activations are computed again in the backward pass.
         device: whose autocast is meant, "cuda" or "cpu"; the first keeps what it normalises in fp32.
-        rounded: the weights come in low precision, as FSDP gathers them, so that autocast has no copies of them.
+        rounded: layers whose weights are in low precision, as FSDP gathers them: autocast keeps no copies of them.
     """
     with torch.device("meta"):
         network = UNet(cfg)
-    if rounded and low_precision is not None:
-        network.to(low_precision)
+    for part in network.modules():
+        if isinstance(part, rounded) and low_precision is not None:
+            part.to(low_precision)
     network.checkpoint_gradients(checkpointing)
     arguments = _arguments(cfg, batch, height, width, tokens)
     stand_in = _StandIn(low_precision, WIDE[device])

@@ -3,10 +3,12 @@
 import tempfile
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil, log2
 
 import numpy as np
 import torch
+from torch import nn
 
 from conf.schema import BackendName, Offload, PlanRun, Precision
 from conf.schema.networks import AutoencoderConfig
@@ -207,13 +209,14 @@ def training_flops(cfg: PlanRun) -> float:
 def sharding_options(cfg: PlanRun, elements: int, budget: int) -> list[Option]:
     """Memory at every stage, without and with offload."""
     micro, _ = cfg.batch.split(cfg.gpus)
-    both = {rounded: [activations(cfg, size, rounded) for size in (micro, 2 * micro)] for rounded in (False, True)}
+    counted = cache(lambda rounded: [activations(cfg, size, rounded) for size in (micro, 2 * micro)])
     kinds = [(False, 0, False)]
     for offload in (False, True):
         kinds += [*((False, stage, offload) for stage in (1, 2, 3)), (True, 3, offload)]
     found = []
     for sharded, stage, offload in kinds:
-        spread, (measured, doubled) = sharding(cfg, elements, sharded, stage, offload), both[sharded]
+        spread = sharding(cfg, elements, sharded, stage, offload)
+        measured, doubled = counted(rounded_layers(sharded, stage))
 
         def total(
             batch: int, spread: Sharding = spread, measured: Activations = measured, doubled: Activations = doubled
@@ -257,7 +260,17 @@ def ways(cfg: PlanRun, elements: int, options: list[Option], budget: int) -> lis
     return sorted(found, key=lambda way: (not way.fits, way.waited_s))
 
 
-def activations(cfg: PlanRun, batch: int, rounded: bool = False) -> Activations:
+def rounded_layers(sharded: bool, stage: int) -> tuple[type[nn.Module], ...]:
+    """Layers of whose weights autocast keeps no copy for the backward pass.
+
+    FSDP gathers all in low precision; DeepSpeed's own linear layer of stage 3 casts once more going back.
+    """
+    if sharded:
+        return (nn.Module,)
+    return (nn.Linear,) if stage == 3 else ()
+
+
+def activations(cfg: PlanRun, batch: int, rounded: tuple[type[nn.Module], ...] = ()) -> Activations:
     """Activations of a micro-batch of the configured network; a teacher's are gone before the student's come.
 
     `rounded`: as of `unet_activations`.
