@@ -4,7 +4,8 @@ The backend is the real one, DeepSpeed's and FSDP's code included; the tensors a
 and no content, and the process group is one that does nothing. Both are global, so a process simulates one case. DDP's
 own code takes no fake tensors, so that it has real ones, of a narrow network.
 
-Usage: _ranks.py NETWORK/WAY/RANKS with the names of `NETWORKS` and `WAYS`; prints a JSON object, as `Facts` has it.
+Usage: _ranks.py NETWORK/WAY/RANKS with the names of `NETWORKS` and `WAYS`; prints as JSON
+what was planned and what was found, both as `Facts` has them.
 """
 
 import json
@@ -262,6 +263,6 @@ def held(parameter: Any) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(simulate(sys.argv[1]))))
+    print(json.dumps([asdict(planned(sys.argv[1])), asdict(simulate(sys.argv[1]))]))
     sys.stdout.flush()
     leave(0)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from _compare import Comparison, main
-from _ranks import Facts, config, planned
+from _ranks import Facts, config
 from plan import MEMORY_BARS, both_ways
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -49,17 +49,18 @@ OPERATIONS_BARS = {
 SHARE_OF, SHARE_BAR = 8, 0.25  # processes; twice what would be fair, as parameters are few and of many sizes
 
 
-def simulated(case: str) -> Facts:
-    """Facts of a rank, from a process of its own."""
+def of_one(case: str) -> tuple[Facts, Facts]:
+    """What was planned of a rank and what was found, from a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(WORKER), case]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
-    return Facts(**json.loads(done.stdout.splitlines()[-1]))
+    plan, found = json.loads(done.stdout.splitlines()[-1])
+    return Facts(**plan), Facts(**found)
 
 
 def of_a_rank(case: str) -> Iterator[Comparison]:
     """Memory, and what is sent in how many operations by which groups."""
-    plan, found = planned(case), simulated(case)
+    plan, found = of_one(case)
     yield from both_ways(f"memory_{case}", plan.most, found.most, "bytes", MEMORY_BARS)
     for group in found.sent.keys() | plan.sent.keys():
         ours, peer = plan.sent.get(group, 0), found.sent.get(group, 0)
