@@ -87,7 +87,9 @@ class UNet(nn.Module):
             return torch.ones(shape)
         generator = torch.Generator().manual_seed(int.from_bytes(sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1)
         assert isinstance(layer, nn.Linear | nn.Conv2d), name
-        bound = layer.weight[0].numel() ** -0.5  # of weights and biases: 1 / sqrt(inputs)
+        # Not from the weight: it may be cut already, and to look at a cut one may be an exchange between processes.
+        inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels * math.prod(layer.kernel_size)
+        bound = inputs**-0.5  # of weights and biases
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
     def checkpoint_gradients(self, enabled: bool = True) -> None:

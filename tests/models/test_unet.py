@@ -381,6 +381,23 @@ def test_latent_that_does_not_divide_is_refused() -> None:
         UNet(SD1_LIKE)(**arguments)
 
 
+def test_initial_parameter_is_made_without_a_look_at_any_weight() -> None:
+    """Where processes cut the network, its weights are cut or gone by then, and to index one may be an exchange."""
+    network = UNet(SD1_LIKE)
+    expected = {name: network.initial(name, 0) for name, _ in network.named_parameters()}
+    bound = (SD1_LIKE.block_out_channels[0] * 9) ** -0.5
+    assert bound * 0.9 < expected["down_blocks.0.resnets.0.conv1.weight"].abs().max() <= bound
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a weight was read")
+
+    weight_class = type("Unreadable", (nn.Parameter,), {"__getitem__": refuse, "numel": refuse})
+    for parameter in network.parameters():
+        parameter.__class__ = weight_class
+    for name, tensor in expected.items():
+        assert torch.equal(network.initial(name, 0), tensor), name
+
+
 def test_untrained_network_predicts_zero() -> None:
     assert UNet(TWO_LEVELS)(**inputs(TWO_LEVELS)).abs().max() == 0
 

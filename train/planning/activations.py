@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward as run_backward
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from conf.schema import Precision
@@ -44,6 +44,7 @@ def unet_activations(
     low_precision: torch.dtype | None = None,
     checkpointing: bool = False,
     device: str = "cuda",
+    rounded: tuple[type[nn.Module], ...] = (),
 ) -> Activations:
     """Activations of a training step on `batch` latents of height x width, with a text of so many tokens.
 
@@ -56,9 +57,13 @@ def unet_activations(
         low_precision: what autocast casts to; None for fp32.
         checkpointing: whether activations are computed again in the backward pass.
         device: whose autocast is meant, "cuda" or "cpu"; the first keeps what it normalises in fp32.
+        rounded: layers whose weights are in low precision, as FSDP gathers them: autocast keeps no copies of them.
     """
     with torch.device("meta"):
         network = UNet(cfg)
+    for part in network.modules():
+        if isinstance(part, rounded) and low_precision is not None:
+            part.to(low_precision)
     network.checkpoint_gradients(checkpointing)
     arguments = _arguments(cfg, batch, height, width, tokens)
     stand_in = _StandIn(low_precision, WIDE[device])
@@ -115,30 +120,31 @@ class StorageCounter(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.live, self.most, self.made = 0, 0, 0  # bytes, bytes, and storages so far
-        self.known: set[int] = set()
+        self.known: dict[int, int] = {}  # bytes by storage
 
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         made = func(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, list | tuple) else (made,):
-            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
+            # One that wraps another, as a part of a cut weight, has no bytes of its own.
+            held = isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor)
+            if held and tensor.device.type == self.device:
                 self.note(tensor.untyped_storage())
         return made
 
     def note(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage until it dies, unless it is known."""
-        key = storage._cdata
+        """Count a storage until it dies; one that is known as it is now, where it was resized."""
+        key, size = storage._cdata, storage.nbytes()
         if key not in self.known:
-            self.known.add(key)
             self.made += 1
-            self.live += storage.nbytes()
-            self.most = max(self.most, self.live)
-            weakref.finalize(storage, self._forget, key, storage.nbytes())
+            weakref.finalize(storage, self._forget, key)
+        self.live += size - self.known.get(key, 0)
+        self.known[key] = size
+        self.most = max(self.most, self.live)
 
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
+    def _forget(self, key: int) -> None:
+        self.live -= self.known.pop(key)
 
 
 class _StepCounter(StorageCounter):
@@ -148,7 +154,7 @@ class _StepCounter(StorageCounter):
         super().__init__("meta")
         self.gradients, self.most_with_gradients = 0, 0
         for parameter in network.parameters():
-            self.known.add(parameter.untyped_storage()._cdata)
+            self.known[parameter.untyped_storage()._cdata] = parameter.nbytes
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._take)
 

@@ -75,7 +75,7 @@ def facts(cfg: PlanRun, cost: Cost) -> Table:
 
 
 def memory(cfg: PlanRun, cost: Cost) -> Table:
-    """Memory of each GPU, by ZeRO stage."""
+    """Memory of each GPU, by ZeRO stage, and under FSDP."""
     columns = ("ZeRO", "weights", "AdamW", "average", "step", "buffers", "total", "RAM", "samples")
     caption = "step: gradients and activations at their most; samples: the largest micro-batch that fits"
     if teacher := cost.options[0].footprint.teacher:
@@ -90,10 +90,9 @@ def memory(cfg: PlanRun, cost: Cost) -> Table:
         part = option.footprint
         weights = part.weights + part.teacher
         sizes = (weights, part.optimizer, part.average, part.step, part.buffers, part.total, part.host)
-        name = f"{option.stage}+offload" if option.offload else str(option.stage)
         chosen = option is cost.option(cfg)
         table.add_row(
-            f"> {name}" if chosen else name,
+            f"> {option.name}" if chosen else option.name,
             *(f"{size / 2**30:.1f}" for size in sizes),
             str(option.largest_micro_batch or "none"),
             style="bold" if chosen else "",
@@ -132,7 +131,9 @@ def remedies(cfg: PlanRun, cost: Cost, chosen: Option) -> list[str]:
     found += [
         f"runtime.zero_stage={option.stage}"
         for option in cost.options
-        if not option.offload and option.stage > chosen.stage and option.footprint.total <= cost.budget
+        if option.stage > chosen.stage
+        and not (option.offload or option.sharded)
+        and option.footprint.total <= cost.budget
     ][:1]
     if not cfg.runtime.gradient_checkpointing:
         found.append("runtime.gradient_checkpointing=true")

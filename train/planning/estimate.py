@@ -3,10 +3,12 @@
 import tempfile
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil, log2
 
 import numpy as np
 import torch
+from torch import nn
 
 from conf.schema import BackendName, Offload, PlanRun, Precision
 from conf.schema.networks import AutoencoderConfig
@@ -16,16 +18,17 @@ from models.flops import counted_flops, unet_flops
 from models.unet import UNet
 from train.engine.accelerators import SPECIFICATIONS
 from train.engine.backend.ddp import BUCKET_MB
-from train.engine.backend.distribute import parts_of
+from train.engine.backend.distribute import units_of
 from train.engine.backend.layout import BUCKET
 from train.engine.precision import AUTOCAST
 from train.planning.activations import Activations, frozen_activations, frozen_unet, unet_activations
-from train.planning.memory import FP32, Footprint, Sharding
+from train.planning.memory import FP32, GATHERED, HALF, Footprint, Sharding
 
 RESERVE = 0.1  # share of the memory left to the CUDA context, the libraries' workspaces and fragmentation
 LARGEST = 1 << 20  # micro-batch that is looked for
 CAPTION = "a photograph of something that takes about as many words as most captions do"
-HALF = 2  # bytes of a number that travels under autocast
+GROUPS = 2  # of parameters, AdamW's: with and without weight decay
+PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold
 HOP_S = 10e-6  # of a collective operation from one GPU to the next, an assumption
 LAUNCH_S = 10e-6  # of the host for one operator, an assumption
 
@@ -34,10 +37,16 @@ LAUNCH_S = 10e-6  # of the host for one operator, an assumption
 class Option:
     """One way of spreading the network over the processes."""
 
-    stage: int
+    sharded: bool  # by FSDP; else by DDP (stage 0) or DeepSpeed
+    stage: int  # of ZeRO, or the one that shards as much
     offload: bool
     footprint: Footprint  # with the configured micro-batch
     largest_micro_batch: int  # that fits; 0: none
+
+    @property
+    def name(self) -> str:
+        """For a column."""
+        return ("fsdp" if self.sharded else str(self.stage)) + "+RAM" * self.offload
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +66,40 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
+class Flow:
+    """Collective operations of one kind in a step."""
+
+    kind: str  # "sum", "gather" or "scatter"
+    sent: float  # bytes by each GPU of a ring
+    operations: int
+    processes: int  # that take part in each
+    stride: int = 1  # from one of these to the next: 1 neighbours, else those with the same part of the network
+    after: bool = False  # the optimiser's step, when nothing is computed
+
+
+@dataclass(frozen=True, slots=True)
 class Exchange:
     """What travels between the GPUs in one step."""
 
-    beside_bytes: float  # by each GPU, while others are computed: gradients, and weights that are gathered ahead
-    after_bytes: float  # when nothing is computed: weights after the optimiser's step
-    operations: int  # collective ones
-    beside_s: float
-    after_s: float
+    flows: list[Flow]
+    beside_s: float  # while others are computed: gradients, and weights that are gathered ahead
+    after_s: float  # when nothing is computed: weights after the optimiser's step
     hidden_s: float  # at most, behind the arithmetic
+
+    @property
+    def beside_bytes(self) -> float:
+        """By each GPU."""
+        return sum(flow.sent for flow in self.flows if not flow.after)
+
+    @property
+    def after_bytes(self) -> float:
+        """By each GPU."""
+        return sum(flow.sent for flow in self.flows if flow.after)
+
+    @property
+    def operations(self) -> int:
+        """Of all kinds."""
+        return sum(flow.operations for flow in self.flows)
 
     @property
     def waited_s(self) -> float:
@@ -100,7 +134,8 @@ class Cost:
     def option(self, cfg: PlanRun) -> Option:
         """The configured way of spreading."""
         offload = cfg.runtime.offload is not Offload.none
-        return next(o for o in self.options if (o.stage, o.offload) == (stage_of(cfg), offload))
+        chosen = cfg.runtime.backend is BackendName.fsdp, stage_of(cfg), offload
+        return next(o for o in self.options if (o.sharded, o.stage, o.offload) == chosen)
 
 
 def stage_of(cfg: PlanRun) -> int:
@@ -173,46 +208,76 @@ def training_flops(cfg: PlanRun) -> float:
 
 def sharding_options(cfg: PlanRun, elements: int, budget: int) -> list[Option]:
     """Memory at every stage, without and with offload."""
-    micro, accumulation = cfg.batch.split(cfg.gpus)
-    measured, doubled, teacher = activations(cfg, micro), activations(cfg, 2 * micro), teacher_bytes(cfg)
+    micro, _ = cfg.batch.split(cfg.gpus)
+    counted = cache(lambda rounded: [activations(cfg, size, rounded) for size in (micro, 2 * micro)])
+    kinds = [(False, 0, False)]
+    for offload in (False, True):
+        kinds += [*((False, stage, offload) for stage in (1, 2, 3)), (True, 3, offload)]
     found = []
-    for stage, offload in [(0, False), *((stage, offload) for offload in (False, True) for stage in (1, 2, 3))]:
-        sharding = Sharding(
-            elements,
-            cfg.gpus,
-            stage,
-            offload,
-            average=cfg.ema.half_life_samples > 0,
-            accumulate=accumulation > 1,
-            low_precision=cfg.runtime.precision in AUTOCAST,
-            teacher=teacher,
-        )
+    for sharded, stage, offload in kinds:
+        spread = sharding(cfg, elements, sharded, stage, offload)
+        measured, doubled = counted(rounded_layers(sharded, stage))
 
-        def total(batch: int, sharding: Sharding = sharding) -> int:
-            return sharding.footprint(on_the_line(measured, doubled, batch / micro, FP32 * elements)).total
+        def total(
+            batch: int, spread: Sharding = spread, measured: Activations = measured, doubled: Activations = doubled
+        ) -> int:
+            return spread.footprint(on_the_line(measured, doubled, batch / micro, FP32 * elements)).total
 
         largest = bisect_right(range(1, LARGEST), budget, key=total)
-        found.append(Option(stage, offload, sharding.footprint(measured), largest))
+        found.append(Option(sharded, stage, offload, spread.footprint(measured), largest))
     return found
+
+
+def sharding(cfg: PlanRun, elements: int, sharded: bool, stage: int, offload: bool) -> Sharding:
+    """How the network is spread, by the fields of `Option`."""
+    _, accumulation = cfg.batch.split(cfg.gpus)
+    shards = cfg.runtime.sharing(cfg.gpus, cfg.gpus_per_machine)
+    units = padded_units(cfg, shards) if sharded else ()
+    return Sharding(
+        sum(units) or elements,
+        shards if sharded else cfg.gpus,
+        stage,
+        offload,
+        average=cfg.ema.half_life_samples > 0,
+        accumulate=accumulation > 1,
+        low_precision=cfg.runtime.precision in AUTOCAST,
+        teacher=teacher_bytes(cfg),
+        units=units,
+        machine=1 if offload or shards == cfg.gpus else shards,
+    )
 
 
 def ways(cfg: PlanRun, elements: int, options: list[Option], budget: int) -> list[Way]:
     """The backends without offload, those that fit first, of these the one that waits least for other GPUs."""
-    totals = {option.stage: option.footprint.total for option in options if not option.offload}
+    totals = {(o.sharded, o.stage): o.footprint.total for o in options if not o.offload}
     kinds = [(BackendName.ddp, 0), *((BackendName.deepspeed, stage) for stage in (1, 2)), (BackendName.fsdp, 3)]
     found = []
     for backend, stage in kinds:
         runtime = replace(cfg.runtime, backend=backend, zero_stage=max(1, stage), offload=Offload.none)
         waited_s = exchange(replace(cfg, runtime=runtime), elements).waited_s
-        found.append(Way(backend.value, stage, totals[stage] <= budget, waited_s))
+        fits = totals[backend is BackendName.fsdp, stage] <= budget
+        found.append(Way(backend.value, stage, fits, waited_s))
     return sorted(found, key=lambda way: (not way.fits, way.waited_s))
 
 
-def activations(cfg: PlanRun, batch: int) -> Activations:
-    """Activations of a micro-batch of the configured network; a teacher's are gone before the student's come."""
+def rounded_layers(sharded: bool, stage: int) -> tuple[type[nn.Module], ...]:
+    """Layers of whose weights autocast keeps no copy for the backward pass.
+
+    FSDP gathers all in low precision; DeepSpeed's own linear layer of stage 3 casts once more going back.
+    """
+    if sharded:
+        return (nn.Module,)
+    return (nn.Linear,) if stage == 3 else ()
+
+
+def activations(cfg: PlanRun, batch: int, rounded: tuple[type[nn.Module], ...] = ()) -> Activations:
+    """Activations of a micro-batch of the configured network; a teacher's are gone before the student's come.
+
+    `rounded`: as of `unet_activations`.
+    """
     side, runtime = cfg.model.sample_size, cfg.runtime
     low, checkpointing = AUTOCAST.get(runtime.precision), runtime.gradient_checkpointing
-    step = unet_activations(cfg.model, batch, side, side, cfg.tokens, low, checkpointing)
+    step = unet_activations(cfg.model, batch, side, side, cfg.tokens, low, checkpointing, rounded=rounded)
     if cfg.extra_passes == 0:
         return step
     frozen = frozen_activations(cfg.model, 2 * batch, side, side, cfg.tokens, runtime.precision)  # guided: twice
@@ -245,51 +310,83 @@ def on_the_line(once: Activations, twice: Activations, factor: float, gradients:
 
 
 def exchange(cfg: PlanRun, elements: int) -> Exchange:
-    """The exchange as the backends do it: a ring within each machine and one across them.
-
-    A sum over all processes moves each number twice, handing out shares or collecting them once. Gradients are summed
-    in fp32 everywhere but at ZeRO 3, whose layers travel in 16 bits under autocast, both ways; so do the weights that
-    FSDP gathers.
-    """
-    low = FP32 if cfg.runtime.precision is Precision.fp32 else HALF
+    """The exchange as the backends do it: a ring within each machine and one across them."""
     _, passes = cfg.batch.split(cfg.gpus)
-    compute_s = compute_seconds(cfg)
+    compute_s, stage = compute_seconds(cfg), stage_of(cfg)
     backward_s = compute_s * 2 / (3 + cfg.extra_passes)  # without gradient checkpointing
-    sharded = cfg.runtime.backend is BackendName.fsdp
-    gathers = 2 + cfg.targets  # of the weights at stage 3: forwards, backwards, and for the target
-    beside, after, hidden_s = {  # bytes of an element, and seconds
-        0: (2.0 * FP32, 0.0, backward_s / passes if cfg.runtime.backend is BackendName.ddp else 0.0),
-        1: (2.0 * FP32, FP32, backward_s / passes),
-        2: (2.0 * FP32 * passes, FP32, backward_s),
-        3: ((gathers * low + (FP32 if sharded else low)) * passes, 0.0, compute_s),
-    }[stage_of(cfg)]
-    bucket = BUCKET_MB * 2**20 / FP32 if stage_of(cfg) == 0 else BUCKET  # elements
-    times = passes if stage_of(cfg) == 2 else 1
-    operations = times * ceil(elements / bucket) + (stage_of(cfg) in (1, 2)) * ceil(elements / BUCKET)
-    if stage_of(cfg) == 3:
-        operations = (gathers + 1) * passes * units(cfg)
-    after_s = travel_seconds(cfg, after * elements)
-    beside_s = travel_seconds(cfg, beside * elements) + latency_seconds(cfg) * operations
-    return Exchange(beside * elements, after * elements, operations, beside_s, after_s, hidden_s)
+    hidden_s = {
+        0: backward_s / passes if cfg.runtime.backend is BackendName.ddp else 0.0,
+        1: backward_s / passes,
+        2: backward_s,
+        3: compute_s,
+    }[stage]
+    found = flows(cfg, elements)
+    beside_s = sum(seconds(cfg, flow) for flow in found if not flow.after)
+    return Exchange(found, beside_s, sum(seconds(cfg, flow) for flow in found if flow.after), hidden_s)
 
 
-def travel_seconds(cfg: PlanRun, moved: float) -> float:
-    """Seconds in which each GPU sends so many bytes of a ring, inside its machine and to the others."""
-    gpu, inside = SPECIFICATIONS[cfg.accelerator], min(cfg.gpus, cfg.gpus_per_machine)
-    machines, network = cfg.gpus // inside, (cfg.network_gbps or gpu.network_gbps) * 1e9 / 8
-    within = moved * (inside - 1) / inside / (gpu.link_gb_per_s * 1e9)
-    return within + moved / inside * (machines - 1) / machines / network
+def flows(cfg: PlanRun, elements: int) -> list[Flow]:
+    """What travels in a step.
+
+    A sum moves each number twice, handing out shares or collecting them once. Gradients are summed in fp32 everywhere
+    but at ZeRO 3, whose layers travel in 16 bits under autocast, both ways; so do the weights that FSDP gathers.
+    """
+    _, passes = cfg.batch.split(cfg.gpus)
+    low = FP32 if cfg.runtime.precision is Precision.fp32 else HALF
+    stage, everyone = stage_of(cfg), cfg.gpus
+    shards = cfg.runtime.sharing(everyone, cfg.gpus_per_machine)
+    if cfg.runtime.backend is BackendName.fsdp:
+        units = padded_units(cfg, shards)
+        gathers = (2 + cfg.targets) * passes  # of the weights: forwards, backwards, and for the target
+        padded, count = sum(units), len(units)
+        found = [
+            Flow("gather", gathers * low * padded, gathers * count, shards),
+            Flow("scatter", FP32 * padded * passes, passes * count, shards),
+        ]
+        if shards < everyone:  # in the last pass
+            found.append(Flow("sum", 2 * FP32 * padded / shards, count, everyone // shards, stride=shards))
+        return found
+    if stage == 3:
+        # What is not let go of between the passes is gathered once.
+        again, layers = max(0, elements - GATHERED), passes * cut_layers(cfg)
+        near = everyone if cfg.runtime.offload is not Offload.none else shards
+        return [
+            Flow("gather", (1 + cfg.targets) * low * passes * elements, (1 + cfg.targets) * layers, everyone),
+            Flow("gather", low * passes * again, round(layers * again / elements), near),
+            Flow("scatter", low * passes * elements, passes * ceil(elements / BUCKET), everyone),
+        ]
+    times = passes if stage == 2 else 1
+    bucket = BUCKET_MB * 2**20 / FP32 if stage == 0 else BUCKET  # elements
+    found = [Flow("sum", 2.0 * FP32 * times * elements, times * ceil(elements / bucket), everyone)]
+    if stage > 0:
+        found.append(Flow("gather", FP32 * elements, GROUPS, everyone, after=True))
+    return found
 
 
-def latency_seconds(cfg: PlanRun) -> float:
-    """Seconds that a collective operation takes however little it moves: a tree over all GPUs, up and down."""
-    return 2 * HOP_S * log2(cfg.gpus)
+def seconds(cfg: PlanRun, flow: Flow) -> float:
+    """How long a flow takes: what each GPU sends inside its machine and to others, and a tree up and down for each."""
+    gpu = SPECIFICATIONS[cfg.accelerator]
+    inside = max(1, min(flow.processes, cfg.gpus_per_machine // flow.stride))
+    machines, network = flow.processes // inside, (cfg.network_gbps or gpu.network_gbps) * 1e9 / 8
+    within = flow.sent * (inside - 1) / inside / (gpu.link_gb_per_s * 1e9)
+    latency = 0.0 if flow.after else 2 * HOP_S * log2(flow.processes) * flow.operations
+    return within + flow.sent / inside * (machines - 1) / machines / network + latency
 
 
-def units(cfg: PlanRun) -> int:
-    """Parts of the network that FSDP gathers one at a time."""
+def padded_units(cfg: PlanRun, shards: int) -> tuple[int, ...]:
+    """Elements of each part that FSDP gathers at a time, the outermost last; rows are filled up to equal runs."""
     with torch.device("meta"):
-        return sum(1 for _ in parts_of(UNet(cfg.model)))
+        units = units_of(UNet(cfg.model))
+    return tuple(
+        sum(ceil(p.shape[0] / shards) * shards * p.shape[1:].numel() for p in parameters)
+        for parameters in units.values()
+    )
+
+
+def cut_layers(cfg: PlanRun) -> int:
+    """Parameters that ZeRO 3 gathers when their layer computes; it leaves small ones whole."""
+    with torch.device("meta"):
+        return sum(parameter.numel() > PERSISTENT for parameter in UNet(cfg.model).parameters())
 
 
 def host_seconds(cfg: PlanRun) -> float:

@@ -60,7 +60,7 @@ def test_a_teacher_holds_what_was_counted_on_the_meta_device(precision: Precisio
     low = AUTOCAST.get(precision)
     sample, context = torch.randn(BATCH, 4, SIDE, SIDE), torch.randn(BATCH, TOKENS, 128)
     with StorageCounter("cpu") as counter, torch.no_grad():
-        counter.known |= {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+        counter.known |= {p.untyped_storage()._cdata: p.nbytes for p in network.parameters()}
         with torch.autocast("cpu", dtype=low, enabled=low is not None):
             network(sample, torch.linspace(0, 999, BATCH), context)
     counted = frozen_activations(SMALL, BATCH, SIDE, SIDE, TOKENS, precision, "cpu")

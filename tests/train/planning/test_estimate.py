@@ -41,9 +41,11 @@ from train.planning.estimate import (
     activations,
     encoder_flops,
     estimate,
+    flows,
     images_per_second,
     on_the_line,
     parameters,
+    seconds,
     training_flops,
 )
 from train.planning.memory import Sharding
@@ -251,6 +253,30 @@ def test_teacher_s_passes_cost_time_and_its_target_is_gathered_too() -> None:
     assert taught.exchange.beside_bytes == pytest.approx(plain.exchange.beside_bytes * 10 / 8)
 
 
+def test_copies_of_a_network_keep_the_gathers_within_a_machine() -> None:
+    options = [*SMALL, "runtime.backend=fsdp", "gpus=64", "batch.global_batch_size=64"]
+    hybrid, wide = (flows(config(*options, *more), 0) for more in ([], ["runtime.shard_processes=64"]))
+    assert [(flow.kind, flow.processes, flow.stride) for flow in hybrid] == [
+        ("gather", 8, 1),
+        ("scatter", 8, 1),
+        ("sum", 8, 8),
+    ]
+    assert {flow.processes for flow in wide} == {64}
+    slow, fast = (config(*options, f"network_gbps={speed}") for speed in (1, 100))
+    times = [[seconds(cfg, flow) for flow in hybrid] for cfg in (slow, fast)]
+    assert times[0][:2] == times[1][:2] and times[0][2] > times[1][2]
+
+
+def test_machines_that_hold_copies_need_the_memory_of_their_share() -> None:
+    hybrid = Sharding(2_000_000_000, 8, 3, units=(40_000_000,) * 50)
+    wide = replace(hybrid, processes=64)
+    part, less = (sharding.footprint(Activations(10**9, 9 * 10**9)) for sharding in (hybrid, wide))
+    assert part.optimizer == 2 * part.weights == 2 * part.average == 8 * less.optimizer == 2 * 4 * hybrid.elements / 8
+    second = replace(hybrid, units=(), processes=64, machine=8).footprint(Activations(0, 0))
+    alone = replace(hybrid, units=(), processes=64).footprint(Activations(0, 0))
+    assert second.weights - alone.weights == 4 * 10**9 / 8  # of the billion that ZeRO 3 lets go of between passes
+
+
 def test_an_uneven_batch_takes_as_long_as_the_largest_share(tmp_path: Path, small: Cost) -> None:
     cfg = config(*SMALL, "gpus=3", "batch.uneven=true", f"output_dir={tmp_path}")  # 16 = 5 + 5 + 6
     cost, even = estimate(cfg), estimate(config(*SMALL, "batch.global_batch_size=12"))
@@ -264,7 +290,7 @@ def test_report_says_whether_it_fits_and_leaves_the_same_as_json(tmp_path: Path,
     cfg = config(*SMALL, f"output_dir={tmp_path}")
     assert "Fits: " in printed(cfg, small)
     written: dict[str, Any] = json.loads((tmp_path / PLAN).read_text())
-    assert written["images_per_s"] == small.images_per_s and len(written["options"]) == 7
+    assert written["images_per_s"] == small.images_per_s and len(written["options"]) == 9
     tight = printed(cfg, replace(small, budget=small.options[1].footprint.total - 1))
     assert "Does not fit: " in tight and "runtime.gradient_checkpointing=true" in tight
 

@@ -16,6 +16,8 @@ from train.engine.precision import LossScale
 from train.engine.runtime import Runtime
 
 MOST_SHAPES = 64  # of images that one training compiles for: buckets of several aspects
+SMALLEST = 64  # parts of a network that have less than a 64th of it travel with the part that holds them
+LARGE = 16_000_000  # but not those of so many parameters: their travel takes longer than its beginning
 
 
 class Backend(Protocol):
@@ -95,6 +97,21 @@ def parts_of(module: nn.Module) -> Iterator[nn.Module]:
     members = {member for part in lists for member in part if any(member.children())}
     yield from (part for part in reversed(list(module.modules())) if part in members)
     yield module
+
+
+def units_of(module: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
+    """Parts of a network that FSDP gathers one at a time, inner ones first, and what each has that no inner one has.
+
+    Small ones are none: an exchange takes some time however little it moves.
+    """
+    least = min(LARGE, sum(parameter.numel() for parameter in module.parameters()) / SMALLEST)
+    units, taken = dict[nn.Module, list[nn.Parameter]](), set[nn.Parameter]()
+    for part in parts_of(module):
+        left = [parameter for parameter in part.parameters() if parameter not in taken]
+        if sum(parameter.numel() for parameter in left) >= least or part is module:
+            units[part] = left
+            taken.update(left)
+    return units
 
 
 def require_compiler() -> None:

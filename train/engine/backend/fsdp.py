@@ -13,17 +13,14 @@ from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from conf.process import processes_here
 from conf.schema import Offload, OptimConfig, UNetRuntimeConfig
-from train.engine.backend.distribute import parts_of
+from train.engine.backend.distribute import units_of
 from train.engine.backend.layout import Initial, Layout, Members, Piece, cut_over, made_by_all, require_cuttable
 from train.engine.optim import Accumulating, make_optimizer, sound_step
 from train.engine.precision import AUTOCAST, autocast
 from train.engine.runtime import Runtime
-
-SMALLEST = 64  # parts of a network that have less than a 64th of it travel with the part that holds them
 
 
 class FsdpBackend(Accumulating):
@@ -97,10 +94,7 @@ def mesh_of(runtime: Runtime, shards: int) -> DeviceMesh:
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, runtime: Runtime, cfg: UNetRuntimeConfig) -> None:
-    """Cut the network in place; parts that it holds in lists (blocks, layers) are gathered one at a time.
-
-    Small ones are not: an exchange takes some time however little it moves.
-    """
+    """Cut the network in place, each of its units by itself."""
     dtype = AUTOCAST.get(runtime.precision)
     on_gpu = runtime.device.type == "cuda"
     options: dict[str, Any] = {
@@ -110,11 +104,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, runtime: Runtime, cfg: UNetRuntim
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if cfg.offload is Offload.parameters else OffloadPolicy(),
     }
-    least = sum(parameter.numel() for parameter in module.parameters()) / SMALLEST
-    for part in parts_of(module):
-        left = sum(p.numel() for p in part.parameters() if not isinstance(p, DTensor))
-        if left >= least or part is module:
-            fully_shard(part, **options)
+    for part in list(units_of(module)):
+        fully_shard(part, **options)
 
 
 def _rows(tensor: Any) -> Tensor:

@@ -207,12 +207,12 @@ class Row:
 Initial = Callable[[str], Tensor]  # makes a parameter, whole and on the CPU
 
 
-def buckets_of(names: Iterable[str], shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
-    """As many parameters at a time as one collective operation may move."""
+def buckets_of(names: Iterable[str], shapes: Mapping[str, torch.Size], most: int = BUCKET) -> Iterator[list[str]]:
+    """As many parameters at a time as have so many elements, by default those that one collective operation moves."""
     bucket, elements = list[str](), 0
     for name in names:
         numel = shapes[name].numel()
-        if bucket and elements + numel > BUCKET:
+        if bucket and elements + numel > most:
             yield bucket
             bucket, elements = [], 0
         bucket.append(name)
@@ -225,7 +225,7 @@ def made_by_all(
     initial: Initial, shapes: Mapping[str, torch.Size], device: torch.device, processes: Members
 ) -> Iterator[tuple[str, Tensor]]:
     """Whole parameters, one after the other on every process, each made by one of them; collective."""
-    for names in buckets_of(shapes, shapes):
+    for names in buckets_of(shapes, shapes, BUCKET * processes.size):  # about one bucket is made by each
         makers = {name: number % processes.size for number, name in enumerate(names)}
         # All of a bucket are made before any travels: the processes make theirs at the same time.
         mine = {name: initial(name).to(device) for name in names if makers[name] == processes.rank}
