@@ -32,7 +32,7 @@ from train.engine.backend.layout import Layout, Row, Stretch
 from train.engine.marker import Part
 
 ALIGNMENT = 1 << 20  # bytes; parts begin at multiples, since file systems lock what two processes write to
-ROUND = 1 << 23  # most bytes that a process handles at a time; memory of such a size is found again, larger is mapped anew
+ROUND = 1 << 23  # most bytes that a process handles at a time; larger memory would be mapped anew each time
 
 HostMemory = dict[str, Tensor]  # file -> this process's part of the latest copy
 
