@@ -167,7 +167,7 @@ def test_job_that_loses_a_node_trains_on_with_those_that_are_left(slurm, trained
     unet, log = tmp_path / "unet", tmp_path / "log"
     overrides = ("experiment=smoke", "runtime=cpu", f"run_dir={trained}", f"output_dir={unet}", "sample_prompts=0")
     # A batch that divides among neither number of nodes.
-    long = ("loop.samples=1200", "loop.log_every=10", "loop.checkpoint_every=40", "loop.evaluate_every=1200")
+    long = ("loop.samples=3000", "loop.log_every=10", "loop.checkpoint_every=40", "loop.evaluate_every=3000")
     options = (*overrides, *long, "batch.global_batch_size=10", "batch.uneven=true")
     watched = ("runtime.watchdog_s=12", "runtime.watchdog_ends=true")
     script = ("--partition=wide", "--nodes=3-4", f"--output={log}", "slurm/train_unet.sh")
@@ -185,9 +185,9 @@ def test_job_that_loses_a_node_trains_on_with_those_that_are_left(slurm, trained
     assert facts["Restarts"] == "1"
     assert "attempt 1: 4 nodes of 1" in log.read_text() and "attempt 2: 3 nodes of 1" in log.read_text()
     assert facts["ExcNodeList"] == ("(null)" if lost == "node is down" else "node3")
-    assert json.loads((unet / "DONE").read_text())["samples_seen"] == 1200
+    assert json.loads((unet / "DONE").read_text())["samples_seen"] == 3000
     seen = [line["samples_seen"] for line in metrics(unet) if "train/loss" in line]
-    assert seen == list(range(10, 1201, 10))  # nothing trained twice, nothing left out
+    assert seen == list(range(10, 3001, 10))  # nothing trained twice, nothing left out
     if lost == "node is down":
         alone = tmp_path / "alone"
         command = [sys.executable, "train/train_unet.py", *options, f"output_dir={alone}"]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from safetensors.torch import load_file
 
 from conf.errors import UserError
@@ -329,8 +330,12 @@ class Shared(Number):
 
 def one_of_several(folder: Path, processes: int, rank: int, killed: int | None, wait: bool) -> None:
     """Saves, and saves again, which one of the processes does not live to see; without such a one resumes."""
+    # The parent may be in a group already, whose threads a fork does not have: it is left alone.
+    inherited = c10d._world
+    c10d._world, c10d.GroupMember.WORLD = c10d._World(), None
     store = dist.FileStore(str(folder.with_name(f"store-{processes}")), processes)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    assert c10d._world is not inherited
     runtime = Runtime(rank, processes, 0, ALONE.device, Precision.fp32, None)  # type: ignore[arg-type]
     number: Any = {"number": Shared(0 if killed is None else 1, processes, rank)}
     with Checkpoints(folder, runtime, keeping()) as checkpoints:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from conf.schema import LrDecay, OptimConfig, OptimizerName, Precision
-from train.engine.backend.layout import whole
+from train.engine.backend.layout import Members, whole
 from train.engine.optim import Muon, adamw, lr_at, make_optimizer, sound_step
 from train.engine.precision import GROWTH_STEPS, LossScale
 
@@ -79,7 +79,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name: OptimizerName) -> None:
     optimizer = make_optimizer(network, OptimConfig(name=name, lr=0.1, weight_decay=0.1, grad_clip=1.0))
     if isinstance(optimizer, Muon):
         parameters = dict(network.named_parameters())
-        optimizer.place(whole(parameters, torch.device("cpu")), list(parameters.values()))
+        optimizer.place(whole(parameters, torch.device("cpu"), Members()), list(parameters.values()))
     scale = LossScale(Precision.fp32, torch.device("cpu"))
     filled(network, 1.0)
     assert sound_step(optimizer, network.parameters(), 1.0, scale).isfinite()
