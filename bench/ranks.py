@@ -64,9 +64,8 @@ def of_a_rank(case: str) -> Iterator[Comparison]:
     yield from both_ways(f"memory_{case}", plan.most, found.most, "bytes", MEMORY_BARS)
     for group in found.sent.keys() | plan.sent.keys():
         ours, peer = plan.sent.get(group, 0), found.sent.get(group, 0)
-        if (
-            max(ours, peer) > sum(found.sent.values()) / 100
-        ):  # less is a layer that was let go of, or what is left whole
+        # Less is a layer that was let go of, or what is left whole.
+        if max(ours, peer) > sum(found.sent.values()) / 100:
             yield from both_ways(f"sent_{group}_{case}".replace(" ", "_"), ours, peer, "bytes", SENT_BARS)
     bars, counts = OPERATIONS_BARS[case.split("/")[1]], (plan.operations, found.operations)
     ours, peer = (sum(count.values()) for count in counts)
