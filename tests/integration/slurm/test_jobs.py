@@ -153,13 +153,14 @@ def test_job_requeued_before_its_time_limit_resumes_and_cancelled_stays_cancelle
 
 def worker_on(node: str, job: str) -> int:
     """The training process of a job on a node; of those of the same environment, the one that torchrun started."""
+    started_at = dict[int, int]()
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # ended this moment
             lines = set((folder / "environ").read_text().split("\0"))
             started = any(line.startswith("LOCAL_RANK=") for line in lines)
             if started and {f"SLURM_JOB_ID={job}", f"SLURMD_NODENAME={node}"} <= lines:
-                return int(folder.name)
-    raise AssertionError(f"no process of job {job} on {node}")
+                started_at[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[19])
+    return min(started_at, key=started_at.__getitem__)  # whatever it started has its environment, and is younger
 
 
 @pytest.mark.parametrize("lost", ["node is down", "process is stopped"])
