@@ -126,7 +126,7 @@ class Observer(StorageCounter):
 
 
 def bytes_of(tensors: Any) -> int:
-    """Of all tensors in an argument of a collective operation."""
+    """Bytes of all tensors in an argument of a collective operation."""
     if isinstance(tensors, Tensor):
         return tensors.nbytes
     return sum(map(bytes_of, tensors)) if isinstance(tensors, list | tuple) else 0

@@ -104,7 +104,7 @@ def first_weights() -> Iterator[Comparison]:
 
 
 def comparisons(names: list[str]) -> Iterator[Comparison]:
-    """Of the named cases, or of all and the first weights."""
+    """Plans against simulations of the named cases, or of all; then also how fast first weights are made."""
     for case in names or CASES:
         yield from of_a_rank(case)
     if not names:

@@ -88,17 +88,17 @@ class Exchange:
 
     @property
     def beside_bytes(self) -> float:
-        """By each GPU."""
+        """Bytes that each GPU sends while others are computed."""
         return sum(flow.sent for flow in self.flows if not flow.after)
 
     @property
     def after_bytes(self) -> float:
-        """By each GPU."""
+        """Bytes that each GPU sends after the optimiser's step, when nothing is computed."""
         return sum(flow.sent for flow in self.flows if flow.after)
 
     @property
     def operations(self) -> int:
-        """Of all kinds."""
+        """Collective operations of a step, of all kinds."""
         return sum(flow.operations for flow in self.flows)
 
     @property

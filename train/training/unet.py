@@ -393,7 +393,8 @@ class UNetStage:
             rows = dict(zip(mine, sheet.cpu(), strict=True))
             titles = dict(zip(mine, conditions.titles(captions, inputs), strict=True))
             if film.rows:
-                filmed = dict(zip(mine, film.frames(model, images).cpu(), strict=False))
+                numbered = (mine[row] for row in film.rows)
+                filmed = dict(zip(numbered, film.frames(model, images).cpu(), strict=True))
         parts = runtime.gather_objects((rows, titles, filmed, labels))
         if not runtime.is_main:
             return
