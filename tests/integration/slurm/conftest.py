@@ -15,6 +15,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
+WAIT_S = 250  # for what takes a tenth of it on an idle machine: only what hangs takes longer
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 
 
@@ -43,7 +44,7 @@ class Slurm:
         # one process per node: its pretended 8 GPUs would start 8 on this machine's cores
         self.env = inherited | {"SLURM_CONF": str(conf), "PATH": path, "NPROC": "1", "OMP_NUM_THREADS": "1"}
 
-    def run(self, *command: object, check: bool = True, timeout_s: float = 60, **env: str) -> str:
+    def run(self, *command: object, check: bool = True, timeout_s: float = WAIT_S, **env: str) -> str:
         done = subprocess.run(
             [str(c) for c in command],
             env=self.env | env,
@@ -63,7 +64,7 @@ class Slurm:
     def job(self, job: str) -> dict[str, str]:
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", job)))
 
-    def wait(self, job: str, state: str = "COMPLETED", timeout_s: float = 120) -> dict[str, str]:
+    def wait(self, job: str, state: str = "COMPLETED", timeout_s: float = WAIT_S) -> dict[str, str]:
         """The job's facts once it is in that state; another end fails with the job's log."""
         deadline = time.monotonic() + timeout_s
         while (facts := self.job(job))["JobState"] != state:
@@ -77,7 +78,7 @@ class Slurm:
     def resume(self, node: str) -> None:
         """Bring a node back that was set down, or was named as broken; returns once all nodes are idle."""
         self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # an error if it is not down
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + WAIT_S
         while set(self.run("sinfo", "-h", "-N", "-p", "wide", "-o", "%t").split()) != {"idle"}:
             assert time.monotonic() < deadline, self.run("sinfo")
             time.sleep(0.1)

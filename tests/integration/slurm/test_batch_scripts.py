@@ -22,7 +22,7 @@ def events(slurm: Any, name: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
-def wait_for(condition: Callable[[], bool], otherwise: str, timeout_s: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], otherwise: str, timeout_s: float = 200) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, otherwise
@@ -71,7 +71,7 @@ def test_job_that_runs_out_of_time_goes_on_from_its_checkpoint(stand_in):
     # SLURM's own signal: it counts time in minutes and looks every half of one
     job = stand_in.sbatch("--time=1", "--signal=B:USR1@50", "slurm/train_unet.sh", "events=events.jsonl", LONG)
     wait_for_starts(stand_in, 2)
-    wait_for(lambda: stand_in.job(job)["Restarts"] == "1", "the job was not requeued", timeout_s=90)
+    wait_for(lambda: stand_in.job(job)["Restarts"] == "1", "the job was not requeued")
     check_resumed(stand_in, job)
     assert {event["name"] for event in events(stand_in, "signal")} == {"SIGUSR1"}
     log = Path(stand_in.job(job)["StdOut"]).read_text()
@@ -280,7 +280,7 @@ def test_environment_is_unpacked_once_on_the_nodes_own_disk(stand_in):
     unpacked = []
     for _ in range(2):
         stand_in.wait(stand_in.sbatch(*options, LATENTLINE_VENV_TAR=str(tar), NODE_DISK=str(disk)))
-        (folder,) = disk.glob("latentline-*/*")  # no tar, no draft
+        (folder,) = disk.glob("latentline-*/venv-*")  # no tar, no draft; torch may have made its caches beside it
         unpacked.append(folder.stat().st_ino)
     assert unpacked[0] == unpacked[1]
     starts = events(stand_in, "start")

@@ -25,14 +25,14 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def wait_for_samples(folder: Path, samples: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 250
     while max((line["samples_seen"] for line in metrics(folder)), default=0) < samples:
         assert time.monotonic() < deadline, f"{folder} did not get to {samples} samples"
         time.sleep(0.2)
 
 
 def wait_for(condition: Callable[[], bool], otherwise: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 250
     while not condition():
         assert time.monotonic() < deadline, otherwise
         time.sleep(0.2)
@@ -89,7 +89,7 @@ def test_array_of_precompute_jobs_makes_the_cache_of_one_although_tasks_are_kill
     overrides = ("experiment=smoke", "runtime=cpu", f"run_dir={trained}", f"output_dir={tmp_path}/latents")
     script = "slurm/precompute_latents.sh"
     array = slurm.sbatch("--array=0-2", "--nodes=1", f"--output={tmp_path}/%a.log", script, *overrides)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 250
     while not (working := claimants(tmp_path / "latents")):
         assert time.monotonic() < deadline, "no task claimed a shard"
         time.sleep(0.005)
@@ -113,7 +113,7 @@ def test_sweep_of_jobs_ends_with_the_objectives_of_those_that_lived(slurm, train
     inputs = ("experiment=smoke", "runtime=cpu", f"run_dir={trained}", "loop.samples=64", "sample_prompts=0")
     swept = ("hydra/launcher=submitit_slurm", "batch.global_batch_size=16,100000")  # more than there are samples
     output = slurm.run(
-        sys.executable, "train/train_unet.py", "-m", *inputs, *swept, "wandb.mode=offline", check=False, timeout_s=200
+        sys.executable, "train/train_unet.py", "-m", *inputs, *swept, "wandb.mode=offline", check=False, timeout_s=500
     )
     best, failed = output[output.index("objective   member") :].splitlines()[1:]
     (done,) = (trained / "sweep/train_unet").glob("*/DONE")
@@ -168,7 +168,7 @@ def test_job_that_loses_a_node_trains_on_with_those_that_are_left(slurm, trained
     unet, log = tmp_path / "unet", tmp_path / "log"
     overrides = ("experiment=smoke", "runtime=cpu", f"run_dir={trained}", f"output_dir={unet}", "sample_prompts=0")
     # A batch that divides among neither number of nodes.
-    long = ("loop.samples=3000", "loop.log_every=10", "loop.checkpoint_every=40", "loop.evaluate_every=3000")
+    long = ("loop.samples=1500", "loop.log_every=10", "loop.checkpoint_every=40", "loop.evaluate_every=1500")
     options = (*overrides, *long, "batch.global_batch_size=10", "batch.uneven=true")
     watched = ("runtime.watchdog_s=12", "runtime.watchdog_ends=true")
     script = ("--partition=wide", "--nodes=3-4", f"--output={log}", "slurm/train_unet.sh")
@@ -179,16 +179,16 @@ def test_job_that_loses_a_node_trains_on_with_those_that_are_left(slurm, trained
     else:
         os.kill(worker_on("node3", job), signal.SIGSTOP)
     try:
-        facts = slurm.wait(job, timeout_s=240)
+        facts = slurm.wait(job, timeout_s=480)
     finally:
         slurm.run("scancel", job, check=False)
         slurm.resume("node3")
     assert facts["Restarts"] == "1"
     assert "attempt 1: 4 nodes of 1" in log.read_text() and "attempt 2: 3 nodes of 1" in log.read_text()
     assert facts["ExcNodeList"] == ("(null)" if lost == "node is down" else "node3")
-    assert json.loads((unet / "DONE").read_text())["samples_seen"] == 3000
+    assert json.loads((unet / "DONE").read_text())["samples_seen"] == 1500
     seen = [line["samples_seen"] for line in metrics(unet) if "train/loss" in line]
-    assert seen == list(range(10, 3001, 10))  # nothing trained twice, nothing left out
+    assert seen == list(range(10, 1501, 10))  # nothing trained twice, nothing left out
     if lost == "node is down":
         alone = tmp_path / "alone"
         command = [sys.executable, "train/train_unet.py", *options, f"output_dir={alone}"]
