@@ -23,7 +23,7 @@ from conf.entry import to_plain
 from conf.errors import UserError
 from conf.files import atomic_folder
 from conf.process import collected_signals, tell
-from conf.schema import AutoencoderRun, ClipRun, DistillRun, UNetRun
+from conf.schema import AutoencoderRun, ClipRun, DistillRun, LoopConfig, UNetRun
 from data.loader import batches
 from data.order import micro_batch_weights
 from train.engine.checkpoint import Checkpoints
@@ -62,6 +62,44 @@ class Diverged(UserError):
 
 
 NOW_AND_THEN = ("log", "evaluate", "checkpoint")
+
+
+class Intervals:
+    """When to log, to evaluate and to write a checkpoint: every so many samples, but not before so many seconds.
+
+    The main process's clock decides: what it calls ripe goes with the flags of a step, and all know it a step later.
+
+    Args:
+        batch_size: samples of a step.
+    """
+
+    def __init__(self, loop: LoopConfig, batch_size: int) -> None:
+        self.batch_size, self.keep_best = batch_size, loop.keep_best is not None
+        self.every = {"log": loop.log_every, "evaluate": loop.evaluate_every, "checkpoint": loop.checkpoint_every}
+        evaluate_s, checkpoint_s = loop.evaluate_every_s, loop.checkpoint_every_s
+        self.floors_s = {"log": loop.log_every_s, "evaluate": evaluate_s, "checkpoint": checkpoint_s}
+        now = time.monotonic()
+        self.done_at = {"log": -math.inf, "evaluate": now, "checkpoint": now}
+        # At the last step that is known.
+        self.ripe = {name: name == "log" or floor == 0 for name, floor in self.floors_s.items()}
+
+    def due(self, samples_seen: int) -> set[str]:
+        """Of what the step that ended at `samples_seen` passed a multiple of samples; nothing before the first."""
+        before = max(0, samples_seen - self.batch_size)
+        return {name for name, every in self.every.items() if samples_seen // every > before // every}
+
+    def wanted(self, samples_seen: int) -> set[str]:
+        """What is due and ripe then; a checkpoint also for an evaluation that may be the best."""
+        wanted = {name for name in self.due(samples_seen) if self.ripe[name]}
+        return wanted | {"checkpoint"} if self.keep_best and "evaluate" in wanted else wanted
+
+    def ripe_now(self) -> list[bool]:
+        """Whether each was long enough ago, by this process's clock."""
+        return [time.monotonic() - self.done_at[name] >= self.floors_s[name] for name in NOW_AND_THEN]
+
+    def done(self, name: str) -> None:
+        """It was, this moment."""
+        self.done_at[name] = time.monotonic()
 
 
 class Verdict(NamedTuple):
@@ -181,23 +219,15 @@ def train(
     skipped_in_a_row, suspects = 0, list[str]()  # suspects: samples of this process whose loss was not finite
     state.wandb_run_id, clock = journal.run_id, time.monotonic()
     stood_s = dict[str, float]()  # seconds that the training stood still for its latest checkpoint, until they are told
-    every = {"log": loop.log_every, "evaluate": loop.evaluate_every, "checkpoint": loop.checkpoint_every}
-    floors = {"log": loop.log_every_s, "evaluate": loop.evaluate_every_s, "checkpoint": loop.checkpoint_every_s}
-    done_at = {"log": -math.inf, "evaluate": clock, "checkpoint": clock}
-    # As the main process's clock said at the last step that is known.
-    ripe = {name: name == "log" or floor == 0 for name, floor in floors.items()}
+    intervals = Intervals(loop, batch_size)
     if runtime.is_main and state.samples_seen:
         say(stage.name, f"continues from the checkpoint at {state.samples_seen:,} samples")
 
-    def due(every: int) -> bool:
-        """Whether the step before this moment passed a multiple of `every` samples."""
-        return state.samples_seen > 0 and state.samples_seen // every > (state.samples_seen - batch_size) // every
-
     def settle(step: Begun) -> bool:
         """Count a step by how it went, the same on all processes; returns whether one of them was asked to stop."""
-        nonlocal skipped_in_a_row, suspects, ripe
+        nonlocal skipped_in_a_row, suspects
         verdict = step.verdict()
-        ripe = verdict.ripe
+        intervals.ripe = verdict.ripe
         if verdict.failed:
             checkpoints.wait()  # raises on all processes what went wrong in a thread of one
         if not verdict.writing:
@@ -220,13 +250,13 @@ def train(
             raise Diverged(stage.name, skipped_in_a_row, began, step.samples_seen, named)
         return verdict.asked
 
-    wanted = {name: due(samples) for name, samples in every.items()}
+    wanted = intervals.due(state.samples_seen)
     while state.samples_seen < loop.samples:
         # -------------------- evaluate
         # Before the step and after the checkpoint of the one before: a kill during an evaluation costs only that.
-        if wanted["evaluate"]:
+        if "evaluate" in wanted:
             evaluate(stage, runtime, state, journal, watchdog)
-            done_at["evaluate"] = time.monotonic()
+            intervals.done("evaluate")
 
         runtime.threads.adjust()
         profile.step()
@@ -255,17 +285,16 @@ def train(
         # pass of the last micro-batch and in the norm; that is not finite either, and every backend then leaves its
         # weights as they are.
         losses = torch.stack(finite)  # [accumulation]
-        ago = [runtime.is_main and time.monotonic() - done_at[name] >= floors[name] for name in NOW_AND_THEN]
-        raised = runtime.raised([bool(asked), checkpoints.failed, checkpoints.writing, ~losses.all(), *ago])
+        ripe = intervals.ripe_now() if runtime.is_main else [False] * len(NOW_AND_THEN)
+        raised = runtime.raised([bool(asked), checkpoints.failed, checkpoints.writing, ~losses.all(), *ripe])
         stepped = stage.finish_step(state.samples_seen)
         before, begun = begun, Begun(state.samples_seen, measured, keys, losses, raised, stepped)
         over = state.samples_seen >= loop.samples
         stopping = before is not None and settle(before)
-        if any(wanted.values()) and any(map(due, every.values())) and any(floors.values()):
+        if wanted and intervals.due(state.samples_seen) and any(intervals.floors_s.values()):
             stopping, begun = settle(begun) or stopping, None  # what is ripe was said before something was done
-        wanted = {name: due(samples) and ripe[name] for name, samples in every.items()}
-        wanted["checkpoint"] |= loop.keep_best is not None and wanted["evaluate"]
-        if begun is not None and (over or stopping or any(wanted.values())):
+        wanted = intervals.wanted(state.samples_seen)
+        if begun is not None and (over or stopping or wanted):
             stopping, begun = settle(begun) or stopping, None
         meter.tick(batch_size, time.perf_counter() - step_began, wait_s)
         tell("training", state.samples_seen, loop.samples)
@@ -274,48 +303,51 @@ def train(
         clock = now
 
         # -------------------- log
-        if over or wanted["log"]:
+        if over or "log" in wanted:
             own_s = sum(trainable.clock.read() for trainable in stage.trainables.values())
             samples_left = max(0, loop.samples - state.samples_seen)
             # Means over the processes: all of them take part in a line that the main process alone writes.
             line = meter.report(runtime, samples_left, own_s, stage.flops_per_sample) | gauges(stage)
             journal.log(state.samples_seen, line | stood_s | {"perf/device_hours": state.device_hours})
             stood_s = {}
-            done_at["log"] = time.monotonic()
+            intervals.done("log")
 
         # -------------------- checkpoint
         # After the log, so that what it holds of the interval is what the next line lacks.
-        if over or stopping or wanted["checkpoint"]:
+        if over or stopping or "checkpoint" in wanted:
             watchdog.note("at a checkpoint")
             state.interval = meter.state(runtime)
             began = time.monotonic()
             checkpoints.save(stage.trainables, state, wait=over or stopping)
-            done_at["checkpoint"] = time.monotonic()
-            stood_s = {"perf/checkpoint_s": done_at["checkpoint"] - began}
+            intervals.done("checkpoint")
+            stood_s = {"perf/checkpoint_s": time.monotonic() - began}
 
         # -------------------- stop on a signal
         if stopping:
-            marker = os.environ.get("REQUEUE_FILE")  # the batch script that set it submits the job again
             if runtime.is_main:
                 name, seconds = asked[-1].name if asked else "a signal", stood_s["perf/checkpoint_s"]
                 say(stage.name, f"{name}: stopped at {state.samples_seen:,} samples, checkpoint in {seconds:.1f} s")
-                if marker:
+                if marker := os.environ.get("REQUEUE_FILE"):  # the batch script that set it submits the job again
                     Path(marker).touch()
             runtime.barrier()  # whoever returns finds the marker
             return Outcome(finished=False, samples_seen=state.samples_seen)
 
-    # -------------------- the end of the run
     metrics = evaluate(stage, runtime, state, journal, watchdog)
     require_learned(stage, metrics)
     watchdog.note("exporting")
-    export = Path(cfg.output_dir) / "export"
+    finish(stage, Path(cfg.output_dir), runtime, state, metrics)
+    return Outcome(finished=True, samples_seen=state.samples_seen, metrics=metrics)
+
+
+def finish(stage: Stage, output_dir: Path, runtime: Runtime, state: State, metrics: dict[str, float]) -> None:
+    """Write `export/` and `DONE`."""
+    export = output_dir / "export"
     with atomic_folder(export) if runtime.is_main else nullcontext(export) as folder:
         stage.export(folder)  # all make the weights together, the main process writes them
         runtime.barrier()  # an error of one process ends the export before it has its name
     if runtime.is_main:
-        write_done(Path(cfg.output_dir), state, metrics)
+        write_done(output_dir, state, metrics)
     runtime.barrier()  # whoever returns finds the export and DONE
-    return Outcome(finished=True, samples_seen=state.samples_seen, metrics=metrics)
 
 
 def evaluate(stage: Stage, runtime: Runtime, state: State, journal: MetricLog, watchdog: Watchdog) -> dict[str, float]:
