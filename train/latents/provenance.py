@@ -177,6 +177,11 @@ def trained_otherwise(source: str, now: UNetInfo) -> list[str]:
     return found + [f"its {group} had other names" for group in named if before.names[group] != now.names[group]]
 
 
+def told_guidance(source: str) -> bool:
+    """Whether a U-Net is a student that takes a scale of guidance."""
+    return (Path(source) / INFO).is_file() and UNetInfo.load(source).student.get("guidance") is not None
+
+
 def info_of_trained(unet: str, autoencoder: str, clip: str) -> UNetInfo:
     """Facts of an exported U-Net; refuses an autoencoder or CLIP that it was not trained with."""
     info = UNetInfo.load(unet)

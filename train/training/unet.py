@@ -40,7 +40,7 @@ from train.engine.precision import autocast, rounded
 from train.engine.runtime import Runtime
 from train.engine.sample_rng import Draws, SampleRng
 from train.engine.trainable import Trainable
-from train.latents.provenance import asks_clip, check_latents, require_same, trained_otherwise
+from train.latents.provenance import asks_clip, check_latents, require_same, told_guidance, trained_otherwise
 
 GUIDANCE = "time_embedding.cond_proj.weight"  # of a student of distillation, or a mean flow
 VALIDATION = 256  # held-out latents behind the validation loss, at most
@@ -228,11 +228,17 @@ class UNetStage:
         return self.info.build_conditions(model, downscale, null_text)
 
     def tell_differences(self, source: str) -> None:
-        """Say what `init_from` was trained for and is asked otherwise; raises UserError where adapters cannot learn it.
+        """Say what `init_from` was trained for and is asked otherwise.
 
-        A training of all weights may mean it: from noise to velocity, from text to a mask beside it.
+        A training of all weights may mean it: from noise to velocity, from text to a mask beside it. Raises UserError
+        for what adapters cannot learn, and for an input that would mean something else.
         """
         found = trained_otherwise(source, self.info)
+        if self.cfg.process.mean_flow > 0 and told_guidance(source):
+            raise UserError(
+                f"init_from={source}: is a student, told a scale of guidance where a mean flow is told a length; "
+                "name the network that it was taught by"
+            )
         if self.cfg.lora.rank > 0 and found and found[0].startswith("process.prediction"):
             raise UserError(f"init_from={source}: {found[0]}: adapters go on with what it predicts; make them equal")
         if found and self.runtime.is_main:

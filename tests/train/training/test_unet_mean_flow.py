@@ -97,6 +97,18 @@ def test_what_cannot_be_is_refused_in_one_line(project: Any, trained: Any, tmp_p
         export.export_model(cfg)
 
 
+def test_it_does_not_go_on_from_a_student_whose_input_is_guidance(
+    trained: Any, project: Any, runtime: Runtime, tmp_path: Path
+) -> None:
+    shutil.copytree(trained[0] / "export", tmp_path / "export")
+    given = f"init_from={tmp_path}/export"
+    make(project, runtime, given)
+    student = {"method": "lcm", "guidance": [1.0, 4.0]}
+    replace(UNetInfo.load(str(tmp_path / "export")), student=student).save(tmp_path / "export")
+    with pytest.raises(UserError, match=r"^init_from=\S+: is a student, told a scale of guidance where a mean flow is"):
+        make(project, runtime, given)
+
+
 def test_it_begins_as_the_flow_that_it_goes_on_from(project: Any, runtime: Runtime) -> None:
     stage = make(project, runtime, f"init_from={project.folder}/unet/export")
     plain = UNetStage(project.config("unet", f"init_from={project.folder}/unet/export"), runtime)
