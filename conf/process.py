@@ -149,14 +149,17 @@ def wait_briefly() -> None:
         os.environ["GOMP_SPINCOUNT"] = BUSY_LOOPS
 
 
-def usable_cpus() -> set[int]:
-    """Numbers of the CPUs that this process may run on; containers and SLURM may leave it some of the machine's."""
-    return os.sched_getaffinity(0) if sys.platform == "linux" else set(range(os.cpu_count() or 1))
+def usable_cpus(process: int = 0) -> set[int]:
+    """Numbers of the CPUs that a process, by default this one, may run on: containers and SLURM may leave it some."""
+    return os.sched_getaffinity(process) if sys.platform == "linux" else set(range(os.cpu_count() or 1))
 
 
 def cores() -> int:
     """CPUs of this process: its share of those that it and the other processes of a machine may use."""
-    return max(1, int(min(len(usable_cpus()), cpu_quota()) / processes_here()))
+    ours = usable_cpus()
+    # torchrun, which started all of them, has the CPUs of all; it may have bound each to some of them.
+    theirs = usable_cpus(os.getppid()) if processes_here() > 1 else ours
+    return max(1, int(min(len(ours), min(len(theirs), cpu_quota()) / processes_here())))
 
 
 def processes_here() -> int:

@@ -21,7 +21,7 @@ from conf.errors import UserError
 from conf.schema.networks import UNetConfig, resizes_in_resnet
 from models.attention import Attention, AttentionControl, Context, ImageSelfAttention, SpatialTransformer
 from models.formats.unet import FORMATS, to_json
-from models.formats.weights import Weights, load_folder, read_config, save_folder
+from models.formats.weights import Weights, load_folder, read_config, read_folder, save_folder
 from models.layers import Downsample, ResBlock, SiluConv2d, Upsample, double, halve, laid_out
 
 # -------------------- the network -------------------------------------------------------------------------------------
@@ -209,6 +209,14 @@ class UNet(nn.Module):
         """Read such a folder, or a U-Net in diffusers' format; errors as in `models.formats.weights`."""
         cfg = read_config(folder, UNetConfig, *FORMATS)
         return load_folder(folder, lambda: cls(cfg))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> tuple[UNetConfig, dict[str, Tensor]]:
+        """Configuration and weights of such a folder, as its file has them; neither is in memory then."""
+        cfg = read_config(folder, UNetConfig, *FORMATS)
+        with torch.device("meta"):
+            expected = cls(cfg).state_dict()
+        return cfg, read_folder(folder, expected)
 
 
 # -------------------- levels ------------------------------------------------------------------------------------------

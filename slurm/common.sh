@@ -57,13 +57,22 @@ rm -f "$REQUEUE_FILE" "$SUSPECTS_FILE"
 if [ -n "${LATENTLINE_VENV_TAR:-}" ]; then
   copy=$node_disk/venv-$(stat -L -c %Y-%s "$LATENTLINE_VENV_TAR") || exit 2 # another tar gets another folder
   if ! srun test -e "$copy" 2> /dev/null; then
-    srun mkdir -p "$node_disk" && sbcast --force "$LATENTLINE_VENV_TAR" "$copy.tar" || exit 2
+    tar=$copy.$SLURM_JOB_ID.tar # another job of the node may be at its own
     # Under its name only once it is whole; one that another job has made meanwhile is as good.
     # shellcheck disable=SC2016  # expanded on each node
-    srun bash -c 'draft=$(mktemp -d "$1.XXXXXX") && tar -xf "$1.tar" -C "$draft" &&
-      { mv -T "$draft" "$1" 2> /dev/null || rm -r "$draft"; }' unpack "$copy" || exit 2
-    srun rm -f "$copy.tar"
+    srun mkdir -p "$node_disk" && sbcast --force "$LATENTLINE_VENV_TAR" "$tar" &&
+      srun bash -c 'draft=$(mktemp -d "$2.XXXXXX") || exit
+        tar -xf "$1" -C "$draft"; status=$?
+        [ "$status" -ne 0 ] || mv -T "$draft" "$2" 2> /dev/null
+        rm -rf "$draft"; exit "$status"' unpack "$tar" "$copy"
+    unpacked=$?
+    srun rm -f "$tar"
+    [ "$unpacked" -eq 0 ] || exit 2
   fi
+  # What no job has begun with for a month goes, and what a kill has left of an unpacking.
+  # shellcheck disable=SC2016
+  srun bash -c 'touch "$1"; find "${1%/*}" -maxdepth 1 -name "venv-*" \( -mtime +30 -o -name "*.*" -mtime +0 \) \
+    -exec rm -rf {} +' tidy "$copy"
   PATH=$copy/bin:$PATH
 fi
 found='import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'

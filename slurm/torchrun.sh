@@ -2,12 +2,14 @@
 # One torchrun on this node, started by srun (common.sh): the program and its options follow.
 set -u
 # Near the GPU of each process. torchrun ends the run where it cannot: without GPUs, without numactl, or where SLURM gave
-# the job no core of a NUMA node that has some.
+# the job no core of a NUMA node that has some. A virtual machine may not say near what its GPUs are (-1): torchrun would
+# bind all processes to the first node.
 if [ -z "${NUMA_BINDING:-}" ]; then
   NUMA_BINDING=none
   with_cores=$(grep -l '[0-9]' /sys/devices/system/node/node*/cpulist 2> /dev/null | wc -l)
   ours=$(numactl --show 2> /dev/null | sed -n 's/^cpubind://p' | wc -w)
-  if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ -e /dev/nvidia0 ] && [ "$ours" -gt 0 ] && [ "$ours" -eq "$with_cores" ]; then
+  if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ -e /dev/nvidia0 ] && [ "$ours" -gt 0 ] && [ "$ours" -eq "$with_cores" ] &&
+    ! grep -qsx -e -1 /sys/bus/pci/drivers/nvidia/*/numa_node; then
     NUMA_BINDING=node
   fi
 fi

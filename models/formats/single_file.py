@@ -1,8 +1,8 @@
 """Whole checkpoints in one file, as the code of the latent diffusion paper and of Stable Diffusion writes them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError
@@ -13,10 +13,8 @@ from conf.errors import UserError
 from conf.schema.networks import AutoencoderConfig, UNetConfig
 from models.autoencoder import Autoencoder
 from models.formats.compvis import AUTOENCODER, UNET, Pair, autoencoder_pairs, from_compvis, to_compvis, unet_pairs
-from models.formats.weights import require_finite, save_file_atomic
+from models.formats.weights import copied, require_finite, save_file_atomic
 from models.unet import UNet
-
-M = TypeVar("M", bound=nn.Module)
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt")
 # What a checkpoint holds beside the networks: text towers, averages, the first training's losses, and what follows from
@@ -48,28 +46,28 @@ def is_single_file(source: str | Path) -> bool:
     return str(source).endswith(SUFFIXES)
 
 
-def load_unet_file(path: str | Path, cfg: UNetConfig) -> UNet:
-    """The U-Net of a whole checkpoint, in fp32.
+def read_unet_file(path: str | Path, cfg: UNetConfig) -> dict[str, Tensor]:
+    """Weights of a U-Net, from a whole checkpoint and as that has them.
 
     Raises:
         UserError: unreadable file; missing, surplus or misshapen weights, by name.
     """
-    return _load(path, lambda: UNet(cfg), UNET, unet_pairs(cfg))
+    with torch.device("meta"):
+        network = UNet(cfg)
+    return _read(path, network, UNET, unet_pairs(cfg))
 
 
 def load_autoencoder_file(path: str | Path, cfg: AutoencoderConfig) -> Autoencoder:
-    """The autoencoder of a whole checkpoint or of its own, in fp32; raises as `load_unet_file`."""
-    return _load(path, lambda: Autoencoder(cfg), AUTOENCODER, autoencoder_pairs(cfg))
-
-
-def _load(path: str | Path, build: Callable[[], M], prefix: str, pairs: list[Pair]) -> M:
+    """The autoencoder of a whole checkpoint or of its own, in fp32; raises as `read_unet_file`."""
     with torch.device("meta"):
-        network = build()
-    part = require_finite(path, _part(path, read_single_file(path), prefix))
-    found = from_compvis(str(path), pairs, part, network.state_dict())
-    # A copy, so that no half-precision file decides the precision of training.
-    network.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in found.items()}, assign=True)
+        network = Autoencoder(cfg)
+    network.load_state_dict(copied(_read(path, network, AUTOENCODER, autoencoder_pairs(cfg))), assign=True)
     return network
+
+
+def _read(path: str | Path, network: nn.Module, prefix: str, pairs: list[Pair]) -> dict[str, Tensor]:
+    part = require_finite(path, _part(path, read_single_file(path), prefix))
+    return from_compvis(str(path), pairs, part, network.state_dict())
 
 
 def read_single_file(path: str | Path) -> dict[str, Tensor]:
@@ -82,7 +80,7 @@ def read_single_file(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: give a folder in diffusers' format or a file {', '.join(SUFFIXES)}"

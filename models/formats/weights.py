@@ -133,21 +133,32 @@ def load_folder(folder: str | Path, build: Callable[[], M], renamed: Mapping[str
     Raises:
         UserError: a missing or broken file; missing, surplus or misshapen parameters, by name.
     """
+    with torch.device("meta"):
+        network = build()
+    weights = read_folder(folder, network.state_dict(), renamed)
+    network.load_state_dict(copied(weights), assign=True)
+    return network
+
+
+def copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In fp32 and apart from their file: that may be replaced, and does not decide the precision of a training."""
+    return {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
+
+
+def read_folder(
+    folder: str | Path, expected: Mapping[str, Tensor], renamed: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Weights of a folder by the names of `expected`, as its file has them, which takes no memory; as `load_folder`."""
     path = Path(folder) / WEIGHTS_NAME
     weights = read_tensors(path, f"give a folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
     for old, new in (renamed or {}).items():
         weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
-    with torch.device("meta"):
-        network = build()
-    expected = network.state_dict()
     check_names(str(path), expected, weights)
-    # A copy: the file stays free to be replaced, and no half-precision file decides the precision of training.
-    network.load_state_dict({name: weights[name].to(torch.float32, copy=True) for name in expected}, assign=True)
-    return network
+    return {name: weights[name] for name in expected}
 
 
 def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; `remedy`: what a UserError says where it is missing.
+    """All tensors of a safetensors file, mapped into memory; `remedy`: what a UserError says where it is missing.
 
     Raises:
         UserError: no such file, a broken one, or one with a weight that is not finite.

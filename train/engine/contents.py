@@ -150,17 +150,15 @@ class Contents:
         for name, file in self.files.items():
             assert isinstance(file, TensorFile)
             (begin, end), device = file.part, file.layout.device
-            pieces = file.made()
             try:
                 if name not in memory:
                     memory[name] = torch.empty(end - begin, dtype=torch.uint8, pin_memory=device.type == "cuda")
-                for first, content in pieces:
-                    memory[name][first - begin : first - begin + len(content)].copy_(content, non_blocking=True)
                 copies[name] = Held(file.size, file.part, memory[name])
-            except (OSError, RuntimeError) as error:  # no memory
+            except RuntimeError as error:  # no memory; what fails in `made` fails on its way between the processes
                 failure = error
-            for _ in pieces:
-                pass
+            for first, content in file.made():
+                if name in copies:
+                    memory[name][first - begin : first - begin + len(content)].copy_(content, non_blocking=True)
         if failure is not None:
             raise failure
         if device is not None and device.type == "cuda":

@@ -138,7 +138,7 @@ class Muon(torch.optim.AdamW):
         gradient, taken = master.grad, self._taken(master)
         assert gradient is not None
         if self.grad_scale is not None:
-            gradient = gradient / self.grad_scale.to(gradient.device)
+            gradient = gradient / self.grad_scale
         gradient = torch.where(taken > 0, gradient, 0)
         state["step"] += taken
         average = state["exp_avg"].lerp_(gradient, taken * (1 - MOMENTUM))
@@ -146,8 +146,7 @@ class Muon(torch.optim.AdamW):
 
     def _taken(self, master: Tensor) -> Tensor:
         """1 where the step is taken, 0 where it changes nothing, []."""
-        found = torch.zeros(()) if self.found_inf is None else self.found_inf
-        return 1 - found.to(master.device, non_blocking=True)
+        return 1 - (torch.zeros((), device=master.device) if self.found_inf is None else self.found_inf)
 
     def _orthogonalise(self, names: Sequence[str], updates: list[Tensor]) -> None:
         """Replace the momentum of these matrices by their steps, in `updates`; collective."""
@@ -207,7 +206,7 @@ def judge_gradients(
 
     All of it stays on the device, where the fused AdamW reads it (as `torch.amp.GradScaler` has it do): `grad_scale`
     holds the loss scale and bounds the norm, `found_inf` is 1 where the norm is not finite, and the step then changes
-    nothing.
+    nothing. Parameters that are kept on the CPU have it there, when it has arrived: AdamW itself would read too soon.
 
     Args:
         limit: largest norm; 0 for no clipping.
@@ -222,8 +221,9 @@ def judge_gradients(
     finite = norm.isfinite()
     divisor = scale.factor * ((norm + 1e-6) / limit).clamp(min=1) if limit > 0 else scale.factor
     reader: Any = optimizer  # the attributes are those that torch looks for
-    reader.grad_scale = torch.where(finite, divisor, 1).float() if limit > 0 or scale.enabled else None
-    reader.found_inf = (~finite).float()
+    home = optimizer.param_groups[0]["params"][0].device
+    reader.grad_scale = torch.where(finite, divisor, 1).float().to(home) if limit > 0 or scale.enabled else None
+    reader.found_inf = (~finite).float().to(home)
     scale.update(finite)
     return norm
 

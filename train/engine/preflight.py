@@ -82,7 +82,7 @@ def preflight(cfg: AutoencoderRun | ClipRun | DistillRun | UNetRun, runtime: Run
     linked, seconds = check_links(runtime)
     now = time.time()
     if runtime.local_rank == 0:
-        findings += check_folder(folder, token, store.get("token"), runtime.rank)
+        findings += check_folder(folder, token, answered(store, "token"), runtime.rank)
     try:
         exchange(store, runtime, "links", Report(node_name(), linked + findings, seconds, now))
     finally:
@@ -95,12 +95,20 @@ def exchange(store: Any, runtime: Runtime, name: str, own: Report) -> None:
     store.set(f"{name}/{runtime.rank}", own.dumps())
     if runtime.is_main:
         store.set(f"{name}/verdict", judged(collected(store, name, runtime.world)))
-    try:
-        verdict = store.get(f"{name}/verdict").decode()  # waits for it
-    except dist.DistStoreError:
-        raise UserError(f"the preflight's main process did not answer in {2 * PATIENCE_S:.0f} s") from None
-    if verdict:
+    if verdict := answered(store, f"{name}/verdict").decode():
         raise UserError(verdict)
+
+
+def answered(store: Any, key: str) -> bytes:
+    """What the main process says; raises UserError where it says nothing."""
+    try:
+        answer: bytes = store.get(key)  # waits for it
+        return answer
+    except dist.DistStoreError:
+        raise UserError(
+            f"the preflight's main process did not answer in {2 * PATIENCE_S:.0f} s: look at its machine, and whether "
+            "it can write to output_dir"
+        ) from None
 
 
 def collected(store: Any, name: str, world: int) -> list[Report]:
@@ -257,7 +265,7 @@ def check_folder(folder: Path, token: Path, expected: bytes, rank: int) -> list[
     if not same:
         return [Finding(f"'{folder}' does not give back what was written: look at its mount", shared=True)]
     deadline = time.monotonic() + SHARED_WITHIN_S
-    while expected and not (token.exists() and token.read_bytes() == expected):
+    while expected and content_of(token) != expected:
         if time.monotonic() > deadline:
             text = (
                 f"'{folder}' is another one than the main process's: set run_dir= to a folder that all machines share"
@@ -265,3 +273,11 @@ def check_folder(folder: Path, token: Path, expected: bytes, rank: int) -> list[
             return [Finding(text, shared=True)]
         time.sleep(0.1)
     return []
+
+
+def content_of(path: Path) -> bytes:
+    """Nothing where it cannot be read yet: a network file system may remember the file of an earlier start."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

@@ -9,11 +9,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, rendezvous  # type: ignore[attr-defined]
 
@@ -238,6 +240,24 @@ class Runtime:
         gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, value)
         return gathered
+
+    def on_main(self, own: Mapping[int, NDArray[np.uint8]]) -> dict[int, NDArray[np.uint8]]:
+        """Images of all processes by their numbers, on the main one; the others get none. Collective.
+
+        One at a time: `gather_objects` makes room for the largest value of a process as often as there are processes,
+        on each of them.
+        """
+        if self.world == 1:
+            return dict(own)
+        found = dict[int, NDArray[np.uint8]]()
+        for rank, shapes in enumerate(self.gather_objects({number: image.shape for number, image in own.items()})):
+            for number, shape in shapes.items():
+                image = torch.from_numpy(own[number]) if rank == self.rank else torch.empty(shape, dtype=torch.uint8)
+                image = image.to(self.device).contiguous()
+                dist.broadcast(image, src=rank)
+                if self.is_main:
+                    found[number] = image.cpu().numpy()
+        return found
 
     def hardware(self) -> dict[str, Any]:
         """What the run computes on, for its record: kind and number of devices, machines, torch."""

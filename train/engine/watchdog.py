@@ -92,7 +92,8 @@ class Watchdog:
         """Leave traces and names, once in a silence; end the run where that is due."""
         since, first, self.told = self.since, not self.told, True
         if first:
-            self._leave_traces()
+            with suppress(OSError):  # a full disk is no reason to watch no longer
+                self._leave_traces()
         if not self.runtime.is_main or (self.timeout_s is None and not first):
             return
         before = self._published()
@@ -132,9 +133,12 @@ class Watchdog:
         # This look takes two beats, and the next one would come after the time limit.
         late = time.monotonic() - self.since + 3 * self.patience_s / BEATS > self.timeout_s
         if nodes or (late and self.doing in (LOADING, STEP)):
+            whose = f"processes on {', '.join(nodes)} do not answer" if nodes else "a step takes longer than can be"
+            if len(nodes) > 1 and 2 * len(nodes) >= len({facts.get("node") for facts in now}):
+                whose += ", half of all or more, so that this one may be cut off: no node is left out"
+                nodes = []
             with suppress(OSError):  # the disk may be what hangs: the run ends all the same
                 suspect(nodes)
-            whose = f"processes on {', '.join(nodes)} do not answer" if nodes else "a step takes longer than can be"
             print(f"error: {whose}: the run is ended (runtime.watchdog_ends)", file=sys.stderr, flush=True)
             self.store.set(END, "")
             leave(1)

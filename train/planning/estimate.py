@@ -253,7 +253,10 @@ def ways(cfg: PlanRun, elements: int, options: list[Option], budget: int) -> lis
     kinds = [(BackendName.ddp, 0), *((BackendName.deepspeed, stage) for stage in (1, 2)), (BackendName.fsdp, 3)]
     found = []
     for backend, stage in kinds:
-        runtime = replace(cfg.runtime, backend=backend, zero_stage=max(1, stage), offload=Offload.none)
+        shards = cfg.runtime.shard_processes if backend is BackendName.fsdp else None  # refused where nothing is cut
+        runtime = replace(
+            cfg.runtime, backend=backend, zero_stage=max(1, stage), offload=Offload.none, shard_processes=shards
+        )
         waited_s = exchange(replace(cfg, runtime=runtime), elements).waited_s
         fits = totals[backend is BackendName.fsdp, stage] <= budget
         found.append(Way(backend.value, stage, fits, waited_s))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from conf.errors import UserError
@@ -28,8 +29,9 @@ from models.diffusion.samplers import Student
 from models.film import Film
 from models.flops import unet_flops
 from models.formats.lora import add_adapters, merged, save_adapters
-from models.formats.single_file import is_single_file, load_unet_file
+from models.formats.single_file import is_single_file, read_unet_file
 from models.formats.unet import architecture
+from models.formats.weights import copied
 from models.pipeline import DiffusionPipeline
 from models.text import load_text_tower
 from models.unet import UNet
@@ -48,31 +50,32 @@ CHUNK = 32  # of them at once
 FILMED = 2  # of the images drawn at an evaluation
 FILM_FRAMES = 8
 
+Pixels = NDArray[np.uint8]
 Measure = Callable[[DiffusionPipeline, int], dict[str, float]]  # of the model at so many samples seen
 
 
 def load_pretrained(source: str, network: Denoiser) -> dict[str, Tensor]:
     """Weights for a U-Net of another training's: a folder in diffusers' format or a whole checkpoint in one file.
 
-    Where it takes fewer channels than this one, or is not told of guidance or lengths, what is new begins at zero;
-    parameters of conditions are taken where they are there and fit, into the network.
+    They are as the file has them, and what is not used of them takes no memory. Where it takes fewer channels than this
+    one, or is not told of guidance or lengths, what is new begins at zero; parameters of conditions are taken where
+    they are there and fit, into the network.
     """
     cfg = network.unet.cfg
     if is_single_file(source):
-        found = load_unet_file(source, replace(cfg, in_channels=cfg.out_channels))
+        weights = read_unet_file(source, replace(cfg, in_channels=cfg.out_channels))
     else:
-        found = UNet.from_pretrained(source)
-        wanted, given = architecture(cfg), architecture(found.cfg)
+        found, weights = UNet.read(source)
+        wanted, given = architecture(cfg), architecture(found)
         if given["in_channels"] < wanted["in_channels"]:
             given["in_channels"] = wanted["in_channels"]
         if given.get("time_cond_proj_dim") is None and "time_cond_proj_dim" in wanted:
             given["time_cond_proj_dim"] = wanted["time_cond_proj_dim"]
         require_same("init_from", wanted, given)
         network.load_conditions(source)
-    weights = widened(found.state_dict(), cfg.in_channels)
-    if cfg.time_cond_proj_dim is not None and found.cfg.time_cond_proj_dim is None:
+    if cfg.time_cond_proj_dim is not None and GUIDANCE not in weights:
         weights[GUIDANCE] = torch.zeros_like(network.unet.get_parameter(GUIDANCE), device="cpu")
-    return weights
+    return widened(weights, cfg.in_channels)
 
 
 def by_timestep(losses: Tensor, times: Tensor) -> dict[str, Tensor]:
@@ -169,7 +172,7 @@ class UNetStage:
             loaded = load_pretrained(cfg.init_from, self.network)
         if cfg.lora.rank > 0:
             assert loaded is not None
-            self.network.unet.load_state_dict(loaded, assign=True)  # frozen, so that nobody writes to what files hold
+            self.network.unet.load_state_dict(copied(loaded), assign=True)
             add_adapters(self.network.unet, cfg.lora)
         self.text_tower = self.autoencoder = None
         if cfg.conditions.caption is not None and (cfg.encode or "text" not in self.heldout.layout):
@@ -218,7 +221,9 @@ class UNetStage:
     def initial(self, loaded: Mapping[str, Tensor] | None, name: str) -> Tensor:
         """A parameter of the U-Net before the training, by its name in the denoiser."""
         name = name.removeprefix(UNET)
-        return self.network.unet.initial(name, self.cfg.seed) if loaded is None else loaded[name].clone()
+        if loaded is None:
+            return self.network.unet.initial(name, self.cfg.seed)
+        return loaded[name].to(torch.float32, copy=True)  # the file stays free to be replaced
 
     def conditions_of(self, model: UNetConfig) -> Embedders:
         """The conditions of a U-Net on these latents, untrained."""
@@ -384,7 +389,7 @@ class UNetStage:
         alike = [i for i in range(self.heldout.samples) if self.heldout.bucket(i) == self.heldout.bucket(0)]
         numbers = range(min(cfg.sample_prompts, len(alike)))
         mine = numbers[runtime.rank :: runtime.world]
-        rows, titles, filmed, labels = dict[int, Tensor](), dict[int, str](), dict[int, Tensor](), list[str]()
+        rows, filmed, titles, labels = dict[int, Pixels](), dict[int, Pixels](), dict[int, str](), list[str]()
         if mine:
             batch = runtime.batch(self.heldout.batch_at([alike[number] for number in mine]))
             captions, inputs = batch["caption"], self.inputs(batch)
@@ -396,20 +401,19 @@ class UNetStage:
             images = conditions.finish(images, originals, inputs)
             shown = conditions.show(originals, inputs)
             sheet = side_by_side([*shown, images, originals]) if shown else images
-            rows = dict(zip(mine, sheet.cpu(), strict=True))
+            rows = dict(zip(mine, to_uint8(sheet), strict=True))
             titles = dict(zip(mine, conditions.titles(captions, inputs), strict=True))
             if film.rows:
                 numbered = (mine[row] for row in film.rows)
-                filmed = dict(zip(numbered, film.frames(model, images).cpu(), strict=True))
-        parts = runtime.gather_objects((rows, titles, filmed, labels))
+                filmed = dict(zip(numbered, map(to_uint8, film.frames(model, images)), strict=True))
+        titles = {number: title for part in runtime.gather_objects(titles) for number, title in part.items()}
+        rows, filmed = runtime.on_main(rows), runtime.on_main(filmed)
         if not runtime.is_main:
             return
-        rows, titles, filmed = ({key: part for one in parts for key, part in one[kind].items()} for kind in range(3))
         in_order = [titles[number] for number in numbers]
-        sheet = torch.stack([rows[number] for number in numbers])
-        journal.image("prompts", captioned(to_uint8(sheet), in_order), samples_seen, "held-out samples")
-        frames = np.stack([to_uint8(filmed[number]) for number in sorted(filmed)])
-        strips = film_strips(frames, in_order[:FILMED], labels)
+        grid = captioned(np.stack([rows[number] for number in numbers]), in_order)
+        journal.image("prompts", grid, samples_seen, "held-out samples")
+        strips = film_strips(np.stack([filmed[number] for number in sorted(filmed)]), in_order[:FILMED], labels)
         journal.image("film", strips, samples_seen, "guesses of the image during sampling")
 
     def export(self, folder: Path) -> None:

@@ -38,7 +38,8 @@ class Slurm:
 
     def __init__(self, conf: Path, folder: Path) -> None:
         self.folder = folder
-        others = ("SLURM_", "SBATCH_", "TORCHINDUCTOR_", "TRITON_")  # inductor sets some in the process of these tests
+        # inductor and DeepSpeed set some in the process of these tests
+        others = ("SLURM_", "SBATCH_", "TORCHINDUCTOR_", "TRITON_", "LOCAL_RANK")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(others)}
         path = os.pathsep.join([str(HERE / "cluster/bin"), str(Path(sys.executable).parent), inherited["PATH"]])
         # one process per node: its pretended 8 GPUs would start 8 on this machine's cores

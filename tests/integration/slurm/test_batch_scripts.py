@@ -268,7 +268,7 @@ def test_what_the_user_has_set_stays(stand_in):
     assert events(stand_in, "start")[0]["environment"].items() >= own.items()
 
 
-def test_environment_is_unpacked_once_on_the_nodes_own_disk(stand_in):
+def test_environment_is_unpacked_once_on_the_nodes_own_disk_and_goes_when_nobody_uses_it(stand_in):
     made = stand_in.folder / "made"
     venv.create(made, symlinks=True)
     (packages,) = made.glob("lib/*/site-packages")
@@ -285,6 +285,16 @@ def test_environment_is_unpacked_once_on_the_nodes_own_disk(stand_in):
     assert unpacked[0] == unpacked[1]
     starts = events(stand_in, "start")
     assert len(starts) == 4 and {start["prefix"] for start in starts} == {str(folder)}
+
+    for name, days in (("venv-1-1", 40), ("venv-1-1.AbCdEf", 2), ("venv-2-2", 20), ("venv-2-2.AbCdEf", 0)):
+        (folder.parent / name).mkdir()
+        os.utime(folder.parent / name, times=(time.time() - days * 86400,) * 2)
+    broken = stand_in.folder / "broken.tar"
+    broken.write_bytes(tar.read_bytes()[:20_000])
+    stand_in.wait(stand_in.sbatch(*options, LATENTLINE_VENV_TAR=str(broken), NODE_DISK=str(disk)), "FAILED")
+    assert len(events(stand_in, "start")) == 4 and len(list(folder.parent.glob("venv-*"))) == 5  # nothing of it
+    stand_in.wait(stand_in.sbatch(*options, LATENTLINE_VENV_TAR=str(tar), NODE_DISK=str(disk)))
+    assert {path.name for path in folder.parent.glob("venv-*")} == {folder.name, "venv-2-2", "venv-2-2.AbCdEf"}
 
 
 @pytest.mark.parametrize("chosen", ["", "socket", "none"])

@@ -157,7 +157,7 @@ def worker_on(node: str, job: str) -> int:
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # ended this moment
             lines = set((folder / "environ").read_text().split("\0"))
-            started = any(line.startswith("LOCAL_RANK=") for line in lines)
+            started = any(line.startswith("TORCHELASTIC_RUN_ID=") for line in lines)
             if started and {f"SLURM_JOB_ID={job}", f"SLURMD_NODENAME={node}"} <= lines:
                 started_at[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[19])
     return min(started_at, key=started_at.__getitem__)  # whatever it started has its environment, and is younger

@@ -19,7 +19,7 @@ from models.clip import Clip
 from models.diffusion.process import Process, read_scheduler
 from models.formats.compvis import UNET, to_compvis, unet_pairs
 from models.formats.lora import add_adapters, load_adapters, save_adapters
-from models.formats.single_file import load_unet_file
+from models.formats.single_file import read_unet_file
 from models.formats.weights import is_finite, metadata_of, save_file_atomic
 from models.unet import UNet
 
@@ -63,7 +63,7 @@ def single_file(folder: Path) -> Callable[[], Any]:
     weights = to_compvis(unet_pairs(UNET_CFG), UNet(UNET_CFG).state_dict())
     folder.mkdir()
     save_file({UNET + name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
-    return lambda: load_unet_file(folder / "model.safetensors", UNET_CFG)
+    return lambda: read_unet_file(folder / "model.safetensors", UNET_CFG)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

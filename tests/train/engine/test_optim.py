@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from conf.schema import LrDecay, OptimConfig, OptimizerName, Precision
 from train.engine.backend.layout import Members, whole
-from train.engine.optim import Muon, adamw, lr_at, make_optimizer, sound_step
+from train.engine.optim import Muon, adamw, judge_gradients, lr_at, make_optimizer, sound_step
 from train.engine.precision import GROWTH_STEPS, LossScale
 
 TOTAL = 1000
@@ -47,6 +48,16 @@ def test_only_matrices_and_kernels_decay() -> None:
     expected = {name: 0.3 if name.endswith("3.weight") else 0.0 for name, _ in network.named_parameters()}
     del expected["0.weight"]  # frozen
     assert {n: decay_of[id(p)] for n, p in network.named_parameters() if id(p) in decay_of} == expected
+
+
+def test_what_the_fused_step_reads_lies_where_its_parameters_do() -> None:
+    """Offloaded ones have it on the CPU, arrived: torch reads it there at once. The meta device stands for another."""
+    network = nn.Linear(2, 2, device="meta")
+    optimizer: Any = adamw(network, OptimConfig())
+    gradients = [torch.empty_like(parameter) for parameter in network.parameters()]
+    scale = LossScale(Precision.fp32, torch.device("cpu"))
+    norm = judge_gradients(optimizer, gradients, 1.0, scale, lambda norm: torch.tensor(2.0))
+    assert float(norm) == 2.0 and {optimizer.grad_scale.device.type, optimizer.found_inf.device.type} == {"meta"}
 
 
 def filled(network: nn.Module, factor: float) -> None:

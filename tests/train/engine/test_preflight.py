@@ -32,7 +32,9 @@ if fault == "folder" and runtime.rank == 1 or fault == "all folders" and runtime
     cfg.output_dir += f"-{runtime.rank}"
 if fault == "stopped" and runtime.rank == 1:
     preflight.check_links = lambda runtime: os.kill(os.getpid(), signal.SIGSTOP)
-if fault == "stopped":
+if fault == "token" and runtime.rank == 0:
+    preflight.write_token = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+if fault in ("stopped", "token"):
     preflight.PATIENCE_S = 3.0
 try:
     preflight.preflight(cfg, runtime)
@@ -40,6 +42,8 @@ except UserError as error:
     fail(error)
 runtime.barrier()
 """
+
+STOPPED = {"stopped": 1, "token": 0}  # by fault the process that stands still
 
 
 def run(tmp_path: Path, fault: str) -> tuple[list[int], list[str]]:
@@ -61,7 +65,7 @@ def run(tmp_path: Path, fault: str) -> tuple[list[int], list[str]]:
     ]
     try:
         for process in processes:
-            if fault != "stopped" or process is not processes[1]:
+            if process is not processes[STOPPED.get(fault, -1)] or fault not in STOPPED:
                 process.wait(120)
     finally:
         for process in processes:
@@ -91,6 +95,15 @@ def test_a_fault_ends_all_and_is_named_once(tmp_path: Path, fault: str, line: st
     assert "error: the preflight found" in errors[2] and "rank" not in errors[2]
     path = tmp_path / "suspects"
     assert (path.read_text() if path.exists() else None) == suspects
+
+
+def test_a_folder_in_which_the_main_process_hangs_ends_the_others_in_one_line(tmp_path: Path) -> None:
+    ended, errors = run(tmp_path, "token")
+    assert ended == [-signal.SIGKILL, 2, 2]
+    for error in errors[1:]:
+        assert (
+            error.count("error: the preflight's main process did not answer in 6 s") == 1 and "Traceback" not in error
+        )
 
 
 def test_a_device_that_multiplies_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from train.engine.runtime import (
 
 RESTARTED = """
 import os, sys
+import numpy as np
 from conf.schema import RuntimeConfig
 from train.engine.runtime import start, stop
 runtime = start(RuntimeConfig(timeout_s=60))
@@ -46,6 +47,10 @@ else:
     checks = {}
     runtime.mean({"a": runtime.rank, "b": 4.0})
 checks["any"] = runtime.any(runtime.rank == 1) and not runtime.any(False)
+own = {2 * i + runtime.rank: np.full((2, 3 + i), 10 * i + runtime.rank, np.uint8) for i in range(1 + runtime.rank)}
+images = runtime.on_main(own)
+expected = {0: ((2, 3), 0), 1: ((2, 3), 1), 3: ((2, 4), 11)} if runtime.is_main else {}
+checks["images"] = {n: (image.shape, image.max()) for n, image in images.items()} == expected
 checks["gather"] = runtime.gather_objects({"rank": runtime.rank}) == [{"rank": 0}, {"rank": 1}]
 failed = [name for name, held in checks.items() if not held]
 stop()
@@ -320,9 +325,19 @@ def test_loaders_are_as_many_as_a_gpu_leaves_cores(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(process, "cpu_quota", lambda: 1000)
     found = {}
     for cores in (8, 32, 64, 224, 1024):
-        monkeypatch.setattr(process, "usable_cpus", lambda cores=cores: set(range(cores)))
+        monkeypatch.setattr(process, "usable_cpus", lambda _=0, cores=cores: set(range(cores)))
         found[cores] = gpu.loaders(None)
     assert found == {8: 1, 32: 3, 64: 7, 224: 27, 1024: 32} and gpu.loaders(0) == 0
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4, 8])
+def test_cores_of_a_numa_node_are_shared_by_those_that_are_bound_to_it(
+    monkeypatch: pytest.MonkeyPatch, nodes: int
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(process, "cpu_quota", lambda: math.inf)
+    monkeypatch.setattr(process, "usable_cpus", lambda pid=0: set(range(64 if pid else 64 // nodes)))
+    assert process.cores() == 8
 
 
 def test_nccl_has_the_time_limit_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

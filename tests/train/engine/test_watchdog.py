@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 from conf.schema import Device, RuntimeConfig
+from train.engine import watchdog as module_under_test
 from train.engine.runtime import start
 from train.engine.watchdog import Watchdog
 
@@ -118,6 +120,32 @@ def test_processes_that_answer_are_not_ended(tmp_path: Path) -> None:
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def test_without_a_disk_for_traces_it_watches_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with Watchdog(start(RuntimeConfig(device=Device.cpu)), tmp_path / "file" / "hang", patience_s=0.5) as watchdog:
+        for _ in range(2):
+            watchdog.note("in a training step")
+            time.sleep(1.5)
+        assert watchdog.thread.is_alive()
+    assert capsys.readouterr().err.count("warning: no step") == 2
+
+
+@pytest.mark.parametrize(
+    ("silent", "named"), [([1], "node1\n"), ([1, 2], "node1\nnode2\n"), ([1, 2, 3], ""), ([1, 2, 3, 4, 5], "")]
+)
+def test_a_process_that_hears_half_of_the_nodes_no_more_names_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: list[int], named: str
+) -> None:
+    """It may itself be what is cut off."""
+    monkeypatch.setenv("SUSPECTS_FILE", str(tmp_path / "suspects"))
+    ended = list[int]()
+    monkeypatch.setattr(module_under_test, "leave", ended.append)
+    watchdog = Watchdog(start(RuntimeConfig(device=Device.cpu)), tmp_path, 100.0, timeout_s=1e9)
+    watchdog.store = HashStore()
+    watchdog._end_if_due([{"node": f"node{rank}"} for rank in range(6)], silent)
+    assert ended == [1] and (tmp_path / "suspects").read_text() == named
 
 
 def test_a_process_that_goes_on_is_not_suspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

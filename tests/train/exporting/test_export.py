@@ -32,7 +32,7 @@ from models.autoencoder import Autoencoder
 from models.clip import Clip
 from models.denoiser import Denoiser
 from models.formats.clip import text_from_hugging_face, text_to_hugging_face
-from models.formats.single_file import TEXT, load_unet_file, read_single_file
+from models.formats.single_file import TEXT, read_single_file, read_unet_file
 from models.pipeline import DiffusionPipeline, image_noise
 from models.text import load_text_tower
 from models.unet import UNet
@@ -243,9 +243,9 @@ def test_one_file_with_the_names_of_compvis(project: Any, tmp_path: Path) -> Non
     export.export_model(config(project, tmp_path / "whole", "format=compvis", "dtype=fp16"))
     path = tmp_path / "whole.safetensors"
     exported = UNet.from_pretrained(project.folder / "unet" / "export")
-    loaded = load_unet_file(path, exported.cfg)
+    found = read_unet_file(path, exported.cfg)
     for name, tensor in exported.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor.half().float()), name
+        assert torch.equal(found[name], tensor.half()), name
     assert f"{TEXT}text_model.final_layer_norm.weight" in read_single_file(path)
 
 

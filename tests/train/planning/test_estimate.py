@@ -267,6 +267,11 @@ def test_copies_of_a_network_keep_the_gathers_within_a_machine() -> None:
     assert times[0][:2] == times[1][:2] and times[0][2] > times[1][2]
 
 
+def test_a_plan_of_any_number_of_processes_that_cut_the_network_compares_the_other_backends_too() -> None:
+    options = [*SMALL, "runtime.backend=fsdp", "gpus=16", "batch.global_batch_size=16", "runtime.shard_processes=16"]
+    assert {way.backend for way in estimate(config(*options)).ways} == {"ddp", "deepspeed", "fsdp"}
+
+
 def test_machines_that_hold_copies_need_the_memory_of_their_share() -> None:
     hybrid = Sharding(2_000_000_000, 8, 3, units=(40_000_000,) * 50)
     wide = replace(hybrid, processes=64)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from first_step import first_step
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conf.entry import to_plain
@@ -23,7 +24,7 @@ from train.engine import trainer
 from train.engine.runtime import Runtime
 from train.latents import precompute
 from train.latents.provenance import UNetInfo
-from train.training.unet import UNetStage
+from train.training.unet import UNetStage, load_pretrained
 from waits import Waits
 
 
@@ -226,6 +227,21 @@ def test_init_from_of_another_architecture_is_refused(project: Any, runtime: Run
     started = make(project, runtime, f"init_from={export}").unet.weights()
     exported = UNet.from_pretrained(export).state_dict()
     assert all(torch.equal(tensor, started[f"unet.{name}"]) for name, tensor in exported.items())
+
+
+def test_what_init_from_loads_is_not_in_memory_until_it_is_used(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+    """Half-precision weights stay half, as their file has them; the training's own are fp32."""
+    shutil.copytree(project.folder / "unet" / "export", tmp_path / "export")
+    path = tmp_path / "export" / "diffusion_pytorch_model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(path).items()}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(half, path, metadata)
+    stage = make(project, runtime, f"init_from={tmp_path}/export")
+    found = load_pretrained(f"{tmp_path}/export", stage.network)
+    assert found.keys() == half.keys() and {tensor.dtype for tensor in found.values()} == {torch.float16}
+    started = stage.unet.weights()
+    assert all(torch.equal(tensor.float(), started[f"unet.{name}"]) for name, tensor in half.items())
 
 
 def test_another_prediction_than_that_of_init_from_is_told_in_one_line(

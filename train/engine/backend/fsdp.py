@@ -43,8 +43,7 @@ class FsdpBackend(Accumulating):
         mesh = mesh_of(runtime, cfg.sharing(runtime.world, min(runtime.gather_objects(processes_here()))))
         shard(module, mesh, runtime, cfg)
         # What is on the meta device was cut there: only this process's rows of it are ever allocated.
-        home = torch.device("cpu") if cfg.offload is Offload.parameters else runtime.device
-        module._apply(lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor.to(home))
+        place(module, runtime.device, torch.device("cpu") if cfg.offload is Offload.parameters else runtime.device)
         self.runtime, self.module = runtime, module
         self.parameters: dict[str, Any] = dict(module.named_parameters())  # DTensors
         self.masters: list[Tensor] = [_rows(parameter) for parameter in self.parameters.values()]
@@ -85,6 +84,16 @@ class FsdpBackend(Accumulating):
         own = norm.to(self.runtime.device, torch.float64)  # with offload of the parameters it is on the CPU
         # Each copy has all squares once; copies have the same.
         return (self.runtime.summed(own.square()) / self.layout.copies.size).sqrt()
+
+
+def place(module: nn.Module, device: torch.device, home: torch.device) -> None:
+    """Bring parameters, or memory for those on the meta device, to their home, and buffers to the device."""
+
+    def placed(tensor: Tensor) -> Tensor:
+        where = home if isinstance(tensor, nn.Parameter) else device
+        return torch.empty_like(tensor, device=where) if tensor.is_meta else tensor.to(where)
+
+    module._apply(placed)
 
 
 def mesh_of(runtime: Runtime, shards: int) -> DeviceMesh:

@@ -8,6 +8,7 @@ time (`Layout`), or as parameters lie end to end in a file, of which each proces
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heapreplace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -221,12 +222,21 @@ def buckets_of(names: Iterable[str], shapes: Mapping[str, torch.Size], most: int
         yield bucket
 
 
+def makers_of(names: Iterable[str], shapes: Mapping[str, torch.Size], processes: int) -> dict[str, int]:
+    """Who makes each parameter: the largest first, each of them by whoever has least to make."""
+    makers, loads = dict[str, int](), [(0, process) for process in range(processes)]  # a heap
+    for name in sorted(names, key=lambda name: (-shapes[name].numel(), name)):
+        elements, makers[name] = loads[0]
+        heapreplace(loads, (elements + shapes[name].numel(), makers[name]))
+    return makers
+
+
 def made_by_all(
     initial: Initial, shapes: Mapping[str, torch.Size], device: torch.device, processes: Members
 ) -> Iterator[tuple[str, Tensor]]:
     """Whole parameters, one after the other on every process, each made by one of them; collective."""
     for names in buckets_of(shapes, shapes, BUCKET * processes.size):  # about one bucket is made by each
-        makers = {name: number % processes.size for number, name in enumerate(names)}
+        makers = makers_of(names, shapes, processes.size)
         # All of a bucket are made before any travels: the processes make theirs at the same time.
         mine = {name: initial(name).to(device) for name in names if makers[name] == processes.rank}
         for name in names:

@@ -2,13 +2,15 @@
 
 from collections import Counter
 
+import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from conf.schema import Device, UNetRuntimeConfig
 from conf.schema.networks import UNetConfig
 from models.unet import UNet
-from train.engine.backend.fsdp import mesh_of, shard
+from train.engine.backend.fsdp import mesh_of, place, shard
 from train.engine.runtime import start
 
 
@@ -34,3 +36,20 @@ def test_each_large_block_of_a_unet_is_gathered_on_its_own() -> None:
         "FSDPTransformerBlock": 4,
         "FSDPUpsample": 1,
     }
+
+
+def test_only_parameters_are_kept_from_the_device_by_offload() -> None:
+    """A buffer on the CPU would meet activations on the GPU; here the meta device stands for that."""
+    network = nn.BatchNorm1d(4)
+    place(network, torch.device("meta"), torch.device("cpu"))
+    assert {name: tensor.device.type for name, tensor in network.state_dict().items()} == {
+        "weight": "cpu",
+        "bias": "cpu",
+        "running_mean": "meta",
+        "running_var": "meta",
+        "num_batches_tracked": "meta",
+    }
+    with torch.device("meta"):
+        unmade = nn.Linear(2, 2)
+    place(unmade, torch.device("cpu"), torch.device("cpu"))
+    assert not any(parameter.is_meta for parameter in unmade.parameters())
