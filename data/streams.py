@@ -20,8 +20,9 @@ from data.images import cut_of, to_pixels, to_tensor
 from data.latent_dataset import LatentDataset, Layout
 from data.order import Mix, choice, rng
 from data.shards.manifest import REMEDY, Manifest
+from data.shards.store import read_at_a_time
 
-Dataset = TypeVar("Dataset")
+Dataset = TypeVar("Dataset", ImageDataset, LatentDataset)
 UNREADABLE = 1000  # samples in a row after which a stream is given up
 SEED_STRIDE = 1_000_003  # between the seeds of the data sets of a mix
 
@@ -188,6 +189,13 @@ def _members(folder: str, seed: int, stream: StreamConfig, read: Callable[[str, 
             for remedy in REMEDY.values():  # names another option
                 line = line.replace(remedy, "name a folder that holds train/, or leave it out")
             raise UserError(f"stream.mix: {line}") from None
+    stores = [member.records for member in members]
+    needed = sum(read_at_a_time(s.manifest, stream) for s in stores if s.cache is not None and not s.ranges)
+    if stream.mix and needed > stream.cache_gb * 1e9:  # each alone would fit into the cache that all share
+        raise UserError(
+            f"stream.cache_gb={stream.cache_gb:g}: {needed / 1e9:.3g} GB of the data sets of stream.mix are read at a "
+            "time and would be fetched again and again: set a lower stream.window (0 is the largest), or more cache_gb"
+        )
     return members
 
 

@@ -1,6 +1,5 @@
 """Samples of a source to finished members of a shard, made by a pool of processes in an order that never varies."""
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from conf.errors import UserError
 from conf.plain_json import dumps
-from conf.process import end_with_parent
+from conf.process import cores, end_with_parent
 from conf.schema import BuildRun
 from data.building.filters import Dropped, check_size, check_texts, perceptual_hash
 from data.building.sources import Ref, Rejected, SampleSource
@@ -134,7 +133,7 @@ def make_all(maker: RecordMaker, workers: int, scratch: Path) -> Iterator[Record
     """Every sample of the source from `maker.done.start` on, in order, by any number of processes (0: one per core)."""
     numbered = islice(enumerate(maker.source.refs(scratch)), maker.done.start, None)
     expected = maker.source.expected()
-    workers = workers or _cores()
+    workers = workers or cores()
     if workers == 1 or (expected is not None and expected <= CHUNK):
         for number, ref in numbered:
             yield maker.make(number, ref)
@@ -168,7 +167,3 @@ def _start(maker: RecordMaker) -> None:
 def _make_chunk(chunk: list[tuple[int, Ref]]) -> list[Record | Reject | None]:
     assert _maker is not None
     return [_maker.make(number, ref) for number, ref in chunk]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

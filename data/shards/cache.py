@@ -16,6 +16,8 @@ from data.shards.remote import RemoteError, WrongContentError, fetch, joined, re
 from data.shards.shard import ShardInfo
 from data.shards.tar_index import ShardIndex, cache_top, index_name, map_file
 
+OURS = "[0-9a-f]" * 16  # how names of folders and files begin, as patterns see them
+
 
 class ShardCache:
     """The shards of one remote folder, and their indices.
@@ -44,19 +46,23 @@ class ShardCache:
         self.__dict__.update(state)
         self._forget()  # threads and locks stay where they are
 
-    def path_of(self, info: ShardInfo) -> Path:
-        """Path of a shard on the local disk, fetched if need be; `UserError` when it cannot be had."""
+    @contextmanager
+    def path_of(self, info: ShardInfo) -> Iterator[Path]:
+        """Path of a shard on the local disk, fetched if need be; inside the block it makes room for no other one.
+
+        Raises:
+            UserError: it cannot be had.
+        """
         path = self._place(info)
-        with self._told(info.name):
-            while True:
-                with self._held(path) as file:
-                    if not lock(file):
-                        wait_for_lock(file)
-                    if not path.exists():
-                        self._transfer(info, path)
-                with suppress(FileNotFoundError):  # it has made room for another process's shard at once
-                    os.utime(path)  # the least recently used makes room first
-                    return path
+        with ExitStack() as stack:
+            with self._told(info.name):
+                file = stack.enter_context(self._held(path))
+                if not lock(file):
+                    wait_for_lock(file)
+                if not path.exists():
+                    self._transfer(info, path)
+                os.utime(path)  # the least recently used makes room first
+            yield path
 
     def index_of(self, info: ShardInfo) -> ShardIndex:
         """Index of a shard, which need not be here itself; `UserError` when it cannot be had."""
@@ -143,24 +149,28 @@ class ShardCache:
             if not lock(file):
                 wait_for_lock(file)
             kept = []
-            for other in (*self.top.glob("*/*.tar"), *self.top.glob("*/*.idx"), *self.top.glob("*/.*.part")):
-                with suppress(FileNotFoundError):  # another process was faster
-                    status = other.stat()
-                    kept.append((status.st_mtime, status.st_size, other))
+            for name in (f"{OURS}-*.tar", f"{OURS}-*.idx", f".{OURS}-*.part"):  # the folder may hold the user's own
+                for other in self.top.glob(f"{OURS}/{name}"):
+                    with suppress(FileNotFoundError):  # another process was faster
+                        status = other.stat()
+                        kept.append((status.st_mtime, status.st_size, other))
             used = sum(bytes_ for _, bytes_, other in kept if other != _part(path))
-            for _, bytes_, other in sorted(kept):
+            for used_at, bytes_, other in sorted(kept):
                 if used + size <= self.limit:
                     break
-                if other.suffix != ".part" or self._is_abandoned(other):
-                    other.unlink(missing_ok=True)  # who has it mapped reads on: its blocks go with the last map
+                if other != _part(path) and self._made_room(other, used_at):
                     used -= bytes_
             with open(_part(path), "wb") as reserved:
                 reserved.truncate(min(size, self.limit))  # a file with a hole: it counts, and takes no room
 
-    def _is_abandoned(self, part: Path) -> bool:
-        """Whether the process that was fetching this shard is gone."""
-        with self._held(part.with_name(part.name[1 : -len(".part")])) as file:
-            return lock(file)
+    def _made_room(self, other: Path, used_at: float) -> bool:
+        """Remove a file, unless somebody fetches or opens it at this moment, or has since we looked."""
+        whole = other.with_name(other.name[1 : -len(".part")]) if other.suffix == ".part" else other
+        with self._held(whole) as file:
+            if not lock(file) or not other.exists() or other.stat().st_mtime != used_at:
+                return False
+            other.unlink()  # who has it mapped reads on: its blocks go with the last map
+            return True
 
     @contextmanager
     def _held(self, path: Path) -> Iterator[int]:

@@ -80,22 +80,28 @@ def fetch_ranges(places: Sequence[tuple[str, int, int]], timeout_s: float) -> li
     Raises:
         RemoteError: as `fetch`; also by a server that sends other parts than it was asked for.
     """
-    urls, begins, ends = (list(column) for column in zip(*places, strict=True))
+    arrived = dict[int, bytes]()  # by place: what failed is asked for again, and nothing else
 
-    def get() -> list[bytes]:
-        files = _file_system(urls[0].partition("://")[0], timeout_s)
+    def get() -> None:
+        missing = [number for number in range(len(places)) if number not in arrived]
+        urls, begins, ends = (list(column) for column in zip(*(places[number] for number in missing), strict=True))
+        files, failed = _file_system(urls[0].partition("://")[0], timeout_s), list[tuple[str, Exception]]()
         found = files.cat_ranges(urls, begins, ends, on_error="return")
-        for url, begin, end, part in zip(urls, begins, ends, found, strict=True):
+        for number, url, begin, end, part in zip(missing, urls, begins, ends, found, strict=True):
             if isinstance(part, Exception):
-                raise RemoteError(f"{url}: {_reason(part, timeout_s)}") from part
-            if len(part) != end - begin:
+                failed.append((url, part))
+            elif len(part) != end - begin:
                 raise RemoteError(
                     f"{url}: the server sent {len(part)} bytes for a range of {end - begin}, it cannot give parts of a "
                     "file: set stream.window, so that whole shards are fetched, or more stream.cache_gb"
                 )
-        return list(found)
+            else:
+                arrived[number] = part
+        for url, error in failed:
+            raise RemoteError(f"{url}: {_reason(error, timeout_s)}") from error
 
-    return _tried(get)
+    _tried(get)
+    return [arrived[number] for number in range(len(places))]
 
 
 def read_remote(path: str | Path, timeout_s: float = 60.0) -> bytes:

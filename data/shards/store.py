@@ -5,12 +5,14 @@ else grows with the data set.
 """
 
 import math
+import resource
 import threading
 import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 from conf.errors import UserError
 from conf.process import machines
 from conf.schema import StreamConfig
+from data.buckets import bucket_of
 from data.shards.cache import ShardCache
 from data.shards.manifest import REMEDY, Manifest, folder_of
 from data.shards.remote import RemoteError, fetch_ranges, is_remote, joined
@@ -25,7 +28,9 @@ from data.shards.shard import ShardReader, described, sha256_of, without_dots
 from data.shards.tar_index import BLOCK, ShardIndex, find_index, is_header, size_of
 
 NAMED = 4  # of the extensions that a sample lacks, the usual ones
-OPEN_SHARDS = 256  # memory-mapped at a time in one process: each holds two file descriptors, of usually 1,024
+OPEN_SHARDS = 256  # memory-mapped at a time by a store: each holds two file descriptors
+STORES = 4  # of a process, with OPEN_SHARDS each: data sets of a mix, and what is held out
+OTHER_FILES = 512  # descriptors for everything else, such as tensors on their way from a loader
 RETRY_S = 600.0  # after which a shard that could not be fetched is asked for again; a broken file stays broken
 
 
@@ -33,18 +38,22 @@ class RangeReader:
     """Random access to the samples of one remote shard, each of which is fetched alone; `reader[i]` as `ShardReader`.
 
     What a server sends is compared with the index, as far as headers tell.
+
+    Args:
+        first: index of its first sample in the data set.
+        fetched: samples of the data set that are there already, each to be asked for once.
     """
 
-    def __init__(self, url: str, index: ShardIndex, timeout_s: float) -> None:
+    def __init__(self, url: str, index: ShardIndex, timeout_s: float, first: int, fetched: dict[int, bytes]) -> None:
         self.url, self.index, self.timeout_s = url, index, timeout_s
-        self.fetched: dict[int, bytes] = {}  # samples that will be asked for next
+        self.first, self.fetched = first, fetched
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         begin, end = self.index.span(i)
-        part = self.fetched.pop(i, None)
+        part = self.fetched.pop(self.first + i, None)
         if part is None:
             (part,) = fetch_ranges([(self.url, begin, end)], self.timeout_s)
         record: dict[str, Any] = {"__key__": self.index.key(i)}
@@ -66,7 +75,7 @@ class RecordStore:
         required: one extension of each tuple must be there, in every sample.
     """
 
-    of_process = ("readers", "broken", "lock")  # made anew in each process
+    of_process = ("readers", "fetched", "broken", "lock")  # made anew in each process
 
     def __init__(
         self, folder: str | Path, manifest: Manifest, required: Sequence[tuple[str, ...]], stream: StreamConfig
@@ -84,6 +93,7 @@ class RecordStore:
     def _forget(self) -> None:
         # Neither maps nor locks can be pickled: a process that gets the store opens by itself what it reads.
         self.readers: dict[int, ShardReader | RangeReader] = {}  # the one that was opened first is closed first
+        self.fetched: dict[int, bytes] = {}  # samples of remote shards that are read next
         self.broken: dict[int, tuple[UserError, float]] = {}  # shards that cannot be read, and until when they rest
         self.lock = threading.Lock()
 
@@ -144,23 +154,22 @@ class RecordStore:
         """Fetch the samples that are read next, at once, where they are fetched one by one."""
         if not self.ranges:
             return
-        places = list[tuple[RangeReader, int]]()
+        self.fetched.clear()  # of what was left out
         with suppress(UserError) if self.skip else nullcontext():  # then each for itself says what is wrong with it
+            wanted = list[tuple[str, int, int]]()
             for shard, row in map(self.place, indices):
                 reader = self._open(shard)
                 assert isinstance(reader, RangeReader)
-                places.append((reader, row))
-            wanted = [(reader.url, *reader.index.span(row)) for reader, row in places]
-            for (reader, row), part in zip(places, fetch_ranges(wanted, self.timeout_s), strict=True):
-                reader.fetched[row] = part
+                wanted.append((reader.url, *reader.index.span(row)))
+            self.fetched.update(zip(indices, fetch_ranges(wanted, self.timeout_s), strict=True))
 
     def _name(self, shard: int) -> str | Path:
         return joined(self.folder, self.manifest.shards[shard].name)
 
-    def _path(self, shard: int) -> Path:
+    def _path(self, shard: int) -> AbstractContextManager[Path]:
         if self.cache is not None:
             return self.cache.path_of(self.manifest.shards[shard])
-        return Path(self._name(shard))
+        return nullcontext(Path(self._name(shard)))
 
     def _open(self, shard: int) -> ShardReader | RangeReader:
         reader = self.readers.get(shard)
@@ -177,8 +186,11 @@ class RecordStore:
         except UserError as error:
             self.broken[shard] = error, time.monotonic() + RETRY_S if isinstance(error, RemoteError) else math.inf
             raise
-        if len(self.readers) == OPEN_SHARDS:
-            self.readers.pop(next(iter(self.readers)))  # its maps go with the last record that is in use
+        # Maps go with the last record that is in use. Of a shard that has made room in the cache they hold the blocks.
+        gone = [s for s, r in self.readers.items() if isinstance(r, ShardReader) and not r.path.exists()]
+        oldest = list(self.readers)[: len(self.readers) + 1 - most_open()]
+        for other in {*oldest, *(gone if self.cache is not None else ())}:
+            del self.readers[other]
         self.readers[shard] = reader
         return reader
 
@@ -195,19 +207,20 @@ class RecordStore:
         return reader
 
     def _reader(self, shard: int) -> ShardReader:
-        info, path = self.manifest.shards[shard], self._path(shard)
-        if (size := size_of(path)) != info.bytes:
-            raise UserError(
-                f"shard {path} has {size} bytes, not {info.bytes} as its manifest says: {REMEDY[self.manifest.kind]}"
-            )
-        if self.verify and info.sha256 and sha256_of(path) != info.sha256:
-            raise UserError(f"shard {path} differs from the sha256 of its manifest: {REMEDY[self.manifest.kind]}")
-        index = None if self.verify else find_index(path, info.sha256, self.cache_dir)  # None: seen with its own eyes
-        return ShardReader(path, index=index)
+        info, remedy = self.manifest.shards[shard], REMEDY[self.manifest.kind]
+        with self._path(shard) as path:
+            if (size := size_of(path)) != info.bytes:
+                raise UserError(f"shard {path} has {size} bytes, not {info.bytes} as its manifest says: {remedy}")
+            if self.verify and info.sha256 and sha256_of(path) != info.sha256:
+                raise UserError(f"shard {path} differs from the sha256 of its manifest: {remedy}")
+            # None: seen with its own eyes.
+            index = None if self.verify else find_index(path, info.sha256, self.cache_dir)
+            return ShardReader(path, index=index)
 
     def _range_reader(self, shard: int) -> RangeReader:
         assert self.cache is not None
-        return RangeReader(str(self._name(shard)), self.cache.index_of(self.manifest.shards[shard]), self.timeout_s)
+        index = self.cache.index_of(self.manifest.shards[shard])
+        return RangeReader(str(self._name(shard)), index, self.timeout_s, self.first(shard), self.fetched)
 
     def _require(self, present: Collection[str], sample: str, shard: int) -> None:
         for choices in self.required:
@@ -216,23 +229,42 @@ class RecordStore:
                 raise UserError(f"shard {self._name(shard)}: {sample} {lack}: {REMEDY[self.manifest.kind]}")
 
 
+def most_open() -> int:
+    """Shards that a store may have open: OPEN_SHARDS, or less where the system allows this process few files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * STORES * OPEN_SHARDS + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:  # usually 1,024, of which a process may ask for more
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return (
+        OPEN_SHARDS
+        if soft == resource.RLIM_INFINITY
+        else max(1, min(OPEN_SHARDS, (soft - OTHER_FILES) // (2 * STORES)))
+    )
+
+
+def read_at_a_time(manifest: Manifest, stream: StreamConfig) -> int:
+    """Bytes of the shards that a machine reads at a time: of each bucket its lanes' windows, and the next ones."""
+    lanes = max(1, math.ceil(stream.lanes / machines()))
+    sizes: dict[str, list[int]] = {}
+    for shard in manifest.shards:
+        sizes.setdefault(bucket_of(shard.name), []).append(shard.bytes)
+    return sum(sum(sorted(own, reverse=True)[: 2 * lanes * stream.window or None]) for own in sizes.values())
+
+
 def needs_ranges(url: str, manifest: Manifest, stream: StreamConfig) -> bool:
     """Whether samples of a remote data set are fetched one by one, as the cache cannot hold what is read at a time.
 
     Raises:
         UserError: windows that it cannot hold, or shards without an index.
     """
-    largest = sorted((shard.bytes for shard in manifest.shards), reverse=True)
-    lanes = max(
-        1, math.ceil(stream.lanes / machines())
-    )  # whose windows this machine reads: the present ones and the next
-    needed, limit = sum(largest[: 2 * lanes * stream.window or None]), stream.cache_gb * 1e9
+    needed, limit = read_at_a_time(manifest, stream), stream.cache_gb * 1e9
     if needed <= limit:
         return False
     indexed = all(shard.index for shard in manifest.shards)
     if stream.window == 0 and indexed and not stream.verify:
         return True
-    window = max(1, int(limit / (2 * lanes * largest[0])))
+    window = max(1, int(limit / read_at_a_time(manifest, replace(stream, window=1))))
     single = ", or stream.window=0 to fetch samples one by one" if indexed and not stream.verify else ""
     raise UserError(
         f"stream.cache_gb={stream.cache_gb:g}: {needed / 1e9:.3g} GB of {url} are read at a time and would be "

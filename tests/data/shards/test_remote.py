@@ -21,10 +21,12 @@ from data.latent_dataset import LatentDataset
 from data.latent_record import LatentWriter
 from data.loader import batches
 from data.shards import cache as shard_cache
-from data.shards import remote
+from data.shards import remote, store
 from data.shards.cache import ShardCache
 from data.shards.manifest import Manifest
 from data.shards.remote import RemoteError, fetch, listed, read_remote
+from data.shards.shard import ShardInfo
+from data.streams import latent_stream
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SHARDS, SHARD = 8, 5
@@ -85,6 +87,7 @@ def test_the_cache_stays_within_its_bound_and_the_epochs_stay_whole(http: Any, t
     for batch in itertools.islice(batches(dataset, 8, 8, 0, 1, 0, 0), 3 * SAMPLES // 8):
         keys += batch["key"]
         assert bytes_of(cached(tmp_path)) <= 4 * size  # one may be on its way
+        assert len(dataset.records.readers) <= 4  # what has made room is not kept by a map
     for epoch in range(3):
         assert len(set(keys[epoch * SAMPLES : (epoch + 1) * SAMPLES])) == SAMPLES
 
@@ -112,6 +115,50 @@ def test_a_cache_that_would_fetch_again_and_again_is_refused_with_the_window_to_
         stream_of(f"{http.url}/train", 1, window=2, lanes=2, **limit)
 
 
+def test_what_a_process_opens_makes_room_for_no_other_one(
+    http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its name and its map, another process asks for all the room that there is."""
+    write(tmp_path / "served" / "train")
+    stream = StreamConfig(cache_dir=str(tmp_path / "cache"))
+    original = store.size_of
+
+    def beside_another(path: Path) -> int:
+        other = ShardCache(f"{http.url}/another", stream)
+        other.folder.mkdir(exist_ok=True)
+        other._reserve(other.folder / f"{'0' * 16}-00000.tar", other.limit)
+        return original(path)
+
+    monkeypatch.setattr(store, "size_of", beside_another)
+    keys = [key for batch in stream_of(f"{http.url}/train", 5, cache_dir=stream.cache_dir) for key in batch["key"]]
+    assert len(set(keys)) == SAMPLES and len(cached(tmp_path)) == 1
+
+
+def test_nothing_but_our_own_makes_room(http: Any, tmp_path: Path) -> None:
+    size = write(tmp_path / "served" / "train").shards[0].bytes
+    own = [tmp_path / "cache" / name for name in ("mine/a.tar", "mine/a.idx", f"{'a' * 16}/a.tar", "b.tar")]
+    for path in own:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    stream_of(f"{http.url}/train", 10, window=1, cache_dir=str(tmp_path / "cache"), cache_gb=3.5 * size / 1e9)
+    assert all(path.exists() for path in own)
+
+
+def test_what_all_buckets_and_all_data_sets_of_a_mix_read_at_a_time_must_fit(http: Any, tmp_path: Path) -> None:
+    shards = [
+        ShardInfo(name=f"{i:05d}-{shape}.tar", samples=1, bytes=10) for shape in ("64x64", "96x32") for i in range(9)
+    ]
+    manifest = Manifest(kind="latents", shards=shards)
+    assert [store.read_at_a_time(manifest, StreamConfig(window=window)) for window in (1, 3, 0)] == [40, 120, 180]
+    size = write(tmp_path / "served" / "train").shards[0].bytes
+    write(tmp_path / "served" / "second" / "train")
+    mix = {f"{http.url}/second": 1.0}
+    limit = {"cache_dir": str(tmp_path / "cache"), "window": 2, "mix": mix}
+    latent_stream(http.url, 0, StreamConfig(cache_gb=8.5 * size / 1e9, **limit), 8)
+    with pytest.raises(UserError, match=r"stream\.cache_gb=.* of the data sets of stream\.mix are read at a time"):
+        latent_stream(http.url, 0, StreamConfig(cache_gb=7.5 * size / 1e9, **limit), 8)
+
+
 # --- single samples
 
 
@@ -134,6 +181,19 @@ def test_of_a_data_set_that_no_disk_holds_samples_are_fetched_one_by_one(
     if workers == 0:  # a worker loads further than is asked for
         assert tars <= 2.1 * manifest.bytes and all(http.requests[f"{i:05d}.idx"] == 1 for i in range(SHARDS))
     assert 0 < indices < manifest.bytes
+
+
+def test_more_shards_than_may_be_open_are_each_asked_once(
+    http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write(tmp_path / "served" / "train")
+    monkeypatch.setattr(store, "OPEN_SHARDS", 2)
+    http.faults["00003.tar"] = "500 once"
+    dataset = LatentDataset(f"{http.url}/train", 0, StreamConfig(**small(tmp_path, manifest.shards[0].bytes)))
+    http.requests.clear()
+    for batch in itertools.islice(batches(dataset, 40, 40, 0, 1, 0, 0), 1):
+        assert len(set(batch["key"])) == SAMPLES
+    assert [http.requests[f"{i:05d}.tar"] for i in range(SHARDS)] == [SHARD + (i == 3) for i in range(SHARDS)]
 
 
 @pytest.mark.parametrize("fault", ["no ranges", "shifted", "500", "missing index", "wrong index", "index of another"])
@@ -195,7 +255,8 @@ def test_who_needs_a_shard_does_not_wait_for_what_is_fetched_ahead(http: Any, tm
     cache.prefetch(manifest.shards[:4])
     while http.busy < 4:
         time.sleep(0.01)
-    assert cache.path_of(manifest.shards[7]).stat().st_size == manifest.shards[7].bytes
+    with cache.path_of(manifest.shards[7]) as path:
+        assert path.stat().st_size == manifest.shards[7].bytes
 
 
 def test_what_is_on_its_way_counts_and_what_a_killed_process_left_makes_room(http: Any, tmp_path: Path) -> None:
@@ -212,8 +273,8 @@ def test_what_is_on_its_way_counts_and_what_a_killed_process_left_makes_room(htt
 
     def fetch_all(cache: ShardCache) -> None:
         for info in (*manifest.shards, *manifest.shards):
-            with suppress(UserError):
-                cache.path_of(info)
+            with suppress(UserError), cache.path_of(info):
+                pass
         ended.set()
 
     threads = [threading.Thread(target=fetch_all, args=(cache,)) for cache in caches]
@@ -230,15 +291,21 @@ def test_a_server_that_sends_without_end_is_not_listened_to(http: Any, tmp_path:
     manifest = write(tmp_path / "served" / "train")
     http.faults["00003.tar"] = "long"
     cache = ShardCache(f"{http.url}/train", StreamConfig(cache_dir=str(tmp_path / "cache")))
-    with pytest.raises(RemoteError, match="not the one that its manifest describes"):
-        cache.path_of(manifest.shards[3])
+    with (
+        pytest.raises(RemoteError, match="not the one that its manifest describes"),
+        cache.path_of(manifest.shards[3]),
+    ):
+        pass
 
 
 def test_the_index_comes_with_its_shard_and_is_made_where_it_does_not(http: Any, tmp_path: Path) -> None:
     manifest = write(tmp_path / "served" / "train")
     (tmp_path / "served" / "train" / "00001.idx").unlink()
     cache = ShardCache(f"{http.url}/train", StreamConfig(cache_dir=str(tmp_path / "cache")))
-    paths = [cache.path_of(info) for info in manifest.shards[:2]]
+    paths = list[Path]()
+    for info in manifest.shards[:2]:
+        with cache.path_of(info) as path:
+            paths.append(path)
     assert [path.with_suffix(".idx").exists() for path in paths] == [True, False]
     keys = [
         key for batch in stream_of(f"{http.url}/train", 5, cache_dir=str(tmp_path / "cache")) for key in batch["key"]
