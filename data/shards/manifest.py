@@ -67,13 +67,15 @@ class Manifest:
 
     def digest(self) -> str:
         """Identity of the data set: sha256, in hex, of the manifest as canonical JSON, shard by shard."""
-        before, after = _canonical(self._head() | {"shards": []}).split('"shards":[]')
-        digest = hashlib.sha256(before.encode() + b'"shards":[')
+        # Keys are sorted: the shards lie between these. To look for them in one text fails: provenance may have any.
+        before = _canonical({name: value for name, value in self._head().items() if name < "shards"})
+        after = _canonical({name: value for name, value in self._head().items() if name > "shards"})
+        digest = hashlib.sha256(before[:-1].encode() + b',"shards":[')
         for number, shard in enumerate(self.shards):
             known = _shard_dict(shard)
             known.pop("index", None)  # says nothing that the shard itself does not
             digest.update(b"," * (number > 0) + _canonical(known).encode())
-        digest.update(b"]" + after.encode())
+        digest.update(b"]," + after[1:].encode())
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
