@@ -13,7 +13,7 @@ from conf.plain_json import dumps, loads_finite
 from conf.schema import StreamConfig
 from data.shards.remote import is_remote, joined, read_remote
 from data.shards.shard import ShardInfo, tars_in
-from data.shards.tar_index import find_index, make_indices
+from data.shards.tar_index import scan_indices
 
 __all__ = ["MANIFEST", "Manifest", "ShardInfo", "find_shards", "folder_of"]
 
@@ -67,13 +67,15 @@ class Manifest:
 
     def digest(self) -> str:
         """Identity of the data set: sha256, in hex, of the manifest as canonical JSON, shard by shard."""
-        before, after = _canonical(self._head() | {"shards": []}).split('"shards":[]')
-        digest = hashlib.sha256(before.encode() + b'"shards":[')
+        # Keys are sorted: the shards lie between these. To look for them in one text fails: provenance may have any.
+        before = _canonical({name: value for name, value in self._head().items() if name < "shards"})
+        after = _canonical({name: value for name, value in self._head().items() if name > "shards"})
+        digest = hashlib.sha256(before[:-1].encode() + b',"shards":[')
         for number, shard in enumerate(self.shards):
             known = _shard_dict(shard)
             known.pop("index", None)  # says nothing that the shard itself does not
             digest.update(b"," * (number > 0) + _canonical(known).encode())
-        digest.update(b"]" + after.encode())
+        digest.update(b"]," + after[1:].encode())
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
@@ -189,17 +191,16 @@ def _scan(folder: Path, kind: str, stream: StreamConfig) -> Manifest:
         paths = paths[:-heldout] if folder.name == "train" else paths[-heldout:]
     for path in tars_in(there, compressed=True):
         print(f"left out: shard {path} is compressed: make a plain .tar of it", file=sys.stderr)
-    shards = []
-    make_indices(paths, stream.cache_dir)
-    for path in paths:
-        try:
-            index = find_index(path, "", stream.cache_dir)
-            shards.append(ShardInfo(name=path.name, samples=len(index), bytes=path.stat().st_size))
-            if index.others:
-                count, first = len(index.others), index.others[0]
-                print(f"left out: {count} files without an extension in {path}, such as '{first}'", file=sys.stderr)
-        except UserError as error:
+    found = dict[Path, ShardInfo]()
+    for path, index in scan_indices(paths, stream.cache_dir):
+        if isinstance(index, UserError):
             if not stream.skip_broken:
-                raise
-            print(f"left out: {error}", file=sys.stderr)
+                raise index
+            print(f"left out: {index}", file=sys.stderr)
+            continue
+        found[path] = ShardInfo(name=path.name, samples=len(index), bytes=path.stat().st_size)
+        if index.others:
+            count, first = len(index.others), index.others[0]
+            print(f"left out: {count} files without an extension in {path}, such as '{first}'", file=sys.stderr)
+    shards = [found[path] for path in paths if path in found]
     return Manifest(kind=kind, shards=shards, provenance={"source": "foreign shards"} if shards else {})

@@ -1,8 +1,8 @@
 """Where the members of a shard lie: found by walking its headers once, kept in a flat file beside it.
 
 The file, `00000.idx` beside `00000.tar`, has safetensors' format and is memory-mapped, so that the processes of a
-machine share what they read of it. It says which tar it belongs to: by the digest that a manifest gives, or, of shards
-of others, by size and time of the file.
+machine share what they read of it. It says which tar it belongs to: by the digest that a manifest gives, or, where
+nobody has compared that, as of shards of others, by size and time of the file.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import re
+import stat
 import struct
 import tarfile
 import tempfile
@@ -26,7 +27,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from conf.errors import UserError
-from conf.files import atomic_write
+from conf.files import atomic_write, sha256
 from conf.process import lock, wait_for_lock
 from data.images import EXTENSIONS
 from data.labels import MAP
@@ -40,7 +41,9 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb
 TEXTS = ("txt", "json")  # where a caption may be
 TWICE = -2  # in place of the size of a member that its sample has already
 SCHEMA = 1
-TYPES = {"U8": "B", "U16": "H", "U32": "I", "U64": "Q", "I64": "q"}  # safetensors' names to memoryview's
+TYPES = {"U8": "B", "U16": "H", "U32": "I", "U64": "Q"}  # safetensors' names to memoryview's
+BEGINNING = b'{"__metadata__":{"index":'  # of the header of an index, behind its length
+HEADER_NAME = 100  # bytes of a name that each format of tar keeps in the header itself
 
 
 def unreadable(path: Path, start: bytes = b"") -> UserError:
@@ -193,6 +196,36 @@ class ShardIndex:
             return None
         return next((i for i, number in enumerate(self.pattern) if number in lack), 0)
 
+    def is_whole(self, tar_bytes: int) -> bool:
+        """Whether the columns fit together and into a tar of so many bytes, as far as their lengths and ends tell."""
+        samples, members = len(self.key_ends), len(self.sizes)
+        if len(self.patterns) > 1:
+            first_of_last, names = self.first[-1], self.patterns[self.pattern[-1]]
+            fits = len(self.pattern) == len(self.first) == samples and first_of_last + len(names) == members
+            offsets = members
+        else:
+            names = self.patterns[0] if self.patterns else ()
+            fits = not self.pattern and not self.first and samples * len(names) == members
+            offsets = len(names) if self.stride else members
+        keys = self.key_ends[-1] if samples else 0
+        begin = self.offsets[0] if members else BLOCK
+        end = self.offsets[-1] + self.stride * (samples - 1) + self.sizes[-1] if members else BLOCK
+        fits = fits and len(self.offsets) == offsets and len(self.keys) == keys
+        return fits and BLOCK <= begin <= tar_bytes and end <= tar_bytes
+
+    def begins_as(self, tar: IO[bytes]) -> bool:
+        """Whether the header of the first member is where this says, with the name and the size that it says."""
+        if not len(self) or 0 in self.broken:
+            return True
+        try:
+            extension, offset, size = next(self.members(0))
+            name = f"{self.key(0)}.{extension}".lower()
+        except (IndexError, StopIteration, ValueError):  # columns that are damaged where their ends do not show it
+            return False
+        header = os.pread(tar.fileno(), BLOCK, offset - BLOCK)
+        in_header = name.isascii() and len(name) <= HEADER_NAME  # others lie in a block before it
+        return is_header(header, size) and (not in_header or _ustar_name(header).lower() == name)
+
     def dumps(self, of: dict[str, Any]) -> bytes:
         """The content of its file; `of` says which tar it is of."""
         facts = {"schema": SCHEMA, **of, "stride": self.stride, "patterns": self.patterns, "others": self.others}
@@ -205,25 +238,35 @@ class ShardIndex:
 
     @classmethod
     def loads(cls, content: memoryview, of: dict[str, Any]) -> Self | None:
-        """An index whose columns are views of a file's content; None for that of another tar, or of none."""
+        """An index whose columns are views of a file's content; None for that of another tar, or where it is damaged.
+
+        No more of the columns is read than their ends.
+        """
         try:
             (length,) = struct.unpack_from("<Q", content)
             header = json.loads(bytes(content[8 : 8 + length]))
             facts = json.loads(header.pop("__metadata__")["index"])
             if any(facts[name] != value for name, value in {"schema": SCHEMA, **of}.items()):
                 return None
-            columns: dict[str, Any] = {}
+            data, columns = content[8 + length :], dict[str, Any]()
             for name, tensor in header.items():
-                begin, end = (8 + length + offset for offset in tensor["data_offsets"])
-                columns[name] = _view(content[begin:end], tensor["dtype"])
-            return cls(
+                begin, end = tensor["data_offsets"]
+                if not 0 <= begin <= end:
+                    return None
+                columns[name] = _view(data[begin:end], tensor["dtype"])
+            index = cls(
                 patterns=[tuple(names) for names in facts["patterns"]],
                 stride=facts["stride"],
                 broken=dict(facts["broken"]),
                 others=facts["others"],
                 **columns,
             )
-        except (ValueError, KeyError, TypeError, struct.error, RecursionError):
+            sound = type(index.stride) is int and index.stride >= 0 and isinstance(index.others, list)
+            texts = [*index.others, *index.broken.values(), *(name for names in index.patterns for name in names)]
+            sound = sound and all(isinstance(text, str) for text in texts)
+            whole = len(data) == max(tensor["data_offsets"][1] for tensor in header.values())
+            return index if sound and whole and index.is_whole(of["bytes"]) else None
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error, RecursionError):
             return None
 
 
@@ -407,49 +450,138 @@ def index_name(tar_name: str) -> str:
     return f"{tar_name[:-4]}.idx"
 
 
-def find_index(path: Path, digest: str, cache_dir: str | None) -> ShardIndex:
+def find_index(
+    path: Path, digest: str, cache_dir: str | None, index_digest: str = "", hashed: bool = False
+) -> ShardIndex:
     """The index of a tar: read beside it or from a cache, else made, by one of the processes that ask at a time.
 
-    It is kept beside the tar, or where that folder cannot be written, below `cache_dir` (None: $TMPDIR).
+    It is kept beside the tar, or where that folder cannot be written, below `cache_dir` (None: $TMPDIR). One that is
+    damaged, or that is not the one that the manifest names, is made anew.
 
     Args:
         digest: of the tar, sha256 in hex; empty where nobody knows it.
+        index_digest: of the file of its index; empty where nobody knows it.
+        hashed: whether the tar is known to have its digest.
 
     Raises:
-        UserError: the tar is missing or cannot be read.
+        UserError: the tar is missing, cannot be read, or is another one than the digest is of.
     """
-    of, places = identity(path, digest), _places(path, cache_dir)
-    if found := _load_any(places, of):
-        return found
-    with _opened(path) as file:
-        if not lock(file.fileno()):
-            wait_for_lock(file.fileno())
-        return _load_any(places, of) or _made(path, of, places)
+    file = _IndexFile(path, digest, cache_dir, index_digest, hashed)
+    with _opened(path) as tar:
+        index = file.load()
+        if index is not None and index.begins_as(tar):
+            return index
+        if not lock(tar.fileno()):
+            wait_for_lock(tar.fileno())
+        index = file.load()
+        if index is not None and index.begins_as(tar):
+            return index
+        if index is not None and digest and not hashed:  # either the index is wrong or the tar, and that tells which
+            if sha256(path) != digest:
+                raise UserError(f"shard {path} differs from the sha256 of its manifest: rebuild it or copy it anew")
+            file.hashed = True
+        return file.make()
 
 
-def make_indices(paths: Iterable[Path], cache_dir: str | None) -> None:
-    """Make the indices that tars of others lack, but for those that another process is making at the moment.
+def scan_indices(paths: Iterable[Path], cache_dir: str | None) -> Iterator[tuple[Path, ShardIndex | UserError]]:
+    """Yield the index of each tar of others, or why there is none, having made those that were not there.
 
-    What cannot be read is passed over: who asks for that index is told why.
+    Processes that start together share the work out: what another one is making at the moment comes last.
     """
+    busy = []
     for path in paths:
-        with suppress(UserError):
-            of, places = identity(path, ""), _places(path, cache_dir)
-            if _load_any(places, of) is None:
-                with _opened(path) as file:
-                    if lock(file.fileno()):
-                        _made(path, of, places)
-
-
-def _made(path: Path, of: dict[str, Any], places: Sequence[Path]) -> ShardIndex:
-    index = index_of(map_file(path), path)
-    for place in places:
         try:
-            atomic_write(place, index.dumps(of))
-        except OSError:  # no permission, no room: then the next place, or each process for itself
+            index = _index_unless_busy(path, cache_dir)
+        except UserError as error:
+            yield path, error
             continue
-        break
-    return index
+        if index is None:
+            busy.append(path)
+        else:
+            yield path, index
+    for path in busy:
+        try:
+            index = find_index(path, "", cache_dir)
+        except UserError as error:
+            yield path, error
+        else:
+            yield path, index
+
+
+def _index_unless_busy(path: Path, cache_dir: str | None) -> ShardIndex | None:
+    file = _IndexFile(path, "", cache_dir)
+    if (index := file.load()) is not None:
+        return index
+    with _opened(path) as tar:
+        if not lock(tar.fileno()):
+            return None
+        index = file.load()  # another process may have made it meanwhile
+        return file.make() if index is None else index
+
+
+@dataclass(slots=True)
+class _IndexFile:
+    """The file of the index of one tar, beside it or on the local disk; arguments as those of `find_index`."""
+
+    path: Path
+    digest: str
+    cache_dir: str | None
+    index_digest: str = ""
+    hashed: bool = False
+
+    def places(self) -> Iterator[Path]:
+        """Where it may lie."""
+        name = index_name(self.path.name)
+        yield self.path.with_name(name)
+        with suppress(UserError):
+            top = cache_top(self.cache_dir)
+            yield top / "indices" / hashlib.sha256(os.fsencode(self.path.parent.resolve())).hexdigest()[:16] / name
+
+    def load(self) -> ShardIndex | None:
+        """The index that one of the places holds; None where it is to be made. A missing tar is a `UserError`."""
+        named, dated = identity(self.path, self.digest), identity(self.path, "")
+        for place in self.places():
+            try:
+                content = map_file(place)
+            except UserError:
+                continue
+            # One that the manifest does not name may be one that was made here: it then has the time of the tar.
+            other = self.index_digest and hashlib.sha256(content).hexdigest() != self.index_digest
+            for of in [dated] if other else [named, dated]:
+                if (index := ShardIndex.loads(content, of)) is not None:
+                    return index
+        return None
+
+    def make(self) -> ShardIndex:
+        """Walk the headers of the tar and keep what they say."""
+        named, dated = identity(self.path, self.digest), identity(self.path, "")
+        index = index_of(map_file(self.path), self.path)
+        content = index.dumps(named)
+        # The digest of a tar that nobody has hashed would be a guess, and an index of a wrong tar would outlive it.
+        # An index that is the one of the manifest to the byte needs no proof.
+        proven = self.hashed or hashlib.sha256(content).hexdigest() == self.index_digest
+        if self.digest and not proven:
+            content = index.dumps(dated)
+        for place in self.places():
+            if _may_replace(place):
+                try:
+                    atomic_write(place, content)
+                except OSError:  # no permission, no room: then the next place, or each process for itself
+                    continue
+                break
+        return index
+
+
+def _may_replace(place: Path) -> bool:
+    """Whether there is nothing, or an index of ours: other programs give theirs the same name (DALI's wds2idx)."""
+    try:
+        with open(place, "rb") as file:
+            beginning = file.read(8 + len(BEGINNING))
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return not beginning or beginning[8:] == BEGINNING
 
 
 def identity(path: Path, digest: str) -> dict[str, Any]:
@@ -465,27 +597,24 @@ def size_of(path: Path) -> int:
         raise missing(path) from None
 
 
-def _load_any(places: Iterable[Path], of: dict[str, Any]) -> ShardIndex | None:
-    for place in places:
-        try:
-            found = ShardIndex.loads(map_file(place), of)
-        except UserError:
-            continue
-        if found is not None:
-            return found
-    return None
-
-
-def _places(path: Path, cache_dir: str | None) -> list[Path]:
-    """Where the index of a tar may lie: beside it, and on the local disk."""
-    folder = hashlib.sha256(os.fsencode(path.parent.resolve())).hexdigest()[:16]
-    name = index_name(path.name)
-    return [path.with_name(name), cache_top(cache_dir) / "indices" / folder / name]
-
-
 def cache_top(cache_dir: str | None) -> Path:
-    """Folder of all that is kept on the local disk: `stream.cache_dir`, or below $TMPDIR one of the user's own."""
-    return Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"latentline-{os.getuid()}"
+    """Folder of all that is kept on the local disk: `stream.cache_dir`, or below $TMPDIR one that is the user's alone.
+
+    Raises:
+        UserError: somebody else has made the latter.
+    """
+    if cache_dir:
+        return Path(cache_dir)
+    top = Path(tempfile.gettempdir()) / f"latentline-{os.getuid()}"
+    with suppress(OSError):  # it is there; or it cannot be made, which whoever writes there finds out
+        top.mkdir(mode=0o700)
+    with suppress(OSError):
+        status = top.lstat()  # of a link itself: another user could have made it
+        if status.st_uid != os.getuid():
+            raise UserError(f"{top} belongs to another user: set stream.cache_dir to a folder of your own")
+        if stat.S_ISDIR(status.st_mode) and status.st_mode & 0o077:
+            top.chmod(0o700)
+    return top
 
 
 def missing(path: Path) -> UserError:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,20 @@ def test_digest_is_the_identity_of_the_content(tmp_path: Path) -> None:
     assert first.digest() == same.digest() == Manifest.load(tmp_path / "a").digest() != other.digest()
     first.provenance["source"] = "another"
     assert first.digest() != same.digest()
+
+
+@pytest.mark.parametrize("provenance", [{"source": "test", "a": 1.5}, {"shards": []}, {"x": {"shards": []}}])
+@pytest.mark.parametrize("stats", [{}, {"shards": []}, {"mean": float("nan")}])
+def test_digest_is_that_of_canonical_json_whatever_is_noted(
+    tmp_path: Path, provenance: dict[str, Any], stats: dict[str, Any]
+) -> None:
+    manifest = build(tmp_path)
+    manifest.provenance, manifest.stats = provenance, stats
+    content = manifest.as_dict()
+    for shard in content["shards"]:
+        del shard["index"]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).replace("NaN", "null")
+    assert manifest.digest() == hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def test_foreign_shards_are_scanned(tmp_path: Path) -> None:

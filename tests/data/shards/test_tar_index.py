@@ -4,10 +4,15 @@ import json
 import multiprocessing
 import os
 import shutil
+import struct
 import subprocess
 import tarfile
+import tempfile
+from collections.abc import Callable
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -18,7 +23,7 @@ from data.shards import tar_index
 from data.shards.manifest import Manifest, find_shards
 from data.shards.shard import ShardReader, ShardWriter, sha256_of
 from data.shards.store import RecordStore
-from data.shards.tar_index import ShardIndex, find_index, identity, index_of, map_file
+from data.shards.tar_index import ShardIndex, cache_top, find_index, identity, index_of, map_file
 
 REQUIRED = [("txt",)]
 
@@ -94,23 +99,178 @@ def test_the_manifest_names_it_and_an_older_one_is_the_same_data_set(tmp_path: P
     assert Manifest.load(tmp_path).shards[0].index == "" and Manifest.load(tmp_path).digest() == manifest.digest()
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "noise", "of another tar", "a later schema"])
-def test_without_a_sound_index_the_headers_are_walked_and_it_is_made_anew(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "cut by one", "of another tar", "a later schema"])
+@pytest.mark.parametrize("named", [False, True])
+def test_without_a_sound_index_the_headers_are_walked_and_it_is_made_anew(
+    tmp_path: Path, damage: str, named: bool
+) -> None:
     path, other = latents(tmp_path / "a"), latents(tmp_path / "b", 7)
     digest, index = sha256_of(path), path.with_suffix(".idx")
     whole = index.read_bytes()
     broken = {
         "empty": b"",
         "cut": whole[:100],
-        "noise": os.urandom(500),
+        "cut by one": whole[:-1],
         "of another tar": other.with_suffix(".idx").read_bytes(),
         "a later schema": whole.replace(b'\\"schema\\": 1', b'\\"schema\\": 9'),
     }
     index.unlink()
     if damage != "missing":
         index.write_bytes(broken[damage])
+    index_digest = sha256(whole).hexdigest() if named else ""
+    assert content(find_index(path, digest, None, index_digest)) == content(index_of(map_file(path), path))
+    assert ShardIndex.loads(map_file(index), identity(path, digest if named else "")) is not None
+    assert not named or index.read_bytes() == whole
+
+
+def test_a_bit_that_flips_in_an_index_of_the_manifest_is_found(tmp_path: Path) -> None:
+    path = latents(tmp_path, 4)
+    digest, index, expected = sha256_of(path), path.with_suffix(".idx"), content(index_of(map_file(path), path))
+    whole = index.read_bytes()
+    for place in range(len(whole)):
+        index.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        assert content(find_index(path, digest, str(tmp_path), sha256(whole).hexdigest())) == expected
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda facts, header: facts.update(stride="3072"),
+        lambda facts, header: facts.update(stride=10**9),
+        lambda facts, header: facts.update(stride=-5632),
+        lambda facts, header: facts.update(patterns=[]),
+        lambda facts, header: facts.update(patterns=[["txt"]]),
+        lambda facts, header: facts.update(patterns=[[1, 2, 3]]),
+        lambda facts, header: facts.update(patterns=[["a", "b", "c"], ["d"]]),
+        lambda facts, header: facts.update(others=None),
+        lambda facts, header: facts.update(broken=["twice"]),
+        lambda facts, header: header.pop("sizes"),
+        lambda facts, header: header.update(sizes=header["key_ends"]),
+        lambda facts, header: header.update(sizes="sizes"),
+        lambda facts, header: header["keys"]["data_offsets"].reverse(),
+        lambda facts, header: header["offsets"].update(data_offsets=header["first"]["data_offsets"]),
+    ],
+)
+def test_an_index_whose_parts_do_not_fit_is_made_anew(tmp_path: Path, damage: Callable[[Any, Any], Any]) -> None:
+    path = latents(tmp_path)
+    whole = path.with_suffix(".idx").read_bytes()
+    (length,) = struct.unpack_from("<Q", whole)
+    header = json.loads(whole[8 : 8 + length])
+    facts = json.loads(header["__metadata__"]["index"])
+    damage(facts, header)
+    header["__metadata__"]["index"] = json.dumps(facts)
+    beginning = json.dumps(header, separators=(",", ":")).encode()
+    path.with_suffix(".idx").write_bytes(struct.pack("<Q", len(beginning)) + beginning + whole[8 + length :])
+    index = find_index(path, sha256_of(path), None)
+    assert content(index) == content(index_of(map_file(path), path)) and len(index) == 50
+
+
+@pytest.mark.parametrize(
+    "foreign_index",
+    [b"v1.2 6\nimage/jpeg 512 5 0.jpg\n", b"\3" + bytes(7) + b'"x"', b"\1" + bytes(7) + b"5", bytes(range(256))],
+)
+def test_an_index_of_another_program_stays_as_it_is(tmp_path: Path, foreign_index: bytes) -> None:
+    (tmp_path / "data").mkdir()
+    path, cache = foreign(tmp_path / "data" / "a.tar"), tmp_path / "cache"
+    path.with_suffix(".idx").write_bytes(foreign_index)  # such as of NVIDIA DALI's wds2idx
+    assert find_shards(path.parent, stream=StreamConfig(cache_dir=str(cache))).samples == 3
+    assert path.with_suffix(".idx").read_bytes() == foreign_index
+    (kept,) = cache.rglob("a.idx")
+    assert ShardIndex.loads(map_file(kept), identity(path, "")) is not None
+
+
+def two_of_equal_size(folder: Path) -> tuple[Path, Path]:
+    """A tar and another one of equal size whose members lie elsewhere."""
+    for name, files in {"a": {"jpg": bytes(600), "txt": b"1"}, "b": {"txt": b"2", "jpg": bytes(600)}}.items():
+        with ShardWriter(folder / name, 9) as writer:
+            for i in range(3):
+                writer.add(f"{i}", files)
+    return folder / "a" / "00000.tar", folder / "b" / "00000.tar"
+
+
+def test_an_index_made_of_a_tar_that_nobody_hashed_is_not_that_of_the_right_one(tmp_path: Path) -> None:
+    path, other = two_of_equal_size(tmp_path)
+    right, digest = path.read_bytes(), sha256_of(path)
+    path.with_suffix(".idx").unlink()
+    path.write_bytes(other.read_bytes())
+    assert content(find_index(path, digest, None))[0][1][0][0] == "txt" and path.with_suffix(".idx").exists()
+    path.write_bytes(right)
+    os.utime(path, ns=(1, 1))
     assert content(find_index(path, digest, None)) == content(index_of(map_file(path), path))
-    assert index.read_bytes() == whole
+
+
+def test_the_index_of_a_tar_that_was_hashed_holds_whenever_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = latents(tmp_path)
+    digest = sha256_of(path)
+    path.with_suffix(".idx").unlink()
+    find_index(path, digest, None, hashed=True)
+    os.utime(path, ns=(1, 1))  # as the cache notes which shard was used last
+    monkeypatch.setattr(tar_index, "index_of", None)  # nobody walks its headers again
+    assert len(find_index(path, digest, None, hashed=True)) == 50
+
+
+@pytest.mark.parametrize("names", [("0", "1"), ("7", "8")])
+def test_a_wrong_tar_of_equal_size_is_one_line(tmp_path: Path, names: tuple[str, str]) -> None:
+    path, other = two_of_equal_size(tmp_path)
+    if names[0] == "7":  # members lie alike, and only their names tell
+        with ShardWriter(other.parent, 9) as writer:
+            for i in range(7, 10):
+                writer.add(f"{i}", {"jpg": bytes(600), "txt": b"1"})
+    digest, index_digest = sha256_of(path), sha256_of(path.with_suffix(".idx"))
+    assert other.stat().st_size == path.stat().st_size
+    path.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match=r"00000\.tar differs from the sha256 of its manifest: rebuild it") as error:
+        find_index(path, digest, None, index_digest)
+    assert "\n" not in str(error.value)
+
+
+def test_an_index_that_does_not_fit_the_tar_of_the_manifest_is_made_anew(tmp_path: Path) -> None:
+    path, other = two_of_equal_size(tmp_path)
+    wrong = index_of(map_file(other), other)
+    path.with_suffix(".idx").write_bytes(wrong.dumps(identity(path, sha256_of(path))))
+    assert content(find_index(path, sha256_of(path), None)) == content(index_of(map_file(path), path))
+    assert ShardIndex.loads(map_file(path.with_suffix(".idx")), identity(path, sha256_of(path))) is not None
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_name_that_the_first_header_does_not_hold_is_no_other_tar(
+    tmp_path: Path, form: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["f" * 90 + "/" + "k" * 90 + ".JPG", "ключ.jpg"] + ["k" * 150 + ".jpg"] * (form != tarfile.USTAR_FORMAT)
+    for number, name in enumerate(names):
+        with tarfile.open(tmp_path / f"{number}.tar", "w", format=form) as tar:
+            tar.addfile(tarfile.TarInfo(name))
+        find_index(tmp_path / f"{number}.tar", "", None)
+    monkeypatch.setattr(tar_index, "index_of", None)  # nobody walks their headers again
+    assert all(len(find_index(tmp_path / f"{number}.tar", "", None)) == 1 for number in range(len(names)))
+
+
+def test_the_folder_below_tmpdir_is_of_its_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    path = foreign(tmp_path / "data" / "a.tar")
+    path.with_suffix(".idx").write_bytes(b"of another program")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert len(find_index(path, "", None)) == 3
+    top = cache_top(None)
+    assert top.parent == tmp_path and top.stat().st_mode & 0o777 == 0o700 and list(top.rglob("a.idx"))
+    top.chmod(0o777)
+    assert cache_top(None).stat().st_mode & 0o777 == 0o700
+
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    other = tmp_path / "latentline-12345"
+    for link in (False, True):
+        if link:
+            other.rmdir()
+            other.symlink_to(tmp_path / "elsewhere")
+        else:
+            other.mkdir()
+        with pytest.raises(UserError, match=r"latentline-12345 belongs to another user: set stream\.cache_dir"):
+            cache_top(None)
+        assert len(find_index(path, "", None)) == 3
+        assert not (tmp_path / "elsewhere").exists() and not list(other.glob("*"))
+    assert cache_top("elsewhere") == Path("elsewhere")
 
 
 def test_a_foreign_shard_that_was_written_again_is_indexed_again(tmp_path: Path) -> None:
@@ -173,6 +333,16 @@ def test_processes_that_start_together_share_the_indices_out(tmp_path: Path) -> 
     assert counter.value == 20  # each by one of them
 
 
+def test_each_index_of_a_folder_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        foreign(tmp_path / f"{number}.tar", samples=3 * (number > 0))
+    find_shards(tmp_path)
+    read = list[str]()
+    monkeypatch.setattr(tar_index, "map_file", lambda path: read.append(path.name) or map_file(path))
+    assert find_shards(tmp_path).samples == 4 * 3
+    assert sorted(read) == [f"{number}.idx" for number in range(5)]
+
+
 def test_a_process_keeps_a_bounded_number_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.shards.store.OPEN_SHARDS", 3)
     with ShardWriter(tmp_path, 2) as writer:
@@ -199,12 +369,13 @@ def test_what_a_sample_lacks_is_found_by_the_index(tmp_path: Path) -> None:
 
 def test_verify_trusts_no_index(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, 9) as writer:
-        writer.add("a", {"txt": b"1"})
+        writer.add("a", {"jpg": b"1", "txt": b"1"})
     manifest = Manifest(kind="images", shards=writer.finished)
+    manifest.shards[0].index = ""  # as older manifests: nothing tells that this one is wrong
     manifest.save(tmp_path)
     path = tmp_path / "00000.tar"
     wrong = index_of(map_file(path), path)
-    wrong.sizes = [0]
+    wrong.sizes = [1, 0]
     (tmp_path / "00000.idx").write_bytes(wrong.dumps(identity(path, sha256_of(path))))
     assert bytes(RecordStore(tmp_path, manifest, REQUIRED, StreamConfig())[0]["txt"]) == b""
     assert bytes(RecordStore(tmp_path, manifest, REQUIRED, StreamConfig(verify=True))[0]["txt"]) == b"1"
