@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
 
+from conf.errors import UserError
 from conf.files import atomic_write, publish, sha256
 from data.images import EXTENSIONS
 from data.shards.tar_index import (
@@ -24,6 +25,7 @@ from data.shards.tar_index import (
     ShardIndex,
     index_name,
     index_of,
+    is_of,
     map_file,
     missing,
 )
@@ -214,13 +216,16 @@ class ShardReader:
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        members, content = self.index.members(i), self.content
-        if not self._asked[i]:
-            self._ask(i)
-        record: dict[str, Any] = {"__key__": self.index.key(i)}
-        for extension, offset, size in members:
-            record[extension] = content[offset : offset + size]
-        return record
+        content = self.content
+        try:
+            if not self._asked[i]:
+                self._ask(i)
+            record: dict[str, Any] = {"__key__": self.index.key(i)}
+            for extension, offset, size in self.index.members(i):
+                record[extension] = content[offset : offset + size]
+            return record
+        except (ValueError, IndexError):
+            raise damaged(self.path) from None
 
     def key(self, i: int) -> str:
         """Key of sample `i`, without touching its content."""
@@ -228,12 +233,24 @@ class ShardReader:
 
     def _ask(self, i: int) -> None:
         """Have the pages of a sample read in one request, not one by one; of members that lie apart in several."""
-        self._asked[i], members = 1, list(self.index.members(i))
+        key, members = self.index.key(i), list(self.index.members(i))
+        for extension, offset, size in members:
+            if not is_of(bytes(self.content[offset - BLOCK : offset]), key, extension, size):
+                raise damaged(self.path)
+        self._asked[i] = 1
         begin, end = self.index.span(i)
         together = end - begin <= 2 * sum(size for _, _, size in members) + APART
         for first, last in [(begin, end)] if together else [(at, at + size) for _, at, size in members if size]:
             first -= first % mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, first, last - first)
+
+
+def damaged(path: Path) -> UserError:
+    """The error of an index that says otherwise than the headers of its tar."""
+    index = path.with_name(index_name(path.name))
+    return UserError(
+        f"the index of shard {path} is damaged, or the shard is another one: delete {index} if it is there"
+    )
 
 
 def tars_in(folder: Path, compressed: bool = False) -> list[Path]:

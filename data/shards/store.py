@@ -214,7 +214,8 @@ class RecordStore:
             if self.verify and info.sha256 and sha256_of(path) != info.sha256:
                 raise UserError(f"shard {path} differs from the sha256 of its manifest: {remedy}")
             # None: seen with its own eyes.
-            index = None if self.verify else find_index(path, info.sha256, self.cache_dir)
+            known = self.cache is not None  # which compared it when it came
+            index = None if self.verify else find_index(path, info.sha256, self.cache_dir, hashed=known)
             return ShardReader(path, index=index)
 
     def _range_reader(self, shard: int) -> RangeReader:

@@ -44,6 +44,7 @@ SCHEMA = 1
 TYPES = {"U8": "B", "U16": "H", "U32": "I", "U64": "Q"}  # safetensors' names to memoryview's
 BEGINNING = b'{"__metadata__":{"index":'  # of the header of an index, behind its length
 HEADER_NAME = 100  # bytes of a name that each format of tar keeps in the header itself
+LARGE = 1 << 33  # bytes of a member whose size pax may keep elsewhere
 
 
 def unreadable(path: Path, start: bytes = b"") -> UserError:
@@ -111,6 +112,19 @@ def is_header(block: bytes, size: int) -> bool:
         return block[257:262] == b"ustar" and (_number(block[124:136]), _number(block[148:156])) == (size, checksum)
     except tarfile.HeaderError:
         return False
+
+
+def is_of(header: bytes, key: str, extension: str, size: int) -> bool:
+    """Whether a header is that of a member of a sample, as far as it tells: long and foreign names lie before it."""
+    try:
+        if header[257:262] != b"ustar" or (_number(header[124:136]) != size < LARGE):
+            return False
+    except tarfile.HeaderError:
+        return False
+    name = f"{key}.{extension}"
+    if not name.isascii() or "\\" in name or len(name) > HEADER_NAME:  # \\: of bytes in no encoding
+        return True
+    return _ustar_name(header).lower() in (name.lower(), f"{key.rpartition('~')[0]}.{extension}".lower())  # or KEY~2
 
 
 def _number(field: bytes) -> int:
@@ -219,12 +233,9 @@ class ShardIndex:
             return True
         try:
             extension, offset, size = next(self.members(0))
-            name = f"{self.key(0)}.{extension}".lower()
+            return is_of(os.pread(tar.fileno(), BLOCK, offset - BLOCK), self.key(0), extension, size)
         except (IndexError, StopIteration, ValueError):  # columns that are damaged where their ends do not show it
             return False
-        header = os.pread(tar.fileno(), BLOCK, offset - BLOCK)
-        in_header = name.isascii() and len(name) <= HEADER_NAME  # others lie in a block before it
-        return is_header(header, size) and (not in_header or _ustar_name(header).lower() == name)
 
     def dumps(self, of: dict[str, Any]) -> bytes:
         """The content of its file; `of` says which tar it is of."""
@@ -450,23 +461,20 @@ def index_name(tar_name: str) -> str:
     return f"{tar_name[:-4]}.idx"
 
 
-def find_index(
-    path: Path, digest: str, cache_dir: str | None, index_digest: str = "", hashed: bool = False
-) -> ShardIndex:
+def find_index(path: Path, digest: str, cache_dir: str | None, hashed: bool = False) -> ShardIndex:
     """The index of a tar: read beside it or from a cache, else made, by one of the processes that ask at a time.
 
     It is kept beside the tar, or where that folder cannot be written, below `cache_dir` (None: $TMPDIR). One that is
-    damaged, or that is not the one that the manifest names, is made anew.
+    damaged is made anew, as far as its lengths and ends tell.
 
     Args:
         digest: of the tar, sha256 in hex; empty where nobody knows it.
-        index_digest: of the file of its index; empty where nobody knows it.
         hashed: whether the tar is known to have its digest.
 
     Raises:
         UserError: the tar is missing, cannot be read, or is another one than the digest is of.
     """
-    file = _IndexFile(path, digest, cache_dir, index_digest, hashed)
+    file = _IndexFile(path, digest, cache_dir, hashed)
     with _opened(path) as tar:
         index = file.load()
         if index is not None and index.begins_as(tar):
@@ -526,7 +534,6 @@ class _IndexFile:
     path: Path
     digest: str
     cache_dir: str | None
-    index_digest: str = ""
     hashed: bool = False
 
     def places(self) -> Iterator[Path]:
@@ -545,23 +552,17 @@ class _IndexFile:
                 content = map_file(place)
             except UserError:
                 continue
-            # One that the manifest does not name may be one that was made here: it then has the time of the tar.
-            other = self.index_digest and hashlib.sha256(content).hexdigest() != self.index_digest
-            for of in [dated] if other else [named, dated]:
+            for of in (named, dated):
                 if (index := ShardIndex.loads(content, of)) is not None:
                     return index
         return None
 
     def make(self) -> ShardIndex:
         """Walk the headers of the tar and keep what they say."""
-        named, dated = identity(self.path, self.digest), identity(self.path, "")
-        index = index_of(map_file(self.path), self.path)
-        content = index.dumps(named)
         # The digest of a tar that nobody has hashed would be a guess, and an index of a wrong tar would outlive it.
-        # An index that is the one of the manifest to the byte needs no proof.
-        proven = self.hashed or hashlib.sha256(content).hexdigest() == self.index_digest
-        if self.digest and not proven:
-            content = index.dumps(dated)
+        of = identity(self.path, self.digest if self.hashed else "")
+        index = index_of(map_file(self.path), self.path)
+        content = index.dumps(of)
         for place in self.places():
             if _may_replace(place):
                 try:
