@@ -1,6 +1,7 @@
 """One image shard to its latent shard, or one for each shape: decoding, encoding and writing side by side."""
 
 import json
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from conf.schema import PrecomputeRun, StreamConfig
 from data.buckets import bucket_shapes, suffix_of
 from data.image_dataset import Batch, ImageDataset, collate
 from data.latent_record import ChannelStats, LatentRecord, LatentWriter, as_float32, read_latent
-from data.shards.manifest import MANIFEST, REMEDY, Manifest, ShardInfo
+from data.shards.manifest import REMEDY, Manifest, ShardInfo
 from data.shards.remote import joined
 from data.shards.shard import without_dots
 from data.shards.store import RecordStore
@@ -66,10 +67,9 @@ class KnownMoments:
 
 def broken_moments(cache: str, problem: object) -> UserError:
     """What is wrong with a cache that is taken over, with the remedy of this option."""
-    text = str(problem)
-    for remedy in (REMEDY["latents"], f"rebuild it, or delete {MANIFEST} to use the shards that exist"):
-        text = text.replace(remedy, "copy the cache whole, or leave moments out to encode all anew")
-    return UserError(f"moments={cache}: {text}")
+    remedy = "copy the cache whole, or leave moments out to encode all anew"
+    others = re.escape(REMEDY["latents"]) + "|rebuild it.*"
+    return UserError(f"moments={cache}: {re.sub(others, remedy, str(problem))}")
 
 
 @dataclass(slots=True)
