@@ -17,8 +17,8 @@ from conf.schema import ImageConfig, StreamConfig
 from data.buckets import Shape, nearest_shape
 from data.images import EXTENSIONS, Cut, cut_of, in_range, open_image, to_pixels, to_tensor
 from data.labels import MAP, Labels, Vocabulary, cut_labels, read_labels
-from data.order import FullOrder, Order, WindowedOrder, choice, rng
-from data.samples import caption_of, captions_named, fields_of, image_of
+from data.order import FullOrder, Order, WindowedOrder, rng
+from data.samples import Captions, caption_of, fields_of, image_of
 from data.shards.manifest import Manifest, find_shards
 from data.shards.store import RecordStore
 from data.shards.tar_index import TEXTS
@@ -43,8 +43,12 @@ class ImageDataset:
         stream: StreamConfig | None = None,
         labels: bool = False,
         batch: int = 1,
+        captions: Captions | None = None,
     ) -> None:
-        """Args: batch: consecutive positions of the training stream that lanes share, if there are any."""
+        """Args:
+        batch: consecutive positions of the training stream that lanes share, if there are any.
+        captions: which an image has; None: those of the stream.
+        """
         stream = stream or StreamConfig()
         self.manifest = find_shards(folder, "images", stream)
         self.samples, self.digest = self.manifest.samples, digest_of(self.manifest, stream, batch)
@@ -52,7 +56,7 @@ class ImageDataset:
         self.vocabulary = Vocabulary.of(self.manifest.provenance.get("labels", {}))
         self.order = order_of(seed, [shard.samples for shard in self.manifest.shards], stream, batch)
         self.skip = stream.skip_broken
-        self.captions, self.weights = list(stream.captions) or ["caption"], list(stream.captions.values()) or [1.0]
+        self.captions = captions or Captions.of(stream.captions)
         self.records = RecordStore(folder, self.manifest, [EXTENSIONS, TEXTS], stream)
 
     def item(self, position: int) -> Batch:
@@ -61,7 +65,7 @@ class ImageDataset:
 
     def _item(self, position: int, index: int) -> Batch:
         image, facts = self._open(index)
-        facts["caption"] = facts.pop("captions")[choice(self.seed, position, "caption", self.weights)]
+        facts["caption"] = facts.pop("captions")[self.captions.draw(self.seed, position)]
         cut = cut_of(*image.size, self.images.crop, self.images.flip, rng(self.seed, position, "crop"))
         return {**self._cut(image, facts, cut), "position": position}
 
@@ -89,6 +93,14 @@ class ImageDataset:
         if self.labels:
             facts["labels"] = [cut_labels(facts["labels"], cut, *shape, image.size) for cut in cuts]
         return {"pixels": pixels, "cuts": cuts, "size": image.size, "index": index, **facts}
+
+    def captions_at(self, index: int) -> list[str]:
+        """The captions of sample `index`; no image is decoded."""
+        record = self.records[index]
+        try:
+            return self.captions.read(record)
+        except UserError as error:
+            raise _broken(self.records, index, error) from None
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Collated items; broken ones are left out and named in "skipped" where the stream says so."""
@@ -123,7 +135,7 @@ class ImageDataset:
             image, facts = decoded(record, self.images, self.captions)
             labels = {"labels": self._labels(record, facts["meta"], image.size)} if self.labels else {}
         except UserError as error:
-            raise UserError(f"{self.records.name(index)}: {error}: {REBUILD}") from None
+            raise _broken(self.records, index, error) from None
         return image, facts | labels
 
     def _labels(self, record: dict[str, Any], meta: dict[str, Any], size: tuple[int, int]) -> Labels:
@@ -141,10 +153,10 @@ class ImageDataset:
         return item
 
 
-def decoded(record: Mapping[str, Any], images: ImageConfig, captions: Sequence[str]) -> tuple[Image.Image, Batch]:
+def decoded(record: Mapping[str, Any], images: ImageConfig, captions: Captions) -> tuple[Image.Image, Batch]:
     """The image of a record, and its "captions", "key" and "meta"; raises UserError."""
     image = open_image(image_of(record), images.max_pixels)
-    texts, meta = captions_named(record, captions), fields_of(record)
+    texts, meta = captions.read(record), fields_of(record)
     return image, {"captions": texts, "key": record["__key__"], "meta": meta}
 
 
@@ -157,8 +169,13 @@ def captions_of(folder: str | Path, samples: int = 0) -> list[str]:
         try:
             captions.append(caption_of(records[index]))
         except UserError as error:
-            raise UserError(f"{records.name(index)}: {error}: {REBUILD}") from None
+            raise _broken(records, index, error) from None
     return captions
+
+
+def _broken(records: RecordStore, index: int, error: UserError) -> UserError:
+    """What is wrong with a sample, with its name and the remedy."""
+    return UserError(f"{records.name(index)}: {error}: {REBUILD}")
 
 
 def order_of(seed: int, sizes: Sequence[int], stream: StreamConfig, batch: int = 1) -> Order:

@@ -15,8 +15,8 @@ from data.buckets import BucketedOrder, bucket_of
 from data.captions import decode_text
 from data.image_dataset import Batch, collate, digest_of, order_of, require_some
 from data.latent_record import decode_npy
-from data.order import Order, choice, rng
-from data.samples import captions_named
+from data.order import Order, rng
+from data.samples import Captions
 from data.shards.manifest import find_shards
 from data.shards.store import RecordStore
 
@@ -83,13 +83,13 @@ class LatentDataset:
         self.seed, self.skip = seed, stream.skip_broken
         captioned = "caption" in self.manifest.provenance.get("conditions", ["caption"])
         required = [("moments.npy",), *([("tokens.npy",)] if captioned else []), ("txt",)]
-        self.captions: list[str] = self.manifest.provenance.get("captions", ["caption"])
-        if unknown := stream.captions.keys() - self.captions:
+        cached: list[str] = self.manifest.provenance.get("captions", ["caption"])
+        if unknown := stream.captions.keys() - cached:
             raise UserError(
-                f"stream.captions: '{folder}' has {', '.join(self.captions)}, not {min(unknown)}: precompute with "
-                f"captions=[{','.join([*self.captions, min(unknown)])}]"
+                f"stream.captions: '{folder}' has {', '.join(cached)}, not {min(unknown)}: precompute with "
+                f"captions=[{','.join([*cached, min(unknown)])}]"
             )
-        self.weights = [stream.captions.get(name, 0.0 if stream.captions else 1.0) for name in self.captions]
+        self.captions = Captions.of(stream.captions, cached)
         self.records = RecordStore(folder, self.manifest, required, stream)
         sizes = [shard.samples for shard in self.manifest.shards]
         self.buckets = [bucket_of(shard.name) for shard in self.manifest.shards]
@@ -134,8 +134,7 @@ class LatentDataset:
         self.records.prefetch(self.order.upcoming(positions))
         variants = self.layout["moments"].shape[0]
         chosen = [int(rng(self.seed, p, "variant").integers(variants)) if variants > 1 else 0 for p in positions]
-        several = len(self.captions) > 1
-        spoken = [choice(self.seed, p, "caption", self.weights) if several else 0 for p in positions]
+        spoken = [self.captions.draw(self.seed, p) for p in positions]
         return self._gather(self.order.many(positions), chosen, spoken, positions, self.skip)
 
     def batch_at(self, indices: Sequence[int]) -> Batch:
@@ -167,7 +166,7 @@ class LatentDataset:
     ) -> Batch:
         # Straight from the memory maps into the batch: a record that is decoded and stacked would be copied twice.
         layout = self._common_layout(indices)
-        several = len(self.captions) > 1
+        several = len(self.captions.names) > 1
         shapes = {name: array.shape[name not in SHARED or several :] for name, array in layout.items()}  # of one each
         rows = {name: np.empty((len(indices), *shapes[name]), array.dtype) for name, array in layout.items()}
         targets = [(name, out.reshape(-1).view(np.uint8).data, out[0].nbytes) for name, out in rows.items()]
@@ -210,7 +209,7 @@ class LatentDataset:
 
     def _caption(self, record: dict[str, Any], index: int, caption: int) -> str:
         try:
-            return captions_named(record, self.captions)[caption] if caption else decode_text(record["txt"])
+            return self.captions.read(record)[caption] if caption else decode_text(record["txt"])
         except UserError as error:
             problem = f"its .txt is {error}: run data/precompute_latents.py again"
             raise UserError(f"{self.records.name(index)}: {problem}") from None

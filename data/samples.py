@@ -4,12 +4,14 @@ Captions lie in `KEY.txt` or as "caption" in `KEY.json`; images have one of the 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from conf.errors import UserError
 from conf.plain_json import loads
 from data.captions import clean_caption, decode_text
 from data.images import EXTENSIONS
+from data.order import choice
 from data.shards.shard import Buffer, described
 
 CAPTION_BYTES = 65536  # a longer caption is taken for a mistake
@@ -45,6 +47,34 @@ def captions_named(record: Mapping[str, Any], names: Sequence[str]) -> list[str]
     found = [None if name == "caption" else _field(record, name) for name in names]
     first = caption_of(record) if found[0] is None else caption_from(found[0])
     return [first, *(first if value is None else caption_from(value) for value in found[1:])]
+
+
+@dataclass(frozen=True, slots=True)
+class Captions:
+    """Captions of an image by name, of which one is drawn for each position of a training stream.
+
+    The order of the names belongs to the draw, and the first one stands in for those that an image lacks.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float], cached: Sequence[str] = ()) -> Self:
+        """Those that `stream.captions` names, or of a latent cache all that it has, the others with weight 0.
+
+        The cache's order wins over that of the option, so that a run draws the same with the cache and without it.
+        """
+        names = tuple(cached or weights or ["caption"])
+        return cls(names, tuple(weights.get(name, 0.0 if weights else 1.0) for name in names))
+
+    def draw(self, seed: int, position: int) -> int:
+        """Number of the one that comes at a position."""
+        return choice(seed, position, "caption", self.weights)
+
+    def read(self, record: Mapping[str, Any]) -> list[str]:
+        """All of a sample, in the order of their names; raises UserError."""
+        return captions_named(record, self.names)
 
 
 def _field(record: Mapping[str, Any], name: str) -> Any:

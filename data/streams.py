@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from braceexpand import braceexpand
-from torch.utils.data import IterableDataset
 
 from conf.errors import UserError
 from conf.schema import ImageConfig, StreamConfig
 from data.image_dataset import Batch, ImageDataset, collate, decoded, require_some
 from data.images import cut_of, to_pixels, to_tensor
 from data.latent_dataset import LatentDataset, Layout
-from data.order import Mix, choice, rng
+from data.order import Mix, rng
+from data.samples import Captions
 from data.shards.manifest import REMEDY, Manifest
 from data.shards.store import read_at_a_time
 
@@ -63,15 +63,19 @@ class WebStream:
 
     Nobody knows which sample stands at a position before it is read. So none is promised to come once in an epoch, a
     training that goes on reads the shards in another order, and another number of processes sees others. All that is
-    drawn for a sample is still of its position. Each process reads its share of the shards, unless there are too few.
+    drawn for a sample is still of its position. Each reader (a process, or a loader of it) has its share of the shards;
+    where there are fewer shards than readers each reads all of them, in an order of its own, and a batch may hold a
+    sample more than once.
     """
 
     samples = sys.maxsize
 
-    def __init__(self, urls: str, images: ImageConfig, seed: int, stream: StreamConfig) -> None:
+    def __init__(
+        self, urls: str, images: ImageConfig, seed: int, stream: StreamConfig, captions: Captions | None = None
+    ) -> None:
         self.urls, self.images, self.seed = list(braceexpand(urls)), images, seed
         self.skip, self.buffer = stream.skip_broken, stream.buffer
-        self.captions, self.weights = list(stream.captions) or ["caption"], list(stream.captions.values()) or [1.0]
+        self.captions = captions or Captions.of(stream.captions)
         self.digest = hashlib.sha256(urls.encode()).hexdigest()
         if os.environ.get("RANK", "0") == "0":
             lost = "that each comes once, and that a run which goes on sees what it would have seen"
@@ -82,66 +86,84 @@ class WebStream:
         import webdataset
 
         order = random.Random(f"{self.seed}/{start}/{reader}")
-        handler = webdataset.warn_and_continue if self.skip else webdataset.reraise_exception
-        records = iter(
-            webdataset.DataPipeline(
-                _Shards(self.urls, f"{self.seed}/{start}", reader, readers),
-                webdataset.tarfile_to_samples(handler=handler),
-                webdataset.shuffle(self.buffer, initial=min(self.buffer, 100), rng=order),
-            )
-        )
+        shuffle = webdataset.shuffle(self.buffer, initial=min(self.buffer, 100), rng=order)
+        records = shuffle(self._records(start, reader, readers))
         for positions in parts:
             items, skipped = list[Batch](), list[str]()
             while len(items) < len(positions):
+                record = next(records)
                 try:
-                    items.append(self._item(next(records), positions[len(items)]))
+                    items.append(self._item(record, positions[len(items)]))
                 except UserError as error:
                     skipped.append(str(error))
                     if not self.skip:
                         raise
                     if not items and len(skipped) == UNREADABLE:
                         require_some(items, skipped)
-                except Exception as error:  # each protocol has errors of its own
-                    raise UserError(f"stream.webdataset: {' '.join(str(error).split())[:300]}") from None
             yield {**collate(items), "skipped": skipped} if self.skip else collate(items)
+
+    def _records(self, start: int, reader: int, readers: int) -> Iterator[dict[str, Any]]:
+        """Samples of a reader's shards without end, which come in a new order in each epoch.
+
+        Raises:
+            UserError: an address that cannot be read, or an epoch of all shards in which no sample came.
+        """
+        import webdataset
+
+        handler = webdataset.warn_and_continue if self.skip else webdataset.reraise_exception
+        samples_of, few = webdataset.tarfile_to_samples(handler=handler), len(self.urls) < readers
+        own = f"/{reader}" if few else ""  # in one order all would read the same samples at a time
+        found = True
+        for epoch in count():
+            urls = list(self.urls)
+            random.Random(f"{self.seed}/{start}/{epoch}{own}").shuffle(urls)
+            share = urls[reader::readers] if found and not few else urls  # one without a sample proves nothing of all
+            found = False
+            try:
+                for record in samples_of({"url": url} for url in share):
+                    found = True
+                    yield record
+            except Exception as error:  # each protocol has errors of its own
+                raise UserError(f"stream.webdataset: {' '.join(str(error).split())[:300]}") from None
+            if not found and len(share) == len(urls):
+                raise UserError(
+                    f"stream.webdataset: none of {len(urls)} shards has a sample that can be read, {urls[0]} first: "
+                    "check the addresses"
+                )
 
     def _item(self, record: dict[str, Any], position: int) -> Batch:
         try:
             image, facts = decoded(record, self.images, self.captions)
         except UserError as error:
             raise UserError(f"{record.get('__url__')}: sample '{record['__key__']}': {error}") from None
-        facts["caption"] = facts.pop("captions")[choice(self.seed, position, "caption", self.weights)]
+        facts["caption"] = facts.pop("captions")[self.captions.draw(self.seed, position)]
         cut = cut_of(*image.size, self.images.crop, self.images.flip, rng(self.seed, position, "crop"))
         side = self.images.resolution
         pixels = to_tensor(to_pixels(image, side, side, cut, self.images.filter))
         return {"pixels": pixels, **facts, "position": position}
 
 
-class _Shards(IterableDataset):
-    """Addresses without end, as webdataset's pipeline takes them: of each epoch a reader's share, in a new order."""
-
-    def __init__(self, urls: list[str], seed: str, reader: int, readers: int) -> None:
-        super().__init__()
-        self.urls, self.seed, self.reader, self.readers = urls, seed, reader, readers
-
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        for epoch in count():
-            urls = list(self.urls)
-            random.Random(f"{self.seed}/{epoch}").shuffle(urls)
-            own = urls[self.reader :: self.readers] if len(urls) >= self.readers else urls
-            yield from ({"url": url} for url in own)
-
-
 def image_stream(
-    folder: str, images: ImageConfig, seed: int, stream: StreamConfig, global_batch: int
+    folder: str,
+    images: ImageConfig,
+    seed: int,
+    stream: StreamConfig,
+    global_batch: int,
+    captions: Captions | None = None,
 ) -> ImageDataset | Mixed | WebStream:
-    """Images and captions for a training: FOLDER/train, and its share of each data set of the mix; or what is named."""
+    """Images and captions for a training: FOLDER/train, and its share of each data set of the mix; or what is named.
+
+    Args:
+        captions: which an image has; None: those of the stream.
+    """
     if stream.webdataset is not None:
-        return WebStream(stream.webdataset, images, seed, stream)
+        return WebStream(stream.webdataset, images, seed, stream, captions)
     batch = _shared_by_lanes(stream, global_batch)
-    members = _members(
-        folder, seed, stream, lambda train, own_seed: ImageDataset(train, images, own_seed, stream, batch=batch)
-    )
+
+    def opened(train: str, own_seed: int) -> ImageDataset:
+        return ImageDataset(train, images, own_seed, stream, batch=batch, captions=captions)
+
+    members = _members(folder, seed, stream, opened)
     return members[0] if len(members) == 1 else Mixed(members, [1.0, *stream.mix.values()], seed)
 
 
@@ -151,6 +173,12 @@ def latent_stream(
     """Cached latents for a training, and of each data set of the mix; with the manifests, which must fit the run."""
     run, batch = stream.bucket_run or global_batch, _shared_by_lanes(stream, global_batch)
     members = _members(folder, seed, stream, lambda train, own_seed: LatentDataset(train, own_seed, stream, run, batch))
+    for option, member in zip([f"latents={folder}", *(f"stream.mix: '{n}'" for n in stream.mix)], members, strict=True):
+        if part := member.manifest.provenance.get("train_shards"):
+            raise UserError(
+                f"{option}: has latents of a part of the images (data/precompute_latents.py train_shards={part}), for "
+                "train_unet.py encode=true: set that, or precompute all of them into another folder"
+            )
     if len(members) > 1 and any(len(member.layouts) > 1 for member in members):
         raise UserError("stream.mix: caches with aspect buckets cannot be mixed; precompute with buckets.max_aspect=1")
     for name, member in zip(stream.mix, members[1:], strict=True):

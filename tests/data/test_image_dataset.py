@@ -114,6 +114,18 @@ def test_latents_of_other_shapes_do_not_mix(tmp_path: Path) -> None:
         latent_stream(str(first), 0, StreamConfig(mix={str(second): 1.0}), 64)
 
 
+def test_a_cache_of_a_part_of_the_images_is_not_trained_on(tmp_path: Path) -> None:
+    first, second = write_latents(tmp_path / "a", 6), write_latents(tmp_path / "b", 6)
+    manifest = Manifest.load(second / "train")
+    manifest.provenance["train_shards"] = 2
+    manifest.save(second / "train")
+    remedy = r"has latents of a part of the images .*train_shards=2\), for train_unet\.py encode=true: set that, or"
+    with pytest.raises(UserError, match=rf"^latents=.*/b: {remedy}"):
+        latent_stream(str(second), 0, StreamConfig(), 64)
+    with pytest.raises(UserError, match=rf"^stream\.mix: '.*/b': {remedy}"):
+        latent_stream(str(first), 0, StreamConfig(mix={str(second): 1.0}), 64)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_samples_are_left_out_and_named_and_the_rest_comes_once(tmp_path: Path, workers: int) -> None:
     folder = tmp_path / "train"

@@ -13,7 +13,8 @@ from conf.schema import BuildRun, ImageConfig, Source, StreamConfig
 from data.building.build import build_shards
 from data.captions import clean_caption, decode_text
 from data.image_dataset import ImageDataset, captions_of
-from data.samples import caption_of, captions_named, fields_in, image_of
+from data.order import choice
+from data.samples import Captions, caption_of, captions_named, fields_in, image_of
 from data.shards.manifest import Manifest
 from data.shards.shard import ShardWriter
 
@@ -174,6 +175,18 @@ def test_one_of_several_captions_is_drawn_by_its_weight(tmp_path: Path) -> None:
     assert dataset.batch([1234, 7])["caption"] == [drawn[1234], drawn[7]]
     assert dataset.at(0)["caption"] == "the usual"
     assert ImageDataset(tmp_path, ImageConfig(resolution=8), 6, stream).batch(range(2000))["caption"] != drawn
+
+
+def test_the_order_of_a_cache_decides_what_is_drawn_and_what_stands_in() -> None:
+    ours, cached = {"long": 3.0, "short": 1.0}, ["short", "other", "long"]
+    captions = Captions.of(ours, cached)
+    assert captions == Captions.of(dict(reversed(ours.items())), cached) == Captions(tuple(cached), (1.0, 0.0, 3.0))
+    drawn = [captions.draw(0, position) for position in range(2000)]
+    assert drawn == [choice(0, position, "caption", [1.0, 0.0, 3.0]) for position in range(2000)]  # of runs before
+    assert {0, 2} == set(drawn)
+    record = {"__key__": "a", "txt": b"the usual", "json": json.dumps({"short": "a short one"}).encode()}
+    assert captions.read(record) == ["a short one"] * 3
+    assert (Captions.of({}), Captions.of({}, cached).weights) == (Captions(("caption",), (1.0,)), (1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(

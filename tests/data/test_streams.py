@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import signal
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -81,6 +82,13 @@ def test_processes_share_the_shards_and_a_run_that_goes_on_sees_another_order(sh
     assert {key for batch in read(urls, 9, rank=15, world=12) for key in batch["key"]}  # fewer shards than processes
 
 
+def test_more_processes_than_shards_do_not_read_the_same_samples_at_a_time(shards: Path) -> None:
+    urls = f"{shards}/{{00..07}}.tar"
+    first = [read(urls, 1, rank, 12, buffer=1)[0]["key"][0] for rank in range(12)]
+    assert len({key[0] for key in first}) >= 4  # shards; in one order it would be a single one
+    assert first == [read(urls, 1, rank, 12, buffer=1)[0]["key"][0] for rank in range(12)]
+
+
 def test_it_says_what_is_lost_once_for_all_processes(
     shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +113,33 @@ def test_what_cannot_be_read_is_one_line_or_left_out(shards: Path) -> None:
     found = read(f"{shards}/{{00..08}}.tar", 8, skip_broken=True)
     assert all(len(batch["key"]) == 12 for batch in found)
     assert any("sample 'broken'" in line for batch in found for line in batch["skipped"])
+
+
+@pytest.fixture
+def ends() -> Iterator[None]:
+    """Ends a test that would hang."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.filterwarnings("ignore:FileNotFoundError")  # each of webdataset's own
+@pytest.mark.usefixtures("ends")
+def test_a_stream_without_a_sample_ends_after_an_epoch(shards: Path) -> None:
+    tarfile.open(shards / "empty.tar", "w").close()
+    with pytest.raises(UserError, match=r"^stream\.webdataset: none of 1 shards has a sample that can be read"):
+        read(f"{shards}/empty.tar", 1)
+    with pytest.raises(UserError, match="none of 2 shards has a sample that can be read"):
+        read(f"{shards}/{{empty,none}}.tar", 1, skip_broken=True)
+    for rank in range(2):  # one of them begins with a share of which nothing comes
+        (batch,) = read(f"{shards}/{{none,00}}.tar", 1, rank, 2, skip_broken=True)
+        assert len(batch["key"]) == 6
 
 
 @pytest.mark.parametrize("options", [{"window": 2}, {"lanes": 4}, {"mix": {"/x": 1.0}}])

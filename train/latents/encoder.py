@@ -66,7 +66,8 @@ class LatentEncoder:
     def of_images(self, batch: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Moments and the arrays of other conditions than captions; several threads may ask at a time."""
         if "moments" in batch:
-            return batch["moments"], batch["arrays"]
+            names, rows = batch["arrays"][0], batch["arrays"]
+            return batch["moments"].numpy(), {name: np.stack([row[name] for row in rows]) for name in names}
         pixels = batch["pixels"]  # [B, V, 3, H, W]
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()

@@ -23,7 +23,8 @@ from data.buckets import bucket_shapes
 from data.claims import Claims
 from data.image_dataset import ImageDataset
 from data.latent_record import ChannelStats
-from data.shards.manifest import MANIFEST, Manifest, ShardInfo
+from data.shards.manifest import MANIFEST, Manifest, ShardInfo, find_shards
+from data.shards.remote import joined
 from models.autoencoder import Autoencoder
 from models.conditions import Conditions
 from models.text import Cuts, load_text_tower
@@ -34,10 +35,11 @@ from train.latents.check import decode_back
 from train.latents.cost import print_plan
 from train.latents.encoder import LatentEncoder
 from train.latents.provenance import NULL_TEXT, OLDER, asks_clip, image_facts, weights_digest
-from train.latents.shard import PARTS, LatentSplit, encode_shard, part_of
+from train.latents.shard import PARTS, KnownMoments, LatentSplit, broken_moments, encode_shard, part_of
 
 SPLITS = ("train", "heldout")
-OF_TEXTS = {"clip", "captions", "text_states", "text_dim", "context_length"}  # fields that moments do not depend on
+# Fields that neither moments nor the arrays of other conditions depend on; of these image_embedding does on clip.
+OF_TEXTS = {"clip", "captions", "text_states", "text_dim", "context_length"}
 REJECTS = "rejects.jsonl"
 
 
@@ -56,22 +58,28 @@ def open_splits(cfg: PrecomputeRun, encoder: LatentEncoder) -> list[LatentSplit]
         encoder.conditions.check_names(labels)
         folder = Path(cfg.output_dir) / name
         wanted = facts | {"source": images.manifest.digest(), "labels": labels}
-        wanted["train_shards"] = (cfg.train_shards or None) if name == "train" else None
+        part = name == "train" and 0 < cfg.train_shards < len(images.manifest.shards)
+        wanted["train_shards"] = cfg.train_shards if part else None
         known = None if cfg.moments is None else known_moments(cfg.moments, name, wanted)
         splits.append(LatentSplit(name, images, folder, wanted, existing_manifest(folder, wanted), known))
     return splits
 
 
-def known_moments(cache: str, side: str, wanted: dict[str, Any]) -> Path:
+def known_moments(cache: str, side: str, wanted: dict[str, Any]) -> KnownMoments:
     """One side of a cache whose moments are those that are wanted; refuses another, naming the field."""
-    found = {**OLDER, **Manifest.load(Path(cache) / side).provenance}
-    for field in wanted.keys() - OF_TEXTS:
+    try:
+        manifest = find_shards(joined(cache, side), "latents")
+    except UserError as error:
+        raise broken_moments(cache, error) from None
+    found = {**OLDER, **manifest.provenance}
+    seen_by_clip = {"clip"} if "image_embedding" in wanted["conditions"] else set()
+    for field in sorted(wanted.keys() - OF_TEXTS | seen_by_clip):
         before, now = found.get(field), wanted[field]
         if field == "conditions":  # but for the caption
             before, now = ({k: v for k, v in dict(facts or {}).items() if k != "caption"} for facts in (before, now))
         if before != now:
             raise UserError(f"moments={cache}: its {field} is {before}, not {now}: leave it out to encode all anew")
-    return Path(cache) / side
+    return KnownMoments(cache, side, manifest)
 
 
 def latents_provenance(cfg: PrecomputeRun, encoder: LatentEncoder) -> dict[str, Any]:

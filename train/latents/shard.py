@@ -1,35 +1,75 @@
 """One image shard to its latent shard, or one for each shape: decoding, encoding and writing side by side."""
 
 import json
+import re
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 
 from conf.errors import UserError
 from conf.process import cores, tell
-from conf.schema import PrecomputeRun
+from conf.schema import PrecomputeRun, StreamConfig
 from data.buckets import bucket_shapes, suffix_of
 from data.image_dataset import Batch, ImageDataset, collate
-from data.latent_record import ChannelStats, LatentWriter, as_float32, read_latent
-from data.samples import captions_named
-from data.shards.manifest import Manifest, ShardInfo
-from data.shards.shard import ShardReader, without_dots
+from data.latent_record import ChannelStats, LatentRecord, LatentWriter, as_float32, read_latent
+from data.shards.manifest import REMEDY, Manifest, ShardInfo
+from data.shards.remote import joined
+from data.shards.shard import without_dots
+from data.shards.store import RecordStore
 from train.engine.runtime import Threads
 from train.latents.encoder import Encoded, LatentEncoder
 
 PARTS = ".parts"
 AHEAD = 2  # batches that are decoded before the encoder asks for them
 AT_ONCE = {"cpu": 1, "cuda": 2}  # batches that are being encoded
+
+
+class KnownMoments:
+    """One side of a finished cache (`moments`) whose moments are taken over; where it is not whole, the run ends.
+
+    Args:
+        manifest: of that side.
+    """
+
+    def __init__(self, cache: str, side: str, manifest: Manifest) -> None:
+        self.cache, self.numbers = cache, {shard.name: number for number, shard in enumerate(manifest.shards)}
+        try:
+            self.records = RecordStore(joined(cache, side), manifest, [("moments.npy",)], StreamConfig(window=1))
+        except UserError as error:
+            raise broken_moments(cache, error) from None
+
+    def rows(self, index: int) -> dict[str, int]:
+        """The records of the samples of an image shard, by key; none where its manifest lists no such shard."""
+        number = self.numbers.get(f"{index:05d}.tar")
+        if number is None:  # every sample was rejected
+            return {}
+        records = self.records
+        try:
+            return {records.key(row): row for row in range(records.first(number), records.first(number + 1))}
+        except UserError as error:
+            raise broken_moments(self.cache, error) from None
+
+    def __getitem__(self, row: int) -> LatentRecord:
+        try:
+            return read_latent(self.records[row])
+        except UserError as error:
+            raise broken_moments(self.cache, f"{self.records.name(row)}: {error}") from None
+
+
+def broken_moments(cache: str, problem: object) -> UserError:
+    """What is wrong with a cache that is taken over, with the remedy of this option."""
+    remedy = "copy the cache whole, or leave moments out to encode all anew"
+    others = re.escape(REMEDY["latents"]) + "|rebuild it.*"
+    return UserError(f"moments={cache}: {re.sub(others, remedy, str(problem))}")
 
 
 @dataclass(slots=True)
@@ -41,7 +81,7 @@ class LatentSplit:
     folder: Path
     provenance: dict[str, Any]
     finished: Manifest | None  # of an earlier run with this provenance
-    known: Path | None = None  # a cache whose moments are taken over
+    known: KnownMoments | None = None
 
     @property
     def shards(self) -> int:
@@ -50,8 +90,8 @@ class LatentSplit:
 
     def samples_of(self, index: int) -> range:
         """Numbers of the samples of an image shard."""
-        ends = [0, *accumulate(shard.samples for shard in self.images.manifest.shards)]
-        return range(ends[index], ends[index + 1])
+        first = self.images.records.first
+        return range(first(index), first(index + 1))
 
 
 def part_of(split: LatentSplit, index: int) -> dict[str, Any] | None:
@@ -177,44 +217,28 @@ def encoded_batches(
 def known_batches(split: LatentSplit, index: int, cfg: PrecomputeRun, rejects: list[dict[str, str]]) -> Iterator[Batch]:
     """Batches of the samples of a shard that another cache has, with their captions; no image is decoded."""
     assert split.known is not None
-    path, images = split.known / f"{index:05d}.tar", split.images
-    reader = ShardReader(path) if path.is_file() else ()  # no file: it has none of them
-    rows = {reader.key(row): row for row in range(len(reader))} if isinstance(reader, ShardReader) else {}
-    batch = list[Batch]()
-    for number in split.samples_of(index):
+    known, images, rows = split.known, split.images, split.known.rows(index)
+
+    def load(number: int) -> Batch:
         key = images.records.key(number)
-        if without_dots(key) not in rows:
-            rejects.append({"key": key, "reason": f"{split.known} has no latents of it"})
-            continue
-        assert isinstance(reader, ShardReader)
-        record = read_latent(reader[rows[without_dots(key)]])
-        captions = captions_named(images.records[number], cfg.captions)
-        batch.append(
-            {
-                "key": key,
-                "captions": captions,
-                "meta": record.meta,
-                "moments": as_float32(record.moments),
-                "arrays": record.arrays,
-            }
-        )
-        if len(batch) == cfg.batch_size:
-            yield _stacked(batch)
-            batch = []
-    if batch:
-        yield _stacked(batch)
+        row = rows.get(without_dots(key))
+        if row is None:
+            return {"key": key, "reason": f"{known.cache} has no latents of it"}
+        try:
+            captions = images.captions_at(number)
+        except UserError as error:
+            return {"key": key, "reason": str(error)}
+        record = known[row]
+        moments = torch.from_numpy(as_float32(record.moments))
+        return {"key": key, "captions": captions, "meta": record.meta, "moments": moments, "arrays": record.arrays}
 
-
-def _stacked(items: list[Batch]) -> Batch:
-    batch: Batch = {name: [item[name] for item in items] for name in items[0]}
-    arrays = {name: np.stack([item[name] for item in batch["arrays"]]) for name in batch["arrays"][0]}
-    return batch | {"moments": np.stack(batch["moments"]), "arrays": arrays}
+    return batches_of(load, split.samples_of(index), cfg, rejects)
 
 
 def decoded_batches(
     images: ImageDataset, samples: Sequence[int], cfg: PrecomputeRun, rejects: list[dict[str, str]]
 ) -> Iterator[Batch]:
-    """Batches of samples of one shape each, decoded by threads ahead of time; broken ones go to `rejects`."""
+    """Batches of samples whose images are decoded."""
     shapes = bucket_shapes(cfg.images.resolution, cfg.buckets.max_aspect, cfg.buckets.step)
 
     def load(index: int) -> Batch:
@@ -223,6 +247,13 @@ def decoded_batches(
         except UserError as error:
             return {"key": images.records.key(index), "reason": str(error)}
 
+    return batches_of(load, samples, cfg, rejects)
+
+
+def batches_of(
+    load: Callable[[int], Batch], samples: Sequence[int], cfg: PrecomputeRun, rejects: list[dict[str, str]]
+) -> Iterator[Batch]:
+    """Batches of samples of one shape each, loaded by threads ahead of time; those with a "reason" go to `rejects`."""
     waiting: dict[torch.Size, list[Batch]] = {}
     pending: deque[Future[Batch]] = deque()
     upcoming = iter(samples)
@@ -234,8 +265,9 @@ def decoded_batches(
             if "reason" in item:
                 rejects.append(item)
                 continue
-            group = waiting.setdefault(item["pixels"].shape, [])
+            shape = item["moments" if "moments" in item else "pixels"].shape
+            group = waiting.setdefault(shape, [])
             group.append(item)
             if len(group) == cfg.batch_size:
-                yield collate(waiting.pop(item["pixels"].shape))
+                yield collate(waiting.pop(shape))
     yield from map(collate, waiting.values())

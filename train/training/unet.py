@@ -19,6 +19,7 @@ from conf.schema.training import SLOPE
 from data.image_dataset import Batch, ImageDataset
 from data.images import in_range
 from data.latent_dataset import LatentDataset
+from data.samples import Captions
 from data.shards.manifest import Manifest, find_shards
 from data.streams import Mixed, WebStream, image_stream, latent_stream
 from models.autoencoder import Autoencoder, sample_moments, split_moments
@@ -141,10 +142,9 @@ def training_stream(cfg: UNetRun) -> tuple[LatentDataset | ImageDataset | Mixed 
         flip=made["flip"],
         filter=ResizeFilter(made.get("filter", ResizeFilter.lanczos.value)),
     )
-    captions = cfg.stream.captions or dict.fromkeys(facts.get("captions", ["caption"]), 1.0)
-    stream = replace(cfg.stream, captions=captions)
+    captions = Captions.of(cfg.stream.captions, facts.get("captions", ["caption"]))
     shards = cfg.shards or f"{cfg.run_dir}/shards"
-    return image_stream(shards, images, cfg.seed, stream, cfg.batch.global_batch_size), [manifest]
+    return image_stream(shards, images, cfg.seed, cfg.stream, cfg.batch.global_batch_size, captions), [manifest]
 
 
 class UNetStage:

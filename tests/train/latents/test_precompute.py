@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import math
+import shutil
 import tarfile
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from models.autoencoder import Autoencoder
 from models.clip import Clip
 from train.engine.runtime import Runtime, start
 from train.latents import precompute as stage
-from train.latents.shard import AT_ONCE
+from train.latents.shard import AT_ONCE, LatentSplit
 
 
 class Calls:
@@ -179,12 +181,92 @@ def test_moments_of_another_cache_are_taken_over_and_their_texts_are_new(
         precompute(towers, runtime, tmp_path / "x", *new, f"moments={tmp_path}/old", "dtype=fp32")
 
 
+def test_moments_taken_over_reject_what_a_precompute_from_the_images_rejects(
+    towers: Any, runtime: Runtime, tmp_path: Path
+) -> None:
+    source, broken = towers.folder / "shards", tmp_path / "broken"
+    for side in ("train", "heldout"):
+        reader = ShardReader(source / side / "00000.tar")
+        with ShardWriter(broken / side, 1000) as writer:
+            for i in range(len(reader)):
+                files = {n: bytes(v) for n, v in reader[i].items() if n not in ("__key__", "json")}
+                writer.add(reader.key(i), files | {"json": json.dumps({"long": 5 if i == 2 else "long"}).encode()})
+        Manifest(kind="images", shards=writer.finished).save(broken / side)
+    precompute(towers, runtime, tmp_path / "old", f"shards={broken}", "min_psnr=1")
+    new = [f"shards={broken}", "captions=[caption,long]", "min_psnr=1"]
+    precompute(towers, runtime, tmp_path / "fresh", *new)
+    precompute(towers, runtime, tmp_path / "taken", *new, f"moments={tmp_path}/old")
+    fresh, taken = (tmp_path / name / "train" for name in ("fresh", "taken"))
+    readers = [ShardReader(folder / "00000.tar") for folder in (fresh, taken)]
+    keys = [[reader.key(i) for i in range(len(reader))] for reader in readers]
+    assert keys[0] == keys[1] and len(keys[0]) == 19
+    (reject,) = map(json.loads, (taken / "rejects.jsonl").read_text().splitlines())
+    assert reject == json.loads((fresh / "rejects.jsonl").read_text())
+    assert reject["key"] == ShardReader(source / "train" / "00000.tar").key(2) and "is not text" in reject["reason"]
+
+
+def test_moments_of_a_cache_that_is_not_whole_end_the_run(
+    towers: Any, runtime: Runtime, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "old")
+    taken = [f"moments={tmp_path}/old", "captions=[caption,told]", "min_psnr=1"]
+    (tmp_path / "old" / "train" / "00001.tar").unlink()
+    lacking = r"^moments=.*/old: shard .*/00001\.tar is missing: copy the cache whole, or leave moments out"
+    with pytest.raises(UserError, match=lacking) as early:
+        precompute(towers, runtime, tmp_path / "new", *taken)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=lacking) as late:
+        patch.setattr(stage, "find_shards", lambda folder, _: Manifest.load(folder))  # deleted meanwhile
+        precompute(towers, runtime, tmp_path / "new", *taken)
+    assert "\n" not in str(early.value) + str(late.value)
+    manifest = Manifest.load(tmp_path / "old" / "train")
+    del manifest.shards[1]  # as where all samples of an image shard were rejects
+    manifest.save(tmp_path / "old" / "train")
+    precompute(towers, runtime, tmp_path / "new", *taken)
+    rejects = [json.loads(line) for line in (tmp_path / "new" / "train" / "rejects.jsonl").read_text().splitlines()]
+    assert len(rejects) == 20 and all("has no latents of it" in reject["reason"] for reject in rejects)
+    with pytest.raises(UserError, match=r"^moments=.*/none: no latents at .*/train'?: copy the cache whole, or leave"):
+        precompute(towers, runtime, tmp_path / "x", f"moments={tmp_path}/none")
+
+
+def test_image_embeddings_of_another_clip_are_not_taken_over(
+    towers: Any, other_towers: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    seen = ["conditions={caption: null, image_embedding: {width: 16}}", "min_psnr=1"]
+    precompute(towers, runtime, tmp_path / "old", *seen)
+    with pytest.raises(UserError, match=r"^moments=.*/old: its clip is [0-9a-f]+, not [0-9a-f]+: leave it out"):
+        precompute(towers, runtime, tmp_path / "new", *seen, f"clip={other_towers}/clip", f"moments={tmp_path}/old")
+    precompute(towers, runtime, tmp_path / "new", *seen, "captions=[told]", f"moments={tmp_path}/old")
+    assert Manifest.load(tmp_path / "new" / "train").samples == 53
+
+
+def test_the_samples_of_a_shard_are_found_without_counting_all_of_them(latents: Any) -> None:
+    class Counted(list[Any]):
+        walks = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            Counted.walks += 1
+            return super().__iter__()
+
+    images = ImageDataset(latents.folder / "shards" / "train", latents.config("latents").images, 0)
+    images.manifest.shards = Counted(images.manifest.shards)
+    split = LatentSplit("train", images, Path(), {"train_shards": None}, None)
+    assert [split.samples_of(index) for index in range(split.shards)] == [range(20), range(20, 40), range(40, 53)]
+    assert Counted.walks == 0
+
+
 def test_a_part_of_the_training_side_is_a_cache_of_its_own(towers: Any, runtime: Runtime, tmp_path: Path) -> None:
     precompute(towers, runtime, tmp_path, "train_shards=2")
     counts = {side: Manifest.load(tmp_path / side).samples for side in ("train", "heldout")}
     assert counts == {"train": 40, "heldout": 7} and LatentDataset(tmp_path / "train", 0).samples == 40
     with pytest.raises(UserError, match=r"another train_shards \(2, now None\)"):
         precompute(towers, runtime, tmp_path)
+
+
+def test_a_part_that_leaves_nothing_out_is_the_whole(
+    towers: Any, undisturbed: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    precompute(towers, runtime, tmp_path, "train_shards=3")
+    assert Manifest.load(tmp_path / "train") == Manifest.load(undisturbed / "train")
 
 
 def test_all_captions_of_an_image_are_cached_and_one_is_drawn_for_a_position(

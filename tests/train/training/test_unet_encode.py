@@ -1,5 +1,6 @@
 """Training without a cache: what is encoded in the step is what a cache holds, of the same samples in one order."""
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from conf.errors import UserError
 from conf.schema import Device, RuntimeConfig
 from data.loader import batches
 from data.shards.manifest import Manifest
+from data.shards.shard import ShardReader, ShardWriter
 from train.engine import trainer
 from train.engine.runtime import Runtime, start
 from train.latents import precompute
-from train.training.unet import UNetStage
+from train.training.unet import UNetStage, training_stream
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,36 @@ def test_a_step_is_that_of_the_cache(latents: Any, runtime: Runtime, part: Path,
     assert [one[:2] for one in cached] == [one[:2] for one in encoded]
     for (*_, ours), (*_, theirs) in zip(encoded, cached, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-2)  # the cache is rounded to 16 bits
+
+
+def test_captions_are_those_of_the_cache(latents: Any, runtime: Runtime, tmp_path: Path) -> None:
+    source, shards, cache = latents.folder / "shards", tmp_path / "shards", tmp_path / "latents"
+    for side in ("train", "heldout"):
+        with ShardWriter(shards / side, 20) as writer:
+            for reader in (ShardReader(source / side / shard.name) for shard in Manifest.load(source / side).shards):
+                for row in range(len(reader)):
+                    files = {name: value for name, value in reader[row].items() if name not in ("__key__", "json")}
+                    told = {"short": f"short {row}"} | ({"long": f"long {row}"} if row % 3 else {})
+                    writer.add(reader.key(row), files | {"json": json.dumps(told).encode()})
+        Manifest(kind="images", shards=writer.finished).save(shards / side)
+    options = [f"shards={shards}", f"output_dir={cache}", "captions=[short,long]", "min_psnr=1"]
+    cfg = latents.config("latents", *options)
+    precompute.run_precompute(cfg, runtime, to_plain(cfg))
+    for weights in ("{long: 3, short: 1}", "{long: 1}", "{}"):
+        drawn = []
+        for encode in ("false", "true"):
+            own = [f"latents={cache}", f"shards={shards}", f"stream.captions={weights}", f"encode={encode}"]
+            dataset, _ = training_stream(latents.config("unet", *own))
+            batch = dataset.batch(range(53))
+            drawn.append(list(zip(batch["key"], batch["caption"], strict=True)))
+        assert drawn[0] == drawn[1]
+
+
+def test_a_cache_of_some_images_is_for_encode_alone(latents: Any, runtime: Runtime, part: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^latents=.*: has latents of a part of the images .*encode=true: set that, or"
+    ):
+        make(latents, runtime, f"latents={part}")
 
 
 def test_it_trains_on_all_images_with_a_cache_of_some(
