@@ -191,7 +191,7 @@ class DiffusionPipeline:
                 "set another sampler, such as unipc"
             )
         told = self.denoiser.unet.cfg.time_cond_proj_dim is not None and not mean_flow
-        if told and several:
+        if several and (told or self.student is not None):
             raise UserError("AND: joins what each prompt adds to none, and this network has its guidance inside")
         outside = 1.0 if told else sampling.guidance_scale  # a student has its guidance inside
         guided = outside != 1 or several

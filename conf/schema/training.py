@@ -216,14 +216,14 @@ def asks_teacher(method: DistillMethod, judged: bool) -> bool:
     return method is not DistillMethod.consistency_training or judged
 
 
-def passes_beside(method: DistillMethod, judged: bool) -> int:
+def passes_beside(method: DistillMethod, judged: bool, guided: bool = True) -> int:
     """Passes through a U-Net that a sample of a distillation costs beside the student's own, there and back.
 
-    Those for its target; the teacher's two, guided; where an adversary judges, there and back of a guess, and there of
-    the data.
+    Those for its target; the teacher's, two where it is guided; where an adversary judges, there and back of a guess,
+    and there of the data.
     """
-    guided = 0 if method is DistillMethod.consistency_training else 2
-    return TARGETS[method] + guided + (3 if judged else 0)
+    teacher = 0 if method is DistillMethod.consistency_training else 1 + guided
+    return TARGETS[method] + teacher + (3 if judged else 0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -283,6 +283,10 @@ class DistillRun:
         require(
             len(self.guidance) == 2 and 1 <= self.guidance[0] <= self.guidance[1],
             f"guidance={self.guidance}: must be two scales, [lowest,highest], of 1 or more",
+        )
+        require(
+            self.method is not DistillMethod.guidance or self.guidance != [1.0, 1.0],
+            "guidance=[1,1]: method=guidance would have nothing to teach; set guidance=[1,4]",
         )
         require(
             self.method is not DistillMethod.consistency_training or self.guidance == [1.0, 1.0],

@@ -217,6 +217,8 @@ class ShardReader:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         content = self.content
+        if i >= len(self):
+            raise IndexError(i)  # which ends a loop over all
         try:
             if not self._asked[i]:
                 self._ask(i)

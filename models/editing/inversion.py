@@ -17,6 +17,7 @@ from conf.errors import UserError
 from conf.schema import STOCHASTIC, InversionMethod, Sampler, SamplingConfig
 from models.conditions import Inputs
 from models.diffusion.process import Denoise
+from models.diffusion.samplers import Student
 from models.pipeline import DiffusionPipeline, SamplingStart
 from models.prompts import ParsedPrompt
 
@@ -47,8 +48,11 @@ def invert(
     Raises:
         UserError: images of another size, a sampler whose steps cannot be walked back, and what the pipeline refuses.
     """
-    # Guidance multiplies the difference of two predictions, and with it the error of every step that is walked back.
-    unguided = replace(sampling, guidance_scale=1.0, guidance_rescale=0.0, guidance_interval=[], negative_prompt="")
+    require_walkable(model.student, method)
+    # Guidance multiplies the difference of two predictions, and with it the error of every step that is walked back; a
+    # network that has it inside is one whose own path is walked back.
+    scale = 1.0 if model.student is None else sampling.guidance_scale
+    unguided = replace(sampling, guidance_scale=scale, guidance_rescale=0.0, guidance_interval=[], negative_prompt="")
     denoise, shape = model.denoiser_of(prompts, unguided, inputs)
     require_invertible(sampling, method, images, shape, model.autoencoder.cfg.downscale)
     sigmas = model.process.sigmas(sampling.steps, sampling.spacing, sampling.shift)
@@ -60,6 +64,17 @@ def invert(
     null_text = model.states(model.read(sampling.negative_prompt, sampling)).expand(len(prompts), -1, -1)
     fitted = fit_null_text(model, denoise, path, sigmas, null_text, sampling.guidance_scale, inputs or {})
     return SamplingStart(path[0], fitted)
+
+
+def require_walkable(student: Student | None, method: InversionMethod) -> None:
+    """Refuse a student that has no path to walk back, or no guidance to undo."""
+    if student is not None and student.in_few_steps:
+        raise UserError(
+            f"this network is a student of distillation ({student.method}), which has no path to walk back from an "
+            "image: set unet= to its teacher"
+        )
+    if student is not None and method is not InversionMethod.ddim:
+        raise UserError(f"inversion={method.value}: undoes guidance, which this network has inside; set inversion=ddim")
 
 
 def require_invertible(

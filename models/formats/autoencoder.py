@@ -1,11 +1,12 @@
 """How diffusers describes our autoencoders: as AutoencoderKL, with a codebook as VQModel."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
 from conf.schema.networks import AutoencoderConfig
-from models.formats.weights import Format
+from models.formats.weights import CONFIG_NAME, Format, read_json
 
 # Old checkpoints name the attention's parts differently.
 RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -13,6 +14,7 @@ BLOCKS = {  # whether the blocks of a level have attention
     "down_block_types": {False: "DownEncoderBlock2D", True: "AttnDownEncoderBlock2D"},
     "up_block_types": {False: "UpDecoderBlock2D", True: "AttnUpDecoderBlock2D"},
 }
+SCALE = 0.18215  # of the latents of Stable Diffusion
 ONLY_VQ = {"num_vq_embeddings", "vq_embed_dim"}
 
 
@@ -46,6 +48,23 @@ VQ_FORMAT = Format(
     ignored=("sample_size", "scaling_factor", "force_upcast"),
     translate=_with_levels,
 )
+
+
+def scaling_factor(folder: Path) -> float:
+    """What diffusers' pipelines multiply the latents of an autoencoder by; that of Stable Diffusion where it says none.
+
+    Raises:
+        UserError: another normalisation than by one factor.
+    """
+    path = folder / CONFIG_NAME
+    found = read_json(path, CONFIG_NAME)
+    scale = found.get("scaling_factor", SCALE)
+    if type(scale) not in (int, float) or not 0 < scale < 1e6:
+        raise UserError(f"{path}: scaling_factor={scale!r} is not supported, it must be positive")
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        if found.get(name) is not None:
+            raise UserError(f"{path}: {name}={found[name]!r} is not supported, only a scaling_factor")
+    return float(scale)
 
 
 def to_json(cfg: AutoencoderConfig) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class SyllableText:
         return waves + waves.cumsum(1) / torch.arange(1, LENGTH + 1).view(-1, 1)
 
 
-def worded_pipeline(prediction: Prediction = Prediction.flow) -> DiffusionPipeline:
+def worded_pipeline(prediction: Prediction = Prediction.flow, **options: Any) -> DiffusionPipeline:
     """`tiny_pipeline` with attention to text in all of its blocks."""
     return tiny_pipeline(
         SyllableText(),
@@ -93,4 +93,5 @@ def worded_pipeline(prediction: Prediction = Prediction.flow) -> DiffusionPipeli
         block_out_channels=[16, 32],
         down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        **options,
     )

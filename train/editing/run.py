@@ -15,7 +15,7 @@ from conf.files import atomic_write
 from conf.plain_json import dumps
 from conf.schema import Edit, EditRun
 from models.editing.editing import Edited, check_edit, edit_images
-from models.editing.inversion import require_invertible
+from models.editing.inversion import require_invertible, require_walkable
 from models.losses import psnr
 from models.pipeline import DiffusionPipeline
 from train.editing.edits_file import read_edits
@@ -91,6 +91,8 @@ def folder_of(cfg: EditRun, jobs: Sequence[EditJob]) -> SampleFolder:
 def edit_jobs(model: DiffusionPipeline, cfg: EditRun, edits: Sequence[Edit]) -> list[EditJob]:
     """All images of all edits, in order; an image of a user is read and checked, once for all of its edits."""
     shape, digests = model.latent_shape(cfg), dict[str, str]()
+    if any(edit.image is not None for edit in edits):
+        require_walkable(model.student, cfg.inversion)
     for path in dict.fromkeys(edit.image for edit in edits if edit.image is not None):
         image = read_user_image(path, "image")
         try:

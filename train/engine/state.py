@@ -28,6 +28,7 @@ class Stage(Protocol):
     name: str
     trainables: dict[str, Trainable]
     flops_per_sample: float  # of a training step's forward and backward passes; 0: nobody counted them
+    bound_to: dict[str, Any]  # what the weights are bound to beside sections of the configuration: no run changes it
 
     @property
     def extend(self) -> Callable[[Batch], Batch]:

@@ -165,7 +165,7 @@ def fit(stage: Stage, cfg: Cfg, runtime: Runtime) -> Outcome:
         OSError: a checkpoint could not be written; the previous ones are as they were.
     """
     output_dir, config = Path(cfg.output_dir), to_plain(cfg)
-    architecture = architecture_of(config, stage.trainables)
+    architecture = architecture_of(config, stage.trainables) | stage.bound_to
     fresh = State(architecture=architecture, data=stage.dataset.digest, config=config_digest(config))
     record = config | {"hardware": runtime.hardware()}  # which may be another one at the next start
     done = read_done(output_dir, cfg.loop.samples)

@@ -72,7 +72,10 @@ def newest(trained: Path, output_dir: Path, passed: set[int]) -> int | None:
 
 def of_checkpoint(cfg: EvaluateRun, runtime: Runtime, trained: Path, seen: int) -> GeneratedImages | None:
     """The U-Net as the checkpoint has it, by its average where it keeps one; None if it is gone."""
-    options = OmegaConf.masked_copy(read_config(trained), [option.name for option in fields(UNetRun)])
+    recorded = read_config(trained)
+    if "teacher" in recorded:
+        raise UserError(f"watch=true: '{trained}' is a distillation, whose own evaluations draw; wait for its export")
+    options = OmegaConf.masked_copy(recorded, [option.name for option in fields(UNetRun)])
     try:
         merged = OmegaConf.merge(OmegaConf.structured(UNetRun), options)
     except OmegaConfBaseException as error:

@@ -70,6 +70,10 @@ def export_model(cfg: ExportRun) -> None:
             f"unet={cfg.unet}: {name} draws with no mean flow, it tells no network how long a step is; load the U-Net "
             "in that folder by itself, or sample with train/sample.py"
         )
+    if cfg.format is ExportFormat.compvis and unet.cfg.time_cond_proj_dim is not None:
+        raise UserError(
+            f"format=compvis: has no place for the guidance that unet={cfg.unet} is told; set format=diffusers"
+        )
     for network in (unet, autoencoder, clip):
         if network is not None:
             network.to(DTYPES[cfg.dtype.value])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,12 +22,13 @@ from data.shards.remote import joined, read_remote
 from models.conditions import ConditionContext, Conditions, Embedders
 from models.diffusion.process import SCHEDULER, differences, meaning, read_scheduler
 from models.diffusion.samplers import Student
+from models.formats.autoencoder import scaling_factor
 from models.formats.lora import Adapters
-from models.formats.weights import WEIGHTS_NAME, metadata_of
+from models.formats.weights import CONFIG_NAME, WEIGHTS_NAME, metadata_of, read_json
 
 INFO = "latentline.json"
 NULL_TEXT = "null_text.safetensors"
-PROCESS = "latentline_process"  # entry of the weights' metadata
+PROCESS, STUDENT = "latentline_process", "latentline_student"  # entries of the weights' metadata
 # Of caches from before they said so.
 OLDER: dict[str, Any] = {"conditions": {"caption": {}}, "labels": {}, "captions": ["caption"]}
 
@@ -87,7 +88,7 @@ class UNetInfo:
         except (ValueError, TypeError, OmegaConfBaseException) as error:
             reason = first_line(error)
             raise UserError(f"'{path}' is not of this version ({reason}): train or export the U-Net again") from None
-        if changed := differences(process_in(metadata_of(Path(folder) / WEIGHTS_NAME)), says):
+        if changed := differences(said_in(metadata_of(Path(folder) / WEIGHTS_NAME), PROCESS), says):
             raise UserError(
                 f"'{path}' is not that of the weights beside it ({'; '.join(changed)}): copy the whole export again"
             )
@@ -95,9 +96,13 @@ class UNetInfo:
 
     def check_adapters(self, lora: Adapters) -> None:
         """Refuse those of a U-Net that predicts something else, where their file says so."""
-        found = differences(process_in(lora.metadata), meaning(self.process_config()))
+        found = differences(said_in(lora.metadata, PROCESS), meaning(self.process_config()))
         if found and found[0].startswith("process.prediction"):
             raise UserError(f"lora={lora.source}: {found[0]} of unet=; name the U-Net that they were trained on")
+
+    def taught_by(self, lora: Adapters) -> "UNetInfo":
+        """Facts of this U-Net with adapters that make it a student, where their file says so."""
+        return replace(self, student=said_in(lora.metadata, STUDENT) or self.student)
 
     def _check(self) -> None:
         """Raise TypeError, or an error of OmegaConf, for values that no training writes."""
@@ -114,7 +119,8 @@ class UNetInfo:
 
     def metadata(self) -> dict[str, str]:
         """Metadata for the weights' own file, so that no other `latentline.json` is taken for theirs."""
-        return {PROCESS: dumps(meaning(self.process_config()))}
+        student = {STUDENT: dumps(self.student)} if self.student else {}
+        return {PROCESS: dumps(meaning(self.process_config()))} | student
 
     def process_config(self) -> ProcessConfig:
         """The typed process configuration again."""
@@ -144,10 +150,10 @@ class UNetInfo:
             raise UserError(f"no {NULL_TEXT} in '{latents}': run data/precompute_latents.py again") from None
 
 
-def process_in(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The `meaning` of a process in a file's metadata; empty where there is none."""
+def said_in(metadata: Mapping[str, str], entry: str) -> dict[str, Any]:
+    """What a file's metadata says of its process (its `meaning`) or as a student; empty where it says nothing."""
     try:
-        found = loads(metadata.get(PROCESS, "{}"))
+        found = loads(metadata.get(entry, "{}"))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -178,8 +184,17 @@ def trained_otherwise(source: str, now: UNetInfo) -> list[str]:
 
 
 def told_guidance(source: str) -> bool:
-    """Whether a U-Net is a student that takes a scale of guidance."""
-    return (Path(source) / INFO).is_file() and UNetInfo.load(source).student.get("guidance") is not None
+    """Whether a U-Net is a student that takes a scale of guidance; of diffusers' folders all that are told one are."""
+    if (Path(source) / INFO).is_file():
+        return UNetInfo.load(source).student.get("guidance") is not None
+    path = Path(source) / CONFIG_NAME
+    return path.is_file() and read_json(path, WEIGHTS_NAME).get("time_cond_proj_dim") is not None
+
+
+def vae_beside(source: str) -> Path | None:
+    """The autoencoder of a U-Net in a folder of one of diffusers' pipelines; None where it is an export of ours."""
+    vae = Path(source).parent / "vae"
+    return vae if (vae / CONFIG_NAME).is_file() and not (Path(source) / INFO).is_file() else None
 
 
 def info_of_trained(unet: str, autoencoder: str, clip: str) -> UNetInfo:
@@ -191,8 +206,11 @@ def info_of_trained(unet: str, autoencoder: str, clip: str) -> UNetInfo:
     return info
 
 
-def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:
-    """Refuse a cache that does not fit the run, naming the field; else what the run needs of it."""
+def check_latents(cfg: UNetRun, manifest: Manifest, kept: bool = False) -> UNetInfo:
+    """Refuse a cache that does not fit the run, naming the field; else what the run needs of it.
+
+    `kept`: whether the network of `init_from` stays as it is, adapters apart, or teaches.
+    """
     if manifest.kind != "latents":
         raise UserError(f"latents={cfg.latents}: holds {manifest.kind}, not latents; run data/precompute_latents.py")
     facts = manifest.provenance
@@ -219,7 +237,7 @@ def check_latents(cfg: UNetRun, manifest: Manifest) -> UNetInfo:
             )
     check_conditions(cfg, facts.get("conditions", OLDER["conditions"]))
     check_shapes(cfg, facts)
-    mean, std = normalisation(cfg, manifest)
+    mean, std = normalisation(cfg, manifest, kept)
     return UNetInfo(
         process=_plain(cfg.process),
         latent_mean=mean,
@@ -260,8 +278,15 @@ def _plain(section: object) -> Any:
     return OmegaConf.to_container(OmegaConf.structured(section), enum_to_str=True)
 
 
-def normalisation(cfg: UNetRun, manifest: Manifest) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation [C] of the latents; of those that `init_from` has learnt, if they are of one kind."""
+def normalisation(cfg: UNetRun, manifest: Manifest, kept: bool) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation [C] of the latents; of those that `init_from` has learnt, if they are of one kind.
+
+    A network from elsewhere has the one factor of its pipeline, to which it holds as far as it is `kept`.
+    """
+    if kept and cfg.init_from is not None and (vae := vae_beside(cfg.init_from)) is not None:
+        channels = cfg.model.out_channels
+        if weights_digest(str(vae)) == manifest.provenance["autoencoder"]:
+            return [0.0] * channels, [1 / scaling_factor(vae)] * channels
     if cfg.init_from is not None and (Path(cfg.init_from) / INFO).is_file():
         before = UNetInfo.load(cfg.init_from)
         if before.autoencoder == manifest.provenance["autoencoder"]:

@@ -16,9 +16,10 @@ from models.conditions import ConditionContext, Conditions, Embedders
 from models.denoiser import Denoiser
 from models.diffusion.process import SCHEDULER, Process, read_scheduler
 from models.diffusion.samplers import Student
+from models.formats.autoencoder import scaling_factor
 from models.formats.lora import FILE_NAME as ADAPTERS
 from models.formats.lora import adapter_file, load_adapters
-from models.formats.weights import CONFIG_NAME, read_json
+from models.formats.weights import read_json
 from models.pipeline import DiffusionPipeline
 from models.text import load_text_tower
 from train.engine.metric_log import CONFIG, read_config
@@ -27,7 +28,6 @@ from train.latents.provenance import UNetInfo, info_of_trained
 
 INDEX = "model_index.json"
 CLASS = "StableDiffusionPipeline"
-SCALE = 0.18215  # of the latents, where the autoencoder does not say: that of Stable Diffusion
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> DiffusionPipeline:
@@ -63,6 +63,7 @@ def load_model(cfg: ModelRun, device: torch.device | str) -> DiffusionPipeline:
         refuse_merged(cfg.unet, cfg.lora)
         adapters = load_adapters(cfg.lora)
         info.check_adapters(adapters)
+        info = info.taught_by(adapters)
         adapters.merge(denoiser.unet, cfg.lora_scale)
     return put_together(denoiser, autoencoder, info, cfg, device)
 
@@ -113,9 +114,7 @@ def load_exported(folder: str | Path, device: torch.device | str, tile: int = 0)
     if name != CLASS:
         raise UserError(f"{path}: holds a {name}; only {CLASS} is read, from a run everything that was trained here")
     autoencoder, tower = Autoencoder.from_pretrained(path / "vae"), load_text_tower(path / "text_encoder")
-    scale = read_json(path / "vae" / CONFIG_NAME, CONFIG_NAME).get("scaling_factor", SCALE)
-    if type(scale) not in (int, float) or not 0 < scale < 1e6:
-        raise UserError(f"{path / 'vae' / CONFIG_NAME}: scaling_factor={scale!r} is not supported, it must be positive")
+    scale = scaling_factor(path / "vae")
     channels = autoencoder.cfg.latent_channels
     mean, std = torch.zeros(channels), torch.full((channels,), 1 / scale)
 

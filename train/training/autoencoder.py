@@ -79,6 +79,7 @@ class AutoencoderStage:
         side, total = cfg.images.resolution, cfg.loop.samples
         image = torch.empty(1, cfg.model.in_channels, side, side, device="meta")
         latent = torch.empty(1, *latent_shape(image, cfg.model), device="meta")
+        self.bound_to = dict[str, Any]()
         self.flops_per_sample = 3.0 * counted_flops(self.autoencoder, image, latent)  # of the autoencoder alone
         if cfg.runtime.gradient_checkpointing:
             self.autoencoder.checkpoint_gradients()

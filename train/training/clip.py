@@ -55,6 +55,7 @@ class ClipStage:
         self.clip = Clip.from_config(cfg.model)
         self.extend = Tokens(self.clip.tokenizer)
         side, tokens = self.clip.config.image_size, self.clip.tokenize([""]).to("meta")
+        self.bound_to = dict[str, Any]()
         self.flops_per_sample = 3.0 * counted_flops(self.clip, torch.empty(1, 3, side, side, device="meta"), tokens)
         if cfg.runtime.gradient_checkpointing:
             self.clip.checkpoint_gradients()

@@ -155,12 +155,14 @@ class UNetStage:
     """
 
     name = "unet"
+    keeps_source = False  # whether what `init_from` knows stays as it is, adapters apart
 
     def __init__(self, cfg: UNetRun, runtime: Runtime, measure: Measure | None = None) -> None:
         self.cfg, self.runtime, self.measure = cfg, runtime, measure
         self.dataset, manifests = training_stream(cfg)
         self.heldout = LatentDataset(f"{cfg.latents}/heldout", cfg.seed, cfg.stream)
-        self.info, *_ = (check_latents(cfg, manifest) for manifest in manifests)
+        kept = self.keeps_source or cfg.lora.rank > 0
+        self.info, *_ = (check_latents(cfg, manifest, kept) for manifest in manifests)
         self.mean, self.std = (self.channels(values) for values in (self.info.latent_mean, self.info.latent_std))
         self.process = Process(cfg.process)
         self.process.sigmas(cfg.sampling.steps, cfg.sampling.spacing, cfg.sampling.shift)  # refused now or in hours
@@ -207,10 +209,12 @@ class UNetStage:
             initial=partial(self.initial, loaded),
         )
         self.trainables = {"unet": self.unet}
+        self.bound_to = dict[str, Any]()
         passes = 3.0 if cfg.lora.rank == 0 else 2.0  # backward: twice forward, once for weights that are frozen
         passes += SLOPE if cfg.process.mean_flow > 0 else 0
         side = cfg.model.sample_size
-        self.flops_per_sample = passes * unet_flops(cfg.model, side, side, self.network.conditions.tokens)
+        self.flops_of_a_pass = unet_flops(cfg.model, side, side, self.network.conditions.tokens)
+        self.flops_per_sample = passes * self.flops_of_a_pass
 
     def build(self) -> Denoiser:
         """A U-Net, without memory for its parameters (on the meta device), and its conditions, untrained."""

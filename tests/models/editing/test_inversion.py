@@ -9,6 +9,7 @@ import torch
 from conf.errors import UserError
 from conf.schema import Edit, InversionMethod, Prediction, Sampler, SamplingConfig
 from models.diffusion.process import Process
+from models.diffusion.samplers import Student
 from models.editing.editing import edit_images
 from models.editing.inversion import FIT_RATE, FIT_STEPS, invert, step, walk_back
 from models.pipeline import DiffusionPipeline
@@ -139,6 +140,22 @@ def test_edit_without_a_change_is_the_image_drawn_again() -> None:
         source_images=GIVEN[:1],
     )
     assert unguided.reconstruction is not None
+
+
+def test_a_student_is_walked_back_along_its_own_path_or_not_at_all() -> None:
+    student = worded_pipeline(time_cond_proj_dim=256)
+    student.student = Student("guidance", [2.0, 4.0])
+    sampling = SamplingConfig(sampler=Sampler.ddim, steps=6, guidance_scale=3.0)
+    start = invert(student, GIVEN, [RED, BLUE], sampling, InversionMethod.ddim)
+    denoise, _ = student.denoiser_of([RED, BLUE], sampling)  # told the scale that it is drawn with
+    own = walk_back(denoise, student.encode(GIVEN), student.process.sigmas(6))
+    torch.testing.assert_close(start.x, own[0])
+    for method in (InversionMethod.negative_prompt, InversionMethod.null_text):
+        with pytest.raises(UserError, match=r"^inversion=\w+: undoes guidance, which this network has inside; set inv"):
+            invert(student, GIVEN, [RED, BLUE], sampling, method)
+    student.student = Student("lcm", [2.0, 4.0])
+    with pytest.raises(UserError, match=r"^this network is a student .* set unet= to its teacher"):
+        invert(student, GIVEN, [RED, BLUE], sampling, InversionMethod.ddim)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ class LineStage:
         ema = EmaConfig(half_life_samples=32)
         self.net = Trainable(runtime, nn.Linear(3, 1), cfg.optim, cfg.batch, SAMPLES, ema=ema, name="net")
         self.trainables = {"net": self.net}
+        self.bound_to: dict[str, Any] = {}
         self.evaluations: list[int] = []
         self.poisoned: list[int] = []  # samples seen at which the loss is NaN
         self.heals = False  # the first of them by being met
@@ -419,6 +420,10 @@ def test_other_network_or_data_in_the_folder_is_refused(tmp_path: Path, runtime:
         with pytest.raises(UserError, match=r"output_dir=.*model\.embed_dim was"):
             trainer.fit(LineStage(cfg, runtime), cfg, runtime)
         cfg.model.embed_dim -= 1
+        stage = LineStage(cfg, runtime)
+        stage.bound_to = {"teacher": "another"}
+        with pytest.raises(UserError, match="teacher was None, is another"):
+            trainer.fit(stage, cfg, runtime)
         stage = LineStage(cfg, runtime)
         stage.dataset = Points("other")
         with pytest.raises(UserError, match="the data set was"):

@@ -76,7 +76,7 @@ class Levels:
 
     def neighbours(self, u: Tensor, like: Tensor) -> tuple[Level, Level]:
         """A pair for each draw in [0, 1), u [B]: a level with noise, and the one that follows it."""
-        numbers = (u * self.steps).long()
+        numbers = (u * self.steps).long().clamp(max=self.steps - 1)  # in fp32 a draw below 1 may round to it
         return self.at(numbers, like), self.at(numbers + 1, like)
 
 
@@ -111,5 +111,7 @@ def consistency_loss(
         target = torch.where(following.std > 0, ending, x_s)  # a prediction of x0 forgets its input
     prediction = student(x_t, now.timesteps).to(x_t.dtype)
     guess = process.guess(prediction, x_t, now.alpha, now.std)
-    distance = ((guess - target).square() + huber**2).sqrt() - huber
+    difference = guess - target
+    # Without c the root has no gradient where nothing differs.
+    distance = (difference.square() + huber**2).sqrt() - huber if huber > 0 else difference.abs()
     return Lesson(distance.flatten(1).mean(1), prediction, guess, now.timesteps)

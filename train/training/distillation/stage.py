@@ -15,7 +15,7 @@ from conf.schema.training import asks_teacher, passes_beside
 from data.image_dataset import Batch
 from models.conditions import Conditions, Inputs, Wanted
 from models.denoiser import Denoiser
-from models.diffusion.process import SCHEDULER, Process, read_scheduler
+from models.diffusion.process import SCHEDULER, Process, meaning, read_scheduler
 from models.diffusion.samplers import Student
 from models.formats.unet import FORMATS
 from models.formats.weights import read_config
@@ -24,7 +24,15 @@ from train.engine.precision import round_weights
 from train.engine.runtime import Runtime
 from train.engine.sample_rng import Draws, SampleRng
 from train.engine.trainable import Trainable
-from train.latents.provenance import INFO, UNetInfo, trained_otherwise
+from train.latents.provenance import (
+    INFO,
+    UNetInfo,
+    shortened,
+    told_guidance,
+    trained_otherwise,
+    vae_beside,
+    weights_digest,
+)
 from train.training.distillation.adversarial import Apart, Heads, TeacherMaps, both_pulls, judged_loss, judges_loss
 from train.training.distillation.consistency import Lesson, Level, Levels, consistency_loss
 from train.training.distillation.continuous import continuous_loss
@@ -41,6 +49,8 @@ def as_training(cfg: DistillRun) -> UNetRun:
         UserError: a teacher that says neither, or none to be guided where guidance is to be learnt.
     """
     model, source = read_config(cfg.teacher, UNetConfig, *FORMATS), Path(cfg.teacher)
+    if told_guidance(cfg.teacher):
+        raise UserError(f"teacher={cfg.teacher}: is a student itself; name the network that it was taught by")
     shared: dict[str, Any] = {option.name: getattr(cfg, option.name) for option in fields(cfg)}
     if (source / INFO).is_file():
         info = UNetInfo.load(cfg.teacher)
@@ -100,6 +110,7 @@ class DistillStage(UNetStage):
     """
 
     name = "distill"
+    keeps_source = True
 
     def __init__(self, cfg: DistillRun, runtime: Runtime, measure: Measure | None = None) -> None:
         self.distillation, training = cfg, as_training(cfg)
@@ -123,10 +134,12 @@ class DistillStage(UNetStage):
         self.teacher: Denoiser | None = None
         if asks_teacher(cfg.method, cfg.adversarial_weight > 0):
             unet = UNet.from_pretrained(cfg.teacher)
+            round_weights(unet, runtime.precision)
+            if cfg.adversarial_weight > 0:  # verdicts go back through it
+                unet.checkpoint_gradients(cfg.runtime.gradient_checkpointing)
             teacher = Denoiser(unet, self.conditions_of(unet.cfg))
             teacher.load_conditions(cfg.teacher)
             self.teacher = self.frozen(teacher)
-            round_weights(unet, runtime.precision)
         if cfg.adversarial_weight > 0:
             assert self.teacher is not None
             self.maps = TeacherMaps(self.teacher)
@@ -135,12 +148,20 @@ class DistillStage(UNetStage):
                 runtime, heads, cfg.discriminator_optim, cfg.batch, cfg.loop.samples, name="discriminator"
             )
             self.trainables["discriminator"] = self.heads
-        self.flops_per_sample *= (3 + passes_beside(cfg.method, cfg.adversarial_weight > 0)) / 3
+        guided = cfg.guidance != [1.0, 1.0]
+        self.flops_per_sample += passes_beside(cfg.method, cfg.adversarial_weight > 0, guided) * self.flops_of_a_pass
+        teacher_digest = runtime.gather_objects(weights_digest(cfg.teacher) if runtime.is_main else None)[0]
+        self.bound_to = {"method": cfg.method.value, "guidance": cfg.guidance, "teacher": shortened(teacher_digest)}
+        self.bound_to |= {f"process.{name}": value for name, value in meaning(training.process).items()}
 
     def tell_differences(self, source: str) -> None:
         """Refuse a teacher of other latents or texts than those of this training: its answers would mean nothing."""
         if found := trained_otherwise(source, self.info):
             raise UserError(f"teacher={source}: {'; '.join(found)}; name those of its training")
+        if (vae := vae_beside(source)) and weights_digest(str(vae)) != self.info.autoencoder:
+            raise UserError(
+                f"teacher={source}: its latents are those of {vae}; set autoencoder={vae}, also for the precompute"
+            )
 
     def micro_step(self, batch: dict[str, Any], last: bool, samples_seen: int) -> dict[str, Tensor]:
         """Forward and backward pass of one micro-batch."""
@@ -226,6 +247,9 @@ class DistillStage(UNetStage):
         """The teacher's prediction [B, C, h, w] with a scale of guidance [B] for each sample, in one call."""
         teacher = self.teacher
         assert teacher is not None
+        if self.distillation.guidance == [1.0, 1.0]:  # nothing is added to what the conditions say
+            with self.precision():
+                return teacher.predict(x_t, timesteps, teacher.conditions(inputs)).float()
         with self.precision():
             with_, without = teacher.conditions(inputs), teacher.conditions(teacher.conditions.null(inputs))
             both = teacher.predict(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), without.followed_by(with_))

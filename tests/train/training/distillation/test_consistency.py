@@ -32,6 +32,24 @@ def test_levels_are_those_that_sampling_visits(prediction: Prediction) -> None:
     assert now.timesteps.shape == (3,) and now.alpha.shape == (3, 1, 1)
 
 
+def test_a_draw_that_rounds_to_one_is_of_the_last_pair() -> None:
+    _, levels = levels_of(Prediction.flow)
+    now, following = levels.neighbours(torch.tensor([1 - 2**-26, 0.999]), torch.zeros(2, 1))
+    assert now.timesteps[0] == now.timesteps[1] and following.std[0] == 0
+
+
+@pytest.mark.parametrize("huber", [0.0, 0.001])
+def test_nothing_to_learn_has_no_gradient(huber: float) -> None:
+    process, levels = levels_of(Prediction.x0)
+    x0, noise = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
+    weight = torch.ones((), requires_grad=True)
+    pair = levels.neighbours(torch.tensor([0.0, 0.3, 0.6, 0.9]), x0)
+    lesson = consistency_loss(lambda x, t: x0 * weight, None, process, pair, x0, noise, huber)
+    lesson.losses.sum().backward()
+    assert lesson.losses.abs().max() == 0 or pair[1].std.min() == 0
+    assert weight.grad is not None and weight.grad.isfinite()
+
+
 @pytest.mark.parametrize("guided", [True, False], ids=["distillation", "training"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_loss_is_that_of_the_equations(prediction: Prediction, guided: bool) -> None:

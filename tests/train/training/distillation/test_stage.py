@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from first_step import require_step_of_plain_torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conf.errors import UserError
 from conf.schema import SampleRun
 from data.loader import batches
 from models.diffusion.process import SCHEDULER
+from models.formats.weights import WEIGHTS_NAME
 from models.unet import UNet
 from train.engine import runtime as runtime_module
 from train.engine import trainer
@@ -25,6 +26,7 @@ from train.latents.provenance import INFO, UNetInfo
 from train.sampling.load import load_model
 from train.sampling.run import generate_images
 from train.training.distillation.stage import DistillStage, as_training
+from train.training.unet import UNetStage
 from waits import Waits
 
 SHORT = ["loop.samples=96", "loop.log_every=16", "loop.evaluate_every=96", "loop.checkpoint_every=48"]
@@ -121,8 +123,11 @@ def test_adapters_alone_make_the_teacher_a_student(project: Any, runtime: Runtim
     alone = project.config("sample", f"lora={tmp_path}/export", *drawing)
     assert UNetInfo.load(f"{tmp_path}/export").student == {"method": "lcm", "guidance": None}
     torch.testing.assert_close(drawn(whole, runtime), drawn(alone, runtime), rtol=0, atol=1e-4)
-    with pytest.raises(UserError, match="guided as its teacher was; set guidance_scale=1"):
-        drawn(replace(whole, guidance_scale=3.0), runtime)
+    for cfg in (whole, alone):
+        with pytest.raises(UserError, match="guided as its teacher was; set guidance_scale=1"):
+            drawn(replace(cfg, guidance_scale=3.0), runtime)
+        with pytest.raises(UserError, match=r"^AND: joins what each prompt adds to none"):
+            load_model(cfg, runtime.device)(["a moon AND a sun"], [0], replace(cfg, prompt_syntax=True))
     with pytest.raises(UserError, match="adapters cannot be told a scale"):
         project.config("distill", "lora.rank=4")
 
@@ -183,6 +188,54 @@ def test_interrupted_training_ends_as_one_that_was_not(project: Any, student: An
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)  # a thousandth of a step
 
 
+def test_a_run_goes_on_with_its_own_teacher_method_and_guidance_alone(
+    project: Any, student: Any, tmp_path: Path
+) -> None:
+    other = tmp_path / "export"
+    shutil.copytree(project.folder / "unet" / "export", other)
+    weights = load_file(other / WEIGHTS_NAME)
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, other / WEIGHTS_NAME)
+    for option, message in [
+        ("method=scm", "method was lcm, is scm"),
+        ("guidance=[1,3]", r"guidance was \[1\.0, 4\.0\], is \[1\.0, 3\.0\]"),
+        (f"teacher={other}", "teacher was "),
+    ]:
+        for samples in (96, 128):  # finished, and about to grow
+            cfg = project.config("distill", f"output_dir={student[0]}", *SHORT, option, f"loop.samples={samples}")
+            runtime = runtime_module.start(cfg.runtime)
+            with pytest.raises(UserError, match=message):
+                trainer.fit(DistillStage(cfg, runtime), cfg, runtime)
+
+
+def test_teacher_of_a_pipeline_sees_latents_as_that_has_them(project: Any, runtime: Runtime, tmp_path: Path) -> None:
+    pipeline = tmp_path / "pipeline"  # of diffusers
+    shutil.copytree(project.folder / "unet" / "export", pipeline / "unet", ignore=shutil.ignore_patterns(INFO))
+    (pipeline / "scheduler").mkdir()
+    process = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+    (pipeline / "scheduler" / SCHEDULER).write_text(json.dumps(process))
+    shutil.copytree(project.folder / "autoencoder" / "export", pipeline / "vae")
+    config = json.loads((pipeline / "vae" / "config.json").read_text())
+    (pipeline / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.2}))
+    stage = make(project, runtime, f"teacher={pipeline}/unet", "guidance=[1,1]", "sampling.guidance_scale=1")
+    assert stage.mean.flatten().tolist() == [0.0] * 4 and stage.std.flatten().tolist() == [5.0] * 4
+    options = [f"init_from={pipeline}/unet"]  # of a training of all weights they are its own
+    assert UNetStage(project.config("unet", *options), runtime).std.flatten().tolist() != [5.0] * 4
+    adapted = UNetStage(project.config("unet", *options, "lora.rank=2"), runtime)
+    assert adapted.std.flatten().tolist() == [5.0] * 4
+    weights = load_file(pipeline / "vae" / WEIGHTS_NAME)
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, pipeline / "vae" / WEIGHTS_NAME)
+    with pytest.raises(UserError, match=r"^teacher=\S+: its latents are those of \S+/vae; set autoencoder="):
+        make(project, runtime, f"teacher={pipeline}/unet", "guidance=[1,1]", "sampling.guidance_scale=1")
+
+
+def test_a_teacher_that_is_not_to_be_guided_is_asked_once(project: Any, runtime: Runtime) -> None:
+    stage = make(project, runtime, "guidance=[1,1]", "sampling.guidance_scale=1")
+    batch, rows = stage.dataset.batch(range(4)), list[int]()
+    assert stage.teacher is not None
+    stage.teacher.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    assert losses_of(stage, batch).isfinite().all() and rows == [4]
+
+
 def test_teacher_of_other_latents_is_refused(project: Any, runtime: Runtime, tmp_path: Path) -> None:
     export = tmp_path / "export"
     shutil.copytree(project.folder / "unet" / "export", export)
@@ -195,6 +248,12 @@ def test_teacher_of_other_latents_is_refused(project: Any, runtime: Runtime, tmp
 def test_teachers_that_cannot_teach_are_refused(project: Any, student: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a student itself; name the network that it was taught by"):
         as_training(project.config("distill", f"teacher={student[0]}/export"))
+    theirs = tmp_path / "theirs"  # of diffusers
+    shutil.copytree(student[0] / "export", theirs, ignore=shutil.ignore_patterns(INFO))
+    with pytest.raises(UserError, match="is a student itself; name the network that it was taught by"):
+        as_training(project.config("distill", f"teacher={theirs}"))
+    with pytest.raises(UserError, match=r"^guidance=\[1,1\]: method=guidance would have nothing to teach"):
+        project.config("distill", "method=guidance", "guidance=[1,1]")
     export = tmp_path / "export"
     shutil.copytree(project.folder / "unet" / "export", export)
     info = json.loads((export / INFO).read_text())
