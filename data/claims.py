@@ -38,9 +38,10 @@ class Claims:
 
         An item whose worker died is yielded again. Workers that `start` at different items seldom meet.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         missing = [(start + i) % items for i in range(items)]
         while missing := [item for item in missing if not finished(item)]:
+            with suppress(FileNotFoundError):  # all is done, and another worker removes it with what lies above it
+                self.folder.mkdir(parents=True, exist_ok=True)
             idle = True
             for item in missing:
                 if finished(item):

@@ -73,3 +73,22 @@ def test_an_item_whose_work_failed_is_free_again(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="full"), Claims(tmp_path).claim(0):
         raise OSError("full")
     assert not list(tmp_path.iterdir())
+
+
+def test_workers_that_are_late_find_the_folder_removed_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each moment: before they make it, while they make it and what lies above it, and when they claim."""
+    done = list[bool]()
+
+    def removed(path: Path, *options: object, **others: object) -> None:
+        done.append(True)
+        raise FileNotFoundError(path)
+
+    claims = Claims(tmp_path / "parts" / "merge")
+    assert list(claims.work(1, lambda _: True)) == [] and not claims.folder.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", removed)
+        assert list(claims.work(1, lambda _: bool(done))) == []
+    asked = iter([False, False, True])
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", lambda *_, **__: None)
+        assert list(claims.work(1, lambda _: next(asked), poll_s=0.01)) == []
