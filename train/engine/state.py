@@ -110,6 +110,10 @@ def config_digest(content: Any) -> str:
 def require_same_run(saved: Mapping[str, Any], now: State, output_dir: Path) -> None:
     """Refuse to continue what another network or other data began; raises UserError naming what differs."""
     before, after = saved["architecture"], json.loads(dumps(now.architecture))
+    if (
+        "teacher" in after and "teacher" not in before
+    ):  # of a student from before they said whose: that is taken on trust
+        after = {name: value for name, value in after.items() if name in before or name.startswith("lora.")}
     changed = [
         f"{name} was {before.get(name)}, is {after.get(name)}"
         for name in sorted(before.keys() | after.keys())

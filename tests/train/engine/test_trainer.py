@@ -421,13 +421,23 @@ def test_other_network_or_data_in_the_folder_is_refused(tmp_path: Path, runtime:
             trainer.fit(LineStage(cfg, runtime), cfg, runtime)
         cfg.model.embed_dim -= 1
         stage = LineStage(cfg, runtime)
-        stage.bound_to = {"teacher": "another"}
-        with pytest.raises(UserError, match="teacher was None, is another"):
-            trainer.fit(stage, cfg, runtime)
-        stage = LineStage(cfg, runtime)
         stage.dataset = Points("other")
         with pytest.raises(UserError, match="the data set was"):
             trainer.fit(stage, cfg, runtime)
+
+
+def test_a_run_is_bound_to_what_its_stage_says(tmp_path: Path, runtime: Runtime) -> None:
+    def goes_on(samples: int, **bound_to: str) -> bool:
+        cfg = config(tmp_path, samples=samples)
+        stage = LineStage(cfg, runtime)
+        stage.bound_to = bound_to
+        return trainer.fit(stage, cfg, runtime).finished
+
+    assert goes_on(16) and goes_on(32, teacher="one", method="lcm")  # of before it was said
+    for samples in (32, 48):  # finished, and about to grow
+        with pytest.raises(UserError, match=r"began differently \(teacher was one, is two\)"):
+            goes_on(samples, teacher="two", method="lcm")
+    assert goes_on(48, teacher="one", method="lcm")
 
 
 def test_the_loop_waits_for_nothing_between_two_lines(tmp_path: Path, runtime: Runtime) -> None:
