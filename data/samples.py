@@ -61,8 +61,9 @@ class Captions:
 
     @classmethod
     def of(cls, weights: Mapping[str, float], cached: Sequence[str] = ()) -> Self:
-        """Those that `stream.captions` names, or of a latent cache all that it has, the others with weight 0.
+        """Captions by the weights of `stream.captions`.
 
+        Of a latent cache they are all that it has, those that the option does not name with weight 0.
         The cache's order wins over that of the option, so that a run draws the same with the cache and without it.
         """
         names = tuple(cached or weights or ["caption"])
